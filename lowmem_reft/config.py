@@ -1,0 +1,124 @@
+"""``ReftConfig``: everything that determines what a ReFT adapter computes, saved with it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from peft.config import PeftConfig
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.interventions import ACTIVATIONS, intervention_options
+from lowmem_reft.positions import num_groups, parse_positions
+from lowmem_reft.registration import reft_type
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMPONENTS = ("block_output", "mlp_output", "attention_output")
+LAYERS_GRAMMAR = "'all', 0-based indices such as '8;12;16' or [8, 12, 16], or 'upper:0.5'"
+
+
+@dataclass
+class ReftConfig(PeftConfig):
+    """Configuration of a ReFT adapter, to be passed to ``peft.get_peft_model``.
+
+    Source: arXiv 2404.03592. Every field is written to ``adapter_config.json``.
+
+    Raises:
+        InputError: a field breaks its rule; the message names the field.
+    """
+
+    intervention: str = "loreft"
+    """Φ: a name in ``lowmem_reft.interventions.INTERVENTIONS``."""
+    rank: int = 4
+    """Dimension of the edited subspace."""
+    layers: str | list[int] = "all"
+    """L: "all", 0-based block indices ("8;12;16" or a list), or "upper:F" for the upper share F."""
+    positions: str = "f7+l7"
+    """P: prompt tokens that are edited: "f7+l7", "f3", "l1" or "all"."""
+    tie: str = "tied"
+    """One φ per layer ("tied"), one per side ("sides") or one per position ("positions")."""
+    component: str = "block_output"
+    """Hidden vector that is edited: "block_output", "mlp_output" or "attention_output"."""
+    act: str | None = None
+    """Non-linearity on the learned source: relu, gelu, silu or tanh; default: none."""
+    dropout: float = 0.0
+    """Dropout on the edit, never on the hidden vector itself."""
+    init: str | None = None
+    """Start: "identity" (no edit) or "paper" (random); default: identity, or paper with ``act``."""
+    alpha: float = 1.0
+    """Strength of a fixed steering vector."""
+    modules_to_save: list[str] | None = None
+    """Base modules, such as a classification head, that are trained and saved whole."""
+    target_modules: str | None = field(default=None, repr=False)
+    """Derived from ``layers`` and ``component``: a regular expression over module names."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        self.peft_type = reft_type()
+        reads = intervention_options(self.intervention)
+        if self.init is None:
+            self.init = "paper" if self.act else "identity"
+        num_groups(parse_positions(self.positions), self.tie)  # type: ignore[arg-type]
+        check_layers(self.layers)
+        if self.component not in COMPONENTS:
+            raise InputError(f"component must be one of {', '.join(COMPONENTS)}, got {self.component!r}; choose one")
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise InputError(f"rank must be a whole number of at least 1, got {self.rank!r}; for example 4")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"dropout must be in [0, 1), got {self.dropout!r}; for example 0.05")
+        if self.init not in ("identity", "paper"):
+            raise InputError(f"init must be 'identity' or 'paper', got {self.init!r}; choose one")
+        if self.act is not None and ("act" not in reads or self.act not in ACTIVATIONS):
+            raise InputError(
+                f"act must be one of {', '.join(ACTIVATIONS)} and belong to an intervention with a learned "
+                f"source, got {self.act!r} for {self.intervention}; leave it out"
+            )
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields that interventions may read, for ``build_intervention``."""
+        return {"rank": self.rank, "act": self.act, "init": self.init, "alpha": self.alpha}
+
+
+def check_layers(layers: str | Sequence[int]) -> None:
+    """Check the grammar of a layer specification without knowing the model.
+
+    Raises:
+        InputError: it does not follow the grammar, which the message shows.
+    """
+    resolve_layers(layers, num_layers=None)
+
+
+def resolve_layers(layers: str | Sequence[int], num_layers: int | None) -> list[int]:
+    """Return the sorted 0-based block indices that ``layers`` names.
+
+    Args:
+        layers: "all", "8;12;16", a list of indices, or "upper:F" with 0 < F <= 1 (rounded, at least one).
+        num_layers: blocks in the model; None checks the grammar alone.
+
+    Raises:
+        InputError: the grammar is broken, or an index is out of range.
+    """
+    count = num_layers or 1
+    if layers == "all":
+        return list(range(count))
+    if isinstance(layers, str):
+        upper = re.fullmatch(r"upper:(0?\.\d+|1(?:\.0*)?)", layers.strip())
+        if upper and float(upper[1]) > 0:
+            return list(range(count - max(1, round(float(upper[1]) * count)), count))
+        parts = [part.strip() for part in layers.split(";")]
+        if not all(part.isdecimal() for part in parts):
+            raise InputError(f"layers must be {LAYERS_GRAMMAR}, got {layers!r}; blocks are counted from 0")
+        layers = [int(part) for part in parts]
+    indices = sorted({index for index in layers if isinstance(index, int) and index >= 0})
+    if not indices or len(indices) != len(list(layers)):
+        raise InputError(f"layers must be {LAYERS_GRAMMAR}, each once, got {layers!r}; blocks are counted from 0")
+    if num_layers is not None and indices[-1] >= num_layers:
+        raise InputError(
+            f"layers must be below {num_layers}, the number of blocks of this model, got {indices[-1]}; "
+            f"the last block is {num_layers - 1}"
+        )
+    return indices

@@ -1,0 +1,9 @@
+"""The one exception that means "the user can fix this": the CLI prints its message and exits with code 2."""
+
+
+class InputError(ValueError):
+    """Bad input from the user: a wrong option, file or line.
+
+    The message names the argument (or file and line), the rule and what to do:
+    ``{name} must be {rule}, got {value!r}; {what to do}``.
+    """

@@ -1,0 +1,400 @@
+r"""Φ: what happens to one hidden vector. Pure tensor modules, one equation each.
+
+Every intervention maps hidden vectors ``h`` of shape ``(num_positions, hidden)`` to the *change* of
+``h`` with the same shape, so that dropout can fall on the change alone and a zero change leaves the
+base bit for bit as it was. Parameters and arithmetic are fp32; the caller casts.
+
+Source of the definitions: arXiv 2404.03592 (section 3.2 and appendix); RED: arXiv 2402.15179;
+interchange interventions: arXiv 2303.02536; bottleneck adapters: arXiv 1902.00751.
+
+To add an intervention: write a module here whose constructor takes ``hidden_size`` and, by keyword,
+the configuration fields named in ``options``; return the change of ``h`` from ``forward``; enter it
+in ``INTERVENTIONS``. Nothing else has to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lowmem_reft.errors import InputError
+
+Init = Literal["identity", "paper"]
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+class _OrthonormalRows(torch.autograd.Function):
+    r"""Q = L⁻¹A with AAᵀ = LLᵀ, and its pull-back Ā = L⁻ᵀ(Q̄ − (tril(M) + tril(M, −1)ᵀ) Q), M = Q̄Qᵀ.
+
+    Q and L come in precomputed, so that one factorization serves every forward pass of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, orthonormal: Tensor, lower: Tensor) -> Tensor:
+        ctx.save_for_backward(orthonormal, lower)
+        return orthonormal.view_as(orthonormal)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        orthonormal, lower = ctx.saved_tensors
+        (grad,) = grads
+        q, g = orthonormal.double(), grad.double()
+        m = g @ q.T
+        tangent = g - (m.tril() + m.tril(-1).T) @ q
+        pulled = torch.linalg.solve_triangular(lower.T, tangent, upper=True)
+        return pulled.to(grad.dtype), None, None
+
+
+def _factorize(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (Q, L) for ``raw`` of shape (rank, hidden): fp64 Cholesky of the rank × rank Gram."""
+    a = raw.detach().double()
+    lower, failed = torch.linalg.cholesky_ex(a @ a.T)
+    if not raw.is_meta and failed.any():
+        raise FloatingPointError(
+            "the rows of the rotation are linearly dependent or not finite, so they cannot be made "
+            "orthonormal; lower the learning rate or the rank"
+        )
+    q = torch.linalg.solve_triangular(lower, a, upper=False)
+    return q.to(raw.dtype), lower
+
+
+def orthonormal_rows(raw: Float[Tensor, "rank hidden"]) -> Float[Tensor, "rank hidden"]:
+    r"""Orthonormalize the rows of ``raw`` by Cholesky-QR (Gram–Schmidt), differentiably.
+
+    Q = L⁻¹A where LLᵀ = AAᵀ. The Gram matrix is formed in fp64, which keeps QQᵀ = I to fp32 rounding
+    for condition numbers up to about 1e4; no hidden × hidden buffer is ever formed and the
+    backward pass is closed-form: O(hidden · rank²) both ways.
+
+    Raises:
+        FloatingPointError: rows linearly dependent or not finite.
+    """
+    q, lower = _factorize(raw)
+    out: Tensor = _OrthonormalRows.apply(raw, q, lower)
+    return out
+
+
+_num_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    global _num_optimizer_steps
+    _num_optimizer_steps += 1
+
+
+# Some optimizers write through data pointers and leave the version counter as it was, so the number
+# of optimizer steps is part of the cache key too.
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+class Rotation(nn.Module):
+    r"""R: ``rank`` orthonormal rows, a function of an unconstrained parameter of the same shape.
+
+    While training, the factorization runs once per optimizer step and is shared by every forward
+    pass until then.
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        if not 1 <= rank <= hidden_size:
+            raise InputError(
+                f"rank must be between 1 and the hidden size {hidden_size}, got {rank!r}; lower it"
+            )
+        self.raw = nn.Parameter(torch.empty(rank, hidden_size))
+        self._cache: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        nn.init.normal_(self.raw)
+        if not self.raw.is_meta:
+            # Starting on the manifold keeps the Gram matrix well conditioned from the first step.
+            with torch.no_grad():
+                self.raw.copy_(orthonormal_rows(self.raw))
+
+    def train(self, mode: bool = True) -> Rotation:
+        """Switch the mode and forget the factorization, whatever wrote to the parameter meanwhile."""
+        self._cache = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the factorization out of copies and pickles."""
+        return {**self.__dict__, "_cache": None}
+
+    def forward(self) -> Float[Tensor, "rank hidden"]:
+        """Return R, with RRᵀ = I to fp32 rounding."""
+        if not self.training:
+            return orthonormal_rows(self.raw)  # nothing tells whether `raw.data` was written to
+        key = (self.raw._version, self.raw.data_ptr(), self.raw.device, _num_optimizer_steps)
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, _factorize(self.raw))
+        out: Tensor = _OrthonormalRows.apply(self.raw, *self._cache[1])
+        return out
+
+
+def _learned_source(hidden_size: int, rank: int, *, zero: bool) -> nn.Linear:
+    """Wh + b: torch's default start (the paper's code), or all zeros."""
+    linear = nn.Linear(hidden_size, rank)
+    if zero:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+class LoReft(nn.Module):
+    r"""LoReFT, equation 2 of arXiv 2404.03592: h + Rᵀ(f(Wh + b) − Rh), RRᵀ = I; f = id by default.
+
+    Without f the change is computed as Rᵀ((W − R)h + b): one product less, and exactly zero at the
+    identity start W = R, b = 0.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ("rank", "act", "init")
+
+    def __init__(
+        self, hidden_size: int, *, rank: int, act: str | None = None, init: Init = "identity"
+    ) -> None:
+        super().__init__()
+        self.act = _activation(act)
+        self.rotation = Rotation(hidden_size, rank)
+        self.source = _learned_source(hidden_size, rank, zero=init == "identity")
+        if init == "identity" and not self.source.weight.is_meta:
+            if act is not None:
+                raise InputError(
+                    f"init must be 'paper' with act={act!r}, got 'identity'; a non-linear learned "
+                    "source has no identity start"
+                )
+            with torch.no_grad():
+                self.source.weight.copy_(self.rotation())
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return Rᵀ(f(Wh + b) − Rh)."""
+        rotation = self.rotation()
+        if self.act is None:
+            edit = nn.functional.linear(hidden, self.source.weight - rotation, self.source.bias)
+        else:
+            edit = self.act(self.source(hidden)) - hidden @ rotation.T
+        return edit @ rotation
+
+
+class NoReft(nn.Module):
+    r"""NoReFT: h + W₂ᵀ(f(W₁h + b) − W₂h); LoReFT without the orthonormal constraint."""
+
+    options: ClassVar[tuple[str, ...]] = ("rank", "act", "init")
+
+    def __init__(
+        self, hidden_size: int, *, rank: int, act: str | None = None, init: Init = "identity"
+    ) -> None:
+        super().__init__()
+        self.act = _activation(act)
+        self.projection = nn.Linear(hidden_size, rank, bias=False)
+        self.source = _learned_source(hidden_size, rank, zero=init == "identity")
+        if init == "identity":
+            with torch.no_grad():
+                self.source.weight.copy_(self.projection.weight)
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return W₂ᵀ(f(W₁h + b) − W₂h)."""
+        projection = self.projection.weight
+        if self.act is None:
+            edit = nn.functional.linear(hidden, self.source.weight - projection, self.source.bias)
+        else:
+            edit = self.act(self.source(hidden)) - hidden @ projection.T
+        return edit @ projection
+
+
+class DiReft(nn.Module):
+    r"""DiReFT, the paper's: h + W₂ᵀ(f(W₁h + b)), no constraint. pyreft calls it NodireftIntervention."""
+
+    options: ClassVar[tuple[str, ...]] = ("rank", "act", "init")
+
+    def __init__(
+        self, hidden_size: int, *, rank: int, act: str | None = None, init: Init = "identity"
+    ) -> None:
+        super().__init__()
+        self.act = _activation(act)
+        self.projection = nn.Linear(hidden_size, rank, bias=False)
+        self.source = _learned_source(hidden_size, rank, zero=init == "identity")
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return W₂ᵀ f(W₁h + b)."""
+        edit = self.source(hidden)
+        return (edit if self.act is None else self.act(edit)) @ self.projection.weight
+
+
+class OrthogonalDiReft(nn.Module):
+    r"""Orthogonal DiReFT: h + Rᵀ(f(Wh + b)), RRᵀ = I. pyreft calls it DireftIntervention."""
+
+    options: ClassVar[tuple[str, ...]] = ("rank", "act", "init")
+
+    def __init__(
+        self, hidden_size: int, *, rank: int, act: str | None = None, init: Init = "identity"
+    ) -> None:
+        super().__init__()
+        self.act = _activation(act)
+        self.rotation = Rotation(hidden_size, rank)
+        self.source = _learned_source(hidden_size, rank, zero=init == "identity")
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return Rᵀ f(Wh + b)."""
+        edit = self.source(hidden)
+        return (edit if self.act is None else self.act(edit)) @ self.rotation()
+
+
+class ConsReft(nn.Module):
+    r"""ConsReFT: h + Rᵀ(b − Rh), RRᵀ = I: the subspace is set to a constant. It has no identity start."""
+
+    options: ClassVar[tuple[str, ...]] = ("rank",)
+
+    def __init__(self, hidden_size: int, *, rank: int) -> None:
+        super().__init__()
+        self.rotation = Rotation(hidden_size, rank)
+        self.bias = nn.Parameter(torch.zeros(rank))
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return Rᵀ(b − Rh)."""
+        rotation = self.rotation()
+        return (self.bias - hidden @ rotation.T) @ rotation
+
+
+class LobiReft(nn.Module):
+    r"""LobiReFT: h + Rᵀb, RRᵀ = I: a learned steering vector of bounded rank, the same for every h."""
+
+    options: ClassVar[tuple[str, ...]] = ("rank",)
+
+    def __init__(self, hidden_size: int, *, rank: int) -> None:
+        super().__init__()
+        self.rotation = Rotation(hidden_size, rank)
+        self.bias = nn.Parameter(torch.zeros(rank))
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return Rᵀb, once per position."""
+        return (self.bias @ self.rotation()).expand_as(hidden)
+
+
+class Red(nn.Module):
+    r"""RED, arXiv 2402.15179: s ⊙ h + b, from s = 1, b = 0; the change is (s − 1) ⊙ h + b."""
+
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return (s − 1) ⊙ h + b."""
+        return (self.scale - 1) * hidden + self.bias
+
+
+class SteeringVector(nn.Module):
+    r"""Fixed steering vector: h + αv. ``vector`` is a buffer (saved, never trained); zero until set."""
+
+    options: ClassVar[tuple[str, ...]] = ("alpha",)
+    vector: Tensor
+
+    def __init__(self, hidden_size: int, *, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.register_buffer("vector", torch.zeros(hidden_size))
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return αv, once per position."""
+        return (self.alpha * self.vector).expand_as(hidden)
+
+
+class Bottleneck(nn.Module):
+    r"""Series bottleneck adapter, arXiv 1902.00751: h + W_up f(W_down h + c) + b; f = relu by default.
+
+    Meant for ``mlp_output`` or ``attention_output`` and ``positions="all"``. W_up and b start at zero.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ("rank", "act")
+
+    def __init__(self, hidden_size: int, *, rank: int, act: str | None = None) -> None:
+        super().__init__()
+        self.act = _activation(act or "relu")
+        self.down = nn.Linear(hidden_size, rank)
+        self.up = nn.Linear(rank, hidden_size)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return W_up f(W_down h + c) + b."""
+        assert self.act is not None
+        edit: Tensor = self.up(self.act(self.down(hidden)))
+        return edit
+
+
+class InterchangeIntervention(nn.Module):
+    r"""DII, arXiv 2303.02536: b + Rᵀ(Rs − Rb): the base run's subspace takes the source run's value.
+
+    DAS learns R so that the counterfactual output comes out. It needs a second run's hidden vectors
+    and is therefore called directly, not named in a ``ReftConfig``.
+    """
+
+    def __init__(self, hidden_size: int, *, rank: int) -> None:
+        super().__init__()
+        self.rotation = Rotation(hidden_size, rank)
+
+    def forward(
+        self, base: Float[Tensor, "n hidden"], source: Float[Tensor, "n hidden"]
+    ) -> Float[Tensor, "n hidden"]:
+        """Return the change of ``base``: Rᵀ(R·source − R·base)."""
+        rotation = self.rotation()
+        return ((source - base) @ rotation.T) @ rotation
+
+
+INTERVENTIONS: dict[str, type[nn.Module]] = {
+    "loreft": LoReft,
+    "noreft": NoReft,
+    "direft": DiReft,
+    "orthogonal_direft": OrthogonalDiReft,
+    "consreft": ConsReft,
+    "lobireft": LobiReft,
+    "red": Red,
+    "steering": SteeringVector,
+    "bottleneck": Bottleneck,
+}
+
+
+def intervention_options(name: str) -> tuple[str, ...]:
+    """Return the configuration fields that the intervention ``name`` reads.
+
+    Raises:
+        InputError: ``name`` is not in the table.
+    """
+    if name not in INTERVENTIONS:
+        hint = "use InterchangeIntervention directly" if name == "dii" else "choose one of these"
+        raise InputError(
+            f"intervention must be one of {', '.join(INTERVENTIONS)}, got {name!r}; {hint}"
+        )
+    options: tuple[str, ...] = INTERVENTIONS[name].options  # type: ignore[attr-defined]
+    return options
+
+
+def build_intervention(name: str, hidden_size: int, **fields: Any) -> nn.Module:
+    """Build intervention ``name`` in fp32 from those of ``fields`` that it reads.
+
+    Args:
+        name: key of ``INTERVENTIONS``.
+        hidden_size: width of the hidden vectors.
+        fields: ``rank``, ``act``, ``init``, ``alpha``; fields that ``name`` does not read are ignored.
+
+    Raises:
+        InputError: unknown name or activation, rank out of range, or no identity start.
+    """
+    used = {key: fields[key] for key in intervention_options(name) if key in fields}
+    return INTERVENTIONS[name](hidden_size, **used).float()
+
+
+def _activation(name: str | None) -> Activation | None:
+    if name is not None and name not in ACTIVATIONS:
+        raise InputError(f"act must be one of {', '.join(ACTIVATIONS)}, got {name!r}; or leave it out")
+    return None if name is None else ACTIVATIONS[name]

@@ -1,0 +1,234 @@
+"""Every option of every subcommand, once: the command line, its help and the Python API are built from these.
+
+No torch is imported here, so that ``lowmem-reft --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Storage = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
+ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+Tie = Literal["tied", "sides", "positions"]
+Component = Literal["block_output", "mlp_output", "attention_output"]
+Scoring = Literal["auto", "likelihood", "generation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The frozen base."""
+
+    model: str
+    """Hub id or local directory of the base model."""
+    storage: Storage | None = None
+    """How the frozen weights are stored; the method's own default if not given (nf4 for loreft and qlora)."""
+    compute_dtype: ComputeDtype = "auto"
+    """Arithmetic of the base: auto is bf16 where the device has it, else fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    task_type: TaskType = "CAUSAL_LM"
+    """CAUSAL_LM, or SEQ_CLS for a classification head on {"text", "label"} rows."""
+    activation_checkpointing: bool = False
+    """Recompute the blocks above the first intervention in the backward pass instead of keeping them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The rows to train on or to score."""
+
+    data: str
+    """JSONL, CSV or Parquet file, or a datasets id."""
+    eval_data: str | None = None
+    """Rows to score after training (never trained on)."""
+    split: str = "train"
+    """Split of a datasets id; files have only one."""
+    template: str = "{prompt}"
+    """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; {messages} rows use the chat template."""
+    max_length: int = 512
+    """Tokens of prompt + response; longer prompts are cut from the left, a response that does not fit is an error."""
+    limit: int | None = None
+    """Use only the first N rows."""
+    eval_limit: int | None = None
+    """Score only the first N rows of --eval-data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """What is trained on top of the base. Options that do not belong to the method are refused."""
+
+    method: str = "loreft"
+    """Name in the method table, for example loreft, noreft, direft, red, lora, qlora."""
+    rank: int | None = None
+    """Rank of the intervention (default 4) or of the LoRA update (default 16)."""
+    layers: str | None = None
+    """Blocks that are touched: all, "8;12;16" (0-based) or upper:0.5 (the upper half)."""
+    positions: str | None = None
+    """Prompt tokens that are edited: f7+l7, f3, l1 or all."""
+    tie: Tie | None = None
+    """One set of parameters for all positions of a layer, one per side, or one per position."""
+    component: Component | None = None
+    """Where in the block the edit is made."""
+    act: str | None = None
+    """Non-linearity on the learned source: relu, gelu, silu, tanh."""
+    dropout: float | None = None
+    """Dropout on the edit (ReFT) or on the update's input (LoRA)."""
+    init: Literal["identity", "paper"] | None = None
+    """Start of LoReFT: identity (W = R, b = 0) or the paper's random W."""
+    alpha: float | None = None
+    """LoRA scaling numerator; the update is multiplied by alpha / rank (default 2 * rank)."""
+    target_modules: str | None = None
+    """Comma-separated linear layers that LoRA touches (default: all of them)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    """The optimizer and its schedule."""
+
+    epochs: float = 3.0
+    """Passes over the data."""
+    max_steps: int = -1
+    """Stop after this many optimizer steps; -1: after --epochs."""
+    lr: float | None = None
+    """Peak learning rate; the method's default if not given."""
+    batch_size: int = 8
+    """Examples per forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimizer step."""
+    schedule: str = "linear"
+    """Learning-rate schedule, by its transformers name."""
+    warmup_ratio: float = 0.1
+    """Share of the steps during which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    optim: str = "adamw_torch"
+    """Optimizer, by its transformers name (adamw_torch, paged_adamw_8bit, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run writes and what it says."""
+
+    output_dir: Path
+    """Directory for the adapter, checkpoints and result.json."""
+    seed: int = 0
+    """Seed of the adapter's initialisation, the data order and dropout."""
+    resume: bool = False
+    """Go on from the last checkpoint in --output-dir."""
+    save_steps: int | None = None
+    """Optimizer steps between checkpoints; default: one at the end."""
+    logging_steps: int = 10
+    """Optimizer steps between loss reports."""
+    report_to: str = "none"
+    """Trackers, comma-separated, by their transformers names (tensorboard, wandb, ...)."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Fine-tune one adapter on a frozen base."""
+
+    model: ModelOptions
+    data: DataOptions
+    method: MethodOptions = field(default_factory=MethodOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    run: RunOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Score a base with or without an adapter: accuracy by choice likelihood or by generation."""
+
+    model: ModelOptions
+    data: DataOptions
+    adapter: Path | None = None
+    """Adapter directory; without it the base itself is scored."""
+    scoring: Scoring = "auto"
+    """likelihood of each choice, or generation and answer extraction; auto: likelihood where rows have choices."""
+    answer_pattern: str | None = None
+    """Regular expression with one group that finds the answer in generated text (default: the whole text)."""
+    batch_size: int = 16
+    """Sequences per forward pass."""
+    max_new_tokens: int = 64
+    """Tokens generated per example."""
+    predictions: Path | None = None
+    """Write one JSON line per example here."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Continue prompts from a file, or one prompt, with a base and an adapter."""
+
+    model: ModelOptions
+    adapter: Path | None = None
+    """Adapter directory; without it the base itself answers."""
+    input: Path | None = None
+    """JSONL file with {"prompt"} or {"messages"} rows."""
+    prompt: str | None = None
+    """One prompt instead of a file."""
+    output: Path | None = None
+    """JSONL file to write; default: standard output."""
+    template: str = "{prompt}"
+    """How a prompt is written; the same as in training."""
+    max_new_tokens: int = 128
+    """Tokens generated per prompt."""
+    temperature: float = 0.0
+    """0 is greedy decoding."""
+    batch_size: int = 8
+    """Prompts per forward pass (left-padded)."""
+    seed: int = 0
+    """Seed of the sampling."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Train and score every method with every seed, each in its own process, and report memory beside accuracy."""
+
+    model: str | None = None
+    """Hub id or local directory; default: the tiny model that the package ships."""
+    data: str | None = None
+    """Training rows (see train --data); default: the small task that the package ships."""
+    eval_data: str | None = None
+    """Rows to score; default with --data: a fixed tenth of the training rows, held out."""
+    methods: str = "loreft,loreft[storage=bf16],lora,qlora"
+    """Comma-separated method names, each with overrides in brackets: loreft[rank=8,positions=l1,lr=1e-3]."""
+    seeds: str = "0"
+    """Comma-separated seeds."""
+    output_dir: Path = Path("compare-results")
+    """Where cells, results.json, results.csv, plots and report.html go; finished cells there are not run again."""
+    template: str = "{prompt}"
+    """How a prompt is written."""
+    max_length: int = 512
+    """Tokens of prompt + response."""
+    limit: int | None = None
+    """Use only the first N training rows."""
+    eval_limit: int | None = None
+    """Score only the first N evaluation rows."""
+    compute_dtype: ComputeDtype = "auto"
+    """Arithmetic of the base."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    workers: int = 1
+    """Cells that run at the same time."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """No progress bar."""

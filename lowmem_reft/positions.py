@@ -1,0 +1,172 @@
+"""P: which tokens are edited, as a mask. ``"f7+l7"`` means the first 7 and last 7 tokens of the prompt.
+
+Everything here follows from masks, never from token ids, so padding side, pad == eos and a missing
+BOS do not matter. The result is one integer per token: the index of the parameter set φ that edits
+it, or -1. A token has at most one intervention by construction.
+
+Source: arXiv 2404.03592, section 3 (P) and 4 (the hyperparameters p, s and tying).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lowmem_reft.errors import InputError
+
+Tie = Literal["tied", "sides", "positions"]
+IGNORED_LABEL = -100
+GRAMMAR = "'all', 'fN' (first N), 'lN' (last N) or 'fN+lM', with N and M at least 1"
+
+_SPEC = re.compile(r"(?:f(?P<first>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<last>[1-9]\d*))?")
+_warned_spans = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """A parsed position specification, relative to the prompt."""
+
+    first: int = 0
+    """Prompt tokens edited at the start."""
+    last: int = 0
+    """Prompt tokens edited at the end."""
+    every: bool = False
+    """All prompt tokens; ``first`` and ``last`` are then 0."""
+
+
+def parse_positions(spec: str) -> Positions:
+    """Parse ``"all"``, ``"f7"``, ``"l1"`` or ``"f7+l7"``.
+
+    Raises:
+        InputError: the specification does not follow the grammar, which the message shows.
+    """
+    text = spec.strip() if isinstance(spec, str) else ""
+    if text == "all":
+        return Positions(every=True)
+    match = _SPEC.fullmatch(text)
+    first, last = (match["first"], match["last"]) if match else (None, None)
+    if not match or not (first or last) or bool(match["plus"]) != bool(first and last):
+        raise InputError(f"positions must be {GRAMMAR}, got {spec!r}; for example 'f7+l7'")
+    return Positions(first=int(first or 0), last=int(last or 0))
+
+
+def num_groups(positions: Positions, tie: Tie) -> int:
+    """Return how many parameter sets φ a layer needs: 1, one per side, or one per position.
+
+    Raises:
+        InputError: ``positions`` is "all" and ``tie`` is not "tied".
+    """
+    if tie not in ("tied", "sides", "positions"):
+        raise InputError(f"tie must be tied, sides or positions, got {tie!r}; choose one of them")
+    if tie == "tied":
+        return 1
+    if positions.every:
+        raise InputError(f"tie must be 'tied' with positions='all', got {tie!r}; prompts differ in length")
+    if tie == "sides":
+        return bool(positions.first) + bool(positions.last)
+    return positions.first + positions.last
+
+
+def find_prompt(
+    attention_mask: Int[Tensor, "batch seq"],
+    labels: Int[Tensor, "batch seq"] | None = None,
+    segments: Int[Tensor, "batch seq"] | None = None,
+) -> Bool[Tensor, "batch seq"]:
+    """Mark the prompt: attended, not supervised, and before the first supervised token.
+
+    Without labels every attended token is prompt. With several supervised spans in one example
+    the first prompt counts, and one warning is given.
+
+    Args:
+        attention_mask: nonzero where a token is attended.
+        labels: -100 where a token is not supervised.
+        segments: non-decreasing ids of the samples packed into a row; default: one sample a row.
+    """
+    attended = attention_mask.bool()
+    if labels is None:
+        return attended
+    supervised = (labels != IGNORED_LABEL) & attended
+    seen = _running_count(supervised, segments)
+    _warn_of_later_spans(attended & ~supervised & (seen > 0), supervised, segments)
+    return attended & (seen == 0)
+
+
+def assign_groups(
+    positions: Positions,
+    tie: Tie,
+    prompt: Bool[Tensor, "batch seq"],
+    segments: Int[Tensor, "batch seq"] | None = None,
+) -> Int[Tensor, "batch seq"]:
+    """Return for each token the index of the φ that edits it, or -1.
+
+    A prompt of n < first + last tokens is shared out: the prefix side gets
+    min(first, max(n // 2, n - last)) tokens and the suffix side the rest, so every token is edited
+    once. With ``tie="positions"`` the prefix is numbered from the start and the suffix from the end:
+    the last prompt token always has the last φ.
+    """
+    if positions.every:
+        return torch.where(prompt, 0, -1)
+    from_start = _running_count(prompt, segments) - 1
+    flipped = None if segments is None else segments.flip(1).neg()
+    from_end = _running_count(prompt.flip(1), flipped).flip(1) - 1
+    length = from_start + from_end + 1
+    num_first = torch.maximum(length // 2, length - positions.last).clamp(max=positions.first)
+    num_last = (length - num_first).clamp(max=positions.last)
+    in_prefix, in_suffix = prompt & (from_start < num_first), prompt & (from_end < num_last)
+    prefix_group, suffix_group = torch.zeros_like(length), torch.zeros_like(length)
+    if tie == "sides":
+        suffix_group += bool(positions.first)
+    elif tie == "positions":
+        prefix_group = from_start
+        suffix_group = positions.first + positions.last - 1 - from_end
+    groups = torch.where(in_suffix, suffix_group, torch.full_like(length, -1))
+    return torch.where(in_prefix, prefix_group, groups)
+
+
+def packed_segments(
+    position_ids: Int[Tensor, "batch seq"] | None, attention_mask: Int[Tensor, "batch seq"]
+) -> Int[Tensor, "batch seq"] | None:
+    """Return sample ids where position ids start again at 0 inside a row (packing), else None."""
+    if position_ids is None or position_ids.ndim != 2:
+        return None
+    position_ids = position_ids.expand_as(attention_mask)
+    starts = (position_ids == 0) & attention_mask.bool()
+    if not bool((starts.sum(1) > 1).any()):
+        return None
+    return starts.long().cumsum(1)
+
+
+def _running_count(
+    mask: Bool[Tensor, "batch seq"], segments: Int[Tensor, "batch seq"] | None
+) -> Int[Tensor, "batch seq"]:
+    """Count the marked tokens up to and including each token, from the start of its sample."""
+    count = mask.long().cumsum(1)
+    if segments is None:
+        return count
+    index = torch.arange(mask.shape[1], device=mask.device).expand_as(segments)
+    is_start = torch.ones_like(mask)
+    is_start[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    start = torch.where(is_start, index, torch.zeros_like(index)).cummax(1).values
+    return count - (count - mask.long()).gather(1, start)
+
+
+def _warn_of_later_spans(
+    gap: Bool[Tensor, "batch seq"],
+    supervised: Bool[Tensor, "batch seq"],
+    segments: Int[Tensor, "batch seq"] | None,
+) -> None:
+    global _warned_spans
+    if _warned_spans or not bool((supervised & (_running_count(gap, segments) > 0)).any()):
+        return
+    _warned_spans = True
+    warnings.warn(
+        "some examples have several supervised spans; the prompt before the first one is edited and "
+        "later prompts are not (pass intervention_mask to choose otherwise)",
+        stacklevel=2,
+    )

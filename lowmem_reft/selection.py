@@ -1,0 +1,241 @@
+"""From the arguments of a forward pass to the tokens that each adapter edits.
+
+Training: the prompt is what is attended and not supervised before the first supervised token.
+Generation: the prompt is everything attended at prefill; decode steps are left alone.
+Other tasks: every attended token is prompt. An explicit ``intervention_mask`` overrides all of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.positions import (
+    assign_groups,
+    find_prompt,
+    num_groups,
+    packed_segments,
+    parse_positions,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import nn
+
+    from lowmem_reft.config import ReftConfig
+
+# For each adapter, for each of its φ: the batch and sequence indices of the tokens that φ edits.
+Selection = dict[str, list[tuple[Tensor, Tensor]]]
+
+
+class Selector:
+    """Turns masks into selections for every adapter of one model."""
+
+    def __init__(self, model: nn.Module, configs: Mapping[str, ReftConfig]) -> None:
+        self.configs = configs
+        self.parameter_names = list(inspect.signature(model.forward).parameters)
+        self.is_causal = bool(getattr(model, "can_generate", lambda: False)())
+        self._adapter_names: Sequence[str] | None = None
+        # While generating: (batch, prompt), the attended tokens, and the caller's explicit choice.
+        self._prompt: Tensor | None = None
+        self._prompt_choice: Tensor | None = None
+
+    def select(
+        self, active: list[str], args: Any, kwargs: dict[str, Any], *, training: bool
+    ) -> tuple[Selection, dict[str, Any]]:
+        """Return the selection of one forward pass and its keyword arguments without our own.
+
+        Args:
+            active: adapters that edit every example, unless ``adapter_names`` says otherwise.
+            args: positional arguments of the base model's forward.
+            kwargs: its keyword arguments, among them possibly ``intervention_mask``.
+            training: whether gradients will be taken, so that labels are needed to tell the prompt.
+
+        Raises:
+            InputError: no labels in training, or a mask of the wrong shape.
+        """
+        call = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
+        kwargs = {key: value for key, value in kwargs.items() if key != "intervention_mask"}
+        selection: Selection = {}
+        no_adapter = not active and self._adapter_names is None
+        if no_adapter or _past_length(call) >= self._prompt_length():
+            return selection, kwargs
+        for name, rows in self._examples(active, _shape(call)[0]).items():
+            config = self.configs[name]
+            groups = self._groups(config, call, training=training)
+            if rows is not None:
+                groups = torch.where(rows[:, None].to(groups.device), groups, -1)
+            count = num_groups(parse_positions(config.positions), config.tie)  # type: ignore[arg-type]
+            selection[name] = [(groups == group).nonzero(as_tuple=True) for group in range(count)]
+        return selection, kwargs
+
+    @contextmanager
+    def mixed(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Let each example be edited by its own adapter ("__base__": by none) for a while."""
+        self._adapter_names = adapter_names
+        try:
+            yield
+        finally:
+            self._adapter_names = None
+
+    @contextmanager
+    def generation(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """Fix the prompt of a ``generate`` call for a while; yield its arguments, mask included.
+
+        Knowing the whole prompt beforehand is what makes chunked prefill, prepared 4-D masks,
+        beams and speculative decoding come out right.
+        """
+        kwargs = dict(kwargs)
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if inputs is None or kwargs.get("past_key_values") is not None:
+            yield kwargs
+            return
+        mask = kwargs.get("attention_mask")
+        if mask is None and inputs.ndim == 2:
+            mask = kwargs["attention_mask"] = _infer_mask(model, inputs, kwargs)
+        self._prompt_choice = kwargs.pop("intervention_mask", None)
+        self._prompt = torch.ones(inputs.shape[:2]) if mask is None else mask
+        try:
+            yield kwargs
+        finally:
+            self._prompt = self._prompt_choice = None
+
+    def _prompt_length(self) -> int:
+        """Return from which cache length on nothing is edited: past the prompt, it is a decode step."""
+        if self._prompt is not None:
+            return self._prompt.shape[1]
+        return 1
+
+    def _examples(self, active: list[str], batch: int) -> dict[str, Tensor | None]:
+        """Return for each adapter which examples it edits; None means all of them."""
+        if self._adapter_names is None:
+            return {name: None for name in active if name in self.configs}
+        names = self._adapter_names
+        if batch % len(names):
+            raise InputError(
+                f"adapter_names must have one name per example ({batch}), got {len(names)}; "
+                "use '__base__' for examples without an adapter"
+            )
+        # Beams and returned sequences repeat each example in place.
+        names = [name for name in names for _ in range(batch // len(names))]
+        return {
+            name: torch.tensor([other == name for other in names])
+            for name in dict.fromkeys(names)
+            if name != "__base__"
+        }
+
+    def _groups(self, config: ReftConfig, call: dict[str, Any], *, training: bool) -> Tensor:
+        """Return (batch, length): the index of the φ that edits each token, or -1."""
+        batch, length = _shape(call)
+        if self._prompt is not None:
+            past = _past_length(call)
+            groups = _groups_of_prompt(config, self._prompt, self._prompt_choice)
+            groups = groups.repeat_interleave(batch // groups.shape[0], 0)[:, past : past + length]
+            return torch.nn.functional.pad(groups, (0, length - groups.shape[1]), value=-1)
+        explicit = call.get("intervention_mask")
+        if explicit is not None:
+            return _explicit_groups(explicit, config, (batch, length))
+        mask = _attended(call, batch, length)
+        causal = config.task_type == "CAUSAL_LM" or (config.task_type is None and self.is_causal)
+        labels = call.get("labels") if causal else None
+        if causal and labels is None and training:
+            raise InputError(
+                "labels must be given in training, because the prompt is what they do not supervise; "
+                "pass labels or intervention_mask to the model (a trainer that takes the labels out, "
+                "as label smoothing does, needs intervention_mask)"
+            )
+        return _groups_of_prompt(
+            config, mask, None, labels, packed_segments(call.get("position_ids"), mask)
+        )
+
+
+def _groups_of_prompt(
+    config: ReftConfig,
+    attended: Tensor,
+    explicit: Tensor | None,
+    labels: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:
+    if explicit is not None:
+        return _explicit_groups(explicit, config, attended.shape)
+    prompt = find_prompt(attended, labels, segments)
+    return assign_groups(parse_positions(config.positions), config.tie, prompt, segments)  # type: ignore[arg-type]
+
+
+def _shape(call: dict[str, Any]) -> tuple[int, int]:
+    inputs = call.get("input_ids")
+    inputs = call.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None:
+        raise InputError("input_ids must be given (or inputs_embeds), got neither; pass one of them")
+    return int(inputs.shape[0]), int(inputs.shape[1])
+
+
+def _past_length(call: dict[str, Any]) -> int:
+    cache = call.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:
+    """Return (batch, length): nonzero where one of the tokens of this call is attended."""
+    mask = call.get("attention_mask")
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()))
+    if mask is None:
+        inputs = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+        device = "cpu" if inputs.is_meta else inputs.device
+        return torch.ones(batch, length, dtype=torch.long, device=device)
+    if mask.ndim == 4:
+        # A prepared mask: a token that is attended attends at least to itself.
+        own = mask[:, 0, :, :length].diagonal(dim1=-2, dim2=-1)
+        own = own if own.dtype == torch.bool else own == 0
+        return own.long().expand(batch, length)
+    if mask.ndim != 2 or mask.shape[1] < length:
+        raise InputError(
+            f"attention_mask must have shape ({batch}, {length}), got {tuple(mask.shape)}; "
+            "pass one row per example"
+        )
+    return mask[:, -length:]
+
+
+def _explicit_groups(mask: Tensor, config: ReftConfig, shape: Sequence[int]) -> Tensor:
+    """Check an ``intervention_mask`` and turn it into group indices."""
+    if tuple(mask.shape) != tuple(shape):
+        raise InputError(
+            f"intervention_mask must have the shape of the input, {tuple(shape)}, got "
+            f"{tuple(mask.shape)}; one entry per token"
+        )
+    count = num_groups(parse_positions(config.positions), config.tie)  # type: ignore[arg-type]
+    if mask.dtype == torch.bool:
+        if count > 1:
+            raise InputError(
+                f"intervention_mask must hold the index of the φ (0 to {count - 1}) or -1 per token "
+                f"when tie={config.tie!r}, got bool; pass integers"
+            )
+        return torch.where(mask, 0, -1)
+    if mask.is_floating_point() or int(mask.max()) >= count:
+        raise InputError(
+            f"intervention_mask must be bool, or integers from -1 to {count - 1}, got {mask.dtype} up "
+            f"to {mask.max().item()}; -1 leaves a token alone"
+        )
+    return mask.long()
+
+
+def _infer_mask(model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Return the mask that ``generate`` would infer: padding is masked where it is unambiguous."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
+    eos = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
+    ends = {eos} if not isinstance(eos, list) else set(eos)
+    if pad is None or pad in ends:
+        return torch.ones_like(input_ids)
+    return (input_ids != pad).long()

@@ -1,0 +1,346 @@
+"""L: where Φ is attached. ReFT as an ordinary PEFT method.
+
+A ``ReftLayer`` sits as a submodule ``reft`` in each edited block (or MLP, or attention) and edits
+that module's output in a forward hook; the base's own modules, names and weights are untouched.
+A forward pre-hook on the base model turns the masks of the call into a ``Selection``: which tokens
+each adapter edits with which φ. The selection holds for that one forward pass, and for its
+recomputation under activation checkpointing.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from lowmem_reft.blocks import component_path, find_blocks, hidden_size
+from lowmem_reft.config import ReftConfig, resolve_layers
+from lowmem_reft.errors import InputError
+from lowmem_reft.interventions import build_intervention
+from lowmem_reft.positions import num_groups, parse_positions
+from lowmem_reft.registration import PREFIX, register
+from lowmem_reft.selection import Selection, Selector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+SUBMODULE = "reft"
+
+
+class CurrentSelection:
+    """The selection of the running forward pass, shared by the tuner and its layers."""
+
+    def __init__(self) -> None:
+        self.value: Selection | None = None
+
+    @contextmanager
+    def use(self, selection: Selection | None) -> Iterator[None]:
+        """Make ``selection`` the current one for a while."""
+        before, self.value = self.value, selection
+        try:
+            yield
+        finally:
+            self.value = before
+
+
+class ReftLayer(nn.Module, BaseTunerLayer):
+    """The interventions of every adapter on one module's output."""
+
+    adapter_layer_names: tuple[str, ...] = ("reft_phi",)
+    other_param_names: tuple[str, ...] = ("reft_dropout",)
+
+    def __init__(self, hidden: int, current: CurrentSelection) -> None:
+        nn.Module.__init__(self)
+        self.hidden_size = hidden
+        self.current = current
+        self.reft_phi = nn.ModuleDict()
+        self.reft_dropout: dict[str, float] = {}
+        # fp32 values as last seen: some trainers cast trainable parameters to 16 bit behind our back.
+        self._full_precision: dict[str, Tensor] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def add(self, adapter_name: str, config: ReftConfig, device: torch.device) -> None:
+        """Create the φ of ``adapter_name``, one per parameter group, in fp32 on ``device``."""
+        groups = num_groups(parse_positions(config.positions), config.tie)  # type: ignore[arg-type]
+        phi = nn.ModuleList(
+            build_intervention(config.intervention, self.hidden_size, **config.fields())
+            for _ in range(groups)
+        )
+        if not any(parameter.is_meta for parameter in phi.parameters()):
+            phi.to(device)
+        self.reft_phi[adapter_name] = phi
+        self.reft_dropout[adapter_name] = config.dropout
+        self.restore_full_precision()
+
+    def edit_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook: return ``output`` with the selected hidden vectors edited.
+
+        Raises:
+            RuntimeError: the block runs outside the adapted model's own forward.
+        """
+        if self.disable_adapters or not self.reft_phi:
+            return output
+        if self.current.value is None:
+            raise RuntimeError(
+                "an adapted block ran outside the forward pass of the adapted model, so the token "
+                "positions are unknown; call the model itself, not a part of it"
+            )
+        hidden = output[0] if isinstance(output, tuple) else output
+        edited = hidden
+        for adapter_name, groups in self.current.value.items():
+            if adapter_name in self.reft_phi:
+                for phi, index in zip(self.reft_phi[adapter_name], groups, strict=True):
+                    edited = self._edit(edited, phi, index, self.reft_dropout[adapter_name])
+        if edited is hidden:
+            return output
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def _edit(
+        self, hidden: Tensor, phi: nn.Module, index: tuple[Tensor, Tensor], dropout: float
+    ) -> Tensor:
+        """Return ``hidden`` (batch, seq, hidden) with the vectors at ``index`` changed by φ in fp32."""
+        if index[0].numel() == 0:
+            return hidden
+        rows, columns = (part.to(hidden.device) for part in index)
+        selected = hidden[rows, columns]  # (n, hidden)
+        # Autocast would take the products to 16 bit.
+        with torch.autocast(hidden.device.type, enabled=False):
+            vectors = selected.to(_dtype_of(phi))
+            change = phi(vectors)
+            if dropout and self.training:
+                change = nn.functional.dropout(change, dropout)
+            new = (vectors + change).to(hidden.dtype)
+        return hidden.index_put((rows, columns), new)
+
+    def train(self, mode: bool = True) -> ReftLayer:
+        """Switch the mode; entering training also undoes a cast of the interventions to 16 bit."""
+        super().train(mode)
+        if mode:
+            self.restore_full_precision()
+        return self
+
+    def restore_full_precision(self) -> bool:
+        """Give parameters that something cast to 16 bit their fp32 values back.
+
+        Returns:
+            Whether any parameter had been cast.
+        """
+        restored = False
+        for name, parameter in self.reft_phi.named_parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                before = self._full_precision.get(name, parameter.data).to(parameter.device)
+                # Values loaded after the cast are newer than ours: keep those, as far as they go.
+                same = torch.equal(before.to(parameter.dtype), parameter.data)
+                parameter.data = (before if same else parameter.data).float()
+                restored = True
+            self._full_precision[name] = parameter.data
+        if restored:
+            warnings.warn(
+                "something cast the interventions to 16 bit; they are restored to fp32", stacklevel=2
+            )
+        return restored
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from this layer and choose another active one (PEFT's rules)."""
+        super().delete_adapter(adapter_name)
+        kept = {name for name, _ in self.reft_phi.named_parameters()}
+        self._full_precision = {k: v for k, v in self._full_precision.items() if k in kept}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: an edit of some positions is not a change of weights.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(_NO_MERGE)
+
+
+class ReftModel(BaseTuner):
+    """PEFT tuner that attaches ``ReftLayer`` to the modules that a ``ReftConfig`` names."""
+
+    prefix: str = PREFIX
+    tuner_layer_cls = ReftLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _pre_injection_hook(self, model: nn.Module, config: ReftConfig, adapter_name: str) -> None:
+        name, blocks = find_blocks(model)
+        layers = resolve_layers(config.layers, len(blocks))
+        path = component_path(blocks[0], config.component)
+        suffix = re.escape(f".{path}") if path else ""
+        indices = "|".join(str(layer) for layer in layers)
+        config.target_modules = rf"{re.escape(name)}\.({indices}){suffix}"
+        existing = next((m for m in model.modules() if isinstance(m, ReftLayer)), None)
+        self.current = CurrentSelection() if existing is None else existing.current
+        self._handles: list[Any] = getattr(self, "_handles", [])
+        if existing is None:
+            self.selector = Selector(model, self.peft_config)
+            self._handles = [
+                model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                model.register_forward_hook(self._after_forward, always_call=True),
+            ]
+
+    def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict[str, Any]) -> ReftConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: ReftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = getattr(target, SUBMODULE, None)
+        if layer is None:
+            layer = ReftLayer(hidden_size(self.model), self.current)
+            target.add_module(SUBMODULE, layer)
+            # First among the hooks, so that recorded hidden states are the edited ones.
+            layer.hook = target.register_forward_hook(layer.edit_output, prepend=True)
+        weights = [p for p in target.parameters() if not p.is_meta]
+        layer.add(adapter_name, peft_config, weights[0].device if weights else torch.device("cpu"))
+        if adapter_name not in self.active_adapters:
+            layer.reft_phi[adapter_name].requires_grad_(False)
+
+    def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        layers = list(self._layers())
+        for layer in layers:
+            layer.restore_full_precision()
+        enabled = next((layer for layer in layers if not layer.disable_adapters), None)
+        selection, kwargs = self.selector.select(
+            [] if enabled is None else list(enabled.active_adapters),
+            args,
+            kwargs,
+            training=model.training and torch.is_grad_enabled(),
+        )
+        self.current.value = selection
+        _keep_selection_in_recompute(model, self.current)
+        return args, kwargs
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.current.value = None
+
+    def _layers(self) -> Iterator[ReftLayer]:
+        return (module for module in self.model.modules() if isinstance(module, ReftLayer))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the base model's ``generate``; the prompt is edited, new tokens are not."""
+        with self.selector.generation(self.model, args, kwargs) as model_kwargs:
+            return self.model.generate(*args, **model_kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's entry for ``adapter_names``: one adapter (or ``__base__``) per example."""
+        adapter_names: Sequence[str] | None = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names must not be given in training mode; call model.eval() first")
+        unknown = sorted({*adapter_names} - {*self.peft_config, "__base__"})
+        if unknown:
+            raise InputError(
+                f"adapter_names must be loaded adapters or '__base__', got {', '.join(unknown)}; "
+                f"loaded are {', '.join(self.peft_config)}"
+            )
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_with_adapter_names, adapter_names=list(adapter_names)), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        try:
+            with self.selector.mixed(adapter_names):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def unload(self) -> nn.Module:
+        """Remove every adapter and return the base model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        for parent in list(self.model.modules()):
+            layer = getattr(parent, SUBMODULE, None)
+            if isinstance(layer, ReftLayer):
+                layer.hook.remove()  # type: ignore[operator, union-attr]
+                delattr(parent, SUBMODULE)
+        return super().unload()
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(_NO_MERGE)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Refuse: an edit of some positions is not a change of weights.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(_NO_MERGE)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f".reft_phi.{adapter_name}.", ".reft_phi.", 1)
+
+
+_NO_MERGE = (
+    "ReFT edits hidden vectors at some positions, which no change of weights can express, so there is "
+    "nothing to merge; save the adapter with save_pretrained and load it beside the base"
+)
+
+
+def _with_adapter_names(
+    module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]
+) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _dtype_of(phi: nn.Module) -> torch.dtype:
+    tensor = next(phi.parameters(), None)
+    return next(phi.buffers()).dtype if tensor is None else tensor.dtype
+
+
+def _keep_selection_in_recompute(model: nn.Module, current: CurrentSelection) -> None:
+    """Make checkpointed blocks recompute under the selection of their own forward pass.
+
+    transformers before 5.23 checkpoints a block together with its hooks; by the time of the backward
+    pass another forward may have run (a reference model in DPO, say).
+    """
+    if not (model.training and torch.is_grad_enabled()):
+        return
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not hasattr(function, "keeps_selection"):
+            wrapped = _SelectionKeepingCheckpoint(function, current)
+            module._gradient_checkpointing_func = wrapped  # type: ignore[assignment]
+
+
+class _SelectionKeepingCheckpoint:
+    """A checkpoint function whose recomputation sees the selection of the forward pass."""
+
+    keeps_selection = True
+
+    def __init__(self, checkpoint: Any, current: CurrentSelection) -> None:
+        self.checkpoint, self.current = checkpoint, current
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        selection = self.current.value
+
+        def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            with self.current.use(selection):
+                return function(*inner_args, **inner_kwargs)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+register(ReftConfig, ReftModel)
