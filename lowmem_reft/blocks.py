@@ -6,22 +6,33 @@ as many modules as the configuration has layers; their attention and MLP go by f
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lowmem_reft.errors import InputError
 
-# First match wins. BERT-like blocks add the residual inside `output`, so the component is the
-# projection before it; in all others the sub-layer's own output is what enters the residual stream.
+# The first match is what enters the residual stream. BERT-like blocks add the residual inside
+# `output`, so it is the projection before that; Gemma 2, OLMo 2 and GLM 4 norm the sub-layer's
+# output first; elsewhere it is the sub-layer's own output.
 _SUBMODULES = {
     "block_output": ("",),
     "attention_output": (
         "attention.output.dense",
+        "post_self_attn_layernorm",
         "self_attn",
         "attn",
         "self_attention",
         "attention",
     ),
-    "mlp_output": ("output.dense", "mlp", "feed_forward", "ffn"),
+    "mlp_output": (
+        "output.dense",
+        "post_mlp_layernorm",
+        "post_feedforward_layernorm",
+        "mlp",
+        "feed_forward",
+        "ffn",
+    ),
 }
 
 
@@ -31,14 +42,12 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         InputError: no list of blocks is found, or the model is an encoder-decoder.
     """
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise InputError(
-            f"model must be a decoder-only or encoder-only transformer, got {type(model).__name__}; "
-            "ReFT positions are not defined for encoder-decoder models here"
+            "model must be a decoder-only or encoder-only transformer, got "
+            f"{type(model).__name__}; positions are not defined for encoder-decoder models here"
         )
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    num_layers = getattr(text_config, "num_hidden_layers", None)
+    num_layers = getattr(_text_config(model), "num_hidden_layers", None)
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -49,18 +58,22 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"model must have a ModuleList of config.num_hidden_layers={num_layers!r} blocks, got "
             f"{type(model).__name__}; this architecture is not supported"
         )
-    # A vision tower or a list of norms may have the same length: the blocks hold the most parameters.
+    # A vision tower or a list of norms may be as long: the blocks hold the most parameters.
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def component_path(block: nn.Module, component: str) -> str:
-    """Return the path below ``block`` of the module whose output is ``component`` ("" is the block).
+    """Return the path below ``block`` of the module whose output is ``component`` ("": itself).
 
     Raises:
         InputError: the block has no such module.
     """
     names = dict(block.named_modules())
-    for path in _SUBMODULES[component]:
+    candidates = _SUBMODULES[component]
+    if component == "attention_output" and "post_feedforward_layernorm" in names:
+        # Elsewhere (Llama) the norm of this name comes before the MLP.
+        candidates = ("post_attention_layernorm", *candidates)
+    for path in candidates:
         if path in names:
             return path
     raise InputError(
@@ -70,6 +83,9 @@ def component_path(block: nn.Module, component: str) -> str:
 
 def hidden_size(model: nn.Module) -> int:
     """Return the width of the hidden vectors that leave a block."""
-    config = model.config
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text_config.hidden_size)
+    return int(_text_config(model).hidden_size)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,25 +58,32 @@ class ReftConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Check every field."""
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = reft_type()
         reads = intervention_options(self.intervention)
         if self.init is None:
             self.init = "paper" if self.act else "identity"
-        num_groups(parse_positions(self.positions), self.tie)  # type: ignore[arg-type]
+        num_groups(parse_positions(self.positions), self.tie)
         check_layers(self.layers)
+        if not isinstance(self.layers, str):
+            self.layers = list(self.layers)  # a range or a tuple would not come back from the file
         if self.component not in COMPONENTS:
-            raise InputError(f"component must be one of {', '.join(COMPONENTS)}, got {self.component!r}; choose one")
+            raise InputError(
+                f"component must be one of {', '.join(COMPONENTS)}, got {self.component!r}; "
+                "choose one"
+            )
         if not isinstance(self.rank, int) or self.rank < 1:
-            raise InputError(f"rank must be a whole number of at least 1, got {self.rank!r}; for example 4")
+            raise InputError(
+                f"rank must be a whole number of at least 1, got {self.rank!r}; for example 4"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout!r}; for example 0.05")
         if self.init not in ("identity", "paper"):
             raise InputError(f"init must be 'identity' or 'paper', got {self.init!r}; choose one")
         if self.act is not None and ("act" not in reads or self.act not in ACTIVATIONS):
             raise InputError(
-                f"act must be one of {', '.join(ACTIVATIONS)} and belong to an intervention with a learned "
-                f"source, got {self.act!r} for {self.intervention}; leave it out"
+                f"act must be one of {', '.join(ACTIVATIONS)} and belong to an intervention with a "
+                f"learned source, got {self.act!r} for {self.intervention}; leave it out"
             )
 
     def fields(self) -> dict[str, Any]:
@@ -96,7 +104,8 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int | None) -> list[
     """Return the sorted 0-based block indices that ``layers`` names.
 
     Args:
-        layers: "all", "8;12;16", a list of indices, or "upper:F" with 0 < F <= 1 (rounded, at least one).
+        layers: "all", "8;12;16", a list of indices, or "upper:F" with 0 < F <= 1 (rounded, at
+            least one).
         num_layers: blocks in the model; None checks the grammar alone.
 
     Raises:
@@ -111,14 +120,19 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int | None) -> list[
             return list(range(count - max(1, round(float(upper[1]) * count)), count))
         parts = [part.strip() for part in layers.split(";")]
         if not all(part.isdecimal() for part in parts):
-            raise InputError(f"layers must be {LAYERS_GRAMMAR}, got {layers!r}; blocks are counted from 0")
+            raise InputError(
+                f"layers must be {LAYERS_GRAMMAR}, got {layers!r}; blocks are counted from 0"
+            )
         layers = [int(part) for part in parts]
-    indices = sorted({index for index in layers if isinstance(index, int) and index >= 0})
-    if not indices or len(indices) != len(list(layers)):
-        raise InputError(f"layers must be {LAYERS_GRAMMAR}, each once, got {layers!r}; blocks are counted from 0")
+    given = list(layers) if isinstance(layers, Iterable) else []
+    indices = sorted({index for index in given if type(index) is int and index >= 0})
+    if not indices or len(indices) != len(given):
+        raise InputError(
+            f"layers must be {LAYERS_GRAMMAR}, each once, got {layers!r}; blocks are counted from 0"
+        )
     if num_layers is not None and indices[-1] >= num_layers:
         raise InputError(
-            f"layers must be below {num_layers}, the number of blocks of this model, got {indices[-1]}; "
-            f"the last block is {num_layers - 1}"
+            f"layers must be below {num_layers}, the number of blocks of this model, got "
+            f"{indices[-1]}; the last block is {num_layers - 1}"
         )
     return indices

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lowmem_reft.errors import InputError
@@ -47,6 +48,7 @@ class _OrthonormalRows(torch.autograd.Function):
         return orthonormal.view_as(orthonormal)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         orthonormal, lower = ctx.saved_tensors
         (grad,) = grads
@@ -60,8 +62,12 @@ class _OrthonormalRows(torch.autograd.Function):
 def _factorize(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Return (Q, L) for ``raw`` of shape (rank, hidden): fp64 Cholesky of the rank × rank Gram."""
     a = raw.detach().double()
-    lower, failed = torch.linalg.cholesky_ex(a @ a.T)
-    if not raw.is_meta and failed.any():
+    gram = a @ a.T
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    # Each pivot is a row's distance from the span of the rows above it. Rounding alone leaves about
+    # 1e-8 of the row's length, and below 1e-6 the result would no longer be orthonormal in fp32.
+    sound = (failed == 0) & (lower.diagonal() > 1e-6 * gram.diagonal().sqrt()).all()
+    if not raw.is_meta and not sound:
         raise FloatingPointError(
             "the rows of the rotation are linearly dependent or not finite, so they cannot be made "
             "orthonormal; lower the learning rate or the rank"
@@ -73,15 +79,15 @@ def _factorize(raw: Tensor) -> tuple[Tensor, Tensor]:
 def orthonormal_rows(raw: Float[Tensor, "rank hidden"]) -> Float[Tensor, "rank hidden"]:
     r"""Orthonormalize the rows of ``raw`` by Cholesky-QR (Gram–Schmidt), differentiably.
 
-    Q = L⁻¹A where LLᵀ = AAᵀ. The Gram matrix is formed in fp64, which keeps QQᵀ = I to fp32 rounding
-    for condition numbers up to about 1e4; no hidden × hidden buffer is ever formed and the
-    backward pass is closed-form: O(hidden · rank²) both ways.
+    Q = L⁻¹A where LLᵀ = AAᵀ. The Gram matrix is formed in fp64, which keeps QQᵀ = I to fp32
+    rounding for condition numbers up to about 1e4; no hidden × hidden buffer is ever formed and
+    the backward pass is closed-form: O(hidden · rank²) both ways.
 
     Raises:
         FloatingPointError: rows linearly dependent or not finite.
     """
     q, lower = _factorize(raw)
-    out: Tensor = _OrthonormalRows.apply(raw, q, lower)
+    out: Tensor = _OrthonormalRows.apply(raw, q, lower)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -112,7 +118,8 @@ class Rotation(nn.Module):
                 f"rank must be between 1 and the hidden size {hidden_size}, got {rank!r}; lower it"
             )
         self.raw = nn.Parameter(torch.empty(rank, hidden_size))
-        self._cache: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        # What R was computed from, the values themselves, and the factorization.
+        self._cache: tuple[Any, Tensor, tuple[Tensor, Tensor]] | None = None
         nn.init.normal_(self.raw)
         if not self.raw.is_meta:
             # Starting on the manifold keeps the Gram matrix well conditioned from the first step.
@@ -120,8 +127,9 @@ class Rotation(nn.Module):
                 self.raw.copy_(orthonormal_rows(self.raw))
 
     def train(self, mode: bool = True) -> Rotation:
-        """Switch the mode and forget the factorization, whatever wrote to the parameter meanwhile."""
-        self._cache = None
+        """Switch the mode; a change forgets the factorization, whoever wrote to the parameter."""
+        if mode != self.training:  # trainers call train() before every forward pass
+            self._cache = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,8 +142,10 @@ class Rotation(nn.Module):
             return orthonormal_rows(self.raw)  # nothing tells whether `raw.data` was written to
         key = (self.raw._version, self.raw.data_ptr(), self.raw.device, _num_optimizer_steps)
         if self._cache is None or self._cache[0] != key:
-            self._cache = (key, _factorize(self.raw))
-        out: Tensor = _OrthonormalRows.apply(self.raw, *self._cache[1])
+            # The values are kept so that no later ones can come to lie at the same address.
+            self._cache = (key, self.raw.detach(), _factorize(self.raw))
+        factors = self._cache[2]
+        out: Tensor = _OrthonormalRows.apply(self.raw, *factors)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -146,6 +156,14 @@ def _learned_source(hidden_size: int, rank: int, *, zero: bool) -> nn.Linear:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
     return linear
+
+
+def _check_identity_start(act: str | None) -> None:
+    if act is not None:
+        raise InputError(
+            f"init must be 'paper' with act={act!r}, got 'identity'; a non-linear learned source "
+            "has no identity start here"
+        )
 
 
 class LoReft(nn.Module):
@@ -164,18 +182,15 @@ class LoReft(nn.Module):
         self.act = _activation(act)
         self.rotation = Rotation(hidden_size, rank)
         self.source = _learned_source(hidden_size, rank, zero=init == "identity")
-        if init == "identity" and not self.source.weight.is_meta:
-            if act is not None:
-                raise InputError(
-                    f"init must be 'paper' with act={act!r}, got 'identity'; a non-linear learned "
-                    "source has no identity start"
-                )
-            with torch.no_grad():
-                self.source.weight.copy_(self.rotation())
+        if init == "identity":
+            _check_identity_start(act)
+            if not self.source.weight.is_meta:
+                with torch.no_grad():
+                    self.source.weight.copy_(self.rotation())
 
     def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
         """Return Rᵀ(f(Wh + b) − Rh)."""
-        rotation = self.rotation()
+        rotation: Tensor = self.rotation()
         if self.act is None:
             edit = nn.functional.linear(hidden, self.source.weight - rotation, self.source.bias)
         else:
@@ -196,6 +211,7 @@ class NoReft(nn.Module):
         self.projection = nn.Linear(hidden_size, rank, bias=False)
         self.source = _learned_source(hidden_size, rank, zero=init == "identity")
         if init == "identity":
+            _check_identity_start(act)
             with torch.no_grad():
                 self.source.weight.copy_(self.projection.weight)
 
@@ -210,7 +226,7 @@ class NoReft(nn.Module):
 
 
 class DiReft(nn.Module):
-    r"""DiReFT, the paper's: h + W₂ᵀ(f(W₁h + b)), no constraint. pyreft calls it NodireftIntervention."""
+    r"""DiReFT, the paper's: h + W₂ᵀ f(W₁h + b), no constraint; pyreft's NodireftIntervention."""
 
     options: ClassVar[tuple[str, ...]] = ("rank", "act", "init")
 
@@ -224,12 +240,12 @@ class DiReft(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
         """Return W₂ᵀ f(W₁h + b)."""
-        edit = self.source(hidden)
+        edit: Tensor = self.source(hidden)
         return (edit if self.act is None else self.act(edit)) @ self.projection.weight
 
 
 class OrthogonalDiReft(nn.Module):
-    r"""Orthogonal DiReFT: h + Rᵀ(f(Wh + b)), RRᵀ = I. pyreft calls it DireftIntervention."""
+    r"""Orthogonal DiReFT: h + Rᵀ f(Wh + b), RRᵀ = I; pyreft's DireftIntervention."""
 
     options: ClassVar[tuple[str, ...]] = ("rank", "act", "init")
 
@@ -243,12 +259,13 @@ class OrthogonalDiReft(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
         """Return Rᵀ f(Wh + b)."""
+        rotation: Tensor = self.rotation()
         edit = self.source(hidden)
-        return (edit if self.act is None else self.act(edit)) @ self.rotation()
+        return (edit if self.act is None else self.act(edit)) @ rotation
 
 
 class ConsReft(nn.Module):
-    r"""ConsReFT: h + Rᵀ(b − Rh), RRᵀ = I: the subspace is set to a constant. It has no identity start."""
+    r"""ConsReFT: h + Rᵀ(b − Rh), RRᵀ = I: the subspace becomes a constant; no identity start."""
 
     options: ClassVar[tuple[str, ...]] = ("rank",)
 
@@ -259,12 +276,12 @@ class ConsReft(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
         """Return Rᵀ(b − Rh)."""
-        rotation = self.rotation()
+        rotation: Tensor = self.rotation()
         return (self.bias - hidden @ rotation.T) @ rotation
 
 
 class LobiReft(nn.Module):
-    r"""LobiReFT: h + Rᵀb, RRᵀ = I: a learned steering vector of bounded rank, the same for every h."""
+    r"""LobiReFT: h + Rᵀb, RRᵀ = I: a learned steering vector, the same for every h."""
 
     options: ClassVar[tuple[str, ...]] = ("rank",)
 
@@ -275,7 +292,8 @@ class LobiReft(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
         """Return Rᵀb, once per position."""
-        return (self.bias @ self.rotation()).expand_as(hidden)
+        rotation: Tensor = self.rotation()
+        return (self.bias @ rotation).expand_as(hidden)
 
 
 class Red(nn.Module):
@@ -294,7 +312,7 @@ class Red(nn.Module):
 
 
 class SteeringVector(nn.Module):
-    r"""Fixed steering vector: h + αv. ``vector`` is a buffer (saved, never trained); zero until set."""
+    r"""Fixed steering vector: h + αv. ``vector`` is a buffer: saved, fixed, zero until set."""
 
     options: ClassVar[tuple[str, ...]] = ("alpha",)
     vector: Tensor
@@ -310,9 +328,10 @@ class SteeringVector(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    r"""Series bottleneck adapter, arXiv 1902.00751: h + W_up f(W_down h + c) + b; f = relu by default.
+    r"""Series bottleneck adapter, arXiv 1902.00751: h + W_up f(W_down h + c) + b; default f: relu.
 
-    Meant for ``mlp_output`` or ``attention_output`` and ``positions="all"``. W_up and b start at zero.
+    Meant for ``mlp_output`` or ``attention_output`` and ``positions="all"``; starts with W_up = 0
+    and b = 0.
     """
 
     options: ClassVar[tuple[str, ...]] = ("rank", "act")
@@ -333,7 +352,7 @@ class Bottleneck(nn.Module):
 
 
 class InterchangeIntervention(nn.Module):
-    r"""DII, arXiv 2303.02536: b + Rᵀ(Rs − Rb): the base run's subspace takes the source run's value.
+    r"""DII, arXiv 2303.02536: b + Rᵀ(Rs − Rb): the subspace takes the source run's value.
 
     DAS learns R so that the counterfactual output comes out. It needs a second run's hidden vectors
     and is therefore called directly, not named in a ``ReftConfig``.
@@ -347,7 +366,7 @@ class InterchangeIntervention(nn.Module):
         self, base: Float[Tensor, "n hidden"], source: Float[Tensor, "n hidden"]
     ) -> Float[Tensor, "n hidden"]:
         """Return the change of ``base``: Rᵀ(R·source − R·base)."""
-        rotation = self.rotation()
+        rotation: Tensor = self.rotation()
         return ((source - base) @ rotation.T) @ rotation
 
 
@@ -385,7 +404,7 @@ def build_intervention(name: str, hidden_size: int, **fields: Any) -> nn.Module:
     Args:
         name: key of ``INTERVENTIONS``.
         hidden_size: width of the hidden vectors.
-        fields: ``rank``, ``act``, ``init``, ``alpha``; fields that ``name`` does not read are ignored.
+        fields: ``rank``, ``act``, ``init``, ``alpha``; others than ``name`` reads are ignored.
 
     Raises:
         InputError: unknown name or activation, rank out of range, or no identity start.
@@ -396,5 +415,7 @@ def build_intervention(name: str, hidden_size: int, **fields: Any) -> nn.Module:
 
 def _activation(name: str | None) -> Activation | None:
     if name is not None and name not in ACTIVATIONS:
-        raise InputError(f"act must be one of {', '.join(ACTIVATIONS)}, got {name!r}; or leave it out")
+        raise InputError(
+            f"act must be one of {', '.join(ACTIVATIONS)}, got {name!r}; or leave it out"
+        )
     return None if name is None else ACTIVATIONS[name]

@@ -45,8 +45,9 @@ class DataOptions:
     """Rows to score after training (never trained on)."""
     split: str = "train"
     """Split of a datasets id; files have only one."""
-    template: str = "{prompt}"
-    """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; {messages} rows use the chat template."""
+    template: str | None = None
+    """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; default: the adapter's own, else "{prompt}".
+    {messages} rows use the tokenizer's chat template."""
     max_length: int = 512
     """Tokens of prompt + response; longer prompts are cut from the left, a response that does not fit is an error."""
     limit: int | None = None
@@ -120,7 +121,7 @@ class RunOptions:
     resume: bool = False
     """Go on from the last checkpoint in --output-dir."""
     save_steps: int | None = None
-    """Optimizer steps between checkpoints; default: one at the end."""
+    """Optimizer steps between checkpoints; default: one every epoch."""
     logging_steps: int = 10
     """Optimizer steps between loss reports."""
     report_to: str = "none"
@@ -179,8 +180,8 @@ class GenerateOptions:
     """One prompt instead of a file."""
     output: Path | None = None
     """JSONL file to write; default: standard output."""
-    template: str = "{prompt}"
-    """How a prompt is written; the same as in training."""
+    template: str | None = None
+    """How a prompt is written; default: as in the adapter's training, else "{prompt}"."""
     max_new_tokens: int = 128
     """Tokens generated per prompt."""
     temperature: float = 0.0
@@ -211,8 +212,8 @@ class CompareOptions:
     """Comma-separated seeds."""
     output_dir: Path = Path("compare-results")
     """Where cells, results.json, results.csv, plots and report.html go; finished cells there are not run again."""
-    template: str = "{prompt}"
-    """How a prompt is written."""
+    template: str | None = None
+    """How a prompt is written; default: "{prompt}"."""
     max_length: int = 512
     """Tokens of prompt + response."""
     limit: int | None = None

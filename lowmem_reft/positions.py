@@ -1,4 +1,4 @@
-"""P: which tokens are edited, as a mask. ``"f7+l7"`` means the first 7 and last 7 tokens of the prompt.
+"""P: which tokens are edited, as a mask. ``"f7+l7"``: the prompt's first 7 and last 7 tokens.
 
 Everything here follows from masks, never from token ids, so padding side, pad == eos and a missing
 BOS do not matter. The result is one integer per token: the index of the parameter set φ that edits
@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from lowmem_reft.errors import InputError
 
-Tie = Literal["tied", "sides", "positions"]
+TIES = ("tied", "sides", "positions")
 IGNORED_LABEL = -100
 GRAMMAR = "'all', 'fN' (first N), 'lN' (last N) or 'fN+lM', with N and M at least 1"
 
@@ -56,18 +55,20 @@ def parse_positions(spec: str) -> Positions:
     return Positions(first=int(first or 0), last=int(last or 0))
 
 
-def num_groups(positions: Positions, tie: Tie) -> int:
+def num_groups(positions: Positions, tie: str) -> int:
     """Return how many parameter sets φ a layer needs: 1, one per side, or one per position.
 
     Raises:
         InputError: ``positions`` is "all" and ``tie`` is not "tied".
     """
-    if tie not in ("tied", "sides", "positions"):
-        raise InputError(f"tie must be tied, sides or positions, got {tie!r}; choose one of them")
+    if tie not in TIES:
+        raise InputError(f"tie must be one of {', '.join(TIES)}, got {tie!r}; choose one of them")
     if tie == "tied":
         return 1
     if positions.every:
-        raise InputError(f"tie must be 'tied' with positions='all', got {tie!r}; prompts differ in length")
+        raise InputError(
+            f"tie must be 'tied' with positions='all', got {tie!r}; prompts differ in length"
+        )
     if tie == "sides":
         return bool(positions.first) + bool(positions.last)
     return positions.first + positions.last
@@ -99,7 +100,7 @@ def find_prompt(
 
 def assign_groups(
     positions: Positions,
-    tie: Tie,
+    tie: str,
     prompt: Bool[Tensor, "batch seq"],
     segments: Int[Tensor, "batch seq"] | None = None,
 ) -> Int[Tensor, "batch seq"]:
@@ -107,8 +108,8 @@ def assign_groups(
 
     A prompt of n < first + last tokens is shared out: the prefix side gets
     min(first, max(n // 2, n - last)) tokens and the suffix side the rest, so every token is edited
-    once. With ``tie="positions"`` the prefix is numbered from the start and the suffix from the end:
-    the last prompt token always has the last φ.
+    once. With ``tie="positions"`` the prefix is numbered from the start and the suffix from the
+    end: the last prompt token always has the last φ.
     """
     if positions.every:
         return torch.where(prompt, 0, -1)
@@ -166,7 +167,7 @@ def _warn_of_later_spans(
         return
     _warned_spans = True
     warnings.warn(
-        "some examples have several supervised spans; the prompt before the first one is edited and "
-        "later prompts are not (pass intervention_mask to choose otherwise)",
+        "some examples have several supervised spans; the prompt before the first one is edited "
+        "and later prompts are not (pass intervention_mask to choose otherwise)",
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""Makes REFT one of PEFT's methods. PEFT keeps its methods in an enum and refuses names outside it."""
+"""Makes REFT one of PEFT's methods, which PEFT keeps in an enum and refuses outside it."""
 
 from __future__ import annotations
 

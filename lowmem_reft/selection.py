@@ -2,7 +2,8 @@
 
 Training: the prompt is what is attended and not supervised before the first supervised token.
 Generation: the prompt is everything attended at prefill; decode steps are left alone.
-Other tasks: every attended token is prompt. An explicit ``intervention_mask`` overrides all of it.
+Other tasks: every attended token is prompt. ``prompt_mask`` says instead which tokens are prompt;
+``intervention_mask`` says which tokens are edited and overrides all of it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from lowmem_reft.config import ReftConfig
 
+OWN_ARGUMENTS = ("prompt_mask", "intervention_mask")
+
 # For each adapter, for each of its φ: the batch and sequence indices of the tokens that φ edits.
 Selection = dict[str, list[tuple[Tensor, Tensor]]]
 
@@ -54,25 +57,27 @@ class Selector:
         Args:
             active: adapters that edit every example, unless ``adapter_names`` says otherwise.
             args: positional arguments of the base model's forward.
-            kwargs: its keyword arguments, among them possibly ``intervention_mask``.
+            kwargs: its keyword arguments, perhaps with ``prompt_mask`` or ``intervention_mask``.
             training: whether gradients will be taken, so that labels are needed to tell the prompt.
 
         Raises:
             InputError: no labels in training, or a mask of the wrong shape.
         """
         call = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
-        kwargs = {key: value for key, value in kwargs.items() if key != "intervention_mask"}
+        kwargs = {key: value for key, value in kwargs.items() if key not in OWN_ARGUMENTS}
         selection: Selection = {}
         no_adapter = not active and self._adapter_names is None
-        if no_adapter or _past_length(call) >= self._prompt_length():
+        is_decoding = _past_length(call) >= self._prompt_length()
+        if no_adapter or (is_decoding and call.get("intervention_mask") is None):
             return selection, kwargs
-        for name, rows in self._examples(active, _shape(call)[0]).items():
+        for name, examples in self._examples(active, _shape(call)[0]).items():
             config = self.configs[name]
             groups = self._groups(config, call, training=training)
-            if rows is not None:
-                groups = torch.where(rows[:, None].to(groups.device), groups, -1)
-            count = num_groups(parse_positions(config.positions), config.tie)  # type: ignore[arg-type]
-            selection[name] = [(groups == group).nonzero(as_tuple=True) for group in range(count)]
+            if examples is not None:
+                groups = torch.where(examples[:, None].to(groups.device), groups, -1)
+            count = num_groups(parse_positions(config.positions), config.tie)
+            tokens = [(groups == group).nonzero(as_tuple=True) for group in range(count)]
+            selection[name] = [(rows, columns) for rows, columns in tokens]
         return selection, kwargs
 
     @contextmanager
@@ -111,7 +116,7 @@ class Selector:
             self._prompt = self._prompt_choice = None
 
     def _prompt_length(self) -> int:
-        """Return from which cache length on nothing is edited: past the prompt, it is a decode step."""
+        """Return from which cache length on a forward pass is a decode step, past the prompt."""
         if self._prompt is not None:
             return self._prompt.shape[1]
         return 1
@@ -146,17 +151,21 @@ class Selector:
         if explicit is not None:
             return _explicit_groups(explicit, config, (batch, length))
         mask = _attended(call, batch, length)
+        segments = packed_segments(call.get("position_ids"), mask)
+        prompt = call.get("prompt_mask")
+        if prompt is not None:
+            _check_shape("prompt_mask", prompt, (batch, length))
+            attended = mask.bool() & prompt.to(mask.device).bool()
+            return _groups_of_prompt(config, attended, None, None, segments)
         causal = config.task_type == "CAUSAL_LM" or (config.task_type is None and self.is_causal)
         labels = call.get("labels") if causal else None
         if causal and labels is None and training:
             raise InputError(
-                "labels must be given in training, because the prompt is what they do not supervise; "
-                "pass labels or intervention_mask to the model (a trainer that takes the labels out, "
-                "as label smoothing does, needs intervention_mask)"
+                "labels must be given in training, because the prompt is what they do not "
+                "supervise; pass labels or prompt_mask to the model (a trainer that takes the "
+                "labels out, as label smoothing does, needs prompt_mask)"
             )
-        return _groups_of_prompt(
-            config, mask, None, labels, packed_segments(call.get("position_ids"), mask)
-        )
+        return _groups_of_prompt(config, mask, None, labels, segments)
 
 
 def _groups_of_prompt(
@@ -169,14 +178,16 @@ def _groups_of_prompt(
     if explicit is not None:
         return _explicit_groups(explicit, config, attended.shape)
     prompt = find_prompt(attended, labels, segments)
-    return assign_groups(parse_positions(config.positions), config.tie, prompt, segments)  # type: ignore[arg-type]
+    return assign_groups(parse_positions(config.positions), config.tie, prompt, segments)
 
 
 def _shape(call: dict[str, Any]) -> tuple[int, int]:
     inputs = call.get("input_ids")
     inputs = call.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
-        raise InputError("input_ids must be given (or inputs_embeds), got neither; pass one of them")
+        raise InputError(
+            "input_ids must be given (or inputs_embeds), got neither; pass one of them"
+        )
     return int(inputs.shape[0]), int(inputs.shape[1])
 
 
@@ -187,16 +198,17 @@ def _past_length(call: dict[str, Any]) -> int:
 
 def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:
     """Return (batch, length): nonzero where one of the tokens of this call is attended."""
-    mask = call.get("attention_mask")
-    if isinstance(mask, dict):
-        mask = next(iter(mask.values()))
+    mask: Tensor | dict[str, Tensor | None] | None = call.get("attention_mask")
+    if isinstance(mask, dict):  # one per attention type
+        mask = next((part for part in mask.values() if part is not None), None)
     if mask is None:
         inputs = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         device = "cpu" if inputs.is_meta else inputs.device
         return torch.ones(batch, length, dtype=torch.long, device=device)
     if mask.ndim == 4:
         # A prepared mask: a token that is attended attends at least to itself.
-        own = mask[:, 0, :, :length].diagonal(dim1=-2, dim2=-1)
+        mask = mask[:, 0, :, :length].expand(-1, length, -1)
+        own = mask.diagonal(dim1=-2, dim2=-1)
         own = own if own.dtype == torch.bool else own == 0
         return own.long().expand(batch, length)
     if mask.ndim != 2 or mask.shape[1] < length:
@@ -209,33 +221,41 @@ def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:
 
 def _explicit_groups(mask: Tensor, config: ReftConfig, shape: Sequence[int]) -> Tensor:
     """Check an ``intervention_mask`` and turn it into group indices."""
-    if tuple(mask.shape) != tuple(shape):
-        raise InputError(
-            f"intervention_mask must have the shape of the input, {tuple(shape)}, got "
-            f"{tuple(mask.shape)}; one entry per token"
-        )
-    count = num_groups(parse_positions(config.positions), config.tie)  # type: ignore[arg-type]
+    _check_shape("intervention_mask", mask, shape)
+    count = num_groups(parse_positions(config.positions), config.tie)
     if mask.dtype == torch.bool:
         if count > 1:
             raise InputError(
-                f"intervention_mask must hold the index of the φ (0 to {count - 1}) or -1 per token "
-                f"when tie={config.tie!r}, got bool; pass integers"
+                f"intervention_mask must hold the index of the φ (0 to {count - 1}) or -1 per "
+                f"token when tie={config.tie!r}, got bool; pass integers"
             )
         return torch.where(mask, 0, -1)
     if mask.is_floating_point() or int(mask.max()) >= count:
         raise InputError(
-            f"intervention_mask must be bool, or integers from -1 to {count - 1}, got {mask.dtype} up "
-            f"to {mask.max().item()}; -1 leaves a token alone"
+            f"intervention_mask must be bool, or integers from -1 to {count - 1}, got {mask.dtype} "
+            f"up to {mask.max().item()}; -1 leaves a token alone"
         )
     return mask.long()
 
 
+def _check_shape(name: str, mask: Tensor, shape: Sequence[int]) -> None:
+    if tuple(mask.shape) != tuple(shape):
+        raise InputError(
+            f"{name} must have the shape of the input, {tuple(shape)}, got {tuple(mask.shape)}; "
+            "give one entry per token"
+        )
+
+
 def _infer_mask(model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Return the mask that ``generate`` would infer: padding is masked where it is unambiguous."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
-    eos = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
-    ends = {eos} if not isinstance(eos, list) else set(eos)
-    if pad is None or pad in ends:
+
+    def token(name: str) -> Any:
+        configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
+
+    pad, eos = token("pad_token_id"), token("eos_token_id")
+    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         return torch.ones_like(input_ids)
-    return (input_ids != pad).long()
+    attended: Tensor = input_ids != pad
+    return attended.long()

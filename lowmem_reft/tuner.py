@@ -13,7 +13,8 @@ import re
 import warnings
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -24,7 +25,7 @@ from lowmem_reft.blocks import component_path, find_blocks, hidden_size
 from lowmem_reft.config import ReftConfig, resolve_layers
 from lowmem_reft.errors import InputError
 from lowmem_reft.interventions import build_intervention
-from lowmem_reft.positions import num_groups, parse_positions
+from lowmem_reft.positions import IGNORED_LABEL, num_groups, parse_positions
 from lowmem_reft.registration import PREFIX, register
 from lowmem_reft.selection import Selection, Selector
 
@@ -35,10 +36,13 @@ SUBMODULE = "reft"
 
 
 class CurrentSelection:
-    """The selection of the running forward pass, shared by the tuner and its layers."""
+    """The selection of the running forward pass, shared by the tuners and layers of one model."""
 
-    def __init__(self) -> None:
+    def __init__(self, selector: Selector) -> None:
+        self.selector = selector
         self.value: Selection | None = None
+        self.handles: list[Any] = []
+        """The hooks on the model that set the selection."""
 
     @contextmanager
     def use(self, selection: Selection | None) -> Iterator[None]:
@@ -62,14 +66,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.current = current
         self.reft_phi = nn.ModuleDict()
         self.reft_dropout: dict[str, float] = {}
-        # fp32 values as last seen: some trainers cast trainable parameters to 16 bit behind our back.
+        # fp32 values as last seen: some trainers cast trainable parameters to 16 bit.
         self._full_precision: dict[str, Tensor] = {}
+        self.handle: Any = None
         self._disable_adapters = False
         self.merged_adapters = []
 
     def add(self, adapter_name: str, config: ReftConfig, device: torch.device) -> None:
         """Create the φ of ``adapter_name``, one per parameter group, in fp32 on ``device``."""
-        groups = num_groups(parse_positions(config.positions), config.tie)  # type: ignore[arg-type]
+        groups = num_groups(parse_positions(config.positions), config.tie)
         phi = nn.ModuleList(
             build_intervention(config.intervention, self.hidden_size, **config.fields())
             for _ in range(groups)
@@ -97,7 +102,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         edited = hidden
         for adapter_name, groups in self.current.value.items():
             if adapter_name in self.reft_phi:
-                for phi, index in zip(self.reft_phi[adapter_name], groups, strict=True):
+                for group, index in enumerate(groups):
+                    phi = self.reft_phi.get_submodule(f"{adapter_name}.{group}")
                     edited = self._edit(edited, phi, index, self.reft_dropout[adapter_name])
         if edited is hidden:
             return output
@@ -106,7 +112,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def _edit(
         self, hidden: Tensor, phi: nn.Module, index: tuple[Tensor, Tensor], dropout: float
     ) -> Tensor:
-        """Return ``hidden`` (batch, seq, hidden) with the vectors at ``index`` changed by φ in fp32."""
+        """Return ``hidden`` (batch, seq, hidden) with the vectors at ``index`` changed by φ."""
         if index[0].numel() == 0:
             return hidden
         rows, columns = (part.to(hidden.device) for part in index)
@@ -134,7 +140,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             Whether any parameter had been cast.
         """
         restored = False
-        for name, parameter in self.reft_phi.named_parameters():
+        tensors = (self.reft_phi.named_parameters(), self.reft_phi.named_buffers())
+        for name, parameter in chain.from_iterable(tensors):
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 before = self._full_precision.get(name, parameter.data).to(parameter.device)
                 # Values loaded after the cast are newer than ours: keep those, as far as they go.
@@ -144,14 +151,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self._full_precision[name] = parameter.data
         if restored:
             warnings.warn(
-                "something cast the interventions to 16 bit; they are restored to fp32", stacklevel=2
+                "something cast the interventions to 16 bit; they are restored to fp32",
+                stacklevel=2,
             )
         return restored
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer and choose another active one (PEFT's rules)."""
         super().delete_adapter(adapter_name)
-        kept = {name for name, _ in self.reft_phi.named_parameters()}
+        kept = self.reft_phi.state_dict()
         self._full_precision = {k: v for k, v in self._full_precision.items() if k in kept}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -168,31 +176,36 @@ class ReftModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = ReftLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
 
-    def _pre_injection_hook(self, model: nn.Module, config: ReftConfig, adapter_name: str) -> None:
-        name, blocks = find_blocks(model)
-        layers = resolve_layers(config.layers, len(blocks))
-        path = component_path(blocks[0], config.component)
-        suffix = re.escape(f".{path}") if path else ""
-        indices = "|".join(str(layer) for layer in layers)
-        config.target_modules = rf"{re.escape(name)}\.({indices}){suffix}"
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         existing = next((m for m in model.modules() if isinstance(m, ReftLayer)), None)
-        self.current = CurrentSelection() if existing is None else existing.current
-        self._handles: list[Any] = getattr(self, "_handles", [])
-        if existing is None:
-            self.selector = Selector(model, self.peft_config)
-            self._handles = [
+        if existing is not None:  # a second tuner, as transformers' add_adapter makes
+            self.current = existing.current
+            return
+        configs: Any = self.peft_config
+        self.current = CurrentSelection(Selector(model, configs))
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        if not self.current.handles:  # last of all: a refused configuration leaves no hook behind
+            self.current.handles = [
                 model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
                 model.register_forward_hook(self._after_forward, always_call=True),
             ]
 
-    def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict[str, Any]) -> ReftConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        # PEFT matches module names; this is the one hook that add_adapter goes through as well.
+        name, blocks = find_blocks(self.model)
+        layers = resolve_layers(peft_config.layers, len(blocks))
+        path = component_path(blocks[0], peft_config.component)
+        suffix = re.escape(f".{path}") if path else ""
+        indices = "|".join(str(layer) for layer in layers)
+        peft_config.target_modules = rf"{re.escape(name)}\.({indices}){suffix}"
         return peft_config
 
     def _create_and_replace(
         self,
-        peft_config: ReftConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -200,14 +213,14 @@ class ReftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = getattr(target, SUBMODULE, None)
-        if layer is None:
-            layer = ReftLayer(hidden_size(self.model), self.current)
-            target.add_module(SUBMODULE, layer)
-            # First among the hooks, so that recorded hidden states are the edited ones.
-            layer.hook = target.register_forward_hook(layer.edit_output, prepend=True)
+        existing = getattr(target, SUBMODULE, None)
+        layer = existing or ReftLayer(hidden_size(self.model), self.current)
         weights = [p for p in target.parameters() if not p.is_meta]
         layer.add(adapter_name, peft_config, weights[0].device if weights else torch.device("cpu"))
+        if existing is None:
+            target.add_module(SUBMODULE, layer)
+            # First among the hooks, so that recorded hidden states are the edited ones.
+            layer.handle = target.register_forward_hook(layer.edit_output, prepend=True)
         if adapter_name not in self.active_adapters:
             layer.reft_phi[adapter_name].requires_grad_(False)
 
@@ -216,7 +229,7 @@ class ReftModel(BaseTuner):
         for layer in layers:
             layer.restore_full_precision()
         enabled = next((layer for layer in layers if not layer.disable_adapters), None)
-        selection, kwargs = self.selector.select(
+        selection, kwargs = self.current.selector.select(
             [] if enabled is None else list(enabled.active_adapters),
             args,
             kwargs,
@@ -234,7 +247,7 @@ class ReftModel(BaseTuner):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the base model's ``generate``; the prompt is edited, new tokens are not."""
-        with self.selector.generation(self.model, args, kwargs) as model_kwargs:
+        with self.current.selector.generation(self.model, args, kwargs) as model_kwargs:
             return self.model.generate(*args, **model_kwargs)
 
     @contextmanager
@@ -245,7 +258,9 @@ class ReftModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names must not be given in training mode; call model.eval() first")
+            raise ValueError(
+                "adapter_names must not be given in training mode; call model.eval() first"
+            )
         unknown = sorted({*adapter_names} - {*self.peft_config, "__base__"})
         if unknown:
             raise InputError(
@@ -260,7 +275,7 @@ class ReftModel(BaseTuner):
             if isinstance(module, AuxiliaryTrainingWrapper)
         ]
         try:
-            with self.selector.mixed(adapter_names):
+            with self.current.selector.mixed(adapter_names):
                 yield
         finally:
             for handle in handles:
@@ -268,19 +283,24 @@ class ReftModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base model as it was."""
-        for handle in self._handles:
+        for handle in self.current.handles:
             handle.remove()
         for parent in list(self.model.modules()):
             layer = getattr(parent, SUBMODULE, None)
             if isinstance(layer, ReftLayer):
-                layer.hook.remove()  # type: ignore[operator, union-attr]
+                layer.handle.remove()
                 delattr(parent, SUBMODULE)
+            function = getattr(parent, "_gradient_checkpointing_func", None)
+            if isinstance(function, _SelectionKeepingCheckpoint):
+                parent._gradient_checkpointing_func = function.checkpoint
         return super().unload()
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(_NO_MERGE)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
         """Refuse: an edit of some positions is not a change of weights.
 
         Raises:
@@ -293,9 +313,21 @@ class ReftModel(BaseTuner):
         return key.replace(f".reft_phi.{adapter_name}.", ".reft_phi.", 1)
 
 
+def prompt_arguments(model: Any, labels: Tensor) -> dict[str, Tensor]:
+    """Return what to pass to ``model`` so that it knows the prompt although labels are not passed.
+
+    Args:
+        model: any model; one without ReFT needs nothing.
+        labels: (batch, seq), -100 where a token is not supervised.
+    """
+    if not isinstance(getattr(model, "base_model", None), ReftModel):
+        return {}
+    return {"prompt_mask": ((labels != IGNORED_LABEL).cumsum(1) == 0).long()}
+
+
 _NO_MERGE = (
-    "ReFT edits hidden vectors at some positions, which no change of weights can express, so there is "
-    "nothing to merge; save the adapter with save_pretrained and load it beside the base"
+    "ReFT edits hidden vectors at some positions, which no change of weights can express, so there "
+    "is nothing to merge; save the adapter with save_pretrained and load it beside the base"
 )
 
 
@@ -313,22 +345,20 @@ def _dtype_of(phi: nn.Module) -> torch.dtype:
 def _keep_selection_in_recompute(model: nn.Module, current: CurrentSelection) -> None:
     """Make checkpointed blocks recompute under the selection of their own forward pass.
 
-    transformers before 5.23 checkpoints a block together with its hooks; by the time of the backward
-    pass another forward may have run (a reference model in DPO, say).
+    MLP and attention are recomputed with their hooks, and so are whole blocks in transformers
+    before 5.23; by then another forward pass may have run (a reference model in DPO, say).
     """
     if not (model.training and torch.is_grad_enabled()):
         return
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is not None and not hasattr(function, "keeps_selection"):
+        if function is not None and not isinstance(function, _SelectionKeepingCheckpoint):
             wrapped = _SelectionKeepingCheckpoint(function, current)
             module._gradient_checkpointing_func = wrapped  # type: ignore[assignment]
 
 
 class _SelectionKeepingCheckpoint:
     """A checkpoint function whose recomputation sees the selection of the forward pass."""
-
-    keeps_selection = True
 
     def __init__(self, checkpoint: Any, current: CurrentSelection) -> None:
         self.checkpoint, self.current = checkpoint, current

@@ -1,0 +1,60 @@
+"""ReFT on a frozen 4- or 8-bit base, as an ordinary PEFT method.
+
+::
+
+    import lowmem_reft as lr
+    from peft import get_peft_model
+
+    base = lr.load_base("meta-llama/Llama-3.1-8B", storage="nf4")
+    model = get_peft_model(base, lr.ReftConfig(task_type="CAUSAL_LM", rank=4, positions="f7+l7"))
+
+Importing the package loads no torch; each name below is imported when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lowmem_reft import _peft_hook
+from lowmem_reft.errors import InputError
+
+if TYPE_CHECKING:
+    from lowmem_reft.base import load_base, load_tokenizer, save_base
+    from lowmem_reft.config import ReftConfig
+    from lowmem_reft.tuner import ReftModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "ReftConfig",
+    "ReftModel",
+    "__version__",
+    "load_base",
+    "load_tokenizer",
+    "save_base",
+]
+
+_MODULE_OF = {
+    "load_base": "lowmem_reft.base",
+    "load_tokenizer": "lowmem_reft.base",
+    "save_base": "lowmem_reft.base",
+    "ReftConfig": "lowmem_reft.config",
+    "ReftModel": "lowmem_reft.tuner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_peft_hook.install()

@@ -1,0 +1,402 @@
+"""The frozen base: loaded quantized, guarded, saved; the only module that touches bitsandbytes.
+
+4-bit storage is NF4 or FP4 with double quantization (QLoRA, https://arxiv.org/abs/2305.14314,
+section 3); 8-bit storage is LLM.int8() (https://arxiv.org/abs/2208.07339).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowmem_reft.checkpointing import enable_activation_checkpointing, stop_input_gradients
+from lowmem_reft.devices import DTYPES, resolve_compute_dtype, resolve_device
+from lowmem_reft.errors import InputError
+from lowmem_reft.options import Storage
+
+__all__ = [
+    "AUTO_CLASSES",
+    "STORAGES",
+    "base_digest",
+    "enable_activation_checkpointing",
+    "guard_linear4bit",
+    "load_base",
+    "load_tokenizer",
+    "resolve_compute_dtype",
+    "resolve_device",
+    "save_base",
+]
+
+AUTO_CLASSES: dict[str, Any] = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
+"""Task type, as PEFT names it, to the class that loads it."""
+
+QUANTIZED = ("nf4", "fp4", "int8")
+STORAGES = (*QUANTIZED, *DTYPES)
+
+
+def load_base(
+    model: str | Path,
+    *,
+    storage: Storage = "nf4",
+    compute_dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    task_type: str = "CAUSAL_LM",
+    activation_checkpointing: bool = False,
+    num_labels: int | None = None,
+    attn_implementation: str | None = None,
+    revision: str = "main",
+) -> PreTrainedModel:
+    """Load a pretrained model as a frozen base, quantized on the way in.
+
+    Every linear layer of the blocks is quantized. Embeddings, norms and the output head
+    (``lm_head``, which transformers never quantizes) stay in the compute dtype: nothing is cast up.
+    The head of a classifier stays unquantized and in fp32, its input is cast to fp32, so that it
+    can be trained (PEFT's ``modules_to_save``). No parameter requires a gradient. Only safetensors
+    are read and no code of the checkpoint is run. The model comes in evaluation mode and without
+    ``config.use_cache``, which training does not need; ``generate`` still uses a cache.
+
+    int8 quantizes the activations too: always on CUDA, in evaluation mode on a CPU. Its layers keep
+    their inputs until the backward pass, so activation checkpointing saves little with it.
+
+    Args:
+        model: Hub id or local directory, of an unquantized or a bitsandbytes checkpoint.
+        storage: How the frozen weights are stored: nf4, fp4, int8, bf16, fp16 or fp32.
+        compute_dtype: bf16, fp16, fp32, or auto or None: see `resolve_compute_dtype`.
+        device: cpu, cuda, cuda:N, or auto or None: see `resolve_device`.
+        task_type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS or FEATURE_EXTRACTION.
+        activation_checkpointing: See `enable_activation_checkpointing`.
+        num_labels: Classes of a SEQ_CLS or TOKEN_CLS head; default: as the checkpoint says.
+        attn_implementation: eager, sdpa, ...; default: what transformers picks.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        InputError: an argument is unknown, impossible on this machine or at odds with the model.
+    """
+    if storage not in STORAGES:
+        raise InputError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}; use nf4")
+    if task_type not in AUTO_CLASSES:
+        raise InputError(
+            f"task_type must be one of {', '.join(AUTO_CLASSES)}, got {task_type!r}; use CAUSAL_LM "
+            "for a language model"
+        )
+    target = resolve_device(device)
+    dtype = _resolve_dtype(storage, compute_dtype, target)
+    config = _load_config(model, revision)
+    _set_labels(config, task_type, num_labels)
+    options = _quantization_options(model, config, storage, dtype, task_type)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    base = _from_pretrained(
+        AUTO_CLASSES[task_type],
+        model,
+        config=config,
+        dtype=dtype,
+        device_map={"": str(target)},
+        revision=revision,
+        **options,
+    )
+    if storage in QUANTIZED:
+        if "quantization_config" not in options:
+            _cast_unquantized(base, dtype)
+        _warn_of_unquantized_weights(base, storage)
+    guard_linear4bit(base)
+    _freeze(base, task_type)
+    if activation_checkpointing:
+        enable_activation_checkpointing(base)
+    return base
+
+
+def load_tokenizer(model: str | Path, *, revision: str = "main") -> Any:
+    """Load the tokenizer of a model; one without a pad token pads with eos (no embedding is added).
+
+    Raises:
+        InputError: there is no tokenizer, or it has neither a pad nor an eos token.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(model), revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model must have a tokenizer, got {str(model)!r}; save one beside it ({_line(error)})"
+        ) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"model must have a tokenizer with a pad or an eos token, got {str(model)!r}; "
+                "set its pad_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_base(base: PreTrainedModel, directory: str | Path, tokenizer: Any = None) -> None:
+    """Save the base as it is stored, quantized bytes included; `load_base` gives the same logits.
+
+    Raises:
+        InputError: the model carries an adapter.
+    """
+    if hasattr(base, "peft_config"):
+        raise InputError(
+            f"base must be a model without an adapter, got {type(base).__name__!r}; "
+            "save the base before get_peft_model and the adapter with save_pretrained"
+        )
+    base.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def guard_linear4bit(model: nn.Module) -> None:
+    """Keep 4-bit layers from repacking their weight, which breaks training after an evaluation.
+
+    On a CPU with AVX512-BF16, in evaluation mode, bitsandbytes (0.50.2) repacks the weight in place
+    for a kernel without a backward pass: gradients are wrong from then on, without an error, and
+    the stored bytes have changed. `load_base` calls this; call it on models loaded otherwise.
+
+    Raises:
+        InputError: a weight is repacked already; its constants were rounded, so it is lost.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise InputError(
+                    f"model must not have been evaluated yet, got a repacked weight in {name!r}; "
+                    "load it again and call guard_linear4bit before its first forward pass"
+                )
+            module.support_avx512bf16_for_cpu = False
+
+
+def base_digest(model: nn.Module, exclude: Callable[[str], bool] | None = None) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers.
+
+    Quantized bytes and their constants (absmax, code books) are included. The names that PEFT puts
+    around a base are taken off: a base has one digest, alone or under an adapter that is excluded.
+
+    Args:
+        model: The base, or a PeftModel on it.
+        exclude: Tells from a name, as in ``state_dict``, whether to leave the tensor out.
+    """
+    tensors = {**dict(model.named_buffers()), **model.state_dict()}
+    digest = hashlib.sha256()
+    for name in sorted(tensors, key=_name_in_base):
+        if exclude is not None and exclude(name):
+            continue
+        tensor = tensors[name].detach()
+        digest.update(f"{_name_in_base(name)} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _name_in_base(name: str) -> str:
+    return re.sub(r"\.(base_layer|original_module)\.", ".", name.removeprefix("base_model.model."))
+
+
+def _resolve_dtype(
+    storage: str, compute_dtype: str | torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """Return the compute dtype; unquantized weights are computed with in the dtype they have."""
+    if storage in QUANTIZED:
+        return resolve_compute_dtype(compute_dtype, device)
+    if compute_dtype not in (None, "auto", storage, DTYPES[storage]):
+        raise InputError(
+            f"compute_dtype must be auto or {storage} with storage {storage}, "
+            f"got {compute_dtype!r}; unquantized weights are computed with as they are stored"
+        )
+    if storage == "fp16" and device.type == "cpu":
+        raise InputError("storage must be bf16 or fp32 on a CPU, got 'fp16'; use bf16")
+    return resolve_compute_dtype(storage, device)
+
+
+def _load_config(model: str | Path, revision: str) -> Any:
+    if str(model).startswith(("/", ".", "~")) and not Path(model).is_dir():
+        raise InputError(
+            f"model must be a hub id or an existing directory, got {str(model)!r}; check the path"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            str(model), revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "model must be a directory with a config.json or a reachable hub id, "
+            f"got {str(model)!r}; check name, network and access rights ({_line(error)})"
+        ) from error
+
+
+def _from_pretrained(auto_class: Any, model: str | Path, **options: Any) -> PreTrainedModel:
+    try:
+        base: PreTrainedModel = auto_class.from_pretrained(
+            str(model), use_safetensors=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"model must be one that {auto_class.__name__} loads from safetensors, "
+            f"got {str(model)!r}; convert it or change the options ({_line(error)})"
+        ) from error
+    return base
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _set_labels(config: Any, task_type: str, num_labels: int | None) -> None:
+    """Write into the config what a classifier reads there: its labels and the pad token."""
+    if not _has_head(task_type):
+        if num_labels is not None:
+            raise InputError(
+                f"num_labels must be left out with task_type {task_type}, got {num_labels!r}; "
+                "only SEQ_CLS and TOKEN_CLS have a head"
+            )
+        return
+    if num_labels is not None:
+        if num_labels < 1:
+            raise InputError(f"num_labels must be positive, got {num_labels!r}; count the classes")
+        config.num_labels = num_labels
+    if getattr(config, "pad_token_id", None) is None:
+        # As in load_tokenizer: a decoder classifies from the last token that is not padding.
+        eos = getattr(config, "eos_token_id", None)
+        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+
+
+def _quantization_options(
+    model: str | Path, config: Any, storage: str, dtype: torch.dtype, task_type: str
+) -> dict[str, Any]:
+    """Return from_pretrained's options; a quantized checkpoint keeps its own, written to config."""
+    skipped = None
+    if _has_head(task_type):
+        # transformers guesses the last layer, which misses heads of several layers or with a bias.
+        with torch.device("meta"):
+            skipped = [f"^{name}" for name in _head_names(_from_config(config, task_type))]
+    held = getattr(config, "quantization_config", None)
+    if held is not None:
+        held = held if isinstance(held, dict) else held.to_dict()
+        _check_held_storage(model, held, storage)
+        held["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+        if skipped:
+            held["llm_int8_skip_modules"] = (held.get("llm_int8_skip_modules") or []) + skipped
+        config.quantization_config = held
+    if storage == "int8":
+        # bitsandbytes says at every forward pass that activations are cast to fp16 to quantize.
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_notice)
+    if held is not None or storage not in QUANTIZED:
+        return {}
+    quantization: Any = transformers.BitsAndBytesConfig
+    return {
+        "quantization_config": quantization(
+            load_in_8bit=storage == "int8",
+            load_in_4bit=storage != "int8",
+            bnb_4bit_quant_type="nf4" if storage == "int8" else storage,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
+        )
+    }
+
+
+def _check_held_storage(model: str | Path, held: dict[str, Any], storage: str) -> None:
+    if held.get("load_in_8bit"):
+        kind = "int8"
+    elif held.get("load_in_4bit"):
+        kind = held.get("bnb_4bit_quant_type", "fp4")
+    else:
+        raise InputError(
+            f"model must be unquantized or quantized by bitsandbytes, got {str(model)!r} with "
+            f"{held.get('quant_method')!r}; use another checkpoint of it"
+        )
+    if kind != storage:
+        raise InputError(
+            f"storage must be {kind} for {str(model)!r}, which is already quantized, "
+            f"got {storage!r}; use {kind} or an unquantized checkpoint"
+        )
+
+
+def _is_no_cast_notice(record: logging.LogRecord) -> bool:
+    return "inputs will be cast from" not in record.getMessage()
+
+
+def _has_head(task_type: str) -> bool:
+    return task_type in ("SEQ_CLS", "TOKEN_CLS")
+
+
+def _from_config(config: Any, task_type: str) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AUTO_CLASSES[task_type].from_config(config)
+    except ValueError as error:
+        raise InputError(
+            f"task_type must be one that {config.model_type} has, got {task_type!r}; use another "
+            f"model or task ({_line(error)})"
+        ) from error
+    return model
+
+
+def _freeze(base: PreTrainedModel, task_type: str) -> None:
+    """Make nothing trainable, make a head ready to be, and build no caches or input gradients."""
+    base.config.use_cache = False
+    base.requires_grad_(False)
+    stop_input_gradients(base)
+    for name in _head_names(base) if _has_head(task_type) else ():
+        head = base.get_submodule(name).to(torch.float32)
+        head.register_forward_pre_hook(_cast_input_to_own_dtype)
+
+
+def _head_names(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that a classifier has outside its backbone, where they have weights."""
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and list(module.parameters())
+    ]
+
+
+def _cast_input_to_own_dtype(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(head.parameters()).dtype
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
+    )
+
+
+def _cast_unquantized(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what a quantized checkpoint left unquantized, which transformers keeps as it was."""
+    for parameter in base.parameters():
+        if isinstance(parameter, Params4bit):
+            parameter.quant_state.dtype = dtype  # what it is dequantized to in the backward pass
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _warn_of_unquantized_weights(base: PreTrainedModel, storage: str) -> None:
+    """Warn of matrices that bitsandbytes leaves alone, such as fused experts: memory is as before.
+
+    Embeddings are left alone on purpose, and so is what lies outside the backbone (the head).
+    """
+    names = [
+        f"{module_name}.{name}"
+        for module_name, module in base.base_model.named_modules()
+        if not isinstance(module, nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2 and not isinstance(parameter, (Params4bit, Int8Params))
+    ]
+    if names:
+        warnings.warn(
+            f"{len(names)} weights cannot be stored as {storage} and keep full size: "
+            f"{', '.join(names[:3])}{', ...' if names[3:] else ''}",
+            stacklevel=3,
+        )

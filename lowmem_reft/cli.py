@@ -1,0 +1,218 @@
+"""The command line: ``lowmem-reft train | evaluate | generate | compare``.
+
+Parsed by tyro from the dataclasses in ``options.py``, so every flag, default and help text is
+written there. Nothing heavy is imported before the options are known to be well-formed.
+
+Exit codes: 0; 2: input that the user can fix; 1: any other failure; 130: Ctrl-C or SIGTERM.
+With ``--json`` the last line of standard output is one JSON object; all else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lowmem_reft import __version__
+from lowmem_reft.errors import InputError
+from lowmem_reft.options import CompareOptions, EvaluateOptions, GenerateOptions, TrainOptions
+
+Options = TrainOptions | EvaluateOptions | GenerateOptions | CompareOptions
+
+_Commands = (
+    Annotated[TrainOptions, tyro.conf.subcommand("train")]
+    | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
+    | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
+    | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
+)
+
+# Subcommand and function that runs it: imported when it is called, because each imports torch.
+_HANDLERS: dict[type, tuple[str, str]] = {
+    TrainOptions: ("train", "run_training"),
+    EvaluateOptions: ("evaluate", "run_evaluation"),
+    GenerateOptions: ("generate", "run_generation"),
+    CompareOptions: ("compare", "run_comparison"),
+}
+
+_DESCRIPTION = f"""ReFT, LoRA and QLoRA on a frozen 4- or 8-bit base (version {__version__}).
+
+LOWMEM_REFT_DEBUG=1 in the environment shows the traceback of a failure."""
+
+_OUT_OF_MEMORY_ADVICE = (
+    "try a smaller --batch-size, shorter texts, nf4 storage and, in training, "
+    "--activation-checkpointing with --gradient-accumulation"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if not given.
+
+    Returns:
+        The exit code. Help (0) and wrong flags (2) leave through ``SystemExit`` instead.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"lowmem-reft {__version__}")
+        return 0
+    options: Options = tyro.cli(
+        _Commands,
+        prog="lowmem-reft",
+        description=_DESCRIPTION,
+        args=arguments,
+        config=(
+            tyro.conf.OmitArgPrefixes,  # --rank, not --method.rank
+            tyro.conf.DisallowNone,  # "--rank INT", not "--rank {None}|INT"
+            tyro.conf.FlagCreatePairsOff,  # every flag is off by default: no --no-json
+        ),
+    )
+    try:
+        with _sigterm_as_interrupt():
+            num_failed = _run(options)
+    except BrokenPipeError:
+        # The reader (head, less) has left. Python's own flush at exit must not fail over it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _report(options, "interrupted", _what_is_kept(options), code=130)
+    except InputError as error:
+        return _report(options, f"error: {error}", code=2)
+    except Exception as error:
+        return _report(options, *_explain(error), code=1)
+    if num_failed:
+        return _report(options, f"error: {num_failed} cells failed; the table names them", code=1)
+    return 0
+
+
+def _run(options: Options) -> int:
+    """Run the handler, print its result and return how many cells of a comparison failed."""
+    as_json = options.run.json if isinstance(options, TrainOptions) else options.json
+    with _stdout_to_stderr() if as_json else contextlib.nullcontext():
+        result = _handler(options)(options)
+    if as_json:
+        print(json.dumps(_finite(result), allow_nan=False, default=str))
+    elif isinstance(options, GenerateOptions):
+        _print_summary(result, to_stderr=True)  # standard output belongs to the generated text
+    else:
+        _print_summary(result)
+    sys.stdout.flush()
+    return int(result.get("num_failed", 0))
+
+
+def _handler(options: Options) -> Callable[[Options], dict[str, Any]]:
+    module, function = _HANDLERS[type(options)]
+    handler: Callable[[Options], dict[str, Any]] = getattr(
+        importlib.import_module(f"lowmem_reft.{module}"), function
+    )
+    return handler
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let a scheduler's SIGTERM end the run as Ctrl-C does: children stopped, one line said."""
+
+    def interrupt(_signum: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send standard output to standard error, also that of native libraries and child processes."""
+    sys.stdout.flush()
+    real_stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(real_stdout, 1)
+        os.close(real_stdout)
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinities as null: JSON has no other way to write them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_summary(result: dict[str, Any], *, to_stderr: bool = False) -> None:
+    """One line per figure; lists and nested objects are for ``--json`` and result.json."""
+    from rich.console import Console
+
+    shown = {key: v for key, v in result.items() if isinstance(v, str | int | float | Path)}
+    width = max(map(len, shown), default=0)
+    console = Console(stderr=to_stderr, soft_wrap=True)
+    for key, value in shown.items():
+        console.print(f"{key:<{width}}  {_format(key, value)}", markup=False)
+
+
+def _format(key: str, value: str | float | Path) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if key.endswith("_bytes"):
+        return f"{value / 2**20:,.1f} MiB"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _what_is_kept(options: Options) -> str:
+    if isinstance(options, CompareOptions):
+        return f"finished cells in {options.output_dir} are kept; the same command runs the rest"
+    if not isinstance(options, TrainOptions):
+        return "nothing was changed but the output file, if one was named"
+    directory = options.run.output_dir
+    if any(directory.glob("checkpoint-*")):
+        return f"checkpoints in {directory} are kept; add --resume to go on from the last one"
+    return f"no checkpoint had been written to {directory}; --save-steps N writes one every N steps"
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """What went wrong and what to do, for a failure that is not simply bad input."""
+    message = str(error) or type(error).__name__
+    # By their words: torch raises these as plain RuntimeErrors too, safetensors as its own class.
+    lowered = message.lower()
+    memory_words = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or any(words in lowered for words in memory_words):
+        return f"error: out of memory: {message}", _OUT_OF_MEMORY_ADVICE
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in lowered:
+        return f"error: the disk is full: {message}", "free some space and run the command again"
+    return (
+        f"error: {type(error).__name__}: {message}",
+        "set LOWMEM_REFT_DEBUG=1 in the environment for the traceback",
+    )
+
+
+def _report(options: Options, *lines: str, code: int) -> int:
+    if code == 130:
+        print(file=sys.stderr)  # ends the line of a progress bar
+    elif sys.exc_info()[0] is not None and os.environ.get("LOWMEM_REFT_DEBUG") == "1":
+        traceback.print_exc()
+    command = _HANDLERS[type(options)][0]
+    for line in lines:
+        print(f"lowmem-reft {command}: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The comparison: every method with every seed, trained and scored, memory beside accuracy.
+
+``run_comparison`` turns the options into cells (``cell.py``), runs each in its own process
+(``schedule.py``) and writes ``results.json``, ``results.csv`` and the report (``report/``). This
+module loads no model.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem_reft.cell import EMPTY_RESULT, Cell, Result, write_json
+from lowmem_reft.errors import InputError
+from lowmem_reft.options import (
+    CompareOptions,
+    DataOptions,
+    EvaluateOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    TrainOptions,
+)
+from lowmem_reft.schedule import CHILD_COMMAND, run_cells
+from lowmem_reft.sources import Sources, find_sources
+
+if TYPE_CHECKING:
+    from lowmem_reft.methods import MethodSpec
+
+CSV_FIELDS = tuple(
+    name for name in EMPTY_RESULT if name not in ("config", "versions", "loss_history")
+)
+"""Columns of results.csv: every field of a result that is one value."""
+
+
+def run_comparison(
+    options: CompareOptions, *, child_command: Sequence[str] = CHILD_COMMAND
+) -> dict[str, Any]:
+    """Run the matrix method x seed, with the untuned base as the first rows, and write the report.
+
+    Args:
+        options: What to compare; finished cells in ``options.output_dir`` are not run again.
+        child_command: Replaces the process that runs a cell.
+
+    Returns:
+        ``output_dir``, ``results``, ``csv``, ``report`` (paths), ``num_cells``, ``num_failed`` and
+        ``rows``: the table's rows, each a method with means over its seeds.
+
+    Raises:
+        InputError: The methods, seeds, model or data are wrong.
+    """
+    from lowmem_reft.methods import parse_methods
+    from lowmem_reft.report import write_report
+    from lowmem_reft.report.console import Progress, print_table
+    from lowmem_reft.report.table import aggregate
+
+    if options.workers < 1:
+        raise InputError(f"workers must be at least 1, got {options.workers}; give --workers 1")
+    specs, seeds = parse_methods(options.methods), parse_seeds(options.seeds)
+    cells = build_cells(options, specs, seeds, find_sources(options))
+    with Progress(len(cells), quiet=options.quiet) as progress:
+        results = run_cells(
+            cells, observer=progress, workers=options.workers, child_command=child_command
+        )
+    directory = options.output_dir
+    write_json(directory / "results.json", results)
+    write_csv(directory / "results.csv", results)
+    report = write_report(results, directory)
+    rows = aggregate(results)
+    if not options.quiet:
+        print_table(rows)
+    return {
+        "output_dir": str(directory),
+        "results": str(directory / "results.json"),
+        "csv": str(directory / "results.csv"),
+        "report": str(report),
+        "num_cells": len(results),
+        "num_failed": sum(result["error"] is not None for result in results),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"0,1,2"`` as numbers.
+
+    Raises:
+        InputError: Something is no number, or is there twice, or there is nothing.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
+        raise InputError(
+            f"seeds must be different non-negative integers, got {text!r}; write for example 0,1,2"
+        )
+    return [int(word) for word in words]
+
+
+def build_cells(
+    options: CompareOptions, specs: Sequence[MethodSpec], seeds: Sequence[int], sources: Sources
+) -> list[Cell]:
+    """The untuned base once per storage, then every method with every seed.
+
+    Raises:
+        InputError: Two methods are the same, or would share a directory.
+    """
+    storages = {spec.storage: spec.label for spec in reversed(specs)}
+    cells = [
+        _base_cell(options, sources, storage, storages[storage])
+        for storage in dict.fromkeys(spec.storage for spec in specs)
+    ]
+    cells += [_method_cell(options, sources, spec, seed) for spec in specs for seed in seeds]
+    if len({cell.directory for cell in cells}) < len(cells):
+        raise InputError(
+            f"methods must be different, got {options.methods!r}; drop the one that is there twice"
+        )
+    return cells
+
+
+def command_line(options: CompareOptions, method: str, seed: int) -> str:
+    """The command that runs one cell again (and scores the base beside it)."""
+    words = ["lowmem-reft", "compare", "--methods", method, "--seeds", str(seed)]
+    apart = {"methods", "seeds", "output_dir", "optim", "workers", "json", "quiet"}
+    for group, defaults in ((options, CompareOptions()), (options.optim, OptimOptions())):
+        for field in fields(group):
+            value = getattr(group, field.name)
+            if field.name not in apart and value != getattr(defaults, field.name):
+                flag = f"--{field.name.replace('_', '-')}"
+                words += [flag] if value is True else [flag, str(value)]
+    return shlex.join(words)
+
+
+def write_csv(path: Path, results: Sequence[Result]) -> None:
+    """One line per cell; nested fields (config, versions, losses) are in results.json only."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, CSV_FIELDS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(results)
+
+
+def _base_cell(options: CompareOptions, sources: Sources, storage: str, method: str) -> Cell:
+    label = f"base[storage={storage}]"
+    directory = _cell_directory(options, label, 0)
+    evaluate = _evaluate_options(options, sources, storage, directory, adapter=None)
+    command = command_line(options, method, 0)
+    return Cell(
+        directory=directory,
+        train=None,
+        evaluate=evaluate,
+        record=_record(sources, label, 0, command, None, evaluate),
+    )
+
+
+def _method_cell(options: CompareOptions, sources: Sources, spec: MethodSpec, seed: int) -> Cell:
+    from lowmem_reft.methods import resolve_learning_rate
+
+    directory = _cell_directory(options, spec.label, seed)
+    adapter = directory / "train" / "adapter"
+    evaluate = _evaluate_options(options, sources, spec.storage, directory, adapter=adapter)
+    train = TrainOptions(
+        model=evaluate.model,
+        data=replace(evaluate.data, data=sources.train, limit=options.limit),
+        method=spec.options,
+        optim=resolve_learning_rate(spec.options, replace(options.optim, **spec.optim_overrides)),
+        run=RunOptions(output_dir=directory / "train", seed=seed, quiet=True),
+    )
+    command = command_line(options, spec.label, seed)
+    return Cell(
+        directory=directory,
+        train=train,
+        evaluate=evaluate,
+        record=_record(sources, spec.label, seed, command, train, evaluate),
+    )
+
+
+def _evaluate_options(
+    options: CompareOptions, sources: Sources, storage: Any, directory: Path, adapter: Path | None
+) -> EvaluateOptions:
+    return EvaluateOptions(
+        model=ModelOptions(
+            model=sources.model,
+            storage=storage,
+            compute_dtype=options.compute_dtype,
+            device=options.device,
+            activation_checkpointing=options.activation_checkpointing,
+        ),
+        data=DataOptions(
+            data=sources.evaluate,
+            template=options.template,
+            max_length=options.max_length,
+            limit=options.eval_limit,
+        ),
+        adapter=adapter,
+        predictions=directory / "predictions.jsonl",
+        quiet=True,
+    )
+
+
+def _method_config(train: TrainOptions) -> dict[str, Any]:
+    """The method's options with the defaults of the method table: a new default is a new cell."""
+    from lowmem_reft.methods import find_method
+
+    method = find_method(train.method.method)
+    given = {name: value for name, value in asdict(train.method).items() if value is not None}
+    return {**method.fixed, **method.defaults, **given}
+
+
+def _record(
+    sources: Sources,
+    label: str,
+    seed: int,
+    command: str,
+    train: TrainOptions | None,
+    evaluate: EvaluateOptions,
+) -> Result:
+    """What is known before the run; ``config`` names its inputs by digest: valid on any machine."""
+    config: dict[str, Any] = {
+        "model": {**asdict(evaluate.model), "model": sources.model_digest},
+        "eval_data": {**asdict(evaluate.data), "data": sources.evaluate_digest},
+        "scoring": {
+            name: getattr(evaluate, name)
+            for name in ("scoring", "answer_pattern", "batch_size", "max_new_tokens")
+        },
+    }
+    if train is not None:
+        config["data"] = {**asdict(train.data), "data": sources.train_digest}
+        config["method"] = _method_config(train)
+        config["optim"] = asdict(train.optim)
+        config["seed"] = seed
+    canonical = json.dumps(config, sort_keys=True)
+    return {
+        "method": label,
+        "task": sources.task,
+        "seed": seed,
+        "storage": evaluate.model.storage,
+        "model": sources.model_name,
+        "command": command,
+        "config": config,
+        "key": hashlib.sha256(canonical.encode()).hexdigest(),
+    }
+
+
+def _cell_directory(options: CompareOptions, label: str, seed: int) -> Path:
+    slug = re.sub(r"[^A-Za-z0-9.+=]+", "-", label).strip("-")
+    return options.output_dir / "cells" / f"{slug}-seed{seed}"

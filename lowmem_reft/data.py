@@ -1,0 +1,332 @@
+"""Rows become prompt tokens and supervised response tokens; what is cut is counted.
+
+The joint: one space is put between prompt and response if neither has white space there, and all
+spaces at the joint belong to the response (" positive" is one token, as in lm-eval). The whole text
+is tokenized at once; the prompt is what its tokens share with those of the prompt alone, so a token
+that reaches into the response is supervised. This needs no character offsets, which slow tokenizers
+lack and byte-level ones trim at white space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.rows import (
+    Row,
+    as_choices,
+    class_index,
+    holdout,
+    label_names,
+    load_rows,
+    rows_digest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "IGNORED",
+    "Collator",
+    "EncodedRows",
+    "Row",
+    "as_choices",
+    "encode_choices",
+    "encode_labelled",
+    "encode_prompt",
+    "encode_rows",
+    "holdout",
+    "label_names",
+    "load_rows",
+    "rows_digest",
+]
+
+IGNORED = -100
+"""Label of a token that is not supervised (the default of torch's cross-entropy)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedRows:
+    """Token ids of rows, with what had to be cut."""
+
+    examples: list[dict[str, Any]]
+    """``input_ids`` and ``labels``: lists (-100 on the prompt), or one int for classification."""
+    num_cut_prompts: int
+    """Prompts (texts, for classification) that did not fit whole."""
+    num_cut_tokens: int
+    """Tokens that were cut from them in all."""
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "{prompt}",
+    max_length: int = 512,
+) -> EncodedRows:
+    r"""Tokenize rows for training: BOS if the tokenizer adds one, prompt, response, EOS.
+
+    Labels are -100 on the prompt, then the tokens of the response and EOS. Prompts that do not fit
+    are cut from the left; BOS stays.
+
+    Args:
+        rows: Rows with a response.
+        tokenizer: The base's tokenizer.
+        template: How a prompt is written: ``{prompt}`` is replaced by it, ``\n`` is a new line.
+            Chats use the tokenizer's chat template instead.
+        max_length: Most tokens of an example.
+
+    Raises:
+        InputError: If the template is wrong or a response does not fit; the message names the line.
+    """
+    texts = [_texts(row, tokenizer, template, [_response(row)]) for row in rows]
+    prompts = _tokenize([prompt for prompt, _ in texts], tokenizer)
+    wholes = _tokenize([whole for _, (whole,) in texts], tokenizer)
+    bos, eos_id = _bos(tokenizer), tokenizer.eos_token_id
+    examples, cuts = [], []
+    for row, prompt_ids, whole_ids in zip(rows, prompts, wholes, strict=True):
+        prompt, (response,) = _split(row, prompt_ids, [whole_ids], bos)
+        if eos_id is not None and response[-1:] != [eos_id]:
+            response.append(eos_id)
+        kept = _cut_left(row, prompt, len(response), tokenizer, max_length)
+        examples.append(_example(kept, response))
+        cuts.append(len(prompt) - len(kept))
+    return _encoded(examples, cuts)
+
+
+def encode_choices(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "{prompt}",
+    max_length: int = 512,
+) -> list[dict[str, list[int]]]:
+    """Tokenize every choice of a row for scoring: as in ``encode_rows``, but without EOS.
+
+    The prompt's tokens are the same in all of them; it is cut for the longest choice.
+
+    Raises:
+        InputError: If the row has no choices, the template is wrong or a choice does not fit.
+    """
+    if not row.choices:
+        raise InputError(f"{row.source}: a row must have choices, got a {row.kind} row; add them")
+    prompt_text, whole_texts = _texts(row, tokenizer, template, row.choices)
+    prompt_ids, *wholes = _tokenize([prompt_text, *whole_texts], tokenizer)
+    prompt, responses = _split(row, prompt_ids, wholes, _bos(tokenizer))
+    kept = _cut_left(row, prompt, max(map(len, responses)), tokenizer, max_length)
+    return [_example(kept, response) for response in responses]
+
+
+def encode_prompt(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "{prompt}",
+    max_length: int = 512,
+) -> list[int]:
+    """Tokenize the prompt alone for generation: the tokens it has in training, cut from the left.
+
+    Raises:
+        InputError: If the template is wrong.
+    """
+    prompt_text, _ = _texts(row, tokenizer, template, [])
+    (prompt_ids,) = _tokenize([prompt_text], tokenizer)
+    prompt, _ = _split(row, prompt_ids, [], _bos(tokenizer))
+    return _cut_left(row, prompt, 0, tokenizer, max_length)
+
+
+def encode_labelled(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 512,
+    label_names: Sequence[str],
+) -> EncodedRows:
+    """Tokenize ``text, label`` rows for a classification head: ``labels`` indexes ``label_names``.
+
+    Special tokens are the tokenizer's own. Long texts are cut at its truncation side, which is the
+    right unless it says otherwise.
+
+    Raises:
+        InputError: If a row has no label or one that is not in ``label_names``.
+    """
+    indices = [class_index(row, label_names) for row in rows]
+    whole: list[list[int]] = tokenizer([row.prompt for row in rows], verbose=False)["input_ids"]
+    examples: list[dict[str, Any]] = []
+    for row, index, ids in zip(rows, indices, whole, strict=True):
+        if len(ids) > max_length:
+            ids = tokenizer(row.prompt, truncation=True, max_length=max_length)["input_ids"]
+        examples.append({"input_ids": ids, "labels": index})
+    cuts = [
+        len(ids) - len(example["input_ids"]) for ids, example in zip(whole, examples, strict=True)
+    ]
+    return _encoded(examples, cuts)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pad examples to one length; the mask follows from lengths, never from ids: pad may be eos.
+
+    Gives ``input_ids`` and ``attention_mask`` (batch, seq) and, if the examples have them,
+    ``labels``: (batch, seq) with -100 on the padding, or (batch,) for classification.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    """Says which id pads (0 if it names none)."""
+    padding_side: Literal["left", "right"] = "right"
+    """Where padding goes; left for generation."""
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Pad and stack the examples of a batch."""
+        import torch
+
+        sequences = [example["input_ids"] for example in examples]
+        batch = {
+            "input_ids": self._stack(sequences, self.tokenizer.pad_token_id or 0),
+            "attention_mask": self._stack([[1] * len(ids) for ids in sequences], 0),
+        }
+        if "labels" in examples[0]:
+            labels = [example["labels"] for example in examples]
+            is_class = isinstance(labels[0], int)
+            batch["labels"] = torch.tensor(labels) if is_class else self._stack(labels, IGNORED)
+        return batch
+
+    def _stack(self, sequences: list[list[int]], fill: int) -> Tensor:
+        import torch
+
+        size = max(map(len, sequences))
+        stacked = torch.full((len(sequences), size), fill)
+        for row, ids in zip(stacked, sequences, strict=True):
+            start = 0 if self.padding_side == "right" else size - len(ids)
+            row[start : start + len(ids)] = torch.tensor(ids)
+        return stacked
+
+
+def _encoded(examples: list[dict[str, Any]], cuts: list[int]) -> EncodedRows:
+    return EncodedRows(
+        examples=examples, num_cut_prompts=sum(cut > 0 for cut in cuts), num_cut_tokens=sum(cuts)
+    )
+
+
+def _response(row: Row) -> str:
+    if row.response is None:
+        raise InputError(f"{row.source}: a row must have a response, got none; add it")
+    return row.response
+
+
+def _texts(
+    row: Row, tokenizer: PreTrainedTokenizerBase, template: str, responses: Sequence[str]
+) -> tuple[str, list[str]]:
+    """The prompt's text without the spaces at the joint, and the whole text for each response."""
+    if row.kind == "messages":
+        prompt, wholes = _chat_texts(row, tokenizer, answered=bool(responses))
+        return prompt.rstrip(" "), wholes
+    # An option on the command line holds a backslash and an n.
+    template = template.replace("\\n", "\n")
+    if "{prompt}" not in template:
+        raise InputError(
+            f"template must contain {{prompt}}, got {template!r}; write 'Question: {{prompt}}'"
+        )
+    # Not str.format: prompts and templates hold other braces.
+    prompt = template.replace("{prompt}", row.prompt)
+    wholes = []
+    for response in responses:
+        is_joined = prompt[-1].isspace() or response[0].isspace()
+        wholes.append(prompt + response if is_joined else f"{prompt} {response}")
+    return prompt.rstrip(" "), wholes
+
+
+def _chat_texts(
+    row: Row, tokenizer: PreTrainedTokenizerBase, *, answered: bool
+) -> tuple[str, list[str]]:
+    """The chat up to the response, and with it, as the tokenizer's chat template writes them."""
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"{row.source}: messages must come with a tokenizer that has a chat template, "
+            "got none; use an instruction-tuned model or convert the rows to prompt and response"
+        )
+    try:
+        prompt = tokenizer.apply_chat_template(
+            row.prompt_messages, tokenize=False, add_generation_prompt=True
+        )
+        if not answered:
+            return str(prompt), []
+        whole = tokenizer.apply_chat_template(list(row.messages), tokenize=False)
+    except TemplateError as error:  # for example: roles must alternate
+        raise InputError(
+            f"{row.source}: messages must suit the chat template, got {error}; correct the row"
+        ) from error
+    if not str(whole).startswith(str(prompt).rstrip(" ")):
+        raise InputError(
+            f"{row.source}: the chat template must write a response after its generation prompt "
+            f"{str(prompt)[-40:]!r}, got {str(whole)[-80:]!r}; convert to prompt and response rows"
+        )
+    # White space after the end of the turn (ChatML's new line) belongs to the next turn.
+    return str(prompt), [str(whole).rstrip()]
+
+
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids without special tokens, so that an EOS of the tokenizer's own is never there."""
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] if the tokenizer starts texts with one, else []."""
+    start: list[int] = tokenizer("")["input_ids"][:1]
+    return start if start == [tokenizer.bos_token_id] else []
+
+
+def _split(
+    row: Row, prompt_ids: list[int], wholes: list[list[int]], bos: list[int]
+) -> tuple[list[int], list[list[int]]]:
+    """Prompt (with BOS) and responses: whole texts share the prompt's tokens, then differ."""
+    size = min((_num_shared(prompt_ids, whole) for whole in wholes), default=len(prompt_ids))
+    if any(len(whole) == size for whole in wholes):
+        raise InputError(
+            f"{row.source}: response must have tokens, got none from this tokenizer; "
+            "use a model that knows its characters"
+        )
+    # Chat templates write their own BOS or none.
+    head = [] if row.kind == "messages" or prompt_ids[:1] == bos else bos
+    return head + prompt_ids[:size], [whole[size:] for whole in wholes]
+
+
+def _num_shared(first: list[int], second: list[int]) -> int:
+    """Length of the common start."""
+    differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differ, min(len(first), len(second)))
+
+
+def _cut_left(
+    row: Row,
+    prompt: list[int],
+    num_response: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[int]:
+    """The last tokens of the prompt that fit beside the response, after its BOS."""
+    if not prompt:
+        raise InputError(
+            f"{row.source}: prompt must have a token of its own before the response, got none; "
+            "make it longer"
+        )
+    head = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+    room = max_length - num_response - len(head)
+    if room < 1:
+        raise InputError(
+            f"{row.source}: response must leave room for the prompt in max_length {max_length}, "
+            f"got {num_response} tokens; raise max_length or shorten the response"
+        )
+    return head + prompt[len(head) :][-room:]
+
+
+def _example(prompt: list[int], response: list[int]) -> dict[str, list[int]]:
+    return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}

@@ -1,0 +1,86 @@
+"""Which device and which arithmetic the base uses."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+
+from lowmem_reft.errors import InputError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""The project's names of the floating-point dtypes."""
+
+
+def resolve_device(device: str | torch.device | None = None) -> torch.device:
+    """Turn cpu, cuda, cuda:N, auto or None into a device that exists; a CUDA device gets an index.
+
+    auto and None are CUDA if there is any, else the CPU. Without an index CUDA means the device of
+    this process under a distributed launcher (``LOCAL_RANK``), else the first.
+
+    Raises:
+        InputError: not a CPU or CUDA device, or not on this machine.
+    """
+    if device is None or device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = str(device).partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda" or not (number.isdecimal() or str(device) == "cuda"):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {str(device)!r}; use auto")
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"device must be one that torch can use, got {str(device)!r}; use cpu, or install a "
+            "driver and a CUDA build of torch (torch.cuda.is_available() is False)"
+        )
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise InputError(
+            f"device must be one of {torch.cuda.device_count()} CUDA devices (counted from 0), "
+            f"got {str(device)!r}; use a lower number"
+        )
+    return torch.device("cuda", index)
+
+
+def resolve_compute_dtype(
+    compute_dtype: str | torch.dtype | None, device: str | torch.device | None = None
+) -> torch.dtype:
+    """Resolve the dtype of the base's arithmetic.
+
+    auto and None are bf16 where the hardware computes in it, else fp32. fp16 is never chosen: its
+    range overflows in some bases (https://github.com/artidoro/qlora/issues/71).
+
+    Raises:
+        InputError: an unknown dtype, or fp16 on a CPU.
+    """
+    target = resolve_device(device)
+    if compute_dtype is None or compute_dtype == "auto":
+        return torch.bfloat16 if _has_real_bf16(target) else torch.float32
+    dtype = DTYPES.get(compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
+    if dtype is None or dtype not in DTYPES.values():
+        raise InputError(
+            f"compute_dtype must be auto, bf16, fp16 or fp32, got {compute_dtype!r}; use auto"
+        )
+    if dtype == torch.float16:
+        if target.type == "cpu":
+            raise InputError(
+                f"compute_dtype must be bf16 or fp32 on a CPU, got {compute_dtype!r}; use auto"
+            )
+        warnings.warn(
+            "compute_dtype fp16 can overflow; use bf16 or fp32 if the loss is NaN", stacklevel=2
+        )
+    elif dtype == torch.bfloat16 and target.type == "cuda" and not _has_real_bf16(target):
+        warnings.warn(
+            f"compute_dtype bf16 is emulated on {target}, and slow; use fp32", stacklevel=2
+        )
+    return dtype
+
+
+def _has_real_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16; a T4 only emulates it and still says it supports it."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -1,0 +1,146 @@
+"""Continues prompts in left-padded batches, from a file or the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_reft.data import Collator, Row, encode_prompt, load_rows
+from lowmem_reft.errors import InputError
+from lowmem_reft.progress import progress
+from lowmem_reft.train import find_adapter
+from lowmem_reft.training_card import TrainingCard, load_card
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lowmem_reft.options import GenerateOptions
+
+
+def run_generation(options: GenerateOptions) -> dict[str, Any]:
+    """Write one JSON line ``{"prompt" or "messages", "response"}`` per prompt, as each batch is done.
+
+    Returns:
+        ``num_examples``, ``output`` (path or None), ``num_new_tokens``, ``tokens_per_s`` and, for a
+        single ``prompt``, ``response``.
+
+    Raises:
+        InputError: an option, a file or a row is wrong.
+    """
+    from lowmem_reft.evaluate import load_adapted
+
+    rows = _rows(options)
+    adapter = None if options.adapter is None else find_adapter(options.adapter)
+    trained = None if adapter is None else load_card(adapter)
+    card = trained or TrainingCard(base=options.model.model, storage=options.model.storage or "nf4")
+    card = replace(
+        card,
+        template=options.template or card.template,
+        storage=options.model.storage or card.storage,
+        task_type="CAUSAL_LM",
+    )
+    model, tokenizer = load_adapted(options.model, adapter, card)
+    prompts = [
+        encode_prompt(row, tokenizer, template=card.template, max_length=card.max_length)
+        for row in rows
+    ]
+    torch.manual_seed(options.seed)
+    started, texts = time.perf_counter(), []
+    stream = sys.stdout if options.output is None else options.output.open("w")
+    try:
+        continuations = _batches(
+            model,
+            tokenizer,
+            prompts,
+            options.batch_size,
+            options.max_new_tokens,
+            options.temperature,
+            options.quiet,
+        )
+        for row, text in zip(rows, continuations, strict=True):
+            texts.append(text)
+            source = {"messages": list(row.messages)} if row.messages else {"prompt": row.prompt}
+            stream.write(json.dumps({**source, "response": text}, ensure_ascii=False) + "\n")
+            stream.flush()
+    finally:
+        if options.output is not None:
+            stream.close()
+    num_tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+    result = {
+        "num_examples": len(rows),
+        "output": None if options.output is None else str(options.output),
+        "num_new_tokens": num_tokens,
+        "tokens_per_s": num_tokens / (time.perf_counter() - started),
+    }
+    return result if options.prompt is None else {**result, "response": texts[0]}
+
+
+def generate_batches(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    quiet: bool = True,
+) -> list[str]:
+    """Continue tokenized prompts.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        tokenizer: its tokenizer.
+        prompts: token ids, of unequal lengths.
+        batch_size: prompts per forward pass.
+        max_new_tokens: most tokens per continuation.
+        temperature: 0 is greedy.
+        quiet: no progress bar.
+
+    Returns:
+        The continuations, without special tokens, in the order of the prompts.
+    """
+    return list(
+        _batches(model, tokenizer, prompts, batch_size, max_new_tokens, temperature, quiet)
+    )
+
+
+def _batches(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    quiet: bool,
+) -> Iterator[str]:
+    collate = Collator(tokenizer, padding_side="left")
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
+    for start in progress(range(0, len(prompts), batch_size), "generating", quiet=quiet):
+        batch = collate([{"input_ids": ids} for ids in prompts[start : start + batch_size]])
+        with torch.no_grad():
+            output = model.generate(
+                **{key: value.to(model.device) for key, value in batch.items()},
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                use_cache=True,
+                **sampling,
+            )
+        new = output[:, batch["input_ids"].shape[1] :]
+        yield from tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def _rows(options: GenerateOptions) -> list[Row]:
+    if (options.prompt is None) == (options.input is None):
+        raise InputError(
+            "input must be given, or prompt, and not both; for example --prompt 'Once upon a time'"
+        )
+    if options.prompt is not None:
+        return [Row(source="--prompt", prompt=options.prompt)]
+    return load_rows(str(options.input), require_response=False)

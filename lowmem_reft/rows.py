@@ -1,0 +1,286 @@
+"""Rows to train on or to score, checked one by one; errors name file and line.
+
+A source holds rows of one kind; columns that belong to no kind are ignored:
+
+===========================  ====================================================================
+columns                      meaning
+===========================  ====================================================================
+``prompt, response``         continue the prompt with the response
+``messages``                 chat of role and content; the last, assistant message is the response
+``prompt, choices, answer``  score every choice; trains on ``choices[answer]``
+``text, label``              classification; as language modelling the label is the response
+===========================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import TYPE_CHECKING, Any
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.readers import read_records
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_KINDS = {
+    "messages": ("messages",),
+    "choices": ("prompt", "choices", "answer"),
+    "response": ("prompt", "response"),
+    "label": ("text", "label"),
+}
+_WANTED = "prompt + response, messages, prompt + choices + answer, or text + label"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One checked row; the fields that its kind lacks are empty."""
+
+    source: str
+    """Where it was read: ``file:line``, or ``file, row n`` where there are no lines."""
+    prompt: str = ""
+    """The prompt without template, or the text of a ``text, label`` row; empty for chats."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """The whole chat, the response included."""
+    response: str | None = None
+    """What is trained on: response, right choice, label or last assistant message."""
+    choices: tuple[str, ...] = ()
+    """The texts to choose from."""
+    answer: int | None = None
+    """Index of the right choice."""
+    label: str | None = None
+    """Class name; integer classes are written in digits."""
+
+    @property
+    def kind(self) -> str:
+        """One of messages, choices, label, response, prompt (the last: nothing to train on)."""
+        if self.messages:
+            return "messages"
+        if self.choices:
+            return "choices"
+        if self.label is not None:
+            return "label"
+        return "prompt" if self.response is None else "response"
+
+    @property
+    def prompt_messages(self) -> list[dict[str, Any]]:
+        """The chat without the response."""
+        return list(self.messages if self.response is None else self.messages[:-1])
+
+
+def load_rows(
+    source: str | Path,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    require_response: bool = True,
+) -> list[Row]:
+    """Read and check rows.
+
+    Args:
+        source: A ``.jsonl``, ``.json`` (list of objects or JSON lines), ``.csv`` or ``.parquet``
+            file, or a ``datasets`` id, with its configuration after a colon where it has several
+            (``openai/gsm8k:main``).
+        split: Split of a ``datasets`` id.
+        limit: Read only the first rows.
+        require_response: False also takes prompts and chats that are still to be answered.
+
+    Raises:
+        InputError: If the source cannot be read or a row is wrong; the message names file and line.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}; leave it out to use all rows")
+    rows: list[Row] = []
+    for where, record in islice(read_records(str(source), split), limit):
+        row = _checked_row(record, where, require_response=require_response)
+        if rows and row.kind != rows[0].kind:
+            raise InputError(
+                f"{where}: all rows must be of one kind, got {row.kind!r} after {rows[0].kind!r}; "
+                f"put {row.kind} rows into a file of their own"
+            )
+        rows.append(row)
+    if not rows:
+        raise InputError(
+            f"data must have at least one row, got none in {str(source)!r}; give {_WANTED}"
+        )
+    return rows
+
+
+def label_names(rows: Sequence[Row]) -> list[str]:
+    """Class names of ``text, label`` rows: by number if all are integers, else by alphabet.
+
+    Raises:
+        InputError: If a row has no label or all have the same.
+    """
+    names = {_label(row) for row in rows}
+    if len(names) < 2:
+        raise InputError(
+            f"label must take at least two values, got {sorted(names)}; give rows of every class"
+        )
+    return sorted(names, key=int if all(re.fullmatch(r"-?\d+", name) for name in names) else None)
+
+
+def as_choices(rows: Sequence[Row], names: Sequence[str] | None = None) -> list[Row]:
+    """Turn ``text, label`` rows into choice rows over ``names`` (default: ``label_names(rows)``).
+
+    Rows of another kind come back as they are.
+
+    Raises:
+        InputError: If a label is not in ``names``; the message names the line.
+    """
+    if not any(row.kind == "label" for row in rows):
+        return list(rows)
+    names = label_names(rows) if names is None else names
+    return [
+        replace(row, choices=tuple(names), answer=class_index(row, names), label=None)
+        for row in rows
+    ]
+
+
+def class_index(row: Row, names: Sequence[str]) -> int:
+    """Index of the row's label in ``names``.
+
+    Raises:
+        InputError: If the row has no label or one that is not in ``names``.
+    """
+    label = _label(row)
+    if label not in names:
+        raise InputError(
+            f"{row.source}: label must be one of {list(names)}, got {label!r}; "
+            "use the labels of the training rows"
+        )
+    return names.index(label)
+
+
+def holdout(rows: Sequence[Row], fraction: float = 0.1) -> tuple[list[Row], list[Row]]:
+    """Split rows into (train, held out) by a hash of their content.
+
+    No seed and no order takes part, so every method and seed sees the same split; identical rows
+    land on the same side. ``fraction`` counts different rows; each side gets at least one.
+
+    Raises:
+        InputError: If the fraction is not between 0 and 1 or fewer than two rows are different.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"fraction must be between 0 and 1, got {fraction}; 0.1 holds out a tenth")
+    digests = [rows_digest([row]) for row in rows]
+    different = sorted(set(digests))
+    if len(different) < 2:
+        raise InputError(
+            f"data must have two different rows to hold one out, got {len(different)}; add rows"
+        )
+    held_out = set(different[: min(max(1, round(fraction * len(different))), len(different) - 1)])
+    return (
+        [row for row, digest in zip(rows, digests, strict=True) if digest not in held_out],
+        [row for row, digest in zip(rows, digests, strict=True) if digest in held_out],
+    )
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    """SHA-256 (hex) of the rows' content in their order, wherever they were read from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(asdict(replace(row, source="")), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _label(row: Row) -> str:
+    if row.label is None:
+        raise InputError(
+            f"{row.source}: a row must have text and label, got a {row.kind} row; convert the file"
+        )
+    return row.label
+
+
+def _checked_row(record: Any, where: str, *, require_response: bool) -> Row:
+    """Check one record and build its row; a null is a missing column."""
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{where}: a row must be a JSON object, got {type(record).__name__}; give {_WANTED}"
+        )
+    present = {name for name, value in record.items() if value is not None}
+    kinds = [kind for kind, names in _KINDS.items() if present.issuperset(names)]
+    if not kinds and not require_response and "prompt" in present:
+        kinds = ["prompt"]
+    if len(kinds) != 1:
+        rule = f"fit only one of: {_WANTED}" if kinds else f"have {_WANTED}"
+        raise InputError(
+            f"{where}: a row must {rule}, got {sorted(map(str, present))}; rename or remove columns"
+        )
+    kind = kinds[0]
+    if kind == "messages":
+        return _chat_row(record["messages"], where, require_response=require_response)
+    if kind == "label":
+        text = _text(record["text"], "text", where)
+        label = str(record["label"]) if type(record["label"]) is int else record["label"]
+        label = _text(label, "label", where, "a non-empty string or an integer")
+        return Row(source=where, prompt=text, response=label, label=label)
+    prompt = _text(record["prompt"], "prompt", where)
+    if kind == "choices":
+        return _choice_row(prompt, record["choices"], record["answer"], where)
+    response = _text(record["response"], "response", where) if kind == "response" else None
+    return Row(source=where, prompt=prompt, response=response)
+
+
+def _choice_row(prompt: str, choices: Any, answer: Any, where: str) -> Row:
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise InputError(
+            f"{where}: choices must be a list of two or more texts, got {shortened(choices)}; "
+            "correct the row"
+        )
+    texts = tuple(_text(choice, f"choices[{i}]", where) for i, choice in enumerate(choices))
+    if type(answer) is not int or not 0 <= answer < len(texts):
+        raise InputError(
+            f"{where}: answer must be an integer from 0 to {len(texts) - 1}, got {answer!r}; "
+            "give the index of the right choice"
+        )
+    return Row(source=where, prompt=prompt, response=texts[answer], choices=texts, answer=answer)
+
+
+def _chat_row(messages: Any, where: str, *, require_response: bool) -> Row:
+    is_list = isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages)
+    if not is_list or not messages:
+        raise InputError(
+            f"{where}: messages must be a list of {{role, content}} objects, "
+            f"got {shortened(messages)}; correct the row"
+        )
+    # Parquet and datasets fill the keys that only some messages have with nulls.
+    chat = tuple({key: turn[key] for key in turn if turn[key] is not None} for turn in messages)
+    for number, turn in enumerate(chat):
+        for key in ("role", "content"):
+            _text(turn.get(key), f"messages[{number}].{key}", where)
+    role = chat[-1]["role"]
+    if role == "assistant" and len(chat) < 2:
+        raise InputError(
+            f"{where}: messages must have a prompt before the response, got one; add the prompt"
+        )
+    if role != "assistant" and require_response:
+        raise InputError(
+            f"{where}: the last message must be the assistant's, got {role!r}; add the response"
+        )
+    return Row(
+        source=where,
+        messages=chat,
+        response=chat[-1]["content"] if role == "assistant" else None,
+    )
+
+
+def _text(value: Any, name: str, where: str, rule: str = "a non-empty string") -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(
+            f"{where}: {name} must be {rule}, got {shortened(value)}; correct or remove the row"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # JSON lets half of a surrogate pair through; tokenizers do not.
+        raise InputError(
+            f"{where}: {name} must be valid Unicode, got {error}; correct or remove the row"
+        ) from error
+    return value

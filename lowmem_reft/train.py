@@ -1,0 +1,328 @@
+"""One fine-tuning run: rows, a frozen base, a named method, the stock Trainer; an adapter comes out."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from lowmem_reft.base import load_base, load_tokenizer
+from lowmem_reft.blocks import find_blocks
+from lowmem_reft.data import (
+    Collator,
+    EncodedRows,
+    as_choices,
+    encode_labelled,
+    encode_rows,
+    label_names,
+    load_rows,
+    rows_digest,
+)
+from lowmem_reft.errors import InputError
+from lowmem_reft.memory import peak_rss_bytes, track
+from lowmem_reft.methods import build_peft_config, find_method, resolve_learning_rate
+from lowmem_reft.provenance import versions
+from lowmem_reft.training_card import TrainingCard
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lowmem_reft.data import Row
+    from lowmem_reft.options import OptimOptions, TrainOptions
+
+NUM_WARMUP_STEPS = 2
+"""Steps that are left out of the timing."""
+
+
+def run_training(options: TrainOptions) -> dict[str, Any]:
+    """Train one adapter and save it to ``output_dir/adapter``; also writes ``output_dir/result.json``.
+
+    Returns:
+        ``adapter_dir``, ``train_loss`` (mean over all steps), ``num_trainable_params``,
+        ``trainable_percent``, ``num_steps``, ``step_time_s`` (median), ``tokens_per_s``,
+        ``peak_bytes`` (live storages of a step on the longest examples; on CUDA the most that was
+        allocated), ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the process), ``loss_history``
+        ([step, loss] pairs), ``num_cut_prompts``, ``eval`` (with ``eval_data``) and ``versions``.
+
+    Raises:
+        InputError: an option, a file or a row is wrong.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was saved and ``--resume`` goes on from it.
+    """
+    set_seed(options.run.seed)
+    rows = load_rows(options.data.data, split=options.data.split, limit=options.data.limit)
+    card = _training_card(options, rows)
+    tokenizer = load_tokenizer(options.model.model)
+    encoded = _encode(rows, tokenizer, card)
+    model = _attach(options, card)
+    result = fit(model, tokenizer, encoded, options)
+    adapter_dir = options.run.output_dir / "adapter"
+    model.save_pretrained(str(adapter_dir))
+    card.save(adapter_dir)
+    result = {"adapter_dir": str(adapter_dir), **result, "versions": versions()}
+    if options.data.eval_data:
+        from lowmem_reft.evaluate import score
+
+        held_out = load_rows(options.data.eval_data, limit=options.data.eval_limit)
+        result["eval"] = score(model, tokenizer, held_out, card, quiet=options.run.quiet).summary()
+    (options.run.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def fit(
+    model: PeftModel, tokenizer: Any, encoded: EncodedRows, options: TrainOptions
+) -> dict[str, Any]:
+    """Train the adapter of ``model`` in place with the stock Trainer.
+
+    Returns:
+        The measured part of ``run_training``'s result.
+
+    Raises:
+        InputError: ``--resume`` without a checkpoint.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
+    """
+    watch = _StepWatch()
+    collator = Collator(tokenizer)
+    device = model.device.type
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainer = Trainer(
+        model=model,
+        args=_training_arguments(options),
+        train_dataset=encoded.examples,
+        data_collator=collator,
+        callbacks=[watch],
+    )
+    with _stop_at_a_step(watch):
+        outcome = trainer.train(resume_from_checkpoint=_checkpoint(options))
+    if watch.interrupted:
+        raise KeyboardInterrupt(
+            f"a checkpoint of step {trainer.state.global_step} is in {options.run.output_dir}; "
+            "add --resume to go on"
+        )
+    peak = _peak_of_longest_step(model, collator, encoded.examples, options.optim, device)
+    trainable, total = model.get_nb_trainable_parameters()
+    tokens = sum(len(example["input_ids"]) for example in encoded.examples)
+    per_step = options.optim.batch_size * options.optim.gradient_accumulation
+    tokens_per_step = tokens / len(encoded.examples) * min(per_step, len(encoded.examples))
+    step_time = watch.step_time_s()
+    return {
+        "train_loss": outcome.training_loss,
+        "num_trainable_params": trainable,
+        "trainable_percent": 100 * trainable / total,
+        "num_steps": trainer.state.global_step,
+        "step_time_s": step_time,
+        "tokens_per_s": tokens_per_step / step_time if step_time else None,
+        "train_time_s": watch.total_s,
+        **peak,
+        "rss_bytes": peak_rss_bytes(),
+        "loss_history": [
+            [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
+        ],
+        "num_examples": len(encoded.examples),
+        "num_cut_prompts": encoded.num_cut_prompts,
+        "num_cut_tokens": encoded.num_cut_tokens,
+    }
+
+
+def _training_card(options: TrainOptions, rows: list[Row]) -> TrainingCard:
+    labelled = rows[0].kind == "label"
+    if options.model.task_type == "SEQ_CLS" and not labelled:
+        raise InputError(
+            f"data must hold text, label rows for task_type SEQ_CLS, got {rows[0].kind} rows; "
+            "convert them or use CAUSAL_LM"
+        )
+    return TrainingCard(
+        base=options.model.model,
+        storage=options.model.storage or find_method(options.method.method).storage,
+        compute_dtype=options.model.compute_dtype,
+        task_type=options.model.task_type,
+        template=options.data.template or "{prompt}",
+        max_length=options.data.max_length,
+        label_names=label_names(rows) if labelled else None,
+        method=options.method.method,
+        data_digest=rows_digest(rows),
+        seed=options.run.seed,
+    )
+
+
+def _encode(rows: list[Row], tokenizer: Any, card: TrainingCard) -> EncodedRows:
+    """Tokenize the rows as the task wants them."""
+    if card.task_type == "SEQ_CLS":
+        assert card.label_names is not None
+        return encode_labelled(
+            rows, tokenizer, max_length=card.max_length, label_names=card.label_names
+        )
+    rows = as_choices(rows, card.label_names)
+    return encode_rows(rows, tokenizer, template=card.template, max_length=card.max_length)
+
+
+def _attach(options: TrainOptions, card: TrainingCard) -> PeftModel:
+    """Load the base and put the method's adapter on it."""
+    base = load_base(
+        card.base,
+        storage=card.storage,
+        compute_dtype=card.compute_dtype,
+        device=options.model.device,
+        task_type=card.task_type,
+        activation_checkpointing=options.model.activation_checkpointing,
+        num_labels=len(card.label_names) if card.task_type == "SEQ_CLS" and card.label_names else None,
+    )
+    config = build_peft_config(
+        options.method, task_type=card.task_type, num_layers=len(find_blocks(base)[1])
+    )
+    # The adapter's start depends on the seed alone, not on what loading the base drew.
+    set_seed(options.run.seed)
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    if model.get_nb_trainable_parameters()[0] == 0:
+        raise InputError(
+            f"method must have something to train, got {options.method.method!r}; choose another"
+        )
+    return model
+
+
+def _training_arguments(options: TrainOptions) -> TrainingArguments:
+    optim, run = resolve_learning_rate(options.method, options.optim), options.run
+    return TrainingArguments(
+        output_dir=str(run.output_dir),
+        num_train_epochs=optim.epochs,
+        max_steps=optim.max_steps,
+        per_device_train_batch_size=optim.batch_size,
+        gradient_accumulation_steps=optim.gradient_accumulation,
+        learning_rate=optim.lr,
+        lr_scheduler_type=optim.schedule,
+        # A float below 1 is a share of the steps.
+        warmup_steps=optim.warmup_ratio,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        optim=optim.optim,
+        seed=run.seed,
+        data_seed=run.seed,
+        save_strategy="steps" if run.save_steps else "epoch",
+        save_steps=run.save_steps or 500,
+        save_total_limit=1,
+        logging_steps=run.logging_steps,
+        report_to=[name for name in run.report_to.split(",") if name != "none"],
+        disable_tqdm=run.quiet,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=options.model.device == "cpu" or not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _checkpoint(options: TrainOptions) -> str | None:
+    """Return the newest checkpoint's directory if the run is to be resumed."""
+    if not options.run.resume:
+        return None
+    found = [
+        path
+        for path in options.run.output_dir.glob("checkpoint-*")
+        if (path / "trainer_state.json").is_file()
+    ]
+    if not found:
+        raise InputError(
+            f"resume must find a checkpoint in {str(options.run.output_dir)!r}, got none; leave it out"
+        )
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _peak_of_longest_step(
+    model: PeftModel,
+    collator: Collator,
+    examples: list[dict[str, Any]],
+    optim: OptimOptions,
+    device: str,
+) -> dict[str, int | None]:
+    """Measure peak memory: on CUDA over the whole run, else one more step on the longest examples.
+
+    The extra step changes nothing: its gradients are dropped and no optimizer step is taken.
+    """
+    if device == "cuda":
+        return {
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
+    longest = sorted(examples, key=lambda example: -len(example["input_ids"]))[: optim.batch_size]
+    model.train()
+    model.zero_grad()
+    with track(device) as memory:
+        model(**{key: value.to(device) for key, value in collator(longest).items()}).loss.backward()
+    model.zero_grad()
+    return {"peak_bytes": memory.peak_bytes, "reserved_bytes": None}
+
+
+@dataclass
+class _StepWatch(TrainerCallback):  # type: ignore[misc]
+    """Times optimizer steps; stops the run at the end of a step after Ctrl-C."""
+
+    interrupted: bool = False
+    total_s: float = 0.0
+    _started: float = 0.0
+    _steps: list[float] = field(default_factory=list)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        _synchronize()
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock and, after Ctrl-C, the run."""
+        _synchronize()
+        self._steps.append(time.perf_counter() - self._started)
+        self.total_s += self._steps[-1]
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def step_time_s(self) -> float | None:
+        """Return the median seconds per optimizer step, the first steps left out where there are more."""
+        steps = self._steps[NUM_WARMUP_STEPS:] or self._steps
+        return statistics.median(steps) if steps else None
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class _stop_at_a_step:  # noqa: N801 - used as a context manager, like a function
+    """Let the first Ctrl-C end the run after the current step; a second one ends it at once."""
+
+    def __init__(self, watch: _StepWatch) -> None:
+        self.watch = watch
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        self.watch.interrupted = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def __enter__(self) -> None:
+        self._before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
+
+
+def find_adapter(directory: Path) -> Path:
+    """Return the directory that holds the adapter: the given one or its ``adapter`` folder.
+
+    Raises:
+        InputError: neither holds one.
+    """
+    for path in (directory, directory / "adapter"):
+        if (path / "adapter_config.json").is_file():
+            return path
+    raise InputError(
+        f"adapter must be a directory with adapter_config.json, got {str(directory)!r}; "
+        "give the adapter_dir that train printed"
+    )

@@ -1,0 +1,61 @@
+"""What an adapter was trained on and how its prompts were written; saved beside it, read by evaluate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from lowmem_reft.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FILE_NAME = "training.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCard:
+    """Facts that scoring and generation must share with training."""
+
+    base: str
+    """Hub id or directory of the base."""
+    storage: Any
+    """How the base was stored."""
+    compute_dtype: str = "auto"
+    """Arithmetic of the base."""
+    task_type: str = "CAUSAL_LM"
+    """PEFT task type."""
+    template: str = "{prompt}"
+    """How a prompt was written."""
+    max_length: int = 512
+    """Tokens of prompt + response."""
+    label_names: list[str] | None = None
+    """Class names of text, label rows, in the order of their indices."""
+    method: str | None = None
+    """Name in the method table; None for the base alone."""
+    data_digest: str | None = None
+    """SHA-256 of the training rows."""
+    seed: int | None = None
+    """Seed of the run."""
+
+    def save(self, directory: Path) -> None:
+        """Write ``training.json`` into the adapter's directory."""
+        (directory / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def load_card(directory: Path) -> TrainingCard | None:
+    """Read the card of an adapter; None if it was saved by something else.
+
+    Raises:
+        InputError: the file is there but is not a card.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        known = {item.name for item in fields(TrainingCard)}
+        return TrainingCard(**{key: value for key, value in content.items() if key in known})
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} must be a training card, got {error}; delete or restore it") from error

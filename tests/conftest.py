@@ -1,0 +1,73 @@
+"""What all tests share: determinism and one tiny model with a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 128
+TEXT = (
+    "the quick brown fox jumps over the lazy dog. question: what is two and two? answer: four. "
+    "is the film good or bad? label: good. once upon a time there was a little cat."
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let through warnings that dependencies draw from each other and nobody here can avoid."""
+    for ignored in (
+        "ignore:`is_gradient_checkpointing`:FutureWarning",  # PEFT's get_peft_model
+        "ignore:`torch.jit.script`:DeprecationWarning",  # DeBERTa in older transformers
+    ):
+        config.addinivalue_line("filterwarnings", ignored)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random 4-layer fp32 Llama and its tokenizer; tests only read it."""
+    directory = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,  # at the usual 0.02 so small a model hardly reacts to its input
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-pair encoding of printable ASCII with <pad>, <s> and </s>; no token is unknown in it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=["Ġ", "Ċ", *map(chr, range(33, 127))],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

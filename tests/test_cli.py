@@ -1,0 +1,254 @@
+"""The command line: flags and help come from the dataclasses; exit codes and streams are kept."""
+
+import ast
+import errno
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lowmem_reft import InputError, cli, options
+
+COMMANDS = ["train", "evaluate", "generate", "compare"]
+TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output-dir", "out"]
+
+# A process whose training is the given code; `options` is what the command line was parsed to.
+FAKE_TRAINING = """
+import sys, types
+from lowmem_reft import cli
+def run_training(options):
+    {body}
+sys.modules["lowmem_reft.train"] = types.SimpleNamespace(run_training=run_training)
+sys.exit(cli.main({arguments!r}))
+"""
+
+
+def run_cli(*arguments, **kwargs):
+    command = [sys.executable, "-m", "lowmem_reft.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def start_fake_training(body, *flags):
+    script = FAKE_TRAINING.format(body=body, arguments=[*TRAIN, *flags])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", script], text=True, **pipes)
+
+
+@pytest.fixture
+def fake_training(monkeypatch):
+    """Replaces the training by a function, in this process."""
+
+    def replace(function):
+        module = SimpleNamespace(run_training=function)
+        monkeypatch.setitem(sys.modules, "lowmem_reft.train", module)
+
+    return replace
+
+
+def raising(error):
+    def run_training(_options):
+        raise error
+
+    return run_training
+
+
+def option_docstrings(class_name):
+    """Flag and docstring of every field of an options class, groups included, from the source."""
+    source = ast.parse(Path(options.__file__).read_text(encoding="utf-8"))
+    (body,) = (n.body for n in source.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    fields = {}
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        annotation = ast.unparse(node.annotation)
+        if annotation.endswith("Options"):
+            fields |= option_docstrings(annotation)
+        else:
+            assert isinstance(following, ast.Expr), (
+                f"{class_name}.{node.target.id} has no docstring"
+            )
+            fields[f"--{node.target.id.replace('_', '-')}"] = following.value.value
+    return fields
+
+
+def test_help_answers_within_a_second():
+    durations_s = []
+    for _ in range(3):
+        started = time.perf_counter()
+        assert run_cli("--help").returncode == 0
+        durations_s.append(time.perf_counter() - started)
+    assert min(durations_s) < 1.0  # the best of three: other processes may be using the machine
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_option_with_its_docstring(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    words = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    for flag, docstring in option_docstrings(f"{command.capitalize()}Options").items():
+        assert flag in words
+        assert " ".join(docstring.split()) in words
+
+
+def test_version_is_printed(capsys):
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"lowmem-reft \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_flags_are_flat_and_reach_the_handler(fake_training):
+    seen = []
+    fake_training(lambda parsed: seen.append(parsed) or {})
+    flags = "--storage int8 --method red --rank 2 --epochs 0.5 --lr 1e-3 --seed 7 --quiet"
+    assert cli.main([*TRAIN, *flags.split()]) == 0
+    (parsed,) = seen
+    assert parsed == options.TrainOptions(
+        model=options.ModelOptions(model="m", storage="int8"),
+        data=options.DataOptions(data="d.jsonl"),
+        method=options.MethodOptions(method="red", rank=2),
+        optim=options.OptimOptions(epochs=0.5, lr=1e-3),
+        run=options.RunOptions(output_dir=Path("out"), seed=7, quiet=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "train"),
+        (["trian"], "trian"),
+        ([*TRAIN, "--rnak", "4"], "--rnak"),
+        ([*TRAIN, "--rank", "two"], "--rank"),
+        ([*TRAIN, "--storage", "nf5"], "nf5"),
+        (["train", "--model", "m", "--data", "d"], "--output-dir"),
+    ],
+)
+def test_wrong_arguments_exit_with_2_and_are_named(arguments, named, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    captured = capsys.readouterr()
+    assert named in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_missing_data_file_exits_with_2_and_is_named(command, tmp_path):
+    missing = tmp_path / "no-such.jsonl"
+    flags = ["--model", str(tmp_path), "--data", str(missing), "--json"]
+    if command == "train":
+        flags += ["--output-dir", str(tmp_path / "out")]
+    finished = run_cli(command, *flags)
+    assert finished.returncode == 2, finished.stderr
+    assert str(missing) in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout == ""
+
+
+def test_bad_input_exits_with_2_and_its_message_alone(fake_training, capsys):
+    fake_training(raising(InputError("rank must be at least 1, got 0; give --rank 4")))
+    assert cli.main(TRAIN) == 2
+    expected = "lowmem-reft train: error: rank must be at least 1, got 0; give --rank 4\n"
+    assert capsys.readouterr() == ("", expected)
+
+
+def test_another_failure_exits_with_1_and_says_how_to_see_the_traceback(fake_training, capsys):
+    fake_training(raising(RuntimeError("shapes do not match")))
+    assert cli.main(TRAIN) == 1
+    message = capsys.readouterr().err
+    assert "error: RuntimeError: shapes do not match" in message
+    assert "LOWMEM_REFT_DEBUG=1" in message
+    assert "Traceback" not in message
+
+
+def test_debug_shows_the_traceback(fake_training, capsys, monkeypatch):
+    monkeypatch.setenv("LOWMEM_REFT_DEBUG", "1")
+    fake_training(raising(RuntimeError("shapes do not match")))
+    assert cli.main(TRAIN) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "--batch-size"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB."), "--batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
+        (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+        (RuntimeError("I/O error: No space left on device"), "free some space"),
+    ],
+)
+def test_an_exhausted_machine_exits_with_1_and_advice(error, said, fake_training, capsys):
+    fake_training(raising(error))
+    assert cli.main(TRAIN) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_interruption_exits_with_130_and_says_what_is_kept(fake_training, capsys, tmp_path):
+    fake_training(raising(KeyboardInterrupt()))
+    arguments = [*TRAIN[:-1], str(tmp_path)]
+    assert cli.main(arguments) == 130
+    assert "no checkpoint" in capsys.readouterr().err
+    (tmp_path / "checkpoint-5").mkdir()
+    assert cli.main(arguments) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_comparison_with_failed_cells_prints_its_result_and_exits_with_1(monkeypatch, capfd):
+    result = {"num_cells": 4, "num_failed": 1}
+    module = SimpleNamespace(run_comparison=lambda _options: result)
+    monkeypatch.setitem(sys.modules, "lowmem_reft.compare", module)
+    assert cli.main(["compare", "--json"]) == 1
+    captured = capfd.readouterr()
+    assert json.loads(captured.out) == result
+    assert "1 cells failed" in captured.err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_interrupt_a_run(signum):
+    body = "print('ready', flush=True); import time; time.sleep(60); return {}"
+    process = start_fake_training(body)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+
+
+def test_json_leaves_one_object_on_stdout_and_all_else_on_stderr():
+    body = (
+        "import os, pathlib; print('from python'); os.write(1, b'from C\\n');"
+        "os.system('echo from a child');"
+        "return {'adapter_dir': pathlib.Path('a'), 'loss': [1.5, float('nan')]}"
+    )
+    output, errors = start_fake_training(body, "--json").communicate()
+    assert output.count("\n") == 1
+    assert json.loads(output) == {"adapter_dir": "a", "loss": [1.5, None]}
+    for line in ("from python", "from C", "from a child"):
+        assert line in errors
+
+
+def test_without_json_a_short_summary_is_plain_text(fake_training, capsys):
+    long_path = "/".join(["directory"] * 20)
+    result = {"adapter_dir": long_path, "peak_bytes": 3 * 2**20, "train_loss": 0.123456, "rows": []}
+    fake_training(lambda _options: result)
+    assert cli.main(TRAIN) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    expected = [["adapter_dir", long_path], ["peak_bytes", "3.0", "MiB"], ["train_loss", "0.1235"]]
+    assert lines == expected
+
+
+def test_a_reader_that_leaves_is_not_a_traceback():
+    process = start_fake_training("input(); return {'x': 1}")
+    process.stdout.close()
+    process.stdin.write("go\n")
+    process.stdin.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+    process.stderr.close()

@@ -1,0 +1,368 @@
+"""The matrix of cells: isolation, skipping, failures as rows, and the files that come out.
+
+The processes are real, the training in them is not: ``FAKE_CELL`` replaces it, and its behaviour
+follows from the method's learning rate.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lowmem_reft import report
+from lowmem_reft.cell import EMPTY_RESULT, read_cell, run_cell, write_cell, write_json
+from lowmem_reft.compare import CSV_FIELDS, build_cells, command_line, parse_seeds, run_comparison
+from lowmem_reft.errors import InputError
+from lowmem_reft.methods import parse_methods
+from lowmem_reft.options import CompareOptions, OptimOptions
+from lowmem_reft.sources import Sources, find_sources, task_name
+
+ROOT = Path(__file__).parent.parent
+FAILS, KILLED, SILENT, SLOW = 0.5, 0.25, 0.125, 0.0625
+
+FAKE_CELL = f"""
+import os, signal, sys, time
+from pathlib import Path
+from lowmem_reft import cell
+
+def run_cell(todo):
+    lr = todo.train.optim.lr if todo.train else 0
+    log = todo.directory.parents[1] / "runs.txt"
+    with log.open("a") as file:
+        file.write(f"{{todo.directory.name}} {{os.environ.get('OMP_NUM_THREADS')}}\\n")
+    if lr == {FAILS}:
+        raise RuntimeError("the loss is <b>not</b> a number,\\nand more")
+    if lr == {KILLED}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if lr == {SILENT}:
+        sys.exit("no such thing")
+    if lr == {SLOW}:
+        time.sleep(60)
+    print("said on standard output")
+    measured = dict(metric="accuracy", value=0.5 + todo.record["seed"] / 10, device="a machine",
+                    num_trainable_params=100 if todo.train else 0, num_examples=4, wall_time_s=1.0)
+    if todo.train:
+        measured.update(peak_bytes=2**20, step_time_s=0.1, tokens_per_s=float("nan"),
+                        loss_history=[[1, 2.0], [2, 1.0]], adapter_bytes=400)
+    return {{**cell.EMPTY_RESULT, **measured, **todo.record}}
+
+cell.run_cell = run_cell
+sys.exit(cell.main(sys.argv[1:]))
+"""
+
+ROWS = [{"prompt": f"{i} is", "choices": ["even", "odd"], "answer": i % 2} for i in range(20)]
+
+
+@pytest.fixture
+def fake_cell(tmp_path):
+    path = tmp_path / "fake_cell.py"
+    path.write_text(FAKE_CELL)
+    return (sys.executable, str(path))
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # Drawing takes longer than all the rest; test_report.py has its tests.
+    monkeypatch.setattr(report, "write_report", lambda _, directory: directory / "report.html")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    return CompareOptions(
+        model=str(model),
+        data=str(write_rows(tmp_path / "numbers.jsonl", ROWS)),
+        eval_data=str(write_rows(tmp_path / "held_out.jsonl", ROWS[:4])),
+        methods="loreft,qlora",
+        output_dir=tmp_path / "out",
+        quiet=True,
+    )
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def results_of(options):
+    return json.loads((options.output_dir / "results.json").read_text())
+
+
+def runs_of(options):
+    path = options.output_dir / "runs.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.split()[0] for line in lines]
+
+
+def test_every_method_runs_with_every_seed_after_the_untuned_base(options, fake_cell):
+    options = replace(options, methods="loreft,qlora[rank=2],lora", seeds="0,1")
+    answer = run_comparison(options, child_command=fake_cell)
+    cells = [(result["method"], result["seed"]) for result in results_of(options)]
+    assert cells == [
+        ("base[storage=nf4]", 0),
+        ("base[storage=bf16]", 0),
+        *((method, seed) for method in ("loreft", "qlora[rank=2]", "lora") for seed in (0, 1)),
+    ]
+    assert (answer["num_cells"], answer["num_failed"]) == (8, 0)
+    assert answer["rows"][2]["value_mean"] == pytest.approx(0.55)
+
+
+def test_a_result_has_the_fields_that_scripts_rely_on(options, fake_cell):
+    run_comparison(options, child_command=fake_cell)
+    result = results_of(options)[1]
+    names = "method task seed metric value num_trainable_params adapter_bytes peak_bytes"
+    assert set(f"{names} step_time_s error".split()) <= set(result)
+    assert result["task"] == "numbers"
+    assert result["tokens_per_s"] is None  # nan is no JSON
+    assert result["config"]["optim"]["lr"] == 9e-4
+    stored = options.output_dir / "cells" / "loreft-seed0" / "result.json"
+    assert json.loads(stored.read_text()) == result
+
+
+def test_finished_cells_are_not_run_again(options, fake_cell):
+    run_comparison(options, child_command=fake_cell)
+    before, results = runs_of(options), results_of(options)
+    run_comparison(options, child_command=fake_cell)
+    assert runs_of(options) == before
+    assert results_of(options) == results
+    run_comparison(replace(options, methods="loreft,qlora,red"), child_command=fake_cell)
+    assert runs_of(options) == [*before, "red-seed0"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optim": OptimOptions(epochs=1.0)},
+        {"limit": 3, "max_length": 64},
+    ],
+)
+def test_a_changed_configuration_is_run_again(options, fake_cell, change):
+    run_comparison(options, child_command=fake_cell)
+    run_comparison(replace(options, **change), child_command=fake_cell)
+    assert runs_of(options).count("loreft-seed0") == 2
+
+
+@pytest.mark.parametrize("name", ["numbers.jsonl", "held_out.jsonl", "model/config.json"])
+def test_changed_inputs_are_run_again_although_their_paths_are_the_same(
+    options, fake_cell, tmp_path, name
+):
+    run_comparison(options, child_command=fake_cell)
+    path = tmp_path / name
+    path.write_text(
+        path.read_text().replace("19", "21").replace("3 is", "5 is").replace("{}", "[]")
+    )
+    run_comparison(options, child_command=fake_cell)
+    assert runs_of(options).count("loreft-seed0") == 2
+
+
+def test_inputs_that_have_moved_are_the_same_inputs(options, fake_cell, tmp_path):
+    run_comparison(options, child_command=fake_cell)
+    Path(options.model).rename(tmp_path / "moved")
+    run_comparison(replace(options, model=str(tmp_path / "moved")), child_command=fake_cell)
+    assert runs_of(options).count("loreft-seed0") == 1
+
+
+@pytest.mark.parametrize(
+    ("lr", "error"),
+    [
+        (FAILS, "RuntimeError: the loss is <b>not</b> a number, and more"),
+        (KILLED, "killed by signal 9 (Killed); out of memory?"),
+        (SILENT, "ended with exit code 1 and no result: no such thing"),
+    ],
+)
+def test_a_cell_that_fails_is_a_row_and_the_rest_goes_on(options, fake_cell, lr, error):
+    options = replace(options, methods=f"loreft,red[lr={lr}],qlora")
+    answer = run_comparison(options, child_command=fake_cell)
+    results = {result["method"]: result for result in results_of(options)}
+    failed = results[f"red[lr={lr}]"]
+    assert (failed["error"], failed["value"]) == (error, None)
+    assert failed["config"]["optim"]["lr"] == lr
+    assert results["qlora"]["error"] is None
+    assert answer["num_failed"] == 1
+    # It gets a second chance; those that have finished do not.
+    run_comparison(options, child_command=fake_cell)
+    assert runs_of(options).count(f"red-lr={lr}-seed0") == 2
+    assert runs_of(options).count("qlora-seed0") == 1
+
+
+def test_the_output_of_a_cell_is_in_its_log(options, fake_cell, capfd):
+    run_comparison(replace(options, methods=f"loreft,red[lr={FAILS}]"), child_command=fake_cell)
+    cells = options.output_dir / "cells"
+    assert "said on standard output" in (cells / "loreft-seed0" / "log.txt").read_text()
+    assert "Traceback" in (cells / f"red-lr={FAILS}-seed0" / "log.txt").read_text()
+    assert capfd.readouterr().out == ""
+
+
+def test_a_truncated_result_is_run_again(options, fake_cell):
+    run_comparison(options, child_command=fake_cell)
+    path = options.output_dir / "cells" / "loreft-seed0" / "result.json"
+    path.write_text(path.read_text()[:100])
+    run_comparison(options, child_command=fake_cell)
+    assert json.loads(path.read_text())["error"] is None
+
+
+def test_workers_run_at_the_same_time_and_share_the_threads(options, fake_cell, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    options = replace(options, workers=3, seeds="0,1,2")
+    run_comparison(options, child_command=fake_cell)
+    lines = (options.output_dir / "runs.txt").read_text().splitlines()
+    assert {line.split()[1] for line in lines} == {"2"}
+    seeds = [result["seed"] for result in results_of(options) if result["method"] == "qlora"]
+    assert seeds == [0, 1, 2]  # the order of the matrix, whichever came first
+
+
+def test_an_interrupt_stops_the_children_and_keeps_what_has_finished(options, fake_cell, tmp_path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from lowmem_reft.compare import run_comparison\n"
+        "from lowmem_reft.options import CompareOptions\n"
+        f"options = CompareOptions(model={options.model!r}, data={options.data!r},\n"
+        f"    eval_data={options.eval_data!r}, methods='loreft,red[lr={SLOW}]',\n"
+        f"    output_dir=Path({str(options.output_dir)!r}), quiet=True)\n"
+        f"run_comparison(options, child_command={fake_cell!r})\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+    slow = f"red-lr={SLOW}-seed0"
+    deadline = time.monotonic() + 60
+    while slow not in runs_of(options) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert "KeyboardInterrupt" in errors
+    cells = options.output_dir / "cells"
+    assert json.loads((cells / "loreft-seed0" / "result.json").read_text())["error"] is None
+    assert not (cells / slow / "result.json").exists()
+    # The child writes its row when it wakes up, 60 seconds later, unless it has been stopped.
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert str(cells / slow) not in listed.stdout
+
+
+def test_csv_and_json_hold_the_same(options, fake_cell):
+    run_comparison(replace(options, methods=f"loreft,red[lr={FAILS}]"), child_command=fake_cell)
+    with (options.output_dir / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    results = results_of(options)
+    assert len(lines) == len(results)
+    for line, result in zip(lines, results, strict=True):
+        assert line == {
+            name: "" if result[name] is None else str(result[name]) for name in CSV_FIELDS
+        }
+
+
+def test_a_cell_file_holds_the_whole_cell(options):
+    cells = build_cells(options, parse_methods("loreft[rank=2]"), [3], find_sources(options))
+    for cell in cells:
+        assert read_cell(write_cell(cell)) == cell
+
+
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
+    path = write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_without_evaluation_data_a_tenth_is_held_out(options):
+    sources = find_sources(replace(options, eval_data=None))
+    train, held_out = (
+        [json.loads(line)["prompt"] for line in Path(path).read_text().splitlines()]
+        for path in (sources.train, sources.evaluate)
+    )
+    assert (len(train), len(held_out)) == (18, 2)
+    assert sorted(train + held_out) == sorted(row["prompt"] for row in ROWS)
+
+
+def test_labels_become_the_same_choices_for_training_and_scoring(options, tmp_path):
+    rows = [{"text": f"text {label}", "label": label} for label in ("good", "bad", "fair")]
+    data = write_rows(tmp_path / "train.jsonl", rows)
+    held_out = write_rows(tmp_path / "held_out.jsonl", rows[:1])
+    sources = find_sources(replace(options, data=str(data), eval_data=str(held_out)))
+    assert json.loads(Path(sources.evaluate).read_text()) == {
+        "prompt": "text good",
+        "choices": ["bad", "fair", "good"],
+        "answer": 2,
+    }
+    assert len(Path(sources.train).read_text().splitlines()) == 3
+
+
+def test_the_command_line_names_what_is_not_the_default():
+    options = CompareOptions(
+        data="a b.jsonl", activation_checkpointing=True, optim=OptimOptions(epochs=1.5), workers=4
+    )
+    assert command_line(options, "loreft[rank=8]", 2) == (
+        "lowmem-reft compare --methods 'loreft[rank=8]' --seeds 2 --data 'a b.jsonl' "
+        "--activation-checkpointing --epochs 1.5"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": "0,x"}, "seeds must be different non-negative integers, got '0,x'"),
+        ({"seeds": "1,1"}, "seeds must be different"),
+        ({"seeds": ""}, "seeds must be different"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"methods": "loreft,loreft"}, "methods must be different"),
+        ({"methods": "loreft[rank=2],loreft[ rank=2]"}, "methods must be different"),
+        ({"data": None}, "eval_data must come with data"),
+        ({"model": "/no/such/model"}, "model must be a directory or a hub id"),
+        ({"data": "missing.jsonl"}, "missing.jsonl"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(options, fake_cell, change, message):
+    with pytest.raises(InputError, match=message):
+        run_comparison(replace(options, **change), child_command=fake_cell)
+    assert runs_of(options) == []
+
+
+def test_seeds_are_numbers():
+    assert parse_seeds("0, 1,12") == [0, 1, 12]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("a/trec/train.jsonl", "trec"),
+        ("a/numbers.csv", "numbers"),
+        ("org/set:main", "org/set:main"),
+    ],
+)
+def test_a_task_is_named_after_its_file_or_folder(data, name):
+    assert task_name(data) == name
+
+
+def test_a_real_cell_trains_and_scores(tiny_llama_dir, tmp_path):
+    rows = str(write_rows(tmp_path / "rows.jsonl", ROWS[:8]))
+    options = CompareOptions(output_dir=tmp_path / "out", optim=OptimOptions(max_steps=2))
+    sources = Sources(
+        model=str(tiny_llama_dir),
+        model_name="tiny",
+        model_digest="m",
+        train=rows,
+        train_digest="t",
+        evaluate=rows,
+        evaluate_digest="e",
+        task="numbers",
+    )
+    base, tuned = build_cells(options, parse_methods("loreft[rank=2,storage=fp32]"), [0], sources)
+    for cell in (base, tuned):
+        write_cell(cell)
+    untrained, trained = run_cell(base), run_cell(tuned)
+    assert set(untrained) == set(trained) == set(EMPTY_RESULT)
+    assert (untrained["num_trainable_params"], untrained["peak_bytes"]) == (0, None)
+    assert trained["num_trainable_params"] == 4 * (2 * 64 * 2 + 2)
+    assert trained["adapter_bytes"] >= 4 * trained["num_trainable_params"]
+    assert trained["peak_bytes"] > 0
+    assert (trained["num_steps"], trained["num_examples"]) == (2, 8)
+    assert (tuned.directory / "predictions.jsonl").is_file()
+    json.dumps(trained)

@@ -1,0 +1,624 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+
+from lowmem_reft.data import (
+    IGNORED,
+    Collator,
+    Row,
+    as_choices,
+    encode_choices,
+    encode_labelled,
+    encode_prompt,
+    encode_rows,
+    holdout,
+    label_names,
+    load_rows,
+    rows_digest,
+)
+from lowmem_reft.errors import InputError
+
+CORPUS = [
+    "Question: was it the good film?\nAnswer: positive",
+    "Question: is {x: 1} a set, or not?\nAnswer: negative",
+    "<|user|>hello there<|end|>\n<|assistant|>what a day<|end|>\n",
+]
+SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = "Question: {prompt}\\nAnswer:"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def _wrap(
+    tokenizer: Tokenizer, *, bos: bool, pad: str = "<pad>", eos: str = "</s>"
+) -> PreTrainedTokenizerFast:
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token=eos,
+        pad_token=pad,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_level(*, bos: bool, **special: str) -> PreTrainedTokenizerFast:
+    """GPT-2's kind: a space is the start of the next token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return _wrap(tokenizer, bos=bos, **special)
+
+
+def _metaspace(*, bos: bool) -> PreTrainedTokenizerFast:
+    """Llama 2's kind: text starts with a space of the tokenizer's own."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=[*SPECIAL, "<unk>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([*CORPUS, "0123456789"], trainer)
+    return _wrap(tokenizer, bos=bos)
+
+
+def _word_level(*, bos: bool) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=[*SPECIAL, "<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return _wrap(tokenizer, bos=bos)
+
+
+class _SlowTokenizer(PreTrainedTokenizer):
+    """One token per character, in Python, so without offsets."""
+
+    vocab_size = 256
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(i): i for i in range(256)} | self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "byte-level": lambda: _byte_level(bos=False),
+    "byte-level, BOS": lambda: _byte_level(bos=True),
+    "byte-level, BOS, pad == eos": lambda: _byte_level(bos=True, pad="</s>"),
+    "byte-level, BOS == eos": lambda: _byte_level(bos=True, eos="<s>"),
+    "metaspace": lambda: _metaspace(bos=False),
+    "metaspace, BOS": lambda: _metaspace(bos=True),
+    "words": lambda: _word_level(bos=False),
+    "words, BOS": lambda: _word_level(bos=True),
+    "slow": lambda: _SlowTokenizer(eos_token="</s>", pad_token="<pad>"),
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return TOKENIZERS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> PreTrainedTokenizerFast:
+    return _byte_level(bos=True)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = _byte_level(bos=True, eos="<|end|>")
+    tokenizer.chat_template = "<s>" + CHAT_TEMPLATE
+    return tokenizer
+
+
+def _row(prompt: str, response: str) -> Row:
+    return Row(source="rows.jsonl:7", prompt=prompt, response=response)
+
+
+def _choice_row(prompt: str, *choices: str) -> Row:
+    return Row(source="rows.jsonl:7", prompt=prompt, choices=choices, answer=0, response=choices[0])
+
+
+def _chat_row(*contents: str) -> Row:
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    return Row(source="rows.jsonl:7", messages=tuple(messages), response=contents[-1])
+
+
+def _parts(example: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+    """Prompt tokens and supervised tokens; they are in this order and nothing else is there."""
+    size = example["labels"].count(IGNORED)
+    assert example["labels"][:size] == [IGNORED] * size
+    assert example["labels"][size:] == example["input_ids"][size:]
+    return example["input_ids"][:size], example["input_ids"][size:]
+
+
+def _write(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# --- rows -----------------------------------------------------------------------------------
+
+KINDS = {
+    "response": [{"prompt": "a {b}", "response": 'c, "d"\ne'}, {"prompt": "f", "response": "g"}],
+    "messages": [
+        {
+            "messages": [
+                {"role": "user", "content": "hello"},
+                {"role": "assistant", "content": "there"},
+            ]
+        }
+    ],
+    "choices": [{"prompt": "a", "choices": ["b", "c,d"], "answer": 1}],
+    "label": [{"text": "a", "label": 1}, {"text": "b", "label": 0}],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = KINDS[kind]
+    _write(tmp_path / "rows.jsonl", *records)
+    _write(tmp_path / "lines.json", *records)
+    (tmp_path / "list.json").write_text(json.dumps(records, indent=1))
+    Dataset.from_list(records).to_parquet(tmp_path / "rows.parquet")
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(records[0]))
+        writer.writeheader()
+        for record in records:
+            writer.writerow(
+                {k: json.dumps(v) if isinstance(v, list) else v for k, v in record.items()}
+            )
+    names = ["rows.jsonl", "lines.json", "list.json", "rows.parquet", "rows.csv"]
+    rows = [load_rows(tmp_path / name) for name in names]
+    assert [row.kind for row in rows[0]] == [kind] * len(records)
+    assert len({rows_digest(read) for read in rows}) == 1
+    assert rows[0][0].source == f"{tmp_path / 'rows.jsonl'}:1"
+    assert (
+        rows[4][-1].source
+        == f"{tmp_path / 'rows.csv'}:{4 if kind == 'response' else len(rows[0]) + 1}"
+    )
+
+
+def test_a_datasets_id_is_loaded_with_its_configuration_and_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> list[dict[str, str]]:
+        calls.append((args, kwargs))
+        return [{"prompt": "a", "response": "b"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    (row,) = load_rows("org/set-1.5:main", split="test")
+    assert calls == [(("org/set-1.5", "main"), {"split": "test"})]
+    assert (row.source, row.prompt) == ("org/set-1.5:main[test], row 1", "a")
+
+
+def test_an_unknown_datasets_id_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("no such set")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(InputError, match=r"'org/set' \(no such set\); check path, id and split"):
+        load_rows("org/set")
+
+
+def test_limit_reads_only_the_first_rows(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.jsonl", {"prompt": "a", "response": "b"}, "not a row")
+    assert len(load_rows(path, limit=1)) == 1
+    with pytest.raises(InputError, match="limit must be at least 1, got 0"):
+        load_rows(path, limit=0)
+
+
+def test_blank_lines_and_further_columns_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"prompt": "a", "response": "b", "id": 3}\n\n', encoding="utf-8")
+    assert [(row.prompt, row.response) for row in load_rows(path)] == [("a", "b")]
+
+
+GOOD = {"prompt": "a", "response": "b"}
+USER = {"role": "user", "content": "hi"}
+BAD_ROWS = {
+    "not an object": ([1], "must be a JSON object, got list"),
+    "unknown columns": ({"question": "a"}, r"must have prompt \+ response.*got \['question'\]"),
+    "null response": ({"prompt": "a", "response": None}, r"got \['prompt'\]; rename"),
+    "two kinds": ({**GOOD, "text": "a", "label": "b"}, "must fit only one of"),
+    "empty prompt": ({"prompt": "", "response": "b"}, "prompt must be a non-empty string, got ''"),
+    "empty response": ({"prompt": "a", "response": " "}, "response must be a non-empty string"),
+    "number": ({"prompt": 1, "response": "b"}, "prompt must be a non-empty string, got 1"),
+    "half a character": ({"prompt": "\ud800", "response": "b"}, "prompt must be valid Unicode"),
+    "one choice": ({"prompt": "a", "choices": ["b"], "answer": 0}, "choices must be a list of two"),
+    "empty choice": ({"prompt": "a", "choices": ["b", ""], "answer": 0}, r"choices\[1\] must be a"),
+    "answer out of range": (
+        {"prompt": "a", "choices": ["b", "c"], "answer": 2},
+        "answer must be an integer from 0 to 1, got 2; give the index",
+    ),
+    "answer as letter": ({"prompt": "a", "choices": ["b", "c"], "answer": "A"}, "got 'A'; give"),
+    "answer as bool": ({"prompt": "a", "choices": ["b", "c"], "answer": True}, "got True; give"),
+    "label as float": ({"text": "a", "label": 0.5}, "label must be a non-empty string or an int"),
+    "no messages": ({"messages": []}, r"messages must be a list of \{role, content\} objects"),
+    "no content": ({"messages": [{"role": "user"}]}, r"messages\[0\].content must be"),
+    "no response": ({"messages": [USER]}, "the last message must be the assistant's, got 'user'"),
+    "no question": ({"messages": [{**USER, "role": "assistant"}]}, "a prompt before the response"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_wrong_row_is_an_error_with_file_and_line(name: str, tmp_path: Path) -> None:
+    record, message = BAD_ROWS[name]
+    path = _write(tmp_path / "rows.jsonl", record)
+    path.write_text("\n" + path.read_text())
+    with pytest.raises(InputError, match=rf"rows\.jsonl:2: .*{message}"):
+        load_rows(path)
+
+
+def test_mixed_kinds_are_an_error_with_file_and_line(tmp_path: Path) -> None:
+    path = _write(tmp_path / "rows.jsonl", GOOD, {"text": "a", "label": "b"})
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: all rows must be of one kind"):
+        load_rows(path)
+
+
+BAD_FILES = {
+    "rows.jsonl": ('{"prompt": "a"', r"rows\.jsonl:1: must be valid JSON"),
+    "rows.json": ('[{"prompt": "a"', r"rows\.json: must be valid JSON.*line 1"),
+    "rows.csv": ('prompt,response\na,b\na,"b\n', r"rows\.csv:3: must be valid CSV"),
+    "wide.csv": ("prompt,response\na,b,c\n", r"wide\.csv:2: must have as many cells"),
+    "narrow.csv": ("prompt,response\na\n", r"narrow\.csv:2: a row must have prompt \+ response"),
+    "choices.csv": (
+        "prompt,choices,answer\na,b|c,0\n",
+        r"choices\.csv:2: choices: must be valid JSON",
+    ),
+    "rows.parquet": ("no", r"rows\.parquet: must be a Parquet file"),
+    "empty.jsonl": ("\n", "at least one row, got none in .*empty.jsonl"),
+    "rows.txt": ("a", "must be a .jsonl, .json, .csv, .parquet file or a datasets id"),
+    "latin.jsonl": ("\udce9", "must be readable UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_wrong_file_is_an_error_that_names_it(name: str, tmp_path: Path) -> None:
+    text, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=message):
+        load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", ["nowhere/rows.jsonl", "/nowhere/rows.csv", "rows.parquet"])
+def test_a_missing_file_is_an_error_that_names_it(source: str) -> None:
+    with pytest.raises(InputError, match=f"must be an existing file, got '{source}'"):
+        load_rows(source)
+
+
+def test_prompts_without_response_are_read_on_request(tmp_path: Path) -> None:
+    prompts = load_rows(_write(tmp_path / "a.jsonl", {"prompt": "a"}), require_response=False)
+    chats = load_rows(_write(tmp_path / "b.jsonl", {"messages": [USER]}), require_response=False)
+    assert (prompts[0].kind, prompts[0].response) == ("prompt", None)
+    assert (chats[0].kind, chats[0].prompt_messages) == ("messages", [USER])
+
+
+def test_label_names_are_in_numerical_or_alphabetical_order() -> None:
+    def rows(*labels: str) -> list[Row]:
+        return [Row(source="a:1", prompt="t", response=x, label=x) for x in labels]
+
+    assert label_names(rows("10", "9", "-1", "9")) == ["-1", "9", "10"]
+    assert label_names(rows("b", "10", "a", "9")) == ["10", "9", "a", "b"]
+    with pytest.raises(InputError, match="at least two values, got"):
+        label_names(rows("a", "a"))
+
+
+def test_labelled_rows_become_choices_over_all_labels() -> None:
+    rows = [Row(source=f"a:{i}", prompt="t", response=x, label=x) for i, x in enumerate("bac")]
+    choices = as_choices(rows)
+    assert [(row.choices, row.answer) for row in choices] == [
+        (("a", "b", "c"), i) for i in (1, 0, 2)
+    ]
+    assert as_choices(choices) == choices
+    with pytest.raises(InputError, match=r"a:2: label must be one of \['a', 'b'\], got 'c'"):
+        as_choices(rows, ["a", "b"])
+
+
+def test_holdout_depends_on_content_only_and_keeps_identical_rows_together() -> None:
+    rows = [_row(str(i % 50), "x") for i in range(100)]
+    train, held_out = holdout(rows, 0.1)
+    assert len(held_out) == 10
+    assert len(train) == 90
+    assert not {row.prompt for row in train} & {row.prompt for row in held_out}
+    moved = [Row(source="elsewhere:1", prompt=r.prompt, response="x") for r in reversed(rows)]
+    assert sorted(r.prompt for r in holdout(moved)[1]) == sorted(r.prompt for r in held_out)
+
+
+def test_holdout_leaves_both_sides_a_row_or_refuses() -> None:
+    rows = [_row("a", "x"), _row("b", "x")]
+    assert [len(side) for side in holdout(rows, 0.01)] == [1, 1]
+    assert [len(side) for side in holdout(rows, 0.99)] == [1, 1]
+    with pytest.raises(InputError, match="two different rows to hold one out, got 1"):
+        holdout([rows[0], rows[0]])
+    with pytest.raises(InputError, match="fraction must be between 0 and 1, got 1"):
+        holdout(rows, 1)
+
+
+def test_digest_follows_content_and_order() -> None:
+    rows = [_row("a", "x"), _row("b", "x")]
+    assert rows_digest(rows) == rows_digest(
+        [Row(source="other:1", prompt="a", response="x"), rows[1]]
+    )
+    assert rows_digest(rows) != rows_digest(rows[::-1])
+    assert rows_digest(rows) != rows_digest(rows[:1])
+
+
+# --- encoding ------------------------------------------------------------------------------
+
+
+def test_supervised_tokens_are_the_response_and_eos(tokenizer: Any) -> None:
+    (example,) = encode_rows(
+        [_row("was it good?", "positive")], tokenizer, template=TEMPLATE
+    ).examples
+    prompt, response = _parts(example)
+    assert response[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(response[:-1]).strip() == "positive"
+    text = tokenizer.decode(prompt, skip_special_tokens=True)
+    assert text.replace(" ", "") in ("Question:wasitgood?\nAnswer:", "Question:wasitgood?Answer:")
+
+
+def test_bos_is_there_once_if_the_tokenizer_adds_one(tokenizer: Any) -> None:
+    adds = tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+    for prompt in ("was", "<s>was"):
+        row = _row(prompt, "positive")
+        ids = encode_rows([row], tokenizer).examples[0]["input_ids"]
+        if tokenizer.bos_token_id is not None:
+            starts = adds or prompt == "<s>was"
+            assert (ids[0] == tokenizer.bos_token_id) == starts
+            assert ids[:-1].count(tokenizer.bos_token_id) == starts
+
+
+@pytest.mark.parametrize("prompt", ["was it good?", "Answer: ", "Answer:  ", "Answer:\n", "a {b}"])
+def test_generation_sees_the_prompt_tokens_of_training(tokenizer: Any, prompt: str) -> None:
+    row = _row(prompt, "positive")
+    trained, _ = _parts(encode_rows([row], tokenizer).examples[0])
+    assert encode_prompt(row, tokenizer) == trained
+
+
+def test_spaces_at_the_joint_belong_to_the_response(byte_level: Any) -> None:
+    encoded = [
+        encode_rows([_row(prompt, response)], byte_level).examples[0]
+        for prompt, response in (("Answer:", "good"), ("Answer: ", "good"), ("Answer:", " good"))
+    ]
+    assert encoded[0] == encoded[1] == encoded[2]
+    assert byte_level.decode(_parts(encoded[0])[1]) == " good</s>"
+    newline = encode_rows([_row("Answer:\n", "good")], byte_level).examples[0]
+    assert byte_level.decode(_parts(newline)[1]) == "good</s>"
+
+
+def test_a_token_that_reaches_into_the_response_is_supervised() -> None:
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        special_tokens=SPECIAL, initial_alphabet=list("Answer:\nok "), show_progress=False
+    )
+    tokenizer.train_from_iterator(["er:\nok"] * 9, trainer)  # no pre-tokenizer: one token
+    wrapped = _wrap(tokenizer, bos=False)
+    prompt, response = _parts(encode_rows([_row("Answer:", "\nok")], wrapped).examples[0])
+    assert wrapped.decode(prompt).replace(" ", "") == "Answ"
+    assert wrapped.decode(response).replace(" ", "") == "er:\nok</s>"
+
+
+def test_eos_that_the_response_ends_with_is_not_doubled(byte_level: Any) -> None:
+    (example,) = encode_rows([_row("a", "good</s>")], byte_level).examples
+    assert example["input_ids"].count(byte_level.eos_token_id) == 1
+
+
+def test_a_tokenizer_without_eos_and_pad_ends_with_the_response_and_pads_with_zero() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_byte_level(bos=False).backend_tokenizer)
+    examples = encode_rows([_row("a b c", "ok"), _row("a", "ok")], tokenizer).examples
+    assert tokenizer.decode(_parts(examples[0])[1]) == " ok"
+    assert Collator(tokenizer)(examples)["input_ids"][1, -1] == 0
+
+
+def test_a_response_that_the_tokenizer_drops_is_an_error_with_its_line() -> None:
+    tokenizer = Tokenizer(models.BPE())  # characters that it does not know become nothing
+    tokenizer.train_from_iterator(["abc"], trainers.BpeTrainer(show_progress=False))
+    with pytest.raises(InputError, match=r"rows\.jsonl:7: response must have tokens, got none"):
+        encode_choices(
+            _choice_row("a", "b", "x"), PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        )
+
+
+def test_braces_in_prompts_and_templates_are_kept(byte_level: Any) -> None:
+    (example,) = encode_rows(
+        [_row("{x} {0} {prompt", "ok")], byte_level, template="{a} {prompt} {}"
+    ).examples
+    assert byte_level.decode(example["input_ids"]) == "<s>{a} {x} {0} {prompt {} ok</s>"
+
+
+def test_a_template_without_prompt_is_refused(byte_level: Any) -> None:
+    with pytest.raises(InputError, match=r"template must contain \{prompt\}, got 'Q: \{\}'"):
+        encode_rows([_row("a", "b")], byte_level, template="Q: {}")
+
+
+def test_long_prompts_are_cut_from_the_left_and_counted(tokenizer: Any) -> None:
+    long, short = _row("good film " * 30 + "was it good?", "positive"), _row("a", "positive")
+    whole = encode_rows([long], tokenizer).examples[0]
+    cut = encode_rows([long, short], tokenizer, max_length=20)
+    prompt, response = _parts(whole)
+    cut_prompt, cut_response = _parts(cut.examples[0])
+    assert cut_response == response
+    assert len(cut.examples[0]["input_ids"]) == 20
+    num_bos = int(prompt[0] == tokenizer.bos_token_id)
+    assert cut_prompt == prompt[:num_bos] + prompt[num_bos + cut.num_cut_tokens :]
+    assert cut.num_cut_prompts == 1
+    assert cut.num_cut_tokens == len(whole["input_ids"]) - 20
+    assert encode_prompt(long, tokenizer, max_length=len(cut_prompt)) == cut_prompt
+
+
+def test_a_response_that_does_not_fit_is_an_error_with_its_line(tokenizer: Any) -> None:
+    row = _row("was it good?", "positive")
+    prompt, response = _parts(encode_rows([row], tokenizer).examples[0])
+    least = len(response) + 1 + int(prompt[0] == tokenizer.bos_token_id)
+    assert len(encode_rows([row], tokenizer, max_length=least).examples[0]["input_ids"]) == least
+    with pytest.raises(InputError, match=r"rows\.jsonl:7: response must leave room.*raise max_len"):
+        encode_rows([row], tokenizer, max_length=least - 1)
+
+
+def test_choices_share_the_prompt_and_have_no_eos(tokenizer: Any) -> None:
+    row = _choice_row("was it good?", "positive", "negative film", "ok")
+    for max_length in (512, 28):
+        parts = [
+            _parts(example)
+            for example in encode_choices(row, tokenizer, template=TEMPLATE, max_length=max_length)
+        ]
+        assert len({tuple(prompt) for prompt, _ in parts}) == 1
+        assert max(len(prompt) + len(response) for prompt, response in parts) <= max_length
+        assert [response[-1:] == [tokenizer.eos_token_id] for _, response in parts] == [False] * 3
+    trained, response = _parts(encode_rows([row], tokenizer, template=TEMPLATE).examples[0])
+    scored = encode_choices(row, tokenizer, template=TEMPLATE)[0]["input_ids"]
+    assert trained + response[:-1] == scored
+
+
+def test_choices_are_asked_of_rows_that_have_them(byte_level: Any) -> None:
+    with pytest.raises(InputError, match=r"rows\.jsonl:7: a row must have choices, got a response"):
+        encode_choices(_row("a", "b"), byte_level)
+
+
+def test_chats_are_written_by_the_chat_template_with_one_bos(chat_tokenizer: Any) -> None:
+    row = _chat_row("hello", "there", "what", "a day")
+    prompt, response = _parts(encode_rows([row], chat_tokenizer).examples[0])
+    assert chat_tokenizer.decode(prompt) == (
+        "<s><|user|>hello<|end|>\n<|assistant|>there<|end|>\n<|user|>what<|end|>\n<|assistant|>"
+    )
+    assert chat_tokenizer.decode(response) == "a day<|end|>"
+    assert encode_prompt(row, chat_tokenizer) == prompt
+    open_chat = Row(source="a:1", messages=row.messages[:-1])
+    assert encode_prompt(open_chat, chat_tokenizer) == prompt
+
+
+def test_a_cut_chat_keeps_its_bos_and_response(chat_tokenizer: Any) -> None:
+    row = _chat_row("hello " * 50, "a day")
+    prompt, response = _parts(encode_rows([row], chat_tokenizer, max_length=12).examples[0])
+    assert (prompt[0], len(prompt) + len(response)) == (chat_tokenizer.bos_token_id, 12)
+    assert chat_tokenizer.decode(response) == "a day<|end|>"
+
+
+def test_chats_without_a_chat_template_are_refused(byte_level: Any) -> None:
+    with pytest.raises(InputError, match=r"rows\.jsonl:7: messages must come with a tokenizer"):
+        encode_rows([_chat_row("hello", "there")], byte_level)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "got roles must alternate; correct"),
+        ("{% if add_generation_prompt %}think{% endif %}", "must write a response after"),
+    ],
+)
+def test_a_chat_template_that_refuses_or_rewrites_is_an_error(template: str, message: str) -> None:
+    tokenizer = _byte_level(bos=True)
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=rf"rows\.jsonl:7: .*{message}"):
+        encode_rows([_chat_row("hello", "there")], tokenizer)
+
+
+def test_a_row_without_response_cannot_be_trained_on(byte_level: Any) -> None:
+    with pytest.raises(InputError, match=r"a:1: a row must have a response"):
+        encode_rows([Row(source="a:1", prompt="b")], byte_level)
+
+
+def test_labelled_texts_get_special_tokens_and_are_cut_on_the_right() -> None:
+    tokenizer = _word_level(bos=True)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>")],
+    )
+    rows = [
+        Row(source="a:1", prompt="good film was it", response="b", label="b"),
+        Row(source="a:2", prompt="good", response="a", label="a"),
+    ]
+    encoded = encode_labelled(rows, tokenizer, max_length=4, label_names=label_names(rows))
+    assert [tokenizer.decode(e["input_ids"]) for e in encoded.examples] == [
+        "<s> good film </s>",
+        "<s> good </s>",
+    ]
+    assert [example["labels"] for example in encoded.examples] == [1, 0]
+    assert (encoded.num_cut_prompts, encoded.num_cut_tokens) == (1, 2)
+
+
+# --- collating -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_masked_by_length_on_either_side(tokenizer: Any, side: Any) -> None:
+    rows = [_row("was it good? " * 3, "positive"), _row("film", "ok")]
+    examples = encode_rows(rows, tokenizer).examples
+    batch = Collator(tokenizer, padding_side=side)(examples)
+    lengths = [len(example["input_ids"]) for example in examples]
+    assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    for i, example in enumerate(examples):
+        real = batch["attention_mask"][i].bool()
+        assert batch["input_ids"][i][real].tolist() == example["input_ids"]
+        assert batch["labels"][i][real].tolist() == example["labels"]
+        assert set(batch["input_ids"][i][~real].tolist()) <= {tokenizer.pad_token_id}
+        assert set(batch["labels"][i][~real].tolist()) <= {IGNORED}
+        assert bool(real[-1 if side == "left" else 0])
+
+
+def test_real_eos_is_attended_and_supervised_where_it_also_pads() -> None:
+    tokenizer = _byte_level(bos=False, pad="</s>")
+    examples = encode_rows([_row("a longer prompt", "ok"), _row("a", "ok")], tokenizer).examples
+    batch = Collator(tokenizer)(examples)
+    end = len(examples[1]["input_ids"]) - 1
+    assert batch["input_ids"][1, end:].unique().tolist() == [tokenizer.eos_token_id]
+    assert batch["attention_mask"][1, end:].tolist()[:2] == [1, 0]
+    assert batch["labels"][1, end:].tolist()[:2] == [tokenizer.eos_token_id, IGNORED]
+
+
+def test_prompts_and_classes_are_collated_too(byte_level: Any) -> None:
+    prompts = Collator(byte_level, "left")([{"input_ids": [5, 6]}, {"input_ids": [7]}])
+    assert sorted(prompts) == ["attention_mask", "input_ids"]
+    classes = Collator(byte_level)(
+        [{"input_ids": [5], "labels": 1}, {"input_ids": [7], "labels": 0}]
+    )
+    assert classes["labels"].tolist() == [1, 0]
+
+
+@pytest.mark.skipif("LOWMEM_REFT_MODELS" not in os.environ, reason="names no model directories")
+def test_real_tokenizers_give_back_the_response() -> None:
+    for directory in os.environ["LOWMEM_REFT_MODELS"].split(os.pathsep):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        row = _row("was {it} good, é🙂?", "It was.\nVery good.")
+        (example,) = encode_rows([row], tokenizer, template=TEMPLATE).examples
+        prompt, response = _parts(example)
+        assert prompt[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(response[:-1]).endswith("It was.\nVery good.")

@@ -1,0 +1,134 @@
+"""Scoring against brute force, one sequence at a time in float64."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_reft.config import ReftConfig
+from lowmem_reft.data import Row, encode_choices
+from lowmem_reft.errors import InputError
+from lowmem_reft.evaluate import extract_answer, run_evaluation, score
+from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
+from lowmem_reft.training_card import TrainingCard
+
+ROWS = [
+    Row(source=f"rows:{i}", prompt=prompt, choices=choices, answer=0, response=choices[0])
+    for i, (prompt, choices) in enumerate(
+        [
+            ("is the film good or bad? label:", ("good", "bad", "lazy dog")),
+            ("what is two and two?", ("four", "the quick brown fox")),
+            ("once upon a time there was a little", ("cat", "answer", "film", "fox")),
+        ]
+    )
+]
+
+
+@pytest.fixture
+def card(tiny_llama_dir: Path) -> TrainingCard:
+    return TrainingCard(base=str(tiny_llama_dir), storage="fp32")
+
+
+def load(directory: Path, *, adapted: bool) -> tuple[torch.nn.Module, object]:
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    if adapted:
+        model = get_peft_model(
+            model, ReftConfig(task_type="CAUSAL_LM", positions="f2+l3", init="paper")
+        ).eval()
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_likelihood_scores_equal_one_sequence_at_a_time(
+    tiny_llama_dir: Path, card: TrainingCard, adapted: bool, batch_size: int
+) -> None:
+    model, tokenizer = load(tiny_llama_dir, adapted=adapted)
+    scores = score(model, tokenizer, ROWS, card, batch_size=batch_size)
+    for row, prediction, loss in zip(ROWS, scores.predictions, scores.losses, strict=True):
+        totals = []
+        for example in encode_choices(row, tokenizer):
+            ids, labels = (torch.tensor([example[key]]) for key in ("input_ids", "labels"))
+            with torch.no_grad():
+                logits = model(input_ids=ids, labels=labels).logits.double().log_softmax(-1)
+            wanted = labels[0, 1:] != -100
+            picked = logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0][wanted]
+            totals.append((picked.sum().item(), picked.mean().item()))
+        assert prediction == max(range(len(totals)), key=lambda i: totals[i][0])
+        assert loss == pytest.approx(-totals[0][1], rel=1e-5)
+
+
+def test_generated_answers_are_compared_after_extraction(
+    tiny_llama_dir: Path, card: TrainingCard
+) -> None:
+    model, tokenizer = load(tiny_llama_dir, adapted=False)
+    rows = [replace(row, choices=(), answer=None, response="so: 4") for row in ROWS]
+    scores = score(model, tokenizer, rows, card, answer_pattern=r"so: (\d)", max_new_tokens=3)
+    assert len(scores.correct) == 3
+    with pytest.raises(InputError, match="rows:0: response must match answer_pattern"):
+        score(model, tokenizer, rows, card, answer_pattern="never", max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "answer"),
+    [
+        ("  The\nAnswer ", None, "the answer"),
+        ("it is 3, no, 4.", r"(\d)", "4"),
+        ("it is 3", r"is \d", "is 3"),
+        ("nothing", r"(\d)", None),
+    ],
+)
+def test_answers_are_extracted(text: str, pattern: str | None, answer: str | None) -> None:
+    assert extract_answer(text, pattern) == answer
+
+
+def test_a_broken_pattern_is_refused() -> None:
+    with pytest.raises(InputError, match="answer_pattern must be a regular expression"):
+        extract_answer("a", "(")
+
+
+def test_predictions_are_written_one_line_per_example(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "is it good?", "choices": ["good", "bad"], "answer": 1}\n' * 3)
+    result = run_evaluation(
+        EvaluateOptions(
+            model=ModelOptions(model=str(tiny_llama_dir), device="cpu"),
+            data=DataOptions(data=str(data)),
+            predictions=tmp_path / "predictions.jsonl",
+            quiet=True,
+        )
+    )
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert sum(line["correct"] for line in lines) / 3 == result["accuracy"] == result["value"]
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+    )
+    other = get_peft_model(LlamaForCausalLM(config), ReftConfig(task_type="CAUSAL_LM"))
+    other.save_pretrained(str(tmp_path / "adapter"))
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "is it good?", "choices": ["good", "bad"], "answer": 1}\n')
+    with pytest.raises(InputError, match="adapter must fit the model"):
+        run_evaluation(
+            EvaluateOptions(
+                model=ModelOptions(model=str(tiny_llama_dir), device="cpu"),
+                data=DataOptions(data=str(data)),
+                adapter=tmp_path / "adapter",
+                quiet=True,
+            )
+        )

@@ -1,0 +1,83 @@
+"""Named methods: the grammar of --methods and the PEFT configuration behind each name."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowmem_reft.config import ReftConfig
+from lowmem_reft.errors import InputError
+from lowmem_reft.methods import (
+    METHODS,
+    build_peft_config,
+    find_method,
+    parse_methods,
+    resolve_learning_rate,
+)
+from lowmem_reft.options import MethodOptions, OptimOptions
+
+
+def test_overrides_are_split_outside_brackets_only() -> None:
+    specs = parse_methods("loreft[rank=8,positions=f7+l7], qlora[lr=1e-3,epochs=2] ,lora")
+    assert [spec.label for spec in specs] == [
+        "loreft[rank=8,positions=f7+l7]",
+        "qlora[lr=1e-3,epochs=2]",
+        "lora",
+    ]
+    assert specs[0].options == MethodOptions(method="loreft", rank=8, positions="f7+l7")
+    assert specs[1].optim_overrides == {"lr": 1e-3, "epochs": 2.0}
+
+
+def test_r_is_short_for_rank_and_storage_belongs_to_the_base() -> None:
+    (spec,) = parse_methods("loreft[r=2,storage=bf16]")
+    assert spec.options.rank == 2
+    assert spec.storage == "bf16"
+
+
+def test_the_storage_is_the_methods_own_by_default() -> None:
+    assert [spec.storage for spec in parse_methods("loreft,lora,qlora")] == ["nf4", "bf16", "nf4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "at least one method"),
+        ("lorefd", "method must be one of loreft"),
+        ("loreft,loreft", "twice"),
+        ("loreft[rank=eight]", "rank in .* must be a whole number"),
+        ("loreft[lr=fast]", "lr in .* must be a number"),
+        ("loreft[rnak=8]", "rnak=8"),
+        ("loreft[rank]", "got 'rank'"),
+        ("loreft[rank=8", "must look like name"),
+        ("lora[positions=l1]", "positions must not be given with method 'lora'"),
+        ("loreft[alpha=2]", "alpha must not be given with method 'loreft'"),
+    ],
+)
+def test_a_wrong_methods_entry_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_methods(text)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_has_a_configuration(name: str) -> None:
+    config = build_peft_config(MethodOptions(method=name), task_type="CAUSAL_LM", num_layers=4)
+    assert config.task_type == "CAUSAL_LM"
+
+
+def test_layers_of_lora_are_resolved_against_the_base() -> None:
+    options = MethodOptions(method="qlora", rank=8, layers="upper:0.5")
+    config = build_peft_config(options, task_type="CAUSAL_LM", num_layers=6)
+    assert config.layers_to_transform == [3, 4, 5]
+    assert (config.r, config.lora_alpha) == (8, 16)
+
+
+def test_reft_options_reach_the_configuration() -> None:
+    options = MethodOptions(method="loreft", rank=2, positions="l1", tie="tied", dropout=0.1)
+    config = build_peft_config(options, task_type="CAUSAL_LM", num_layers=6)
+    assert isinstance(config, ReftConfig)
+    assert (config.rank, config.positions, config.dropout) == (2, "l1", 0.1)
+
+
+def test_the_learning_rate_is_the_methods_own_unless_given() -> None:
+    options = MethodOptions(method="qlora")
+    assert resolve_learning_rate(options, OptimOptions()).lr == find_method("qlora").lr
+    assert resolve_learning_rate(options, OptimOptions(lr=0.5)).lr == 0.5

@@ -1,0 +1,204 @@
+"""Training runs: what comes out, resuming, reproducibility, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.options import (
+    DataOptions,
+    EvaluateOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    TrainOptions,
+)
+from lowmem_reft.train import find_adapter, run_training
+from lowmem_reft.training_card import load_card
+
+ROWS = [
+    {"prompt": f"is the {noun} good or bad? label:", "choices": ["good", "bad"], "answer": answer}
+    for noun, answer in [("cat", 0), ("dog", 1), ("fox", 0), ("film", 1), ("time", 0), ("fou", 1)]
+    for _ in range(2)
+]
+
+
+@pytest.fixture
+def options(tiny_llama_dir: Path, tmp_path: Path) -> TrainOptions:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return TrainOptions(
+        model=ModelOptions(model=str(tiny_llama_dir), compute_dtype="fp32", device="cpu"),
+        data=DataOptions(data=str(data)),
+        method=MethodOptions(positions="f2+l2"),
+        optim=OptimOptions(epochs=2, batch_size=3, lr=1e-2),
+        run=RunOptions(output_dir=tmp_path / "out", quiet=True, logging_steps=1),
+    )
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def assert_same_adapter(first: Path, second: Path) -> None:
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def with_run(options: TrainOptions, **changes: object) -> TrainOptions:
+    return replace(options, run=replace(options.run, **changes))
+
+
+def test_a_run_lowers_the_loss_and_reports_what_scripts_rely_on(options: TrainOptions) -> None:
+    result = run_training(replace(options, optim=replace(options.optim, epochs=12)))
+    history = [loss for _, loss in result["loss_history"]]
+    assert sum(history[-4:]) < 0.7 * sum(history[:4])
+    for key in ("train_loss", "step_time_s", "tokens_per_s", "peak_bytes", "rss_bytes"):
+        assert result[key] > 0, key
+    assert result["num_trainable_params"] == 4 * (2 * 64 * 4 + 4)
+    assert Path(result["adapter_dir"], "adapter_model.safetensors").is_file()
+    assert json.loads((options.run.output_dir / "result.json").read_text())["num_steps"] == 48
+
+
+@pytest.mark.parametrize("method", ["loreft", "qlora"])
+def test_two_runs_with_one_seed_give_the_same_adapter_bitwise(
+    options: TrainOptions, tmp_path: Path, method: str
+) -> None:
+    options = replace(options, method=MethodOptions(method=method, dropout=0.1))
+    first = run_training(options)
+    second = run_training(with_run(options, output_dir=tmp_path / "again"))
+    assert_same_adapter(Path(first["adapter_dir"]), Path(second["adapter_dir"]))
+    other = run_training(with_run(options, output_dir=tmp_path / "other", seed=1))
+    assert other["train_loss"] != first["train_loss"]
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(
+    options: TrainOptions, tmp_path: Path
+) -> None:
+    whole = replace(options, optim=replace(options.optim, batch_size=6, max_steps=2))
+    split = replace(
+        with_run(options, output_dir=tmp_path / "split"),
+        optim=replace(options.optim, batch_size=2, gradient_accumulation=3, max_steps=2),
+    )
+    first, second = run_training(whole), run_training(split)
+    one, two = weights(Path(first["adapter_dir"])), weights(Path(second["adapter_dir"]))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_run_resumes_to_the_same_adapter_bitwise(
+    options: TrainOptions, tmp_path: Path
+) -> None:
+    options = replace(options, method=replace(options.method, dropout=0.1))
+    options = with_run(options, save_steps=3)
+    whole = run_training(with_run(options, output_dir=tmp_path / "whole"))
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys, torch\n"
+        "from transformers import TrainerCallback\n"
+        "import lowmem_reft.train as train\n"
+        "from lowmem_reft.options import *\n"
+        "from pathlib import Path, PosixPath\n"
+        "torch.set_num_threads(1)\n"
+        "original = train._StepWatch.on_step_end\n"
+        "def kill(self, args, state, control, **kwargs):\n"
+        "    original(self, args, state, control, **kwargs)\n"
+        "    if state.global_step == 5:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train._StepWatch.on_step_end = kill\n"
+        f"train.run_training({options!r})\n"
+    )
+    killed = subprocess.run([sys.executable, str(script)], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert not (options.run.output_dir / "adapter").exists()
+    resumed = run_training(with_run(options, resume=True))
+    assert_same_adapter(Path(whole["adapter_dir"]), Path(resumed["adapter_dir"]))
+
+
+def test_ctrl_c_keeps_a_checkpoint_to_resume_from(options: TrainOptions, tmp_path: Path) -> None:
+    arguments = [
+        *("--model", options.model.model, "--data", options.data.data, "--storage", "nf4"),
+        *("--device", "cpu", "--compute-dtype", "fp32", "--positions", "f2+l2"),
+        *("--epochs", "100000", "--batch-size", "3", "--output-dir", str(tmp_path / "long")),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lowmem_reft.cli", "train", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "long").glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-2000:]
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+
+
+def test_resume_without_a_checkpoint_is_refused(options: TrainOptions) -> None:
+    with pytest.raises(InputError, match="resume must find a checkpoint"):
+        run_training(with_run(options, resume=True))
+
+
+def test_evaluation_rows_are_scored_after_training(options: TrainOptions) -> None:
+    data = replace(options.data, eval_data=options.data.data, eval_limit=4)
+    result = run_training(replace(options, data=data))
+    assert result["eval"]["num_examples"] == 4
+
+
+def test_the_training_card_carries_what_scoring_must_share(options: TrainOptions) -> None:
+    data = replace(options.data, template="Q: {prompt}\\nA:")
+    result = run_training(replace(options, data=data))
+    card = load_card(Path(result["adapter_dir"]))
+    assert card is not None
+    assert (card.storage, card.template, card.method) == ("nf4", "Q: {prompt}\\nA:", "loreft")
+
+
+def test_a_classification_head_is_trained_saved_and_scored(
+    options: TrainOptions, tmp_path: Path
+) -> None:
+    from lowmem_reft.evaluate import run_evaluation
+
+    data = tmp_path / "labels.csv"
+    data.write_text("text,label\n" + "".join(f"{r['prompt']},{r['answer']}\n" for r in ROWS))
+    model = replace(options.model, task_type="SEQ_CLS")
+    optim = replace(options.optim, epochs=15)
+    result = run_training(
+        replace(options, model=model, data=DataOptions(data=str(data)), optim=optim)
+    )
+    assert any("score" in name for name in weights(Path(result["adapter_dir"])))
+    scored = run_evaluation(
+        EvaluateOptions(
+            model=options.model,
+            data=DataOptions(data=str(data)),
+            adapter=Path(result["adapter_dir"]),
+            quiet=True,
+        )
+    )
+    assert scored["accuracy"] == 1.0
+
+
+def test_find_adapter_accepts_the_run_directory_and_refuses_others(
+    options: TrainOptions, tmp_path: Path
+) -> None:
+    result = run_training(options)
+    assert find_adapter(options.run.output_dir) == Path(result["adapter_dir"])
+    with pytest.raises(InputError, match="adapter must be a directory"):
+        find_adapter(tmp_path)
