@@ -72,7 +72,7 @@ def load_base(
     ``config.use_cache``, which training does not need; ``generate`` still uses a cache.
 
     int8 quantizes the activations too: always on CUDA, in evaluation mode on a CPU. Its layers keep
-    their inputs until the backward pass, so activation checkpointing saves little with it.
+    their inputs until the backward pass, so activation checkpointing saves less with it.
 
     Args:
         model: Hub id or local directory, of an unquantized or a bitsandbytes checkpoint.

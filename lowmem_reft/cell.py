@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -128,6 +129,8 @@ def run_cell(cell: Cell) -> Result:
         trained = dict(run_training(cell.train))
         weights = Path(trained["adapter_dir"]).glob("*.safetensors")
         trained["adapter_bytes"] = sum(file.stat().st_size for file in weights)
+        for checkpoint in cell.train.run.output_dir.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)  # a cell runs from the start or not at all
     scored = run_evaluation(cell.evaluate)
     measured = {
         **trained,
@@ -171,7 +174,7 @@ def main(arguments: list[str]) -> int:
         result = run_cell(cell)
     except Exception as error:
         traceback.print_exc()
-        message = "".join(traceback.format_exception_only(error))
+        message = f"{type(error).__name__}: {error}"
         result = failed_result(cell, message, time.perf_counter() - start)
     write_json(cell.result_path, result)
     return 1 if result["error"] else 0

@@ -164,7 +164,9 @@ def _method_cell(options: CompareOptions, sources: Sources, spec: MethodSpec, se
     evaluate = _evaluate_options(options, sources, spec.storage, directory, adapter=adapter)
     train = TrainOptions(
         model=evaluate.model,
-        data=replace(evaluate.data, data=sources.train, limit=options.limit),
+        data=replace(
+            evaluate.data, data=sources.train, split=options.split, limit=options.limit
+        ),
         method=spec.options,
         optim=resolve_learning_rate(spec.options, replace(options.optim, **spec.optim_overrides)),
         run=RunOptions(output_dir=directory / "train", seed=seed, quiet=True),
@@ -191,11 +193,14 @@ def _evaluate_options(
         ),
         data=DataOptions(
             data=sources.evaluate,
+            split=options.eval_split,
             template=options.template,
             max_length=options.max_length,
             limit=options.eval_limit,
         ),
         adapter=adapter,
+        answer_pattern=options.answer_pattern,
+        max_new_tokens=options.max_new_tokens,
         predictions=directory / "predictions.jsonl",
         quiet=True,
     )

@@ -23,8 +23,7 @@ from lowmem_reft.data import (
 from lowmem_reft.errors import InputError
 from lowmem_reft.generate import generate_batches
 from lowmem_reft.progress import progress
-from lowmem_reft.train import find_adapter
-from lowmem_reft.training_card import TrainingCard, load_card
+from lowmem_reft.training_card import TrainingCard, find_adapter, load_card
 from lowmem_reft.tuner import prompt_arguments
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ import torch
 from lowmem_reft.data import Collator, Row, encode_prompt, load_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.progress import progress
-from lowmem_reft.train import find_adapter
-from lowmem_reft.training_card import TrainingCard, load_card
+from lowmem_reft.training_card import TrainingCard, find_adapter, load_card
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import MethodOptions, OptimOptions, Storage
@@ -132,7 +132,7 @@ def _parse_method(entry: str) -> MethodSpec:
         key, equals, value = item.partition("=")
         key = {"r": "rank"}.get(key.strip(), key.strip().replace("-", "_"))
         if equals and key == "storage":
-            storage = value.strip()
+            storage = _storage(value.strip(), entry)
         elif equals and key in _names(MethodOptions) - {"method"}:
             own[key] = _convert(MethodOptions, key, value.strip(), entry)
         elif equals and key in _names(OptimOptions):
@@ -145,6 +145,14 @@ def _parse_method(entry: str) -> MethodSpec:
     return MethodSpec(
         label=entry, name=match["name"], storage=storage, options=options, optim_overrides=optim
     )
+
+
+def _storage(value: str, entry: str) -> str:
+    if value not in get_args(Storage):
+        raise InputError(
+            f"storage in {entry!r} must be one of {', '.join(get_args(Storage))}, got {value!r}; mend it"
+        )
+    return value
 
 
 def _names(cls: type) -> set[str]:

@@ -45,6 +45,8 @@ class DataOptions:
     """Rows to score after training (never trained on)."""
     split: str = "train"
     """Split of a datasets id; files have only one."""
+    eval_split: str = "test"
+    """Split of --eval-data where that is a datasets id."""
     template: str | None = None
     """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; default: the adapter's own, else "{prompt}".
     {messages} rows use the tokenizer's chat template."""
@@ -206,6 +208,14 @@ class CompareOptions:
     """Training rows (see train --data); default: the small task that the package ships."""
     eval_data: str | None = None
     """Rows to score; default with --data: a fixed tenth of the training rows, held out."""
+    split: str = "train"
+    """Split of --data where that is a datasets id."""
+    eval_split: str = "test"
+    """Split of --eval-data where that is a datasets id."""
+    answer_pattern: str | None = None
+    """Regular expression that finds the answer in generated text (rows without choices)."""
+    max_new_tokens: int = 64
+    """Tokens generated per example (rows without choices)."""
     methods: str = "loreft,loreft[storage=bf16],lora,qlora"
     """Comma-separated method names, each with overrides in brackets: loreft[rank=8,positions=l1,lr=1e-3]."""
     seeds: str = "0"

@@ -52,11 +52,11 @@ def find_sources(options: CompareOptions) -> Sources:
     train, evaluation = options.data, options.eval_data
     if train is None:
         train, evaluation = map(str, embedded.task_files())
-    train_rows = load_rows(train)
+    train_rows = load_rows(train, split=options.split)
     if evaluation is None:
         train_rows, evaluation_rows = holdout(train_rows)
     else:
-        evaluation_rows = load_rows(evaluation)
+        evaluation_rows = load_rows(evaluation, split=options.eval_split)
     classes = any(row.kind == "label" for row in train_rows)
     if classes:
         names = label_names([*train_rows, *evaluation_rows])

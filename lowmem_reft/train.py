@@ -33,8 +33,6 @@ from lowmem_reft.provenance import versions
 from lowmem_reft.training_card import TrainingCard
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lowmem_reft.data import Row
     from lowmem_reft.options import OptimOptions, TrainOptions
 
@@ -70,7 +68,9 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     if options.data.eval_data:
         from lowmem_reft.evaluate import score
 
-        held_out = load_rows(options.data.eval_data, limit=options.data.eval_limit)
+        held_out = load_rows(
+            options.data.eval_data, split=options.data.eval_split, limit=options.data.eval_limit
+        )
         result["eval"] = score(model, tokenizer, held_out, card, quiet=options.run.quiet).summary()
     (options.run.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
@@ -311,18 +311,3 @@ class _stop_at_a_step:  # noqa: N801 - used as a context manager, like a functio
     def __exit__(self, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._before)
-
-
-def find_adapter(directory: Path) -> Path:
-    """Return the directory that holds the adapter: the given one or its ``adapter`` folder.
-
-    Raises:
-        InputError: neither holds one.
-    """
-    for path in (directory, directory / "adapter"):
-        if (path / "adapter_config.json").is_file():
-            return path
-    raise InputError(
-        f"adapter must be a directory with adapter_config.json, got {str(directory)!r}; "
-        "give the adapter_dir that train printed"
-    )

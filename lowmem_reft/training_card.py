@@ -59,3 +59,18 @@ def load_card(directory: Path) -> TrainingCard | None:
         return TrainingCard(**{key: value for key, value in content.items() if key in known})
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise InputError(f"{path} must be a training card, got {error}; delete or restore it") from error
+
+
+def find_adapter(directory: Path) -> Path:
+    """Return the directory that holds the adapter: the given one or its ``adapter`` folder.
+
+    Raises:
+        InputError: neither holds one.
+    """
+    for path in (directory, directory / "adapter"):
+        if (path / "adapter_config.json").is_file():
+            return path
+    raise InputError(
+        f"adapter must be a directory with adapter_config.json, got {str(directory)!r}; "
+        "give the adapter_dir that train printed"
+    )

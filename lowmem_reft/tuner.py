@@ -68,6 +68,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_dropout: dict[str, float] = {}
         # fp32 values as last seen: some trainers cast trainable parameters to 16 bit.
         self._full_precision: dict[str, Tensor] = {}
+        self.device = torch.device("cpu")
         self.handle: Any = None
         self._disable_adapters = False
         self.merged_adapters = []
@@ -81,6 +82,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         )
         if not any(parameter.is_meta for parameter in phi.parameters()):
             phi.to(device)
+        self.device = device
         self.reft_phi[adapter_name] = phi
         self.reft_dropout[adapter_name] = config.dropout
         self.restore_full_precision()
@@ -155,6 +157,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 stacklevel=2,
             )
         return restored
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT calls this after it has loaded values into empty parameters (low_cpu_mem_usage).
+        if adapter_name in self.reft_phi:
+            self.reft_phi[adapter_name].to(device or self.device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer and choose another active one (PEFT's rules)."""

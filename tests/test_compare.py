@@ -365,4 +365,6 @@ def test_a_real_cell_trains_and_scores(tiny_llama_dir, tmp_path):
     assert trained["peak_bytes"] > 0
     assert (trained["num_steps"], trained["num_examples"]) == (2, 8)
     assert (tuned.directory / "predictions.jsonl").is_file()
-    json.dumps(trained)
+    assert [path.name for path in (tuned.directory / "train").iterdir() if path.is_dir()] == [
+        "adapter"
+    ]

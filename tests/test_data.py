@@ -452,7 +452,7 @@ def test_a_response_that_the_tokenizer_drops_is_an_error_with_its_line() -> None
     tokenizer.train_from_iterator(["abc"], trainers.BpeTrainer(show_progress=False))
     with pytest.raises(InputError, match=r"rows\.jsonl:7: response must have tokens, got none"):
         encode_choices(
-            _choice_row("a", "b", "x"), PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+            _choice_row("c", "b", "x"), PreTrainedTokenizerFast(tokenizer_object=tokenizer)
         )
 
 

@@ -48,6 +48,7 @@ def test_the_storage_is_the_methods_own_by_default() -> None:
         ("loreft[rnak=8]", "rnak=8"),
         ("loreft[rank]", "got 'rank'"),
         ("loreft[rank=8", "must look like name"),
+        ("loreft[storage=q4]", "storage in .* must be one of nf4"),
         ("lora[positions=l1]", "positions must not be given with method 'lora'"),
         ("loreft[alpha=2]", "alpha must not be given with method 'loreft'"),
     ],

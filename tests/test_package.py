@@ -15,13 +15,13 @@ PACKAGE = ROOT / "lowmem_reft"
 
 # Bottom to top: a module imports only what stands before it. A package counts as one module.
 ROWS = (
-    ("errors", "options", "provenance", "embedded"),
+    ("errors", "options", "progress", "devices", "provenance", "embedded"),
     ("interventions", "positions", "blocks", "registration", "config", "selection", "tuner"),
-    ("devices", "checkpointing", "base"),
+    ("checkpointing", "base"),
     ("readers", "rows", "data", "loss"),
     ("methods", "memory", "frozen"),
-    ("train", "evaluate", "generate"),
-    ("cell", "schedule", "report", "compare"),
+    ("training_card", "generate", "evaluate", "train"),
+    ("sources", "cell", "schedule", "report", "compare"),
     ("cli",),
 )
 LAYOUT = [module for row in ROWS for module in row]

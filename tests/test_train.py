@@ -25,8 +25,8 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.train import find_adapter, run_training
-from lowmem_reft.training_card import load_card
+from lowmem_reft.train import run_training
+from lowmem_reft.training_card import find_adapter, load_card
 
 ROWS = [
     {"prompt": f"is the {noun} good or bad? label:", "choices": ["good", "bad"], "answer": answer}
