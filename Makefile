@@ -6,7 +6,7 @@ VENV_FLAGS  ?=
 CONSTRAINTS ?= constraints.txt
 TORCH       ?=
 EXTRAS      ?= dev
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 COMPARE_ARGS ?=
 
 BIN   := $(VENV)/bin
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)  # one thread for each of the workers
 
 compare: $(STAMP) ## Run the main job; METHODS=loreft,qlora SEEDS=0,1 and COMPARE_ARGS='--model ...' are passed on
 	$(BIN)/lowmem-reft compare $(if $(METHODS),--methods '$(METHODS)') $(if $(SEEDS),--seeds '$(SEEDS)') $(COMPARE_ARGS)

@@ -150,7 +150,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 same = torch.equal(before.to(parameter.dtype), parameter.data)
                 parameter.data = (before if same else parameter.data).float()
                 restored = True
-            self._full_precision[name] = parameter.data
+            if not parameter.is_meta:
+                self._full_precision[name] = parameter.data
         if restored:
             warnings.warn(
                 "something cast the interventions to 16 bit; they are restored to fp32",
@@ -164,6 +165,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         # PEFT calls this after it has loaded values into empty parameters (low_cpu_mem_usage).
         if adapter_name in self.reft_phi:
             self.reft_phi[adapter_name].to(device or self.device)
+            self.restore_full_precision()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer and choose another active one (PEFT's rules)."""

@@ -4,10 +4,10 @@ The reference shares no arithmetic with the package: an adapter-free float64 cop
 base, with LoReFT written out in a forward hook of each block (R by torch.linalg.qr, positions by
 hand) and float64 leaves for R's parameter, W and b.
 
-Tolerances are relative to the largest reference value. fp32 compute: 2e-5, the rounding of fp32
-through four blocks. bf16 compute: 5e-2 for logits and 10e-2 for gradients (8 bits of mantissa). An
-int8 base in training mode dequantizes on a CPU and is as good as fp32; in evaluation it quantizes
-the activations as well, which is a property of the base.
+Tolerances are relative to the largest reference value. fp32 compute: 5e-6 for logits, 1e-5 for
+gradients (measured 1e-6 and 2e-6). bf16 compute: 5e-2 and 10e-2 (measured 2e-2 and 5e-2; a bf16
+mantissa has 8 bits). An int8 base in training mode dequantizes on a CPU and is as good as fp32; in
+evaluation it quantizes the activations as well, which is a property of the base.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def check(
         assert relative_error(found[name], gradient) < tolerance[1], name
 
 
-FP32 = (2e-5, 2e-5)
+FP32 = (5e-6, 1e-5)
 BF16 = (5e-2, 10e-2)
 
 

@@ -782,6 +782,19 @@ def test_a_cast_before_training_is_undone_when_training_starts(base: Any) -> Non
     assert not torch.equal(before[0], after[0])
 
 
+def test_a_cast_right_after_loading_onto_empty_parameters_costs_no_precision(
+    base: Any, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    model = adapt(base, layers="1")
+    model.save_pretrained(tmp_path)
+    fresh = lr.load_base(tiny_llama_dir, storage="fp32", device="cpu")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=True)
+    for value in reft_layer(loaded, 1).parameters():
+        value.data = value.data.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="restored to fp32"):
+        assert torch.equal(logits(loaded), logits(model))
+
+
 def test_values_loaded_after_a_cast_are_kept(base: Any) -> None:
     model = adapt(base, layers="1")
     source = reft_layer(model, 1).reft_phi["default"][0].source
@@ -920,8 +933,9 @@ def test_layers_below_the_first_intervention_get_no_backward_pass(
         block.mlp.register_forward_pre_hook(partial(_count, calls, index))
     model(input_ids=IDS, labels=LABELS).loss.backward()
     assert [function is not None for function in grad_functions[:4]] == [False, False, True, True]
-    # Block 2 is edited at its output: nothing in it has a gradient, so only block 3 is recomputed.
-    assert calls == ([1, 1, 1, 2] if checkpointing else [1, 1, 1, 1])
+    # Block 2 is edited at its output: transformers recomputes it only before 5.23, with its hooks.
+    assert calls[:2] == [1, 1]
+    assert calls[3] == (2 if checkpointing else 1)
 
 
 def _count(calls: list[int], index: int, *_: Any) -> None:
