@@ -8,8 +8,9 @@ QLoRA r16 on all linear layers (NF4 base) and than pyreft's LoReFT (fp32 base).
 What keeps it fair: all methods read the same weights and the same batch and share the timed code;
 ``base_loss`` and ``base_forward_s`` show that they start from the same work; LoRA runs on the base
 that LoReFT runs on, with PEFT's defaults (no dropout, no fp32 upcasts); pyreft shares its weights
-over positions, its cheaper form; ``logits_shape`` in the JSON shows who computes logits for the
-prompt.
+over positions, its cheaper form. "our head" rows compute logits for supervised tokens only, as
+``lowmem_reft.train`` does for every method (``lowmem_reft.loss``); the others form the full logits,
+as PEFT and pyreft do (``logits_shape`` in the JSON).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from benchmarks.training_step import BATCH_FILE, StepSpec
 from lowmem_reft.options import Storage
 
 QLORA, LOREFT_NF4 = "QLoRA r16, NF4", "LoReFT r4, NF4"
+QLORA_SHORT, LOREFT_NF4_SHORT = "QLoRA r16, NF4, our head", "LoReFT r4, NF4, our head"
 LORA, LOREFT_FP32, PYREFT = "LoRA r16, fp32", "LoReFT r4, fp32", "pyreft LoReFT r4, fp32"
+LOREFT_FP32_SHORT = "LoReFT r4, fp32, our head"
 GOAL = 1.0
 BASE_LOSS_TOLERANCE = 1e-3
 """Largest difference between the losses of one base in two environments, in nats."""
@@ -141,6 +144,7 @@ def make_workers(options: StepOptions, directory: Path) -> list[Worker]:
             compute_dtype=options.compute_dtype if storage == "nf4" else "fp32",
             rank=16 if method == "lora" else 4,
             device=options.device,
+            supervised_head=label.endswith("our head"),
         )
         return Worker(
             label=label,
@@ -153,8 +157,11 @@ def make_workers(options: StepOptions, directory: Path) -> list[Worker]:
     workers = [
         worker(QLORA, "lora", "nf4"),
         worker(LOREFT_NF4, "loreft", "nf4"),
+        worker(QLORA_SHORT, "lora", "nf4"),
+        worker(LOREFT_NF4_SHORT, "loreft", "nf4"),
         worker(LORA, "lora", "fp32"),
         worker(LOREFT_FP32, "loreft", "fp32"),
+        worker(LOREFT_FP32_SHORT, "loreft", "fp32"),
     ]
     peer_python = pyreft_python(options.pyreft_python)
     if peer_python:
@@ -171,7 +178,10 @@ def run(options: StepOptions) -> dict[str, Any]:
         rows = alternate(
             make_workers(options, Path(directory)), num_warmup=1, num_repeats=options.repeats
         )
-    for pair in ((QLORA, LOREFT_NF4), (LORA, LOREFT_FP32, PYREFT)):
+    for pair in (
+        (QLORA, LOREFT_NF4, QLORA_SHORT, LOREFT_NF4_SHORT),
+        (LORA, LOREFT_FP32, LOREFT_FP32_SHORT, PYREFT),
+    ):
         check_comparable([row for row in rows if row["method"] in pair])
     return {
         "benchmark": "step",
@@ -184,6 +194,8 @@ def run(options: StepOptions) -> dict[str, Any]:
             ratio(rows, LOREFT_NF4, QLORA, GOAL),
             ratio(rows, LOREFT_FP32, LORA, GOAL),
             ratio(rows, LOREFT_FP32, PYREFT, GOAL),
+            ratio(rows, LOREFT_NF4_SHORT, QLORA_SHORT, GOAL),
+            ratio(rows, LOREFT_FP32_SHORT, PYREFT, GOAL),
         ],
         "environment": record,
     }

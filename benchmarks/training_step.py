@@ -31,6 +31,8 @@ class StepSpec:
     """Weights and batch, shared by all methods."""
     method: str
     """lora or loreft."""
+    supervised_head: bool = False
+    """Logits for supervised tokens only, as lowmem_reft's own training does for every method."""
     storage: Storage = "fp32"
     """How the frozen weights are stored."""
     compute_dtype: str = "fp32"

@@ -23,6 +23,7 @@ def prepare_step(spec: StepSpec) -> tuple[dict[str, Any], Callable[[], dict[str,
     from peft import LoraConfig, PeftConfig, get_peft_model
 
     import lowmem_reft
+    from lowmem_reft.loss import supervised_head_arguments
 
     torch.manual_seed(0)
     batch = load_batch(spec)
@@ -43,7 +44,10 @@ def prepare_step(spec: StepSpec) -> tuple[dict[str, Any], Callable[[], dict[str,
         )
     model = get_peft_model(base, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    step_facts, sample = training_step(lambda: model(**batch), trained, batch)
+    inputs = dict(batch)
+    if spec.supervised_head:
+        inputs |= supervised_head_arguments(model, batch["labels"])
+    step_facts, sample = training_step(lambda: model(**inputs), trained, batch)
     return facts | step_facts, sample
 
 

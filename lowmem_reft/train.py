@@ -27,6 +27,7 @@ from lowmem_reft.data import (
     rows_digest,
 )
 from lowmem_reft.errors import InputError
+from lowmem_reft.loss import SupervisedCollator
 from lowmem_reft.memory import peak_rss_bytes, track
 from lowmem_reft.methods import build_peft_config, find_method, resolve_learning_rate
 from lowmem_reft.provenance import versions
@@ -89,7 +90,7 @@ def fit(
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
     watch = _StepWatch()
-    collator = Collator(tokenizer)
+    collator = SupervisedCollator(Collator(tokenizer), model)
     device = model.device.type
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -237,7 +238,7 @@ def _checkpoint(options: TrainOptions) -> str | None:
 
 def _peak_of_longest_step(
     model: PeftModel,
-    collator: Collator,
+    collator: SupervisedCollator,
     examples: list[dict[str, Any]],
     optim: OptimOptions,
     device: str,
