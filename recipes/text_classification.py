@@ -87,15 +87,15 @@ TASKS = {
         "dev.tsv",
         read_sst2,
         "Review: {prompt}\nSentiment:",
-        num_train=8000,
-        epochs=2,
+        num_train=4000,
+        epochs=3,
     ),
 }
 
 SEARCH = (
-    "qlora[rank=8,lr=1e-3],qlora[rank=8,lr=2e-3],qlora[rank=8,lr=4e-3],"
-    "loreft[rank=8,positions=all,lr=2e-3],loreft[rank=8,positions=all,lr=4e-3],"
-    "loreft[rank=8,positions=all,lr=8e-3],loreft[rank=8,positions=all,lr=4e-3,init=paper]"
+    "loreft[rank=8,positions=all,lr=4e-3],qlora[rank=8,lr=2e-3],"
+    "loreft[rank=8,positions=all,lr=8e-3],qlora[rank=8,lr=1e-3],"
+    "loreft[rank=8,positions=all,lr=2e-3],loreft[rank=8,positions=all,lr=4e-3,init=paper]"
 )
 FINAL = (
     "qlora[rank=8,lr=2e-3],loreft[rank=8,positions=all,lr=4e-3],"
