@@ -34,6 +34,12 @@ from lowmem_reft.sources import Sources, find_sources
 if TYPE_CHECKING:
     from lowmem_reft.methods import MethodSpec
 
+DEFAULT_METHODS = "loreft,loreft[storage=bf16],lora,qlora"
+EMBEDDED_METHODS = (
+    "loreft[rank=8,lr=4e-3],loreft[rank=8,lr=4e-3,storage=bf16],lora[rank=8,lr=2e-3],"
+    "qlora[rank=8,lr=2e-3]"
+)
+
 CSV_FIELDS = tuple(
     name for name in EMPTY_RESULT if name not in ("config", "versions", "loss_history")
 )
@@ -63,7 +69,8 @@ def run_comparison(
 
     if options.workers < 1:
         raise InputError(f"workers must be at least 1, got {options.workers}; give --workers 1")
-    specs, seeds = parse_methods(options.methods), parse_seeds(options.seeds)
+    options = replace(options, methods=options.methods or default_methods(options))
+    specs, seeds = parse_methods(options.methods or ""), parse_seeds(options.seeds)
     cells = build_cells(options, specs, seeds, find_sources(options))
     with Progress(len(cells), quiet=options.quiet) as progress:
         results = run_cells(
@@ -85,6 +92,12 @@ def run_comparison(
         "num_failed": sum(result["error"] is not None for result in results),
         "rows": [asdict(row) for row in rows],
     }
+
+
+def default_methods(options: CompareOptions) -> str:
+    """The methods when none are named; the tiny model wants higher learning rates."""
+    embedded = options.model is None and options.data is None
+    return EMBEDDED_METHODS if embedded else DEFAULT_METHODS
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -164,9 +177,7 @@ def _method_cell(options: CompareOptions, sources: Sources, spec: MethodSpec, se
     evaluate = _evaluate_options(options, sources, spec.storage, directory, adapter=adapter)
     train = TrainOptions(
         model=evaluate.model,
-        data=replace(
-            evaluate.data, data=sources.train, split=options.split, limit=options.limit
-        ),
+        data=replace(evaluate.data, data=sources.train, split=options.split, limit=options.limit),
         method=spec.options,
         optim=resolve_learning_rate(spec.options, replace(options.optim, **spec.optim_overrides)),
         run=RunOptions(output_dir=directory / "train", seed=seed, quiet=True),

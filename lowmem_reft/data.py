@@ -70,8 +70,10 @@ def encode_rows(
 ) -> EncodedRows:
     r"""Tokenize rows for training: BOS if the tokenizer adds one, prompt, response, EOS.
 
-    Labels are -100 on the prompt, then the tokens of the response and EOS. Prompts that do not fit
-    are cut from the left; BOS stays.
+    Labels are -100 on the prompt, then the tokens of the response and EOS. The right choice of a
+    ``choices`` row gets no EOS: what is trained is what ``encode_choices`` scores, and a base whose
+    EOS was never trained would spend most of its loss on it. Prompts that do not fit are cut from
+    the left; BOS stays.
 
     Args:
         rows: Rows with a response.
@@ -90,7 +92,7 @@ def encode_rows(
     examples, cuts = [], []
     for row, prompt_ids, whole_ids in zip(rows, prompts, wholes, strict=True):
         prompt, (response,) = _split(row, prompt_ids, [whole_ids], bos)
-        if eos_id is not None and response[-1:] != [eos_id]:
+        if not row.choices and eos_id is not None and response[-1:] != [eos_id]:
             response.append(eos_id)
         kept = _cut_left(row, prompt, len(response), tokenizer, max_length)
         examples.append(_example(kept, response))
@@ -105,7 +107,7 @@ def encode_choices(
     template: str = "{prompt}",
     max_length: int = 512,
 ) -> list[dict[str, list[int]]]:
-    """Tokenize every choice of a row for scoring: as in ``encode_rows``, but without EOS.
+    """Tokenize every choice of a row for scoring: as in ``encode_rows``, without EOS.
 
     The prompt's tokens are the same in all of them; it is cut for the longest choice.
 

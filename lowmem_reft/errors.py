@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this": the CLI prints its message and exits with code 2."""
+"""The exception that means "the user can fix this": the CLI prints its message and exits with 2."""
 
 
 class InputError(ValueError):

@@ -1,4 +1,4 @@
-"""Scoring: accuracy by the likelihood of choices, by a classification head, or by generated answers."""
+"""Scoring: accuracy by the likelihood of choices, a classification head, or generated answers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowmem_reft.base import load_base, load_tokenizer
+from lowmem_reft.adapted import load_adapted
 from lowmem_reft.data import (
     Collator,
     as_choices,
     encode_choices,
     encode_labelled,
     encode_prompt,
+    encode_rows,
     label_names,
     load_rows,
 )
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lowmem_reft.data import Row
-    from lowmem_reft.options import EvaluateOptions, ModelOptions
+    from lowmem_reft.options import EvaluateOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Scores:
     """What was answered: the index of a choice or class, or the extracted text."""
     losses: list[float] = field(default_factory=list)
     """Mean negative log-likelihood per token of the right choice (or class), where there is one."""
+    num_cut_prompts: int = 0
+    """Prompts that were cut from the left to fit."""
 
     def summary(self) -> dict[str, Any]:
         """Return ``accuracy``, ``num_examples`` and, where known, ``loss``."""
@@ -50,6 +53,7 @@ class Scores:
             "metric": "accuracy",
             "value": sum(self.correct) / len(self.correct),
             "num_examples": len(self.correct),
+            "num_cut_prompts": self.num_cut_prompts,
         }
         summary["accuracy"] = summary["value"]
         if self.losses:
@@ -64,7 +68,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     training card, so that scoring matches training.
 
     Returns:
-        ``accuracy`` (also as ``metric``, ``value``), ``num_examples`` and, where known, ``loss``.
+        ``accuracy`` (also as ``metric``, ``value``), ``num_examples``, ``num_cut_prompts`` and,
+        where known, ``loss``.
 
     Raises:
         InputError: an option, a file or a row is wrong.
@@ -89,38 +94,12 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     )
     if options.predictions is not None:
         with options.predictions.open("w") as file:
-            for row, prediction, correct in zip(rows, scores.predictions, scores.correct, strict=True):
+            for row, prediction, correct in zip(
+                rows, scores.predictions, scores.correct, strict=True
+            ):
                 line = {"source": row.source, "prediction": prediction, "correct": correct}
                 file.write(json.dumps(line) + "\n")
     return scores.summary()
-
-
-def load_adapted(options: ModelOptions, adapter: Any, card: TrainingCard) -> tuple[Any, Any]:
-    """Load base, adapter (or None) and tokenizer, in evaluation mode.
-
-    Raises:
-        InputError: the base, the adapter or the tokenizer cannot be loaded.
-    """
-    base = load_base(
-        options.model,
-        storage=card.storage,
-        compute_dtype=card.compute_dtype,
-        device=options.device,
-        task_type=card.task_type,
-        num_labels=len(card.label_names) if card.task_type == "SEQ_CLS" and card.label_names else None,
-    )
-    tokenizer = load_tokenizer(options.model)
-    if adapter is None:
-        return base.eval(), tokenizer
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(base, str(adapter)).eval(), tokenizer
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(
-            f"adapter must fit the model {options.model!r}, got {str(adapter)!r}; it was trained on "
-            f"{card.base!r} ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def score(
@@ -143,10 +122,13 @@ def score(
     if scoring == "auto":
         scoring = "likelihood" if rows[0].choices else "generation"
     if scoring == "likelihood":
-        return _score_choices(model, tokenizer, rows, card, batch_size, quiet)
-    return _score_generated(
-        model, tokenizer, rows, card, answer_pattern, batch_size, max_new_tokens, quiet
-    )
+        scores = _score_choices(model, tokenizer, rows, card, batch_size, quiet)
+    else:
+        scores = _score_generated(
+            model, tokenizer, rows, card, answer_pattern, batch_size, max_new_tokens, quiet
+        )
+    encoded = encode_rows(rows, tokenizer, template=card.template, max_length=card.max_length)
+    return replace(scores, num_cut_prompts=encoded.num_cut_prompts)
 
 
 def _card(options: EvaluateOptions, trained: TrainingCard | None) -> TrainingCard:
@@ -193,7 +175,9 @@ def _score_choices(
     starts = range(0, len(items), batch_size)
     for start in progress(starts, "scoring", quiet=quiet):
         batch = items[start : start + batch_size]
-        sums, counts = _response_log_likelihood(model, collate([example for _, _, example in batch]))
+        sums, counts = _response_log_likelihood(
+            model, collate([example for _, _, example in batch])
+        )
         for (index, choice, _), total, count in zip(batch, sums, counts, strict=True):
             totals[index][choice] = (total, count)
     predictions, losses = [], []
@@ -245,7 +229,9 @@ def _score_classes(
     for start in progress(range(0, len(examples), batch_size), "scoring", quiet=quiet):
         batch = collate(examples[start : start + batch_size])
         labels = batch.pop("labels")
-        logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float()
+        logits = model(
+            **{key: value.to(model.device) for key, value in batch.items()}
+        ).logits.float()
         predictions += logits.argmax(-1).tolist()
         losses += torch.nn.functional.cross_entropy(
             logits, labels.to(logits.device), reduction="none"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowmem_reft.adapted import load_adapted
 from lowmem_reft.data import Collator, Row, encode_prompt, load_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.progress import progress
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def run_generation(options: GenerateOptions) -> dict[str, Any]:
-    """Write one JSON line ``{"prompt" or "messages", "response"}`` per prompt, as each batch is done.
+    """Write one JSON line with ``prompt`` (or ``messages``) and ``response`` per prompt.
 
     Returns:
         ``num_examples``, ``output`` (path or None), ``num_new_tokens``, ``tokens_per_s`` and, for a
@@ -31,8 +32,6 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
     Raises:
         InputError: an option, a file or a row is wrong.
     """
-    from lowmem_reft.evaluate import load_adapted
-
     rows = _rows(options)
     adapter = None if options.adapter is None else find_adapter(options.adapter)
     trained = None if adapter is None else load_card(adapter)
@@ -103,9 +102,7 @@ def generate_batches(
     Returns:
         The continuations, without special tokens, in the order of the prompts.
     """
-    return list(
-        _batches(model, tokenizer, prompts, batch_size, max_new_tokens, temperature, quiet)
-    )
+    return list(_batches(model, tokenizer, prompts, batch_size, max_new_tokens, temperature, quiet))
 
 
 def _batches(

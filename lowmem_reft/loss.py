@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -33,7 +34,7 @@ def supervised_head_arguments(model: nn.Module, labels: Tensor) -> dict[str, Ten
         ``logits_to_keep`` (kept,) and ``shift_labels`` (batch, kept); nothing if the model does not
         take them or has a loss of its own.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     takes = "logits_to_keep" in inspect.signature(base.forward).parameters
     if not takes or getattr(base, "loss_function", None) is not ForCausalLMLoss or labels.ndim != 2:
         return {}

@@ -1,4 +1,4 @@
-"""Named methods: what ``--method`` and ``--methods`` accept, and the PEFT configuration behind each.
+"""Named methods: what ``--methods`` accepts, and the PEFT configuration behind each.
 
 To add a method, enter it in ``METHODS``; if it is neither ReFT nor LoRA, add its family's builder.
 """
@@ -113,7 +113,9 @@ def parse_methods(text: str) -> list[MethodSpec]:
     """
     entries = [entry.strip() for entry in re.split(r",(?![^\[]*\])", text) if entry.strip()]
     if not entries:
-        raise InputError(f"methods must name at least one method, got {text!r}; for example loreft,qlora")
+        raise InputError(
+            f"methods must name at least one method, got {text!r}; for example loreft,qlora"
+        )
     repeated = {entry for entry in entries if entries.count(entry) > 1}
     if repeated:
         raise InputError(f"methods must be different, got {', '.join(repeated)} twice; drop one")
@@ -123,7 +125,9 @@ def parse_methods(text: str) -> list[MethodSpec]:
 def _parse_method(entry: str) -> MethodSpec:
     match = re.fullmatch(r"(?P<name>[^\[\]]+)(?:\[(?P<overrides>[^\[\]]*)\])?", entry)
     if match is None:
-        raise InputError(f"methods must look like name or name[key=value,...], got {entry!r}; mend it")
+        raise InputError(
+            f"methods must look like name or name[key=value,...], got {entry!r}; mend it"
+        )
     method = find_method(match["name"])
     own: dict[str, Any] = {}
     optim: dict[str, Any] = {}
@@ -138,8 +142,12 @@ def _parse_method(entry: str) -> MethodSpec:
         elif equals and key in _names(OptimOptions):
             optim[key] = _convert(OptimOptions, key, value.strip(), entry)
         else:
-            known = sorted((_names(MethodOptions) | _names(OptimOptions) | {"storage"}) - {"method"})
-            raise InputError(f"overrides of {entry!r} must be among {', '.join(known)}, got {item!r}; mend it")
+            known = sorted(
+                (_names(MethodOptions) | _names(OptimOptions) | {"storage"}) - {"method"}
+            )
+            raise InputError(
+                f"overrides of {entry!r} must be among {', '.join(known)}, got {item!r}; mend it"
+            )
     options = MethodOptions(method=match["name"], **own)
     _check_options(options)
     return MethodSpec(
@@ -150,7 +158,8 @@ def _parse_method(entry: str) -> MethodSpec:
 def _storage(value: str, entry: str) -> str:
     if value not in get_args(Storage):
         raise InputError(
-            f"storage in {entry!r} must be one of {', '.join(get_args(Storage))}, got {value!r}; mend it"
+            f"storage in {entry!r} must be one of {', '.join(get_args(Storage))}, got {value!r}; "
+            "mend it"
         )
     return value
 
@@ -167,9 +176,9 @@ def _convert(cls: type, key: str, value: str, entry: str) -> Any:
             try:
                 return target(value)
             except ValueError:
+                wanted = "a whole number" if target is int else "a number"
                 raise InputError(
-                    f"{key} in {entry!r} must be {'a whole number' if target is int else 'a number'}, "
-                    f"got {value!r}; mend it"
+                    f"{key} in {entry!r} must be {wanted}, got {value!r}; mend it"
                 ) from None
     return value
 

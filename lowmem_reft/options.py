@@ -1,4 +1,4 @@
-"""Every option of every subcommand, once: the command line, its help and the Python API are built from these.
+"""Every option of every subcommand, once: command line, help and Python API are built from these.
 
 No torch is imported here, so that ``lowmem-reft --help`` answers at once.
 """
@@ -24,7 +24,7 @@ class ModelOptions:
     model: str
     """Hub id or local directory of the base model."""
     storage: Storage | None = None
-    """How the frozen weights are stored; the method's own default if not given (nf4 for loreft and qlora)."""
+    """How the frozen weights are stored; default: the method's own (nf4 for loreft and qlora)."""
     compute_dtype: ComputeDtype = "auto"
     """Arithmetic of the base: auto is bf16 where the device has it, else fp32."""
     device: str = "auto"
@@ -32,7 +32,7 @@ class ModelOptions:
     task_type: TaskType = "CAUSAL_LM"
     """CAUSAL_LM, or SEQ_CLS for a classification head on {"text", "label"} rows."""
     activation_checkpointing: bool = False
-    """Recompute the blocks above the first intervention in the backward pass instead of keeping them."""
+    """Recompute blocks above the first intervention in the backward pass, to save memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,11 @@ class DataOptions:
     eval_split: str = "test"
     """Split of --eval-data where that is a datasets id."""
     template: str | None = None
-    """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; default: the adapter's own, else "{prompt}".
-    {messages} rows use the tokenizer's chat template."""
+    """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; default: the adapter's
+    own, else "{prompt}". {messages} rows use the tokenizer's chat template."""
     max_length: int = 512
-    """Tokens of prompt + response; longer prompts are cut from the left, a response that does not fit is an error."""
+    """Tokens of prompt + response; longer prompts are cut from the left, a response that does not
+    fit is an error."""
     limit: int | None = None
     """Use only the first N rows."""
     eval_limit: int | None = None
@@ -154,9 +155,10 @@ class EvaluateOptions:
     adapter: Path | None = None
     """Adapter directory; without it the base itself is scored."""
     scoring: Scoring = "auto"
-    """likelihood of each choice, or generation and answer extraction; auto: likelihood where rows have choices."""
+    """likelihood of each choice, or generation and answer extraction; auto: likelihood where rows
+    have choices."""
     answer_pattern: str | None = None
-    """Regular expression with one group that finds the answer in generated text (default: the whole text)."""
+    """Regular expression with one group that finds the answer in generated text; default: all."""
     batch_size: int = 16
     """Sequences per forward pass."""
     max_new_tokens: int = 64
@@ -200,7 +202,7 @@ class GenerateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Train and score every method with every seed, each in its own process, and report memory beside accuracy."""
+    """Train and score every method with every seed, each in its own process."""
 
     model: str | None = None
     """Hub id or local directory; default: the tiny model that the package ships."""
@@ -216,12 +218,14 @@ class CompareOptions:
     """Regular expression that finds the answer in generated text (rows without choices)."""
     max_new_tokens: int = 64
     """Tokens generated per example (rows without choices)."""
-    methods: str = "loreft,loreft[storage=bf16],lora,qlora"
-    """Comma-separated method names, each with overrides in brackets: loreft[rank=8,positions=l1,lr=1e-3]."""
+    methods: str | None = None
+    """Comma-separated names, with overrides in brackets: loreft[rank=8,positions=l1].
+    Default: loreft,loreft[storage=bf16],lora,qlora."""
     seeds: str = "0"
     """Comma-separated seeds."""
     output_dir: Path = Path("compare-results")
-    """Where cells, results.json, results.csv, plots and report.html go; finished cells there are not run again."""
+    """Where cells, results.json, results.csv, plots and report.html go; finished cells there are
+    not run again."""
     template: str | None = None
     """How a prompt is written; default: "{prompt}"."""
     max_length: int = 512

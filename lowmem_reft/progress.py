@@ -1,4 +1,4 @@
-"""Progress bars for whatever takes longer than a moment; on standard error, and none without a terminal."""
+"""Progress bars for what takes longer than a moment; on standard error, none without a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def progress(items: Sequence[T], what: str, *, quiet: bool) -> Iterable[T]:
-    """Iterate over ``items`` with a bar that says ``what`` is being done and how long it will take."""
+    """Iterate over ``items`` with a bar that says ``what`` is being done and how long it takes."""
     return items if quiet else _bar(items, what)
 
 

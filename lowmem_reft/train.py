@@ -1,4 +1,4 @@
-"""One fine-tuning run: rows, a frozen base, a named method, the stock Trainer; an adapter comes out."""
+"""One fine-tuning run: rows, a frozen base and a named method go in, an adapter comes out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NUM_WARMUP_STEPS = 2
 
 
 def run_training(options: TrainOptions) -> dict[str, Any]:
-    """Train one adapter and save it to ``output_dir/adapter``; also writes ``output_dir/result.json``.
+    """Train one adapter, save it to ``output_dir/adapter`` and write ``output_dir/result.json``.
 
     Returns:
         ``adapter_dir``, ``train_loss`` (mean over all steps), ``num_trainable_params``,
@@ -174,7 +174,9 @@ def _attach(options: TrainOptions, card: TrainingCard) -> PeftModel:
         device=options.model.device,
         task_type=card.task_type,
         activation_checkpointing=options.model.activation_checkpointing,
-        num_labels=len(card.label_names) if card.task_type == "SEQ_CLS" and card.label_names else None,
+        num_labels=len(card.label_names)
+        if card.task_type == "SEQ_CLS" and card.label_names
+        else None,
     )
     config = build_peft_config(
         options.method, task_type=card.task_type, num_layers=len(find_blocks(base)[1])
@@ -192,6 +194,7 @@ def _attach(options: TrainOptions, card: TrainingCard) -> PeftModel:
 
 def _training_arguments(options: TrainOptions) -> TrainingArguments:
     optim, run = resolve_learning_rate(options.method, options.optim), options.run
+    assert optim.lr is not None
     return TrainingArguments(
         output_dir=str(run.output_dir),
         num_train_epochs=optim.epochs,
@@ -231,7 +234,8 @@ def _checkpoint(options: TrainOptions) -> str | None:
     ]
     if not found:
         raise InputError(
-            f"resume must find a checkpoint in {str(options.run.output_dir)!r}, got none; leave it out"
+            f"resume must find a checkpoint in {str(options.run.output_dir)!r}, got none; "
+            "leave it out"
         )
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2])))
 
@@ -262,7 +266,7 @@ def _peak_of_longest_step(
 
 
 @dataclass
-class _StepWatch(TrainerCallback):  # type: ignore[misc]
+class _StepWatch(TrainerCallback):
     """Times optimizer steps; stops the run at the end of a step after Ctrl-C."""
 
     interrupted: bool = False
@@ -284,7 +288,7 @@ class _StepWatch(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
     def step_time_s(self) -> float | None:
-        """Return the median seconds per optimizer step, the first steps left out where there are more."""
+        """Return the median seconds per optimizer step, without the first ones."""
         steps = self._steps[NUM_WARMUP_STEPS:] or self._steps
         return statistics.median(steps) if steps else None
 

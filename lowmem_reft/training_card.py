@@ -1,4 +1,4 @@
-"""What an adapter was trained on and how its prompts were written; saved beside it, read by evaluate."""
+"""What an adapter was trained on and how its prompts were written; saved beside it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def load_card(directory: Path) -> TrainingCard | None:
         known = {item.name for item in fields(TrainingCard)}
         return TrainingCard(**{key: value for key, value in content.items() if key in known})
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} must be a training card, got {error}; delete or restore it") from error
+        raise InputError(
+            f"{path} must be a training card, got {error}; delete or restore it"
+        ) from error
 
 
 def find_adapter(directory: Path) -> Path:

@@ -435,6 +435,12 @@ def test_a_token_that_reaches_into_the_response_is_supervised() -> None:
     assert wrapped.decode(response).replace(" ", "") == "er:\nok</s>"
 
 
+def test_the_right_choice_is_trained_as_it_is_scored(tokenizer: Any) -> None:
+    row = Row(source="t:1", prompt="good?", choices=("yes", "no"), answer=1, response="no")
+    (trained,) = encode_rows([row], tokenizer, template=TEMPLATE).examples
+    assert trained == encode_choices(row, tokenizer, template=TEMPLATE)[1]
+
+
 def test_eos_that_the_response_ends_with_is_not_doubled(byte_level: Any) -> None:
     (example,) = encode_rows([_row("a", "good</s>")], byte_level).examples
     assert example["input_ids"].count(byte_level.eos_token_id) == 1

@@ -39,7 +39,9 @@ def test_batched_generation_equals_a_manual_greedy_loop_that_edits_the_prompt_on
         assert text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
 
 
-def test_a_file_of_prompts_becomes_a_file_of_responses(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_file_of_prompts_becomes_a_file_of_responses(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "is it good?"}\n{"prompt": "the lazy dog"}\n{"prompt": "a"}\n')
     result = run_generation(

@@ -20,7 +20,7 @@ ROWS = (
     ("checkpointing", "base"),
     ("readers", "rows", "data", "loss"),
     ("methods", "memory", "frozen"),
-    ("training_card", "generate", "evaluate", "train"),
+    ("training_card", "adapted", "generate", "evaluate", "train"),
     ("sources", "cell", "schedule", "report", "compare"),
     ("cli",),
 )

@@ -1,4 +1,4 @@
-"""Counts live tensor storages while code runs: what a device would have to hold, allocator aside."""
+"""Counts live tensor storages while code runs: what a device would have to hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LiveMemory(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device_type = device_type
         self.current_bytes = 0
         self.peak_bytes = 0

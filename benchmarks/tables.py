@@ -1,0 +1,89 @@
+"""Writes the README's tables from ``benchmarks/results/*.json``.
+
+``python -m benchmarks.tables`` fills what stands between ``<!-- table:NAME -->`` and
+``<!-- /table -->``; with ``--check`` it changes nothing and fails if the README is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lowmem_reft.report.table import aggregate, markdown
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def comparison(result: list[dict[str, Any]]) -> str:
+    """Methods with means over seeds, as ``lowmem-reft compare`` writes them."""
+    first = next(row for row in result if row["num_trainable_params"])
+    versions = ", ".join(
+        f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes")
+    )
+    return f"{markdown(aggregate(result))}\n{first['device']}; {versions}.\n"
+
+
+def timings(result: dict[str, Any]) -> str:
+    """Median, spread and ratios of a benchmark that times methods."""
+    unit = 1.0 if result["benchmark"] == "step" else 1e3
+    name = "s" if unit == 1.0 else "ms"
+    lines = [f"| method | median {name} | min | max |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {row['method']} | {row['median_s'] * unit:.3g} | {row['min_s'] * unit:.3g} | "
+        f"{row['max_s'] * unit:.3g} |"
+        for row in result["rows"]
+        if "median_s" in row
+    ]
+    lines += ["", "| ratio of medians | value | smallest | largest |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {ratio['ours']} / {ratio['theirs']} | {ratio['ratio']:.3g} | {ratio['min_ratio']:.3g} | "
+        f"{ratio['max_ratio']:.3g} |"
+        for ratio in result["ratios"]
+        if ratio.get("ratio") is not None
+    ]
+    record = result["environment"]
+    torch = record["versions"]["torch"]
+    return "\n".join([*lines, "", f"{record['device']}; torch {torch}; `{record['command']}`.", ""])
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    "embedded": comparison,
+    "trec": comparison,
+    "sst2": comparison,
+    "step": timings,
+    "orthonormal": timings,
+}
+
+
+def render(readme: str) -> str:
+    """Return the README with every table filled from its result."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        return f"{match[1]}{TABLES[name](result)}{match[3]}"
+
+    return BLOCK.sub(fill, readme)
+
+
+def main() -> int:
+    """Write or check the README; the exit code is 1 if it is out of date."""
+    path = ROOT / "README.md"
+    readme = path.read_text(encoding="utf-8")
+    rendered = render(readme)
+    if "--check" in sys.argv[1:]:
+        if rendered != readme:
+            print("README.md is out of date; run python -m benchmarks.tables", file=sys.stderr)
+        return int(rendered != readme)
+    path.write_text(rendered, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Loads a base with an adapter on it, ready to be scored or to generate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lowmem_reft.base import load_base, load_tokenizer
+from lowmem_reft.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lowmem_reft.options import ModelOptions
+    from lowmem_reft.training_card import TrainingCard
+
+
+def load_adapted(
+    options: ModelOptions, adapter: Path | None, card: TrainingCard
+) -> tuple[Any, Any]:
+    """Load base, adapter (or None) and tokenizer, in evaluation mode.
+
+    Raises:
+        InputError: the base, the adapter or the tokenizer cannot be loaded.
+    """
+    base = load_base(
+        options.model,
+        storage=card.storage,
+        compute_dtype=card.compute_dtype,
+        device=options.device,
+        task_type=card.task_type,
+        num_labels=len(card.label_names)
+        if card.task_type == "SEQ_CLS" and card.label_names
+        else None,
+    )
+    tokenizer = load_tokenizer(options.model)
+    if adapter is None:
+        return base.eval(), tokenizer
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(adapter)).eval(), tokenizer
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(
+            f"adapter must fit the model {options.model!r}, got {str(adapter)!r}; it was made for "
+            f"{card.base!r} ({str(error).splitlines()[0]})"
+        ) from error
