@@ -40,7 +40,11 @@ def timings(result: dict[str, Any]) -> str:
         for row in result["rows"]
         if "median_s" in row
     ]
-    lines += ["", "| ratio of medians | value | smallest | largest |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        "",
+        "| ratio of medians | value | smallest | largest |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     lines += [
         f"| {ratio['ours']} / {ratio['theirs']} | {ratio['ratio']:.3g} | {ratio['min_ratio']:.3g} | "
         f"{ratio['max_ratio']:.3g} |"

@@ -435,12 +435,6 @@ def test_a_token_that_reaches_into_the_response_is_supervised() -> None:
     assert wrapped.decode(response).replace(" ", "") == "er:\nok</s>"
 
 
-def test_the_right_choice_is_trained_as_it_is_scored(tokenizer: Any) -> None:
-    row = Row(source="t:1", prompt="good?", choices=("yes", "no"), answer=1, response="no")
-    (trained,) = encode_rows([row], tokenizer, template=TEMPLATE).examples
-    assert trained == encode_choices(row, tokenizer, template=TEMPLATE)[1]
-
-
 def test_eos_that_the_response_ends_with_is_not_doubled(byte_level: Any) -> None:
     (example,) = encode_rows([_row("a", "good</s>")], byte_level).examples
     assert example["input_ids"].count(byte_level.eos_token_id) == 1
@@ -498,7 +492,9 @@ def test_a_response_that_does_not_fit_is_an_error_with_its_line(tokenizer: Any) 
         encode_rows([row], tokenizer, max_length=least - 1)
 
 
-def test_choices_share_the_prompt_and_have_no_eos(tokenizer: Any) -> None:
+def test_choices_share_the_prompt_have_no_eos_and_are_trained_as_they_are_scored(
+    tokenizer: Any,
+) -> None:
     row = _choice_row("was it good?", "positive", "negative film", "ok")
     for max_length in (512, 28):
         parts = [
@@ -510,7 +506,7 @@ def test_choices_share_the_prompt_and_have_no_eos(tokenizer: Any) -> None:
         assert [response[-1:] == [tokenizer.eos_token_id] for _, response in parts] == [False] * 3
     trained, response = _parts(encode_rows([row], tokenizer, template=TEMPLATE).examples[0])
     scored = encode_choices(row, tokenizer, template=TEMPLATE)[0]["input_ids"]
-    assert trained + response[:-1] == scored
+    assert trained + response == scored
 
 
 def test_choices_are_asked_of_rows_that_have_them(byte_level: Any) -> None:
