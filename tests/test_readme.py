@@ -1,0 +1,52 @@
+"""The README keeps its promises: its example runs as it is written, its tables are those measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import lowmem_reft
+from benchmarks.tables import BLOCK, RESULTS, TABLES, render
+from lowmem_reft.blocks import find_blocks
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_trains_and_its_adapter_gives_the_same_logits_when_loaded(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "is the film good or bad? label:", "response": "good"}
+    Path("train.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    names: dict = {}
+    exec(code.replace('"meta-llama/Llama-3.1-8B"', repr(str(tiny_llama_dir))), names)
+    batch = {
+        "input_ids": torch.randint(3, 128, (2, 20)),
+        "attention_mask": torch.ones(2, 20, dtype=torch.long),
+    }
+    trained = names["model"].eval()
+    assert len(find_blocks(trained)[1]) == 4
+    again = PeftModel.from_pretrained(lowmem_reft.load_base(tiny_llama_dir), "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(trained(**batch).logits, again(**batch).logits)
+        with trained.disable_adapter():
+            assert not torch.equal(trained(**batch).logits, again(**batch).logits)
+
+
+def test_the_tables_are_those_of_the_committed_results() -> None:
+    assert render(README) == README
+
+
+def test_every_table_has_a_result_and_a_command_and_a_device() -> None:
+    for match in BLOCK.finditer(README):
+        result = json.loads((RESULTS / f"{match['name']}.json").read_text())
+        assert match["name"] in TABLES
+        records = result if isinstance(result, list) else [result["environment"]]
+        assert all(record["device"] and record["command"] for record in records)
