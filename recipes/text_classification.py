@@ -87,7 +87,7 @@ TASKS = {
         "dev.tsv",
         read_sst2,
         "Review: {prompt}\nSentiment:",
-        num_train=4000,
+        num_train=1000,
         epochs=3,
     ),
 }
