@@ -46,8 +46,8 @@ def timings(result: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {ratio['ours']} / {ratio['theirs']} | {ratio['ratio']:.3g} | {ratio['min_ratio']:.3g} | "
-        f"{ratio['max_ratio']:.3g} |"
+        f"| {ratio['ours']} / {ratio['theirs']} | {ratio['ratio']:.3g} | "
+        f"{ratio['min_ratio']:.3g} | {ratio['max_ratio']:.3g} |"
         for ratio in result["ratios"]
         if ratio.get("ratio") is not None
     ]

@@ -219,7 +219,15 @@ def build_peft_config(options: MethodOptions, *, task_type: str, num_layers: int
     given = {**method.defaults, **_given(options)}
     if method.family == "reft":
         from lowmem_reft.config import ReftConfig
+        from lowmem_reft.interventions import intervention_options
 
+        name = method.fixed["intervention"]
+        unread = {"rank", "act", "init"} & set(given) - set(intervention_options(name))
+        if unread:
+            raise InputError(
+                f"{', '.join(sorted(unread))} must not be given with method {options.method!r}, "
+                "which has none; leave it out"
+            )
         return ReftConfig(task_type=task_type, **method.fixed, **given)
     return _lora_config(task_type, num_layers, given, method.fixed)
 

@@ -11,7 +11,8 @@ Command, from the repository root::
 
     python recipes/pretrain_tiny.py
 
-Expected: MEASURE (wall time and held-out loss on one CPU core, date).
+Expected: held-out loss 3.73 nats per token; about 10 minutes on one idle CPU core (from the step
+rate; the run that made the files shared its core), 2026-11.
 """
 
 from __future__ import annotations

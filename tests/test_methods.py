@@ -78,6 +78,11 @@ def test_reft_options_reach_the_configuration() -> None:
     assert (config.rank, config.positions, config.dropout) == (2, "l1", 0.1)
 
 
+def test_options_that_an_intervention_does_not_read_are_refused() -> None:
+    with pytest.raises(InputError, match="rank must not be given with method 'red'"):
+        build_peft_config(MethodOptions(method="red", rank=8), task_type="CAUSAL_LM", num_layers=4)
+
+
 def test_the_learning_rate_is_the_methods_own_unless_given() -> None:
     options = MethodOptions(method="qlora")
     assert resolve_learning_rate(options, OptimOptions()).lr == find_method("qlora").lr

@@ -1,4 +1,4 @@
-"""The README keeps its promises: its example runs as it is written, its tables are those measured."""
+"""The README keeps its promises: its example runs as written, its tables are those measured."""
 
 from __future__ import annotations
 
