@@ -128,6 +128,7 @@ def load_tokenizer(model: str | Path, *, revision: str = "main") -> Any:
     Raises:
         InputError: there is no tokenizer, or it has neither a pad nor an eos token.
     """
+    _check_path(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(model), revision=revision, trust_remote_code=False
@@ -224,11 +225,15 @@ def _resolve_dtype(
     return resolve_compute_dtype(storage, device)
 
 
-def _load_config(model: str | Path, revision: str) -> Any:
+def _check_path(model: str | Path) -> None:
     if str(model).startswith(("/", ".", "~")) and not Path(model).is_dir():
         raise InputError(
             f"model must be a hub id or an existing directory, got {str(model)!r}; check the path"
         )
+
+
+def _load_config(model: str | Path, revision: str) -> Any:
+    _check_path(model)
     try:
         return transformers.AutoConfig.from_pretrained(
             str(model), revision=revision, trust_remote_code=False

@@ -13,11 +13,13 @@ import contextlib
 import errno
 import importlib
 import json
+import logging
 import math
 import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: Options) -> int:
     """Run the handler, print its result and return how many cells of a comparison failed."""
     as_json = options.run.json if isinstance(options, TrainOptions) else options.json
+    quiet = options.run.quiet if isinstance(options, TrainOptions) else options.quiet
     with _stdout_to_stderr() if as_json else contextlib.nullcontext():
+        _quieten_libraries(no_bars=quiet or not sys.stderr.isatty())
         result = _handler(options)(options)
     if as_json:
         print(json.dumps(_finite(result), allow_nan=False, default=str))
@@ -110,6 +114,18 @@ def _run(options: Options) -> int:
         _print_summary(result)
     sys.stdout.flush()
     return int(result.get("num_failed", 0))
+
+
+def _quieten_libraries(*, no_bars: bool) -> None:
+    """Keep notices off the terminal that say nothing to the user of a command."""
+    # bitsandbytes would like a CPU kernel for inference that has no backward pass.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # PEFT asks transformers by a name that newer versions have deprecated.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    if no_bars:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def _handler(options: Options) -> Callable[[Options], dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import statistics
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -49,7 +50,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         ``trainable_percent``, ``num_steps``, ``step_time_s`` (median), ``tokens_per_s``,
         ``peak_bytes`` (live storages of a step on the longest examples; on CUDA the most that was
         allocated), ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the process), ``loss_history``
-        ([step, loss] pairs), ``num_cut_prompts``, ``eval`` (with ``eval_data``) and ``versions``.
+        ([step, loss] pairs), ``num_cut_prompts``, ``versions`` and, with ``eval_data``,
+        ``eval_accuracy`` and ``eval``.
 
     Raises:
         InputError: an option, a file or a row is wrong.
@@ -73,6 +75,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
             options.data.eval_data, split=options.data.eval_split, limit=options.data.eval_limit
         )
         result["eval"] = score(model, tokenizer, held_out, card, quiet=options.run.quiet).summary()
+        result["eval_accuracy"] = result["eval"]["accuracy"]
     (options.run.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -215,7 +218,7 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
         save_total_limit=1,
         logging_steps=run.logging_steps,
         report_to=[name for name in run.report_to.split(",") if name != "none"],
-        disable_tqdm=run.quiet,
+        disable_tqdm=run.quiet or not sys.stderr.isatty(),
         remove_unused_columns=False,
         label_names=["labels"],
         use_cpu=options.model.device == "cpu" or not torch.cuda.is_available(),
