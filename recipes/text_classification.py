@@ -81,7 +81,7 @@ class Task:
 
 
 TASKS = {
-    "trec": Task("TREC.train", "TREC.test", read_trec, "Question: {prompt}\nType:"),
+    "trec": Task("TREC.train", "TREC.test", read_trec, "Question: {prompt}\nType:", num_train=2500),
     "sst2": Task(
         "train_full.tsv",
         "dev.tsv",
@@ -93,9 +93,9 @@ TASKS = {
 }
 
 SEARCH = (
-    "loreft[rank=8,positions=all,lr=4e-3],qlora[rank=8,lr=2e-3],"
-    "loreft[rank=8,positions=all,lr=8e-3],qlora[rank=8,lr=1e-3],"
-    "loreft[rank=8,positions=all,lr=2e-3],loreft[rank=8,positions=all,lr=4e-3,init=paper]"
+    "loreft[rank=8,positions=all,lr=2e-3],qlora[rank=8,lr=1e-3],"
+    "loreft[rank=8,positions=all,lr=4e-3],qlora[rank=8,lr=5e-4],"
+    "loreft[rank=8,positions=all,lr=8e-3],qlora[rank=8,lr=2e-3]"
 )
 FINAL = (
     "qlora[rank=8,lr=2e-3],loreft[rank=8,positions=all,lr=4e-3],"
