@@ -40,8 +40,11 @@ def test_step_benchmark_measures_every_method_on_the_same_base(tmp_path: Path) -
     assert list(rows) == [
         "QLoRA r16, NF4",
         "LoReFT r4, NF4",
+        "QLoRA r16, NF4, our head",
+        "LoReFT r4, NF4, our head",
         "LoRA r16, fp32",
         "LoReFT r4, fp32",
+        "LoReFT r4, fp32, our head",
     ]
     for row in rows.values():
         assert len(row["samples_s"]) == 2
@@ -51,7 +54,11 @@ def test_step_benchmark_measures_every_method_on_the_same_base(tmp_path: Path) -
     for storage in ("NF4", "fp32"):
         loreft = rows[f"LoReFT r4, {storage}"]
         assert loreft["num_trainable_params"] == layers * (2 * rank * hidden + rank)
-    assert [entry["theirs"] for entry in result["ratios"] if entry] == list(rows)[0:3:2]
+    assert [entry["theirs"] for entry in result["ratios"] if entry] == [
+        "QLoRA r16, NF4",
+        "LoRA r16, fp32",
+        "QLoRA r16, NF4, our head",
+    ]
     assert {"versions", "device", "commit", "command", "date"} <= result["environment"].keys()
 
 

@@ -68,8 +68,8 @@ def test_no_logits_are_formed_for_positions_that_no_example_supervises(
     head = model.get_base_model().lm_head
     head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     model(**batch, **supervised_head_arguments(model, batch["labels"]))
-    # Positions 11 to 18 stand before a supervised token of some example.
-    assert shapes == [(3, 8, VOCAB_SIZE)]
+    # Positions 11, 12 and 14 to 18 stand before a supervised token of some example.
+    assert shapes == [(3, 7, VOCAB_SIZE)]
 
 
 def test_a_model_with_a_loss_of_its_own_gets_nothing(
