@@ -29,20 +29,25 @@ def comparison(result: list[dict[str, Any]]) -> str:
     return f"{markdown(aggregate(result))}\n{first['device']}; {versions}.\n"
 
 
+def figure(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def timings(result: dict[str, Any]) -> str:
     """Median, spread and ratios of a benchmark that times methods."""
     unit = 1.0 if result["benchmark"] == "step" else 1e3
     name = "s" if unit == 1.0 else "ms"
     lines = [f"| method | median {name} | min | max |", "| --- | ---: | ---: | ---: |"]
     lines += [
-        f"| {row['method']} | {row['median_s'] * unit:.3g} | {row['min_s'] * unit:.3g} | "
-        f"{row['max_s'] * unit:.3g} |"
+        f"| {row['method']} | {figure(row['median_s'] * unit)} | {figure(row['min_s'] * unit)} | "
+        f"{figure(row['max_s'] * unit)} |"
         for row in result["rows"]
         if "median_s" in row
     ]
     lines += [
         "",
-        "| ratio of medians | value | smallest | largest |",
+        "| ratio, round by round | median | smallest | largest |",
         "| --- | ---: | ---: | ---: |",
     ]
     lines += [
