@@ -93,15 +93,17 @@ TASKS = {
 }
 
 SEARCH = (
-    "loreft[rank=8,positions=all,lr=2e-3],qlora[rank=8,lr=1e-3],"
-    "loreft[rank=8,positions=all,lr=4e-3],qlora[rank=8,lr=5e-4],"
-    "loreft[rank=8,positions=all,lr=8e-3],qlora[rank=8,lr=2e-3]"
+    "qlora[rank=8,lr=5e-4],qlora[rank=8,lr=1e-3],"
+    "loreft[rank=8,positions=all,lr=2e-3],loreft[rank=8,positions=all,lr=4e-3],"
+    "loreft[rank=8,positions=all,lr=8e-3],loreft[rank=8,positions=all,lr=8e-3,epochs=10],"
+    "noreft[rank=8,positions=all,lr=4e-3],direft[rank=8,positions=all,lr=4e-3]"
 )
 FINAL = (
-    "qlora[rank=8,lr=2e-3],loreft[rank=8,positions=all,lr=4e-3],"
-    "loreft[rank=8,positions=f3+l3,lr=4e-3],loreft[rank=8,positions=l3,lr=4e-3],"
-    "loreft[rank=8,layers=upper:0.5,positions=all,lr=4e-3]"
+    "qlora[rank=8,lr=1e-3],loreft[rank=8,positions=all,lr=8e-3],"
+    "direft[rank=8,positions=all,lr=4e-3],loreft[rank=8,positions=f3+l3,lr=8e-3],"
+    "loreft[rank=8,positions=l3,lr=8e-3],loreft[rank=8,layers=upper:0.5,positions=all,lr=8e-3]"
 )
+"""What the search on TREC's validation rows chose (benchmarks/LOG.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
