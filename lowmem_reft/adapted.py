@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.base import load_base, load_tokenizer
+from lowmem_reft.base import load_base, load_tokenizer, share_pad_token
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def load_adapted(
         else None,
     )
     tokenizer = load_tokenizer(options.model)
+    share_pad_token(base, tokenizer)
     if adapter is None:
         return base.eval(), tokenizer
     from peft import PeftModel

@@ -36,6 +36,7 @@ __all__ = [
     "resolve_compute_dtype",
     "resolve_device",
     "save_base",
+    "share_pad_token",
 ]
 
 AUTO_CLASSES: dict[str, Any] = {
@@ -145,6 +146,12 @@ def load_tokenizer(model: str | Path, *, revision: str = "main") -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def share_pad_token(base: PreTrainedModel, tokenizer: Any) -> None:
+    """Give the base the tokenizer's pad token, by which a decoder's classifier finds the end."""
+    for config in (base.config, base.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def save_base(base: PreTrainedModel, directory: str | Path, tokenizer: Any = None) -> None:

@@ -198,7 +198,8 @@ def _evaluate_options(
         model=ModelOptions(
             model=sources.model,
             storage=storage,
-            compute_dtype=options.compute_dtype,
+            # 16- and 32-bit weights are computed in their own dtype.
+            compute_dtype=options.compute_dtype if storage in ("nf4", "fp4", "int8") else "auto",
             device=options.device,
             activation_checkpointing=options.activation_checkpointing,
         ),

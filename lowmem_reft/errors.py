@@ -7,3 +7,14 @@ class InputError(ValueError):
     The message names the argument (or file and line), the rule and what to do:
     ``{name} must be {rule}, got {value!r}; {what to do}``.
     """
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        InputError: one is below 1; the message names it.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name} must be at least 1, got {count!r}; raise it")

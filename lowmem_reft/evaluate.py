@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from lowmem_reft.data import (
     label_names,
     load_rows,
 )
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.generate import generate_batches
 from lowmem_reft.progress import progress
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card
@@ -76,7 +77,12 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     """
     adapter = None if options.adapter is None else find_adapter(options.adapter)
     card = _card(options, None if adapter is None else load_card(adapter))
-    limit = options.data.eval_limit or options.data.limit
+    given = (options.data.eval_limit, options.data.limit)
+    limit = next((value for value in given if value is not None), None)
+    check_counts(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
+    extract_answer("", options.answer_pattern)  # a broken pattern is refused before the work
+    if options.predictions is not None:
+        options.predictions.parent.mkdir(parents=True, exist_ok=True)
     rows = load_rows(options.data.data, split=options.data.split, limit=limit)
     if card.label_names is None and rows[0].kind == "label":
         card = replace(card, label_names=label_names(rows))
@@ -198,6 +204,9 @@ def _response_log_likelihood(model: Any, batch: dict[str, Tensor]) -> tuple[list
     labels = batch.pop("labels")
     batch = {key: value.to(model.device) for key, value in batch.items()}
     kept = int((labels != -100).sum(1).max())
+    if "position_ids" in inspect.signature(_base_of(model).forward).parameters:
+        # Absolute positions (GPT-2) count from the first token, not from the padding.
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     logits = model(
         **batch, **prompt_arguments(model, labels), logits_to_keep=kept + 1, use_cache=False
     ).logits  # (batch, kept + 1, vocab)
@@ -207,6 +216,10 @@ def _response_log_likelihood(model: Any, batch: dict[str, Tensor]) -> tuple[list
     supervised = targets != -100
     picked = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * supervised
     return picked.sum(1).tolist(), supervised.sum(1).tolist()
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 
 from lowmem_reft.adapted import load_adapted
 from lowmem_reft.data import Collator, Row, encode_prompt, load_rows
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.progress import progress
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card
 
@@ -32,7 +32,10 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
     Raises:
         InputError: an option, a file or a row is wrong.
     """
+    check_counts(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
     rows = _rows(options)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     adapter = None if options.adapter is None else find_adapter(options.adapter)
     trained = None if adapter is None else load_card(adapter)
     card = trained or TrainingCard(base=options.model.model, storage=options.model.storage or "nf4")
@@ -40,6 +43,9 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
         card,
         template=options.template or card.template,
         storage=options.model.storage or card.storage,
+        compute_dtype=card.compute_dtype
+        if options.model.compute_dtype == "auto"
+        else options.model.compute_dtype,
         task_type="CAUSAL_LM",
     )
     model, tokenizer = load_adapted(options.model, adapter, card)

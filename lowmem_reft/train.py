@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import statistics
 import sys
@@ -15,7 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from lowmem_reft.base import load_base, load_tokenizer
+from lowmem_reft.base import load_base, load_tokenizer, share_pad_token
 from lowmem_reft.blocks import find_blocks
 from lowmem_reft.data import (
     Collator,
@@ -27,7 +28,8 @@ from lowmem_reft.data import (
     load_rows,
     rows_digest,
 )
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, check_counts
+from lowmem_reft.evaluate import score
 from lowmem_reft.loss import SupervisedCollator
 from lowmem_reft.memory import peak_rss_bytes, track
 from lowmem_reft.methods import build_peft_config, find_method, resolve_learning_rate
@@ -46,38 +48,77 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     """Train one adapter, save it to ``output_dir/adapter`` and write ``output_dir/result.json``.
 
     Returns:
-        ``adapter_dir``, ``train_loss`` (mean over all steps), ``num_trainable_params``,
-        ``trainable_percent``, ``num_steps``, ``step_time_s`` (median), ``tokens_per_s``,
-        ``peak_bytes`` (live storages of a step on the longest examples; on CUDA the most that was
-        allocated), ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the process), ``loss_history``
-        ([step, loss] pairs), ``num_cut_prompts``, ``versions`` and, with ``eval_data``,
-        ``eval_accuracy`` and ``eval``.
+        ``adapter_dir``, ``train_loss`` (mean over the steps of this process),
+        ``num_trainable_params``, ``trainable_percent``, ``num_steps``, ``step_time_s`` (median),
+        ``tokens_per_s``, ``peak_bytes`` (live storages of a step on the longest examples; on CUDA
+        the most that was allocated), ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the
+        process), ``loss_history`` ([step, loss] pairs), ``num_cut_prompts``, ``versions`` and, with
+        ``eval_data``, ``eval_accuracy`` and ``eval``.
 
     Raises:
         InputError: an option, a file or a row is wrong.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved and ``--resume`` goes on from it.
     """
+    optim = options.optim
+    check_counts(
+        batch_size=optim.batch_size,
+        gradient_accumulation=optim.gradient_accumulation,
+        max_length=options.data.max_length,
+    )
     set_seed(options.run.seed)
     rows = load_rows(options.data.data, split=options.data.split, limit=options.data.limit)
     card = _training_card(options, rows)
     tokenizer = load_tokenizer(options.model.model)
     encoded = _encode(rows, tokenizer, card)
+    held_out = _held_out(options, card)
+    _prepare_directory(options)
     model = _attach(options, card)
+    share_pad_token(model.get_base_model(), tokenizer)
     result = fit(model, tokenizer, encoded, options)
     adapter_dir = options.run.output_dir / "adapter"
     model.save_pretrained(str(adapter_dir))
     card.save(adapter_dir)
     result = {"adapter_dir": str(adapter_dir), **result, "versions": versions()}
-    if options.data.eval_data:
-        from lowmem_reft.evaluate import score
-
-        held_out = load_rows(
-            options.data.eval_data, split=options.data.eval_split, limit=options.data.eval_limit
-        )
+    write_result(options, result)
+    if held_out:
         result["eval"] = score(model, tokenizer, held_out, card, quiet=options.run.quiet).summary()
         result["eval_accuracy"] = result["eval"]["accuracy"]
-    (options.run.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_result(options, result)
     return result
+
+
+def write_result(options: TrainOptions, result: dict[str, Any]) -> None:
+    """Write ``output_dir/result.json``, which marks the run as finished."""
+    (options.run.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _held_out(options: TrainOptions, card: TrainingCard) -> list[Row]:
+    """Read the rows to score before the training, so that a wrong file does not cost the run."""
+    data = options.data
+    if data.eval_data is None:
+        return []
+    rows = load_rows(data.eval_data, split=data.eval_split, limit=data.eval_limit)
+    as_choices(rows, card.label_names)
+    return rows
+
+
+def _prepare_directory(options: TrainOptions) -> None:
+    """Clear the checkpoints of a finished run out of the way of a new one.
+
+    Raises:
+        InputError: the checkpoints are of a run that has not finished, and it is not resumed.
+    """
+    directory, result = options.run.output_dir, options.run.output_dir / "result.json"
+    old = sorted(directory.glob("checkpoint-*"))
+    if old and not options.run.resume:
+        if not result.is_file():
+            raise InputError(
+                f"output_dir must not hold checkpoints of an unfinished run, got "
+                f"{str(directory)!r}; add --resume, choose another directory or delete them"
+            )
+        for checkpoint in old:
+            shutil.rmtree(checkpoint)
+    result.unlink(missing_ok=True)
 
 
 def fit(
@@ -106,7 +147,7 @@ def fit(
     )
     with _stop_at_a_step(watch):
         outcome = trainer.train(resume_from_checkpoint=_checkpoint(options))
-    if watch.interrupted:
+    if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(
             f"a checkpoint of step {trainer.state.global_step} is in {options.run.output_dir}; "
             "add --resume to go on"

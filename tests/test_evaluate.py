@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.data import Row, encode_choices
@@ -62,6 +62,18 @@ def test_likelihood_scores_equal_one_sequence_at_a_time(
             totals.append((picked.sum().item(), picked.mean().item()))
         assert prediction == max(range(len(totals)), key=lambda i: totals[i][0])
         assert loss == pytest.approx(-totals[0][1], rel=1e-5)
+
+
+def test_padding_does_not_change_scores_of_a_model_with_absolute_positions(
+    tiny_llama_dir: Path, card: TrainingCard
+) -> None:
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=128, initializer_range=0.2)
+    model = GPT2LMHeadModel(config).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    alone = score(model, tokenizer, ROWS, card, batch_size=1)
+    together = score(model, tokenizer, ROWS, card, batch_size=16)
+    assert together.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert together.predictions == alone.predictions
 
 
 def test_generated_answers_are_compared_after_extraction(

@@ -157,6 +157,29 @@ def test_resume_without_a_checkpoint_is_refused(options: TrainOptions) -> None:
         run_training(with_run(options, resume=True))
 
 
+def test_checkpoints_of_an_unfinished_run_are_not_trained_over(options: TrainOptions) -> None:
+    checkpoint = options.run.output_dir / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    with pytest.raises(InputError, match="output_dir must not hold checkpoints of an unfinished"):
+        run_training(options)
+    (options.run.output_dir / "result.json").write_text("{}")  # it had finished after all
+    run_training(options)
+    assert not checkpoint.exists()
+
+
+def test_a_wrong_evaluation_file_is_refused_before_the_training(options: TrainOptions) -> None:
+    data = replace(options.data, eval_data="nowhere.jsonl")
+    with pytest.raises(InputError, match=r"nowhere\.jsonl"):
+        run_training(replace(options, data=data))
+    assert not options.run.output_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["batch_size", "gradient_accumulation"])
+def test_counts_below_one_are_refused(options: TrainOptions, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
+        run_training(replace(options, optim=replace(options.optim, **{name: 0})))
+
+
 def test_evaluation_rows_are_scored_after_training(options: TrainOptions) -> None:
     data = replace(options.data, eval_data=options.data.data, eval_limit=4)
     result = run_training(replace(options, data=data))
