@@ -148,7 +148,7 @@ def load_tokenizer(model: str | Path, *, revision: str = "main") -> Any:
     return tokenizer
 
 
-def share_pad_token(base: PreTrainedModel, tokenizer: Any) -> None:
+def share_pad_token(base: Any, tokenizer: Any) -> None:
     """Give the base the tokenizer's pad token, by which a decoder's classifier finds the end."""
     for config in (base.config, base.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
