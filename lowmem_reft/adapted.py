@@ -28,9 +28,7 @@ def load_adapted(
         compute_dtype=card.compute_dtype,
         device=options.device,
         task_type=card.task_type,
-        num_labels=len(card.label_names)
-        if card.task_type == "SEQ_CLS" and card.label_names
-        else None,
+        num_labels=card.num_classes,
     )
     tokenizer = load_tokenizer(options.model)
     share_pad_token(base, tokenizer)

@@ -218,9 +218,7 @@ def _attach(options: TrainOptions, card: TrainingCard) -> PeftModel:
         device=options.model.device,
         task_type=card.task_type,
         activation_checkpointing=options.model.activation_checkpointing,
-        num_labels=len(card.label_names)
-        if card.task_type == "SEQ_CLS" and card.label_names
-        else None,
+        num_labels=card.num_classes,
     )
     config = build_peft_config(
         options.method, task_type=card.task_type, num_layers=len(find_blocks(base)[1])

@@ -39,6 +39,12 @@ class TrainingCard:
     seed: int | None = None
     """Seed of the run."""
 
+    @property
+    def num_classes(self) -> int | None:
+        """Outputs of the classification head; None without one."""
+        names = self.label_names if self.task_type == "SEQ_CLS" else None
+        return len(names) if names else None
+
     def save(self, directory: Path) -> None:
         """Write ``training.json`` into the adapter's directory."""
         (directory / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
