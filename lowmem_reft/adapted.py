@@ -1,4 +1,4 @@
-"""Loads a base with an adapter on it, ready to be scored or to generate."""
+"""Loads the base that a card describes, and an adapter on it, ready to score or to generate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,31 @@ if TYPE_CHECKING:
     from lowmem_reft.training_card import TrainingCard
 
 
+def load_frozen(
+    options: ModelOptions,
+    card: TrainingCard,
+    tokenizer: Any,
+    *,
+    activation_checkpointing: bool = False,
+) -> Any:
+    """Load the base as the card says, with the tokenizer's pad token.
+
+    Raises:
+        InputError: the base cannot be loaded.
+    """
+    base = load_base(
+        options.model,
+        storage=card.storage,
+        compute_dtype=card.compute_dtype,
+        device=options.device,
+        task_type=card.task_type,
+        activation_checkpointing=activation_checkpointing,
+        num_labels=card.num_classes,
+    )
+    share_pad_token(base, tokenizer)
+    return base
+
+
 def load_adapted(
     options: ModelOptions, adapter: Path | None, card: TrainingCard
 ) -> tuple[Any, Any]:
@@ -22,16 +47,8 @@ def load_adapted(
     Raises:
         InputError: the base, the adapter or the tokenizer cannot be loaded.
     """
-    base = load_base(
-        options.model,
-        storage=card.storage,
-        compute_dtype=card.compute_dtype,
-        device=options.device,
-        task_type=card.task_type,
-        num_labels=card.num_classes,
-    )
     tokenizer = load_tokenizer(options.model)
-    share_pad_token(base, tokenizer)
+    base = load_frozen(options, card, tokenizer)
     if adapter is None:
         return base.eval(), tokenizer
     from peft import PeftModel

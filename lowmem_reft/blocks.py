@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from lowmem_reft.errors import InputError
@@ -89,3 +90,13 @@ def hidden_size(model: nn.Module) -> int:
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def base_of(model: Any) -> Any:
+    """Return the transformers model under an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def device_of(model: Any) -> torch.device:
+    """Return where the blocks compute; the embedding may be elsewhere."""
+    return next(find_blocks(base_of(model))[1].parameters()).device

@@ -22,6 +22,8 @@ from typing import Any
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
+    HeldOutOptions,
+    MemoryOptions,
     MethodOptions,
     ModelOptions,
     OptimOptions,
@@ -195,8 +197,10 @@ def _train_options(content: dict[str, Any]) -> TrainOptions:
     return TrainOptions(
         model=ModelOptions(**content["model"]),
         data=DataOptions(**content["data"]),
+        held_out=HeldOutOptions(**content["held_out"]),
         method=MethodOptions(**content["method"]),
         optim=OptimOptions(**content["optim"]),
+        memory=MemoryOptions(**content["memory"]),
         run=RunOptions(**{**run, "output_dir": Path(run["output_dir"])}),
     )
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lowmem_reft.blocks import base_of
 from lowmem_reft.errors import InputError
 
 
-def enable_activation_checkpointing(model: Any, every_n_layers: int = 1) -> None:
+def enable_activation_checkpointing(
+    model: Any, every_n_layers: int = 1, *, offload: bool = False
+) -> None:
     """Recompute blocks in the backward pass instead of keeping their activations (non-reentrant).
 
     transformers makes the embeddings' output require a gradient, so that every frozen block is
@@ -20,6 +25,8 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1) -> None
     Args:
         model: A base, or a PeftModel on one.
         every_n_layers: Checkpoint blocks 0, n, 2n, ... only; 1 is every block.
+        offload: Keep the inputs of checkpointed blocks, (batch, seq, hidden) each, in pinned host
+            memory until they are needed. On a CPU there is nowhere else to go: no effect.
 
     Raises:
         InputError: not a positive number, or an architecture that has no support for it.
@@ -28,7 +35,7 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1) -> None
         raise InputError(
             f"every_n_layers must be at least 1, got {every_n_layers!r}; 1 checkpoints every block"
         )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     stop_input_gradients(base)
     # Older transformers know only the second name; newer ones warn that it is deprecated.
     name = "activation_checkpointing_enable"
@@ -43,6 +50,45 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1) -> None
     blocks = [block for block in base.modules() if isinstance(block, GradientCheckpointingLayer)]
     for index, block in enumerate(blocks):
         block.gradient_checkpointing = index % every_n_layers == 0
+        if offload:
+            function: Any = OffloadedCheckpoint(block._gradient_checkpointing_func)
+            block._gradient_checkpointing_func = function
+
+
+class OffloadedCheckpoint:
+    """A checkpoint function whose block's input waits in host memory.
+
+    Copies are asynchronous on the current stream, so a block's arithmetic does not wait for the one
+    that leaves; the one that comes back is waited for.
+    """
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint = checkpoint
+        self.keywords = getattr(checkpoint, "keywords", {})
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run ``function`` checkpointed; what it saves itself is dropped and recomputed as ever."""
+        # Inside, checkpointing installs hooks of its own: these see the inputs alone.
+        with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
+            return self.checkpoint(function, *args, **kwargs)
+
+
+def _to_host(tensor: Tensor) -> Any:
+    if tensor.is_meta:  # a prediction: the device's memory is freed, the host's is not used
+        return tensor.shape, tensor.dtype
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return tensor.device, host.copy_(tensor, non_blocking=True)
+
+
+def _from_host(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    first, second = packed
+    if isinstance(second, Tensor):
+        return second.to(first, non_blocking=True)
+    return torch.empty(first, dtype=second, device="meta")
 
 
 def stop_input_gradients(base: Any) -> None:

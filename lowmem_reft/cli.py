@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import json
 import logging
 import math
@@ -64,23 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process if not given.
 
     Returns:
-        The exit code. Help (0) and wrong flags (2) leave through ``SystemExit`` instead.
+        The exit code. Help (0) and flags that are no options (2) leave through ``SystemExit``.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
         print(f"lowmem-reft {__version__}")
         return 0
-    options: Options = tyro.cli(
-        _Commands,
-        prog="lowmem-reft",
-        description=_DESCRIPTION,
-        args=arguments,
-        config=(
-            tyro.conf.OmitArgPrefixes,  # --rank, not --method.rank
-            tyro.conf.DisallowNone,  # "--rank INT", not "--rank {None}|INT"
-            tyro.conf.FlagCreatePairsOff,  # every flag is off by default: no --no-json
-        ),
-    )
+    try:
+        options = _parse(arguments)
+    except InputError as error:
+        return _report(arguments[0], f"error: {error}", code=2)
+    command = _HANDLERS[type(options)][0]
     try:
         with _sigterm_as_interrupt():
             num_failed = _run(options)
@@ -89,14 +84,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return _report(options, "interrupted", _what_is_kept(options), code=130)
+        return _report(command, "interrupted", _what_is_kept(options), code=130)
     except InputError as error:
-        return _report(options, f"error: {error}", code=2)
+        return _report(command, f"error: {error}", code=2)
     except Exception as error:
-        return _report(options, *_explain(error), code=1)
+        return _report(command, *_explain(error), code=1)
     if num_failed:
-        return _report(options, f"error: {num_failed} cells failed; the table names them", code=1)
+        return _report(command, f"error: {num_failed} cells failed; the table names them", code=1)
     return 0
+
+
+def _parse(arguments: list[str]) -> Options:
+    """Turn the arguments into options.
+
+    Raises:
+        InputError: a value breaks its rule.
+        SystemExit: the help was asked for, or tyro has said what is wrong.
+    """
+
+    def parse() -> Options:
+        options: Options = tyro.cli(
+            _Commands,
+            prog="lowmem-reft",
+            description=_DESCRIPTION,
+            args=arguments,
+            config=(
+                tyro.conf.OmitArgPrefixes,  # --rank, not --method.rank
+                tyro.conf.DisallowNone,  # "--rank INT", not "--rank {None}|INT"
+                tyro.conf.FlagCreatePairsOff,  # every flag is off by default: no --no-json
+            ),
+        )
+        return options
+
+    # tyro would print what a dataclass refuses under a name of its own and wrap the message, so it
+    # speaks only when something else is wrong.
+    silence = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            return parse()
+    except SystemExit as left:
+        error: BaseException | None = left
+        while error is not None:
+            if isinstance(error, InputError):
+                raise error from None
+            error = error.__context__
+    return parse()
 
 
 def _run(options: Options) -> int:
@@ -219,12 +251,11 @@ def _explain(error: Exception) -> tuple[str, str]:
     )
 
 
-def _report(options: Options, *lines: str, code: int) -> int:
+def _report(command: str, *lines: str, code: int) -> int:
     if code == 130:
         print(file=sys.stderr)  # ends the line of a progress bar
     elif sys.exc_info()[0] is not None and os.environ.get("LOWMEM_REFT_DEBUG") == "1":
         traceback.print_exc()
-    command = _HANDLERS[type(options)][0]
     for line in lines:
         print(f"lowmem-reft {command}: {line}", file=sys.stderr)
     return code

@@ -23,6 +23,7 @@ from lowmem_reft.options import (
     CompareOptions,
     DataOptions,
     EvaluateOptions,
+    MemoryOptions,
     ModelOptions,
     OptimOptions,
     RunOptions,
@@ -67,8 +68,6 @@ def run_comparison(
     from lowmem_reft.report.console import Progress, print_table
     from lowmem_reft.report.table import aggregate
 
-    if options.workers < 1:
-        raise InputError(f"workers must be at least 1, got {options.workers}; give --workers 1")
     options = replace(options, methods=options.methods or default_methods(options))
     specs, seeds = parse_methods(options.methods or ""), parse_seeds(options.seeds)
     cells = build_cells(options, specs, seeds, find_sources(options))
@@ -138,8 +137,13 @@ def build_cells(
 def command_line(options: CompareOptions, method: str, seed: int) -> str:
     """The command that runs one cell again (and scores the base beside it)."""
     words = ["lowmem-reft", "compare", "--methods", method, "--seeds", str(seed)]
-    apart = {"methods", "seeds", "output_dir", "optim", "workers", "json", "quiet"}
-    for group, defaults in ((options, CompareOptions()), (options.optim, OptimOptions())):
+    apart = {"methods", "seeds", "output_dir", "optim", "memory", "workers", "json", "quiet"}
+    groups = (
+        (options, CompareOptions()),
+        (options.memory, MemoryOptions()),
+        (options.optim, OptimOptions()),
+    )
+    for group, defaults in groups:
         for field in fields(group):
             value = getattr(group, field.name)
             if field.name not in apart and value != getattr(defaults, field.name):
@@ -180,6 +184,7 @@ def _method_cell(options: CompareOptions, sources: Sources, spec: MethodSpec, se
         data=replace(evaluate.data, data=sources.train, split=options.split, limit=options.limit),
         method=spec.options,
         optim=resolve_learning_rate(spec.options, replace(options.optim, **spec.optim_overrides)),
+        memory=options.memory,
         run=RunOptions(output_dir=directory / "train", seed=seed, quiet=True),
     )
     command = command_line(options, spec.label, seed)
@@ -201,7 +206,6 @@ def _evaluate_options(
             # 16- and 32-bit weights are computed in their own dtype.
             compute_dtype=options.compute_dtype if storage in ("nf4", "fp4", "int8") else "auto",
             device=options.device,
-            activation_checkpointing=options.activation_checkpointing,
         ),
         data=DataOptions(
             data=sources.evaluate,
@@ -248,6 +252,7 @@ def _record(
         config["data"] = {**asdict(train.data), "data": sources.train_digest}
         config["method"] = _method_config(train)
         config["optim"] = asdict(train.optim)
+        config["memory"] = asdict(train.memory)
         config["seed"] = seed
     canonical = json.dumps(config, sort_keys=True)
     return {

@@ -35,9 +35,10 @@ __all__ = [
     "EncodedRows",
     "Row",
     "as_choices",
+    "class_index",
     "encode_choices",
     "encode_labelled",
-    "encode_prompt",
+    "encode_prompts",
     "encode_rows",
     "holdout",
     "label_names",
@@ -54,7 +55,8 @@ class EncodedRows:
     """Token ids of rows, with what had to be cut."""
 
     examples: list[dict[str, Any]]
-    """``input_ids`` and ``labels``: lists (-100 on the prompt), or one int for classification."""
+    """``input_ids`` and ``labels``: lists (-100 on the prompt), or one int for classification;
+    prompts alone have no labels."""
     num_cut_prompts: int
     """Prompts (texts, for classification) that did not fit whole."""
     num_cut_tokens: int
@@ -106,10 +108,11 @@ def encode_choices(
     *,
     template: str = "{prompt}",
     max_length: int = 512,
-) -> list[dict[str, list[int]]]:
+) -> EncodedRows:
     """Tokenize every choice of a row for scoring: as in ``encode_rows``, without EOS.
 
-    The prompt's tokens are the same in all of them; it is cut for the longest choice.
+    There is one example per choice. The prompt's tokens are the same in all of them; it is cut for
+    the longest choice, and counted once.
 
     Raises:
         InputError: If the row has no choices, the template is wrong or a choice does not fit.
@@ -120,25 +123,31 @@ def encode_choices(
     prompt_ids, *wholes = _tokenize([prompt_text, *whole_texts], tokenizer)
     prompt, responses = _split(row, prompt_ids, wholes, _bos(tokenizer))
     kept = _cut_left(row, prompt, max(map(len, responses)), tokenizer, max_length)
-    return [_example(kept, response) for response in responses]
+    examples = [_example(kept, response) for response in responses]
+    return _encoded(examples, [len(prompt) - len(kept)])
 
 
-def encode_prompt(
-    row: Row,
+def encode_prompts(
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
     template: str = "{prompt}",
     max_length: int = 512,
-) -> list[int]:
-    """Tokenize the prompt alone for generation: the tokens it has in training, cut from the left.
+) -> EncodedRows:
+    """Tokenize prompts alone for generation: the tokens they have in training, cut from the left.
 
     Raises:
-        InputError: If the template is wrong.
+        InputError: If the template is wrong or a prompt has no token.
     """
-    prompt_text, _ = _texts(row, tokenizer, template, [])
-    (prompt_ids,) = _tokenize([prompt_text], tokenizer)
-    prompt, _ = _split(row, prompt_ids, [], _bos(tokenizer))
-    return _cut_left(row, prompt, 0, tokenizer, max_length)
+    texts = [_texts(row, tokenizer, template, [])[0] for row in rows]
+    bos = _bos(tokenizer)
+    examples, cuts = [], []
+    for row, prompt_ids in zip(rows, _tokenize(texts, tokenizer), strict=True):
+        prompt, _ = _split(row, prompt_ids, [], bos)
+        kept = _cut_left(row, prompt, 0, tokenizer, max_length)
+        examples.append({"input_ids": kept})
+        cuts.append(len(prompt) - len(kept))
+    return _encoded(examples, cuts)
 
 
 def encode_labelled(

@@ -1,5 +1,7 @@
 """The exception that means "the user can fix this": the CLI prints its message and exits with 2."""
 
+import math
+
 
 class InputError(ValueError):
     """Bad input from the user: a wrong option, file or line.
@@ -9,12 +11,34 @@ class InputError(ValueError):
     """
 
 
-def check_counts(**counts: int) -> None:
-    """Refuse counts below 1.
+def check_counts(**counts: int | None) -> None:
+    """Refuse counts below 1; None is one that was not given.
 
     Raises:
         InputError: one is below 1; the message names it.
     """
     for name, count in counts.items():
-        if count < 1:
+        if count is not None and count < 1:
             raise InputError(f"{name} must be at least 1, got {count!r}; raise it")
+
+
+def check_positive(**numbers: float | None) -> None:
+    """Refuse numbers that are not finite and above 0; None is one that was not given.
+
+    Raises:
+        InputError: one is zero, negative, infinite or not a number; the message names it.
+    """
+    for name, number in numbers.items():
+        if number is not None and not 0 < number < math.inf:
+            raise InputError(f"{name} must be finite and above 0, got {number!r}; change it")
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Refuse numbers that are not finite and at least 0.
+
+    Raises:
+        InputError: one is negative, infinite or not a number; the message names it.
+    """
+    for name, number in numbers.items():
+        if not 0 <= number < math.inf:
+            raise InputError(f"{name} must be finite and at least 0, got {number!r}; 0 is allowed")

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from lowmem_reft.adapted import load_adapted
 from lowmem_reft.data import (
     Collator,
     as_choices,
+    class_index,
     encode_choices,
     encode_labelled,
-    encode_prompt,
-    encode_rows,
+    encode_prompts,
     label_names,
     load_rows,
 )
-from lowmem_reft.errors import InputError, check_counts
+from lowmem_reft.errors import InputError
 from lowmem_reft.generate import generate_batches
+from lowmem_reft.loss import response_log_likelihood
 from lowmem_reft.progress import progress
-from lowmem_reft.training_card import TrainingCard, find_adapter, load_card
-from lowmem_reft.tuner import prompt_arguments
+from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lowmem_reft.data import Row
-    from lowmem_reft.options import EvaluateOptions
+    from lowmem_reft.options import EvaluateOptions, Scoring
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """How rows are scored."""
+
+    scoring: Scoring = "auto"
+    """likelihood of each choice, or generation; auto: likelihood where rows have choices."""
+    answer_pattern: str | None = None
+    """Regular expression that finds the answer in generated text; None takes all of it."""
+    batch_size: int = 16
+    """Sequences per forward pass."""
+    max_new_tokens: int = 64
+    """Tokens generated per example."""
+    quiet: bool = True
+    """No progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +79,8 @@ class Scores:
 def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     """Score a base, or a base with an adapter, on rows.
 
-    What the command line leaves open (storage, template, classes) is taken from the adapter's
-    training card, so that scoring matches training.
+    What the command line leaves open (storage, task, template, length, classes) is taken from the
+    adapter's training card, so that scoring matches training.
 
     Returns:
         ``accuracy`` (also as ``metric``, ``value``), ``num_examples``, ``num_cut_prompts`` and,
@@ -76,28 +90,29 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         InputError: an option, a file or a row is wrong.
     """
     adapter = None if options.adapter is None else find_adapter(options.adapter)
-    card = _card(options, None if adapter is None else load_card(adapter))
-    given = (options.data.eval_limit, options.data.limit)
-    limit = next((value for value in given if value is not None), None)
-    check_counts(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
+    data = options.data
+    card = merge_card(
+        None if adapter is None else load_card(adapter),
+        options.model,
+        template=data.template,
+        max_length=data.max_length,
+    )
     extract_answer("", options.answer_pattern)  # a broken pattern is refused before the work
     if options.predictions is not None:
         options.predictions.parent.mkdir(parents=True, exist_ok=True)
-    rows = load_rows(options.data.data, split=options.data.split, limit=limit)
+    rows = load_rows(data.data, split=data.split, limit=data.limit)
     if card.label_names is None and rows[0].kind == "label":
         card = replace(card, label_names=label_names(rows))
+    check_rows(rows, card)
     model, tokenizer = load_adapted(options.model, adapter, card)
-    scores = score(
-        model,
-        tokenizer,
-        rows,
-        card,
+    settings = ScoringSettings(
         scoring=options.scoring,
         answer_pattern=options.answer_pattern,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         quiet=options.quiet,
     )
+    scores = score(model, tokenizer, rows, card, settings)
     if options.predictions is not None:
         with options.predictions.open("w") as file:
             for row, prediction, correct in zip(
@@ -108,53 +123,37 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     return scores.summary()
 
 
+def check_rows(rows: Sequence[Row], card: TrainingCard) -> None:
+    """Refuse rows that cannot be scored as the card says, before a base is loaded for them.
+
+    Raises:
+        InputError: a row has a label that the card does not know, or none for a classifier.
+    """
+    if card.task_type == "SEQ_CLS":
+        for row in rows:
+            class_index(row, card.label_names or [])
+    else:
+        as_choices(rows, card.label_names)
+
+
 def score(
     model: Any,
     tokenizer: Any,
     rows: Sequence[Row],
     card: TrainingCard,
-    *,
-    scoring: str = "auto",
-    answer_pattern: str | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 64,
-    quiet: bool = True,
+    settings: ScoringSettings | None = None,
 ) -> Scores:
     """Score a loaded model on rows; see ``run_evaluation``."""
+    settings = settings or ScoringSettings()
     model.eval()
     if card.task_type == "SEQ_CLS":
-        return _score_classes(model, tokenizer, rows, card, batch_size, quiet)
+        return _score_classes(model, tokenizer, rows, card, settings)
     rows = as_choices(rows, card.label_names)
-    if scoring == "auto":
-        scoring = "likelihood" if rows[0].choices else "generation"
-    if scoring == "likelihood":
-        scores = _score_choices(model, tokenizer, rows, card, batch_size, quiet)
-    else:
-        scores = _score_generated(
-            model, tokenizer, rows, card, answer_pattern, batch_size, max_new_tokens, quiet
-        )
-    encoded = encode_rows(rows, tokenizer, template=card.template, max_length=card.max_length)
-    return replace(scores, num_cut_prompts=encoded.num_cut_prompts)
-
-
-def _card(options: EvaluateOptions, trained: TrainingCard | None) -> TrainingCard:
-    """Merge the training card with what the command line says."""
-    given: dict[str, Any] = {}
-    if options.model.storage is not None:
-        given["storage"] = options.model.storage
-    if options.model.compute_dtype != "auto":
-        given["compute_dtype"] = options.model.compute_dtype
-    if options.data.template is not None:
-        given["template"] = options.data.template
-    if trained is None:
-        given.setdefault("storage", "nf4")
-        return TrainingCard(
-            base=options.model.model,
-            task_type=options.model.task_type,
-            max_length=options.data.max_length,
-            **given,
-        )
-    return replace(trained, **given)
+    by_likelihood = settings.scoring == "likelihood" or (
+        settings.scoring == "auto" and rows[0].choices
+    )
+    score_rows = _score_choices if by_likelihood else _score_generated
+    return score_rows(model, tokenizer, rows, card, settings)
 
 
 @torch.no_grad()
@@ -163,63 +162,41 @@ def _score_choices(
     tokenizer: Any,
     rows: Sequence[Row],
     card: TrainingCard,
-    batch_size: int,
-    quiet: bool,
+    settings: ScoringSettings,
 ) -> Scores:
     """Pick the choice whose tokens have the highest summed log-likelihood after the prompt."""
+    encoded = [
+        encode_choices(row, tokenizer, template=card.template, max_length=card.max_length)
+        for row in rows
+    ]
     items = [
         (index, choice, example)
-        for index, row in enumerate(rows)
-        for choice, example in enumerate(
-            encode_choices(row, tokenizer, template=card.template, max_length=card.max_length)
-        )
+        for index, by_choice in enumerate(encoded)
+        for choice, example in enumerate(by_choice.examples)
     ]
     # Like lengths together: little padding.
     items.sort(key=lambda item: -len(item[2]["input_ids"]))
     totals: list[dict[int, tuple[float, int]]] = [{} for _ in rows]
     collate = Collator(tokenizer, padding_side="left")
-    starts = range(0, len(items), batch_size)
-    for start in progress(starts, "scoring", quiet=quiet):
-        batch = items[start : start + batch_size]
-        sums, counts = _response_log_likelihood(
-            model, collate([example for _, _, example in batch])
-        )
+    starts = range(0, len(items), settings.batch_size)
+    for start in progress(starts, "scoring", quiet=settings.quiet):
+        batch = items[start : start + settings.batch_size]
+        sums, counts = response_log_likelihood(model, collate([example for _, _, example in batch]))
         for (index, choice, _), total, count in zip(batch, sums, counts, strict=True):
             totals[index][choice] = (total, count)
     predictions, losses = [], []
-    for row, by_choice in zip(rows, totals, strict=True):
+    for row, scored in zip(rows, totals, strict=True):
         assert row.answer is not None
-        predictions.append(max(by_choice, key=lambda choice: by_choice[choice][0]))
-        total, count = by_choice[row.answer]
+        predictions.append(max(scored, key=lambda choice: scored[choice][0]))
+        total, count = scored[row.answer]
         losses.append(-total / count)
     correct = [bool(p == row.answer) for p, row in zip(predictions, rows, strict=True)]
-    return Scores(correct=correct, predictions=predictions, losses=losses)
-
-
-def _response_log_likelihood(model: Any, batch: dict[str, Tensor]) -> tuple[list[float], list[int]]:
-    """Return the summed log-likelihood of the supervised tokens of each example, and their number.
-
-    The batch is left-padded, so only the last positions need logits.
-    """
-    labels = batch.pop("labels")
-    batch = {key: value.to(model.device) for key, value in batch.items()}
-    kept = int((labels != -100).sum(1).max())
-    if "position_ids" in inspect.signature(_base_of(model).forward).parameters:
-        # Absolute positions (GPT-2) count from the first token, not from the padding.
-        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    logits = model(
-        **batch, **prompt_arguments(model, labels), logits_to_keep=kept + 1, use_cache=False
-    ).logits  # (batch, kept + 1, vocab)
-    targets = labels[:, -kept:].to(logits.device)
-    # Models that do not know logits_to_keep give all positions.
-    log_probs = logits[:, -kept - 1 : -1].float().log_softmax(-1)
-    supervised = targets != -100
-    picked = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * supervised
-    return picked.sum(1).tolist(), supervised.sum(1).tolist()
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return Scores(
+        correct=correct,
+        predictions=predictions,
+        losses=losses,
+        num_cut_prompts=sum(by_choice.num_cut_prompts for by_choice in encoded),
+    )
 
 
 @torch.no_grad()
@@ -228,19 +205,19 @@ def _score_classes(
     tokenizer: Any,
     rows: Sequence[Row],
     card: TrainingCard,
-    batch_size: int,
-    quiet: bool,
+    settings: ScoringSettings,
 ) -> Scores:
     """Pick the class with the highest logit of the classification head."""
     assert card.label_names is not None
-    examples = encode_labelled(
+    encoded = encode_labelled(
         rows, tokenizer, max_length=card.max_length, label_names=card.label_names
-    ).examples
+    )
+    examples, size = encoded.examples, settings.batch_size
     collate = Collator(tokenizer)
     predictions: list[int] = []
     losses: list[float] = []
-    for start in progress(range(0, len(examples), batch_size), "scoring", quiet=quiet):
-        batch = collate(examples[start : start + batch_size])
+    for start in progress(range(0, len(examples), size), "scoring", quiet=settings.quiet):
+        batch = collate(examples[start : start + size])
         labels = batch.pop("labels")
         logits = model(
             **{key: value.to(model.device) for key, value in batch.items()}
@@ -250,7 +227,12 @@ def _score_classes(
             logits, labels.to(logits.device), reduction="none"
         ).tolist()
     correct = [p == example["labels"] for p, example in zip(predictions, examples, strict=True)]
-    return Scores(correct=correct, predictions=predictions, losses=losses)
+    return Scores(
+        correct=correct,
+        predictions=predictions,
+        losses=losses,
+        num_cut_prompts=encoded.num_cut_prompts,
+    )
 
 
 def _score_generated(
@@ -258,29 +240,29 @@ def _score_generated(
     tokenizer: Any,
     rows: Sequence[Row],
     card: TrainingCard,
-    answer_pattern: str | None,
-    batch_size: int,
-    max_new_tokens: int,
-    quiet: bool,
+    settings: ScoringSettings,
 ) -> Scores:
     """Generate greedily, extract the answer and compare it with the one in the response."""
-    prompts = [
-        encode_prompt(row, tokenizer, template=card.template, max_length=card.max_length)
-        for row in rows
-    ]
-    texts = generate_batches(
-        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, quiet=quiet
-    )
-    predictions = [extract_answer(text, answer_pattern) for text in texts]
-    wanted = [extract_answer(row.response or "", answer_pattern) for row in rows]
+    pattern = settings.answer_pattern
+    wanted = [extract_answer(row.response or "", pattern) for row in rows]
     for row, answer in zip(rows, wanted, strict=True):
         if answer is None:
             raise InputError(
-                f"{row.source}: response must match answer_pattern {answer_pattern!r}, got "
+                f"{row.source}: response must match answer_pattern {pattern!r}, got "
                 f"{row.response!r}; correct the pattern or the row"
             )
+    encoded = encode_prompts(rows, tokenizer, template=card.template, max_length=card.max_length)
+    texts = generate_batches(
+        model,
+        tokenizer,
+        [example["input_ids"] for example in encoded.examples],
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        quiet=settings.quiet,
+    )
+    predictions = [extract_answer(text, pattern) for text in texts]
     correct = [bool(p == w) for p, w in zip(predictions, wanted, strict=True)]
-    return Scores(correct=correct, predictions=predictions)
+    return Scores(correct=correct, predictions=predictions, num_cut_prompts=encoded.num_cut_prompts)
 
 
 def extract_answer(text: str, pattern: str | None) -> str | None:

@@ -5,78 +5,59 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowmem_reft.adapted import load_adapted
-from lowmem_reft.data import Collator, Row, encode_prompt, load_rows
-from lowmem_reft.errors import InputError, check_counts
+from lowmem_reft.data import Collator, Row, encode_prompts, load_rows
+from lowmem_reft.errors import InputError
 from lowmem_reft.progress import progress
-from lowmem_reft.training_card import TrainingCard, find_adapter, load_card
+from lowmem_reft.training_card import find_adapter, load_card, merge_card
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from lowmem_reft.data import EncodedRows
     from lowmem_reft.options import GenerateOptions
+    from lowmem_reft.training_card import TrainingCard
 
 
 def run_generation(options: GenerateOptions) -> dict[str, Any]:
     """Write one JSON line with ``prompt`` (or ``messages``) and ``response`` per prompt.
 
     Returns:
-        ``num_examples``, ``output`` (path or None), ``num_new_tokens``, ``tokens_per_s`` and, for a
-        single ``prompt``, ``response``.
+        ``num_examples``, ``num_cut_prompts``, ``output`` (path or None), ``num_new_tokens``,
+        ``tokens_per_s`` and, for a single ``prompt``, ``response``.
 
     Raises:
         InputError: an option, a file or a row is wrong.
     """
-    check_counts(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
     rows = _rows(options)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
     adapter = None if options.adapter is None else find_adapter(options.adapter)
-    trained = None if adapter is None else load_card(adapter)
-    card = trained or TrainingCard(base=options.model.model, storage=options.model.storage or "nf4")
-    card = replace(
-        card,
-        template=options.template or card.template,
-        storage=options.model.storage or card.storage,
-        compute_dtype=card.compute_dtype
-        if options.model.compute_dtype == "auto"
-        else options.model.compute_dtype,
-        task_type="CAUSAL_LM",
-    )
+    card = _card(options, None if adapter is None else load_card(adapter))
     model, tokenizer = load_adapted(options.model, adapter, card)
-    prompts = [
-        encode_prompt(row, tokenizer, template=card.template, max_length=card.max_length)
-        for row in rows
-    ]
+    encoded = encode_prompts(rows, tokenizer, template=card.template, max_length=card.max_length)
+    _warn_of_cuts(encoded, card.max_length)
     torch.manual_seed(options.seed)
-    started, texts = time.perf_counter(), []
-    stream = sys.stdout if options.output is None else options.output.open("w")
-    try:
-        continuations = _batches(
-            model,
-            tokenizer,
-            prompts,
-            options.batch_size,
-            options.max_new_tokens,
-            options.temperature,
-            options.quiet,
-        )
-        for row, text in zip(rows, continuations, strict=True):
-            texts.append(text)
-            source = {"messages": list(row.messages)} if row.messages else {"prompt": row.prompt}
-            stream.write(json.dumps({**source, "response": text}, ensure_ascii=False) + "\n")
-            stream.flush()
-    finally:
-        if options.output is not None:
-            stream.close()
+    started = time.perf_counter()
+    continuations = generate_batches(
+        model,
+        tokenizer,
+        [example["input_ids"] for example in encoded.examples],
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        quiet=options.quiet,
+    )
+    texts = _write(rows, continuations, options)
     num_tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
     result = {
         "num_examples": len(rows),
+        "num_cut_prompts": encoded.num_cut_prompts,
         "output": None if options.output is None else str(options.output),
         "num_new_tokens": num_tokens,
         "tokens_per_s": num_tokens / (time.perf_counter() - started),
@@ -93,8 +74,8 @@ def generate_batches(
     max_new_tokens: int,
     temperature: float = 0.0,
     quiet: bool = True,
-) -> list[str]:
-    """Continue tokenized prompts.
+) -> Iterator[str]:
+    """Continue tokenized prompts, batch by batch.
 
     Args:
         model: a causal language model, with or without an adapter.
@@ -105,21 +86,9 @@ def generate_batches(
         temperature: 0 is greedy.
         quiet: no progress bar.
 
-    Returns:
+    Yields:
         The continuations, without special tokens, in the order of the prompts.
     """
-    return list(_batches(model, tokenizer, prompts, batch_size, max_new_tokens, temperature, quiet))
-
-
-def _batches(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    quiet: bool,
-) -> Iterator[str]:
     collate = Collator(tokenizer, padding_side="left")
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -136,6 +105,45 @@ def _batches(
             )
         new = output[:, batch["input_ids"].shape[1] :]
         yield from tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def _card(options: GenerateOptions, trained: TrainingCard | None) -> TrainingCard:
+    card = merge_card(
+        trained, options.model, template=options.template, max_length=options.max_length
+    )
+    if card.task_type != "CAUSAL_LM":
+        raise InputError(
+            f"task_type must be CAUSAL_LM to generate, got {card.task_type!r}; a classifier is "
+            "scored with evaluate"
+        )
+    return card
+
+
+def _warn_of_cuts(encoded: EncodedRows, max_length: int) -> None:
+    if encoded.num_cut_prompts:
+        warnings.warn(
+            f"{encoded.num_cut_prompts} of {len(encoded.examples)} prompts had more than "
+            f"max_length {max_length} tokens and were cut from the left; raise max_length",
+            stacklevel=3,
+        )
+
+
+def _write(
+    rows: Sequence[Row], continuations: Iterator[str], options: GenerateOptions
+) -> list[str]:
+    """Write every continuation as soon as it is there, and return all."""
+    texts = []
+    stream = sys.stdout if options.output is None else options.output.open("w")
+    try:
+        for row, text in zip(rows, continuations, strict=True):
+            texts.append(text)
+            source = {"messages": list(row.messages)} if row.messages else {"prompt": row.prompt}
+            stream.write(json.dumps({**source, "response": text}, ensure_ascii=False) + "\n")
+            stream.flush()
+    finally:
+        if options.output is not None:
+            stream.close()
+    return texts
 
 
 def _rows(options: GenerateOptions) -> list[Row]:

@@ -1,23 +1,374 @@
-"""The head on supervised tokens only: no logits for positions that the loss ignores.
+"""The loss of a causal model on supervised tokens only, without a matrix of logits.
 
-A causal model's loss reads the logits before each supervised token; on a long prompt with a short
-response that is a small part of the sequence, yet the head's product and its [batch, seq, vocab]
-gradient are among the largest of a step. transformers computes exactly the positions in
-``logits_to_keep`` and takes labels that are already shifted, so the loss stays the model's own.
+On a prompt with a short response most logits belong to tokens that the loss ignores, and the
+[batch, seq, vocab] matrix and its gradient are the largest tensors of a checkpointed step. Here the
+head runs on the hidden vectors before supervised tokens alone, a few at a time, and leaves behind
+one gradient per hidden vector (the idea of arXiv 2411.09009 and of torch's
+``linear_cross_entropy``, which has neither soft-caps nor label smoothing, and gives a 16-bit base a
+16-bit loss).
+
+It serves every PEFT method that leaves the head frozen, so comparisons stay fair. A model whose
+head is unknown keeps its own loss, on supervised positions if it takes ``logits_to_keep``.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
-from peft import PeftModel
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithPast,
+)
 
+from lowmem_reft.blocks import base_of, device_of
+from lowmem_reft.errors import InputError
 from lowmem_reft.positions import IGNORED_LABEL
+from lowmem_reft.tuner import prompt_arguments
+
+CHUNK_BYTES = 2**25
+"""fp32 logits that exist at once: 262 tokens of a 32,000-word vocabulary, 65 of Llama 3's."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What lies between the last hidden vector and the logits: cap · tanh(scale · (Wh + b) / cap).
+
+    Source: Gemma 2 (arXiv 2408.00118) for the cap; Cohere and Granite for the scale.
+    """
+
+    weight: Tensor
+    """(vocab, hidden), frozen."""
+    bias: Tensor | None = None
+    """(vocab,), frozen."""
+    scale: float = 1.0
+    """Factor of the logits."""
+    softcap: float | None = None
+    """Largest magnitude of a logit; None for no cap."""
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """Apply scale and cap to the outputs of the linear head."""
+        scaled = logits * self.scale
+        return scaled if self.softcap is None else self.softcap * (scaled / self.softcap).tanh()
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    targets: Int[Tensor, " tokens"],
+    *,
+    label_smoothing: float = 0.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Float[Tensor, ""]:
+    """Return the summed cross-entropy of the head's logits, in fp32 whatever the base computes in.
+
+    The products of the head run in the dtype of ``hidden``, all else in fp32. The gradient of
+    ``hidden`` is made in the forward pass, so that each chunk's logits are formed once.
+
+    Args:
+        hidden: the vectors that predict the targets.
+        head: the frozen head.
+        targets: indices into the vocabulary; none may be ignored (-100).
+        label_smoothing: share of the target's probability that is spread over the vocabulary.
+        chunk_bytes: bytes of fp32 logits that may exist at once.
+
+    Raises:
+        InputError: ``label_smoothing`` is not in [0, 1).
+    """
+    if not 0 <= label_smoothing < 1:
+        raise InputError(
+            f"label_smoothing must be in [0, 1), got {label_smoothing!r}; for example 0.1"
+        )
+    chunk_tokens = max(1, chunk_bytes // (4 * head.weight.shape[0]))
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, head, targets, label_smoothing, chunk_tokens
+    )
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    r"""With p = softmax(z), ε the smoothing and V the vocabulary: ∂L/∂z = p − (1−ε)·1_t − ε/V.
+
+    The chain goes on with cap' = 1 − (z/cap)², the scale and Wᵀ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, targets: Tensor, smoothing: float, chunk_tokens: int
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            losses, logits_gradient = _losses_of_chunk(
+                hidden[part], head, targets[part], smoothing, gradient is not None
+            )
+            total += losses.sum()
+            if gradient is not None and logits_gradient is not None:
+                torch.mm(
+                    logits_gradient.to(hidden.dtype),
+                    head.weight.to(hidden.dtype),
+                    out=gradient[part],
+                )
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.gradient is None:
+            return None, None, None, None, None
+        return (ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None, None, None)
+
+
+def _losses_of_chunk(
+    hidden: Tensor, head: Head, targets: Tensor, smoothing: float, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the losses (tokens,) of a chunk and the gradient of their sum by the head's output.
+
+    One [chunk, vocab] buffer is reused throughout; a soft-cap needs a second one.
+    """
+    logits = (hidden @ head.weight.to(hidden.dtype).T).float()
+    if head.bias is not None:
+        logits += head.bias
+    if head.scale != 1:
+        logits *= head.scale
+    slope = None
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_()
+        slope = 1 - logits**2 if with_gradient else None
+        logits *= head.softcap
+    index = targets[:, None]
+    picked = logits.gather(1, index)
+    mean = logits.mean(1, keepdim=True) if smoothing else picked
+    top = logits.amax(1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    losses = (total.log() + top - (1 - smoothing) * picked - smoothing * mean)[:, 0]
+    if not with_gradient:
+        return losses, None
+    gradient = logits.div_(total)
+    if smoothing:
+        gradient -= smoothing / gradient.shape[1]
+    gradient.scatter_add_(1, index, torch.full_like(picked, smoothing - 1))
+    if slope is not None:
+        gradient *= slope
+    if head.scale != 1:
+        gradient *= head.scale
+    return losses, gradient
+
+
+def use_chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> Head | None:
+    """Make a causal model compute its training loss with ``chunked_cross_entropy``.
+
+    From then on a forward pass in training mode with ``labels`` returns the loss and no logits;
+    without labels, or in evaluation mode, nothing changes. ``num_items_in_batch`` (gradient
+    accumulation) divides the sum as in transformers' ``ForCausalLMLoss``.
+
+    A model whose head is not recognized keeps its own loss; its logits are then formed for
+    supervised positions only if it takes ``logits_to_keep``.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+
+    Returns:
+        The head, or None if the model keeps its own loss.
+
+    Raises:
+        InputError: ``label_smoothing`` with a model that keeps its own loss.
+    """
+    base: Any = base_of(model)
+    head = find_head(base)
+    if head is None and label_smoothing:
+        raise InputError(
+            f"label_smoothing must be 0 for {type(base).__name__}, whose head is not a frozen "
+            f"linear layer that is known here, got {label_smoothing!r}; leave it out"
+        )
+    if not hasattr(base, "_forward_with_logits"):
+        base._forward_with_logits = base.forward
+    forward = functools.wraps(base._forward_with_logits)(
+        functools.partial(
+            _training_forward, recognized=head is not None, label_smoothing=label_smoothing
+        )
+    )
+    base.forward = MethodType(forward, base)
+    return head
+
+
+def find_head(base: Any) -> Head | None:
+    """Return the frozen head of a causal model; None if its logits are not what ``Head`` describes.
+
+    Proof: the model's own forward is run with a stand-in for the backbone and given head outputs,
+    and must return exactly what ``Head.transform`` makes of them.
+    """
+    head = _describe_head(base)
+    if head is None:
+        return None
+    probe = torch.linspace(-40, 40, 24).view(1, 3, 8)
+    try:
+        logits = _logits_after_head(base, base.get_output_embeddings(), probe)
+    except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
+        return None
+    same = logits.shape == probe.shape and torch.allclose(logits.float(), head.transform(probe))
+    return head if same else None
+
+
+def _describe_head(base: Any) -> Head | None:
+    """Read a linear, frozen head and what the configuration says of scale and cap, unproven."""
+    linear = base.get_output_embeddings()
+    if getattr(base, "loss_function", None) is not ForCausalLMLoss or type(linear) is not nn.Linear:
+        return None
+    if any(parameter.requires_grad for parameter in linear.parameters()):
+        return None
+    config = base.config.get_text_config()
+    division = getattr(config, "logits_scaling", None)
+    return Head(
+        weight=linear.weight,
+        bias=linear.bias,
+        scale=1 / division if division else float(getattr(base, "logit_scale", 1.0)),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _logits_after_head(base: Any, linear: nn.Module, probe: Tensor) -> Tensor:
+    """Return the logits that ``base.forward`` makes of ``probe``, the output of its linear head."""
+    backbone_name = base.base_model_prefix
+    head_name = next(name for name, child in base.named_children() if child is linear)
+    backbone = getattr(base, backbone_name)
+    hidden = torch.zeros(1, probe.shape[1], int(base.config.get_text_config().hidden_size))
+    forward = getattr(base, "_forward_with_logits", base.forward)
+    try:
+        base._modules[backbone_name] = _Constant(
+            BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        )
+        base._modules[head_name] = _Constant(probe)
+        with torch.no_grad():
+            logits: Tensor = forward(input_ids=torch.zeros(1, probe.shape[1], dtype=torch.long))[
+                "logits"
+            ]
+    finally:
+        base._modules[backbone_name] = backbone
+        base._modules[head_name] = linear
+    return logits
+
+
+class _Constant(nn.Module):
+    """Stands in for a module and returns the same value whatever the input."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return self  # a part of the backbone that is called by itself, as OPT's decoder
+
+
+class _HeadReached(BaseException):
+    """Carries the hidden vectors out of a forward pass that has come to its head."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def _training_forward(
+    self: Any, *args: Any, recognized: bool, label_smoothing: float, **kwargs: Any
+) -> Any:
+    """Stand in for a causal model's forward; see ``use_chunked_loss``."""
+    plain = self._forward_with_logits
+    labels = kwargs.get("labels")
+    given = {"shift_labels", "logits_to_keep"} & set(kwargs)
+    if not self.training or labels is None or args[1:] or given:
+        return plain(*args, **kwargs)
+    head = _describe_head(self) if recognized else None
+    if head is None:
+        return plain(*args, **kwargs, **supervised_head_arguments(self, labels))
+    num_items = kwargs.pop("num_items_in_batch", None)
+    hidden = _hidden_before_head(self, lambda: plain(*args, **{**kwargs, "labels": None}))
+    rows, columns = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+    targets = labels[rows, columns + 1].to(hidden.device)
+    selected = hidden[rows.to(hidden.device), columns.to(hidden.device)]  # (tokens, hidden)
+    total = chunked_cross_entropy(selected, head, targets, label_smoothing=label_smoothing)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(total.device)
+    # Without supervised tokens the mean is 0 / 0, as in torch.
+    return CausalLMOutputWithPast(loss=total / (len(rows) if num_items is None else num_items))
+
+
+def _hidden_before_head(base: Any, run: Callable[[], Any]) -> Tensor:
+    """Let ``run`` call the model up to its head; return the (batch, seq, hidden) input of that."""
+
+    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _HeadReached(inputs[0])
+
+    handle = base.get_output_embeddings().register_forward_pre_hook(stop, prepend=True)
+    try:
+        run()
+    except _HeadReached as reached:
+        return reached.hidden
+    finally:
+        handle.remove()
+    raise RuntimeError(f"the forward pass of {type(base).__name__} never came to its head")
+
+
+@torch.no_grad()
+def response_log_likelihood(
+    model: Any, batch: dict[str, Tensor], *, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[list[float], list[int]]:
+    """Return the summed log-likelihood of the supervised tokens of each example, and their number.
+
+    Only supervised tokens get logits, at most ``chunk_bytes`` of them at once; a model whose head
+    is not recognized gives those of the last positions of the batch, which is left-padded.
+
+    Args:
+        model: a causal language model in evaluation mode, with or without an adapter.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, seq), left-padded.
+        chunk_bytes: bytes of fp32 logits that may exist at once.
+    """
+    labels, base = batch["labels"], base_of(model)
+    device = device_of(base)
+    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        # Absolute positions (GPT-2) count from the first token, not from the padding.
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    arguments = {**inputs, **prompt_arguments(model, labels), "use_cache": False}
+    supervised = labels[:, 1:] != IGNORED_LABEL
+    counts = (labels != IGNORED_LABEL).sum(1).tolist()
+    head = find_head(base)
+    if head is None:
+        kept = max(counts)
+        logits = model(**arguments, logits_to_keep=kept + 1).logits
+        # Models that do not know logits_to_keep give all positions.
+        log_probs = logits[:, -kept - 1 : -1].float().log_softmax(-1)
+        targets = labels[:, -kept:].to(logits.device)
+        picked = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        return (picked * (targets != IGNORED_LABEL)).sum(1).tolist(), counts
+    rows, columns = supervised.nonzero(as_tuple=True)
+    hidden = _hidden_before_head(base, lambda: model(**arguments))
+    selected = hidden[rows.to(device), columns.to(device)]
+    targets = labels[rows, columns + 1].to(device)
+    sums = torch.zeros(labels.shape[0], dtype=torch.float32, device=device)
+    step = max(1, chunk_bytes // (4 * head.weight.shape[0]))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        losses, _ = _losses_of_chunk(selected[part], head, targets[part], 0.0, False)
+        sums.index_add_(0, rows[part].to(device), -losses)
+    return sums.tolist(), counts
 
 
 def supervised_head_arguments(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
@@ -34,24 +385,9 @@ def supervised_head_arguments(model: nn.Module, labels: Tensor) -> dict[str, Ten
         ``logits_to_keep`` (kept,) and ``shift_labels`` (batch, kept); nothing if the model does not
         take them or has a loss of its own.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     takes = "logits_to_keep" in inspect.signature(base.forward).parameters
     if not takes or getattr(base, "loss_function", None) is not ForCausalLMLoss or labels.ndim != 2:
         return {}
     kept = (labels[:, 1:] != IGNORED_LABEL).any(0).nonzero()[:, 0]
     return {"logits_to_keep": kept, "shift_labels": labels[:, kept + 1]}
-
-
-@dataclass(frozen=True)
-class SupervisedCollator:
-    """Collates with ``collate`` and adds ``supervised_head_arguments``."""
-
-    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
-    """Gives a batch with ``labels``."""
-    model: nn.Module
-    """The model that the batch is for."""
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch with the arguments of the head."""
-        batch = self.collate(examples)
-        return {**batch, **supervised_head_arguments(self.model, batch["labels"])}

@@ -203,13 +203,16 @@ def resolve_learning_rate(options: MethodOptions, optim: OptimOptions) -> OptimO
     return replace(optim, lr=find_method(options.method).lr) if optim.lr is None else optim
 
 
-def build_peft_config(options: MethodOptions, *, task_type: str, num_layers: int) -> PeftConfig:
+def build_peft_config(
+    options: MethodOptions, *, task_type: str, num_layers: int | None
+) -> PeftConfig:
     """Build the PEFT configuration of a method.
 
     Args:
         options: the user's choice; unset fields take the method's defaults.
         task_type: PEFT task type, for example CAUSAL_LM.
-        num_layers: blocks of the base, to resolve ``layers`` for LoRA.
+        num_layers: blocks of the base, to resolve ``layers`` for LoRA; None checks the options
+            before there is a base.
 
     Raises:
         InputError: an option breaks its rule or does not belong to the method.
@@ -233,7 +236,7 @@ def build_peft_config(options: MethodOptions, *, task_type: str, num_layers: int
 
 
 def _lora_config(
-    task_type: str, num_layers: int, given: dict[str, Any], fixed: dict[str, Any]
+    task_type: str, num_layers: int | None, given: dict[str, Any], fixed: dict[str, Any]
 ) -> PeftConfig:
     from peft import LoraConfig
 

@@ -1,5 +1,6 @@
 """Every option of every subcommand, once: command line, help and Python API are built from these.
 
+A value that breaks its rule is an ``InputError`` as soon as it is given, before anything is loaded.
 No torch is imported here, so that ``lowmem-reft --help`` answers at once.
 """
 
@@ -9,12 +10,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lowmem_reft.errors import InputError, check_counts, check_not_negative, check_positive
+
 Storage = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 Tie = Literal["tied", "sides", "positions"]
 Component = Literal["block_output", "mlp_output", "attention_output"]
 Scoring = Literal["auto", "likelihood", "generation"]
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Those of transformers that need no arguments of their own and no evaluation during training."""
+
+OPTIMIZERS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "ademamix",
+    "ademamix_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+    "adafactor",
+    "adagrad",
+    "sgd",
+)
+"""Those of transformers that need no package beside torch and bitsandbytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +68,9 @@ class ModelOptions:
     """Arithmetic of the base: auto is bf16 where the device has it, else fp32."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    task_type: TaskType = "CAUSAL_LM"
-    """CAUSAL_LM, or SEQ_CLS for a classification head on {"text", "label"} rows."""
-    activation_checkpointing: bool = False
-    """Recompute blocks above the first intervention in the backward pass, to save memory."""
+    task_type: TaskType | None = None
+    """CAUSAL_LM, or SEQ_CLS for a classification head on {"text", "label"} rows; default: the
+    adapter's own, else CAUSAL_LM."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +79,36 @@ class DataOptions:
 
     data: str
     """JSONL, CSV or Parquet file, or a datasets id."""
-    eval_data: str | None = None
-    """Rows to score after training (never trained on)."""
     split: str = "train"
     """Split of a datasets id; files have only one."""
-    eval_split: str = "test"
-    """Split of --eval-data where that is a datasets id."""
     template: str | None = None
     """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; default: the adapter's
     own, else "{prompt}". {messages} rows use the tokenizer's chat template."""
-    max_length: int = 512
+    max_length: int | None = None
     """Tokens of prompt + response; longer prompts are cut from the left, a response that does not
-    fit is an error."""
+    fit is an error. Default: the adapter's own, else 512."""
     limit: int | None = None
     """Use only the first N rows."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(max_length=self.max_length, limit=self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutOptions:
+    """The rows to score after training."""
+
+    eval_data: str | None = None
+    """Rows to score after training (never trained on)."""
+    eval_split: str = "test"
+    """Split of --eval-data where that is a datasets id."""
     eval_limit: int | None = None
     """Score only the first N rows of --eval-data."""
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        check_counts(eval_limit=self.eval_limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +138,13 @@ class MethodOptions:
     target_modules: str | None = None
     """Comma-separated linear layers that LoRA touches (default: all of them)."""
 
+    def __post_init__(self) -> None:
+        """Check the numbers; what depends on the method is checked where it is built."""
+        check_counts(rank=self.rank)
+        check_positive(alpha=self.alpha)
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), got {self.dropout!r}; for example 0.05")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimOptions:
@@ -102,7 +161,7 @@ class OptimOptions:
     gradient_accumulation: int = 1
     """Forward passes per optimizer step."""
     schedule: str = "linear"
-    """Learning-rate schedule, by its transformers name."""
+    """Learning-rate schedule, by its transformers name (linear, cosine, constant, ...)."""
     warmup_ratio: float = 0.1
     """Share of the steps during which the learning rate rises."""
     weight_decay: float = 0.0
@@ -111,6 +170,43 @@ class OptimOptions:
     """Gradients are scaled down to this norm."""
     optim: str = "adamw_torch"
     """Optimizer, by its transformers name (adamw_torch, paged_adamw_8bit, ...)."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        check_counts(batch_size=self.batch_size, gradient_accumulation=self.gradient_accumulation)
+        check_positive(epochs=self.epochs, lr=self.lr, max_grad_norm=self.max_grad_norm)
+        check_not_negative(weight_decay=self.weight_decay)
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise InputError(
+                f"max_steps must be -1 or at least 1, got {self.max_steps!r}; -1 goes by epochs"
+            )
+        if not 0 <= self.warmup_ratio <= 1:
+            raise InputError(
+                f"warmup_ratio must be from 0 to 1, got {self.warmup_ratio!r}; it is a share of "
+                "the steps"
+            )
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("optim", self.optim, OPTIMIZERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """How the run saves memory."""
+
+    activation_checkpointing: bool = False
+    """Recompute blocks above the first intervention in the backward pass."""
+    checkpoint_every: int = 1
+    """With --activation-checkpointing: recompute blocks 0, n, 2n, ... only."""
+    offload_activations: bool = False
+    """With --activation-checkpointing: keep the blocks' inputs in host memory (CUDA only)."""
+    mlp_tokens: int | None = None
+    """Run MLPs on this many tokens at a time and recompute each part in the backward pass."""
+    embedding_on_host: bool = False
+    """Keep the input embedding in host memory, where the output head does not share it."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(checkpoint_every=self.checkpoint_every, mlp_tokens=self.mlp_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +230,11 @@ class RunOptions:
     quiet: bool = False
     """No progress bar."""
 
+    def __post_init__(self) -> None:
+        """Check the counts and the seed."""
+        check_counts(save_steps=self.save_steps, logging_steps=self.logging_steps)
+        _check_seed(self.seed)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
@@ -141,8 +242,10 @@ class TrainOptions:
 
     model: ModelOptions
     data: DataOptions
+    held_out: HeldOutOptions = field(default_factory=HeldOutOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
     run: RunOptions
 
 
@@ -170,6 +273,10 @@ class EvaluateOptions:
     quiet: bool = False
     """No progress bar."""
 
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
@@ -186,6 +293,9 @@ class GenerateOptions:
     """JSONL file to write; default: standard output."""
     template: str | None = None
     """How a prompt is written; default: as in the adapter's training, else "{prompt}"."""
+    max_length: int | None = None
+    """Tokens of the prompt; longer ones are cut from the left and counted. Default: the adapter's
+    own, else 512."""
     max_new_tokens: int = 128
     """Tokens generated per prompt."""
     temperature: float = 0.0
@@ -198,6 +308,16 @@ class GenerateOptions:
     """Print one JSON object as the last line of standard output."""
     quiet: bool = False
     """No progress bar."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_counts(
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            max_length=self.max_length,
+        )
+        check_not_negative(temperature=self.temperature)
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +358,31 @@ class CompareOptions:
     """Arithmetic of the base."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
     optim: OptimOptions = field(default_factory=OptimOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
     workers: int = 1
     """Cells that run at the same time."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     quiet: bool = False
     """No progress bar."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(
+            workers=self.workers,
+            max_length=self.max_length,
+            max_new_tokens=self.max_new_tokens,
+            limit=self.limit,
+            eval_limit=self.eval_limit,
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}; choose one")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must be from 0 to {2**32 - 1}, got {seed!r}; for example 0")

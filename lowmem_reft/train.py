@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import statistics
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from lowmem_reft.base import load_base, load_tokenizer, share_pad_token
-from lowmem_reft.blocks import find_blocks
+from lowmem_reft.adapted import load_frozen
+from lowmem_reft.base import load_tokenizer
+from lowmem_reft.blocks import device_of, find_blocks
 from lowmem_reft.data import (
     Collator,
     EncodedRows,
@@ -28,13 +30,14 @@ from lowmem_reft.data import (
     load_rows,
     rows_digest,
 )
-from lowmem_reft.errors import InputError, check_counts
-from lowmem_reft.evaluate import score
-from lowmem_reft.loss import SupervisedCollator
+from lowmem_reft.errors import InputError
+from lowmem_reft.evaluate import ScoringSettings, check_rows, score
+from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.memory import peak_rss_bytes, track
 from lowmem_reft.methods import build_peft_config, find_method, resolve_learning_rate
 from lowmem_reft.provenance import versions
-from lowmem_reft.training_card import TrainingCard
+from lowmem_reft.techniques import save_memory
+from lowmem_reft.training_card import TrainingCard, merge_card
 
 if TYPE_CHECKING:
     from lowmem_reft.data import Row
@@ -59,21 +62,16 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         InputError: an option, a file or a row is wrong.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved and ``--resume`` goes on from it.
     """
-    optim = options.optim
-    check_counts(
-        batch_size=optim.batch_size,
-        gradient_accumulation=optim.gradient_accumulation,
-        max_length=options.data.max_length,
-    )
     set_seed(options.run.seed)
     rows = load_rows(options.data.data, split=options.data.split, limit=options.data.limit)
     card = _training_card(options, rows)
+    # Refuses wrong options of the method before the base is loaded.
+    build_peft_config(options.method, task_type=card.task_type, num_layers=None)
     tokenizer = load_tokenizer(options.model.model)
     encoded = _encode(rows, tokenizer, card)
     held_out = _held_out(options, card)
     _prepare_directory(options)
-    model = _attach(options, card)
-    share_pad_token(model.get_base_model(), tokenizer)
+    model = _attach(options, card, tokenizer)
     result = fit(model, tokenizer, encoded, options)
     adapter_dir = options.run.output_dir / "adapter"
     model.save_pretrained(str(adapter_dir))
@@ -81,7 +79,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     result = {"adapter_dir": str(adapter_dir), **result, "versions": versions()}
     write_result(options, result)
     if held_out:
-        result["eval"] = score(model, tokenizer, held_out, card, quiet=options.run.quiet).summary()
+        settings = ScoringSettings(quiet=options.run.quiet)
+        result["eval"] = score(model, tokenizer, held_out, card, settings).summary()
         result["eval_accuracy"] = result["eval"]["accuracy"]
         write_result(options, result)
     return result
@@ -94,11 +93,11 @@ def write_result(options: TrainOptions, result: dict[str, Any]) -> None:
 
 def _held_out(options: TrainOptions, card: TrainingCard) -> list[Row]:
     """Read the rows to score before the training, so that a wrong file does not cost the run."""
-    data = options.data
-    if data.eval_data is None:
+    held_out = options.held_out
+    if held_out.eval_data is None:
         return []
-    rows = load_rows(data.eval_data, split=data.eval_split, limit=data.eval_limit)
-    as_choices(rows, card.label_names)
+    rows = load_rows(held_out.eval_data, split=held_out.eval_split, limit=held_out.eval_limit)
+    check_rows(rows, card)
     return rows
 
 
@@ -133,11 +132,11 @@ def fit(
         InputError: ``--resume`` without a checkpoint.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
-    watch = _StepWatch()
-    collator = SupervisedCollator(Collator(tokenizer), model)
-    device = model.device.type
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    device = device_of(model)
+    watch = _StepWatch(device)
+    collator = Collator(tokenizer)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     trainer = Trainer(
         model=model,
         args=_training_arguments(options),
@@ -152,7 +151,7 @@ def fit(
             f"a checkpoint of step {trainer.state.global_step} is in {options.run.output_dir}; "
             "add --resume to go on"
         )
-    peak = _peak_of_longest_step(model, collator, encoded.examples, options.optim, device)
+    peak = _peak(model, collator, encoded.examples, options.optim, device)
     trainable, total = model.get_nb_trainable_parameters()
     tokens = sum(len(example["input_ids"]) for example in encoded.examples)
     per_step = options.optim.batch_size * options.optim.gradient_accumulation
@@ -179,18 +178,20 @@ def fit(
 
 def _training_card(options: TrainOptions, rows: list[Row]) -> TrainingCard:
     labelled = rows[0].kind == "label"
-    if options.model.task_type == "SEQ_CLS" and not labelled:
+    card = merge_card(
+        None,
+        options.model,
+        template=options.data.template,
+        max_length=options.data.max_length,
+    )
+    if card.task_type == "SEQ_CLS" and not labelled:
         raise InputError(
             f"data must hold text, label rows for task_type SEQ_CLS, got {rows[0].kind} rows; "
             "convert them or use CAUSAL_LM"
         )
-    return TrainingCard(
-        base=options.model.model,
+    return replace(
+        card,
         storage=options.model.storage or find_method(options.method.method).storage,
-        compute_dtype=options.model.compute_dtype,
-        task_type=options.model.task_type,
-        template=options.data.template or "{prompt}",
-        max_length=options.data.max_length,
         label_names=label_names(rows) if labelled else None,
         method=options.method.method,
         data_digest=rows_digest(rows),
@@ -209,16 +210,12 @@ def _encode(rows: list[Row], tokenizer: Any, card: TrainingCard) -> EncodedRows:
     return encode_rows(rows, tokenizer, template=card.template, max_length=card.max_length)
 
 
-def _attach(options: TrainOptions, card: TrainingCard) -> PeftModel:
+def _attach(options: TrainOptions, card: TrainingCard, tokenizer: Any) -> PeftModel:
     """Load the base and put the method's adapter on it."""
-    base = load_base(
-        card.base,
-        storage=card.storage,
-        compute_dtype=card.compute_dtype,
-        device=options.model.device,
-        task_type=card.task_type,
-        activation_checkpointing=options.model.activation_checkpointing,
-        num_labels=card.num_classes,
+    base = load_frozen(
+        options.model,
+        card,
+        tokenizer,
     )
     config = build_peft_config(
         options.method, task_type=card.task_type, num_layers=len(find_blocks(base)[1])
@@ -231,13 +228,16 @@ def _attach(options: TrainOptions, card: TrainingCard) -> PeftModel:
         raise InputError(
             f"method must have something to train, got {options.method.method!r}; choose another"
         )
+    save_memory(model, options.memory)
+    if card.task_type == "CAUSAL_LM":
+        use_chunked_loss(model)
     return model
 
 
 def _training_arguments(options: TrainOptions) -> TrainingArguments:
     optim, run = resolve_learning_rate(options.method, options.optim), options.run
     assert optim.lr is not None
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.output_dir),
         num_train_epochs=optim.epochs,
         max_steps=optim.max_steps,
@@ -245,8 +245,8 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
         gradient_accumulation_steps=optim.gradient_accumulation,
         learning_rate=optim.lr,
         lr_scheduler_type=optim.schedule,
-        # A float below 1 is a share of the steps.
-        warmup_steps=optim.warmup_ratio,
+        # A float below 1 is a share of the steps; 1 would be one step.
+        warmup_steps=min(optim.warmup_ratio, math.nextafter(1.0, 0.0)),
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
         optim=optim.optim,
@@ -263,6 +263,11 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
         use_cpu=options.model.device == "cpu" or not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    # The Trainer would split batches over all GPUs that it sees (DataParallel); the base is on one.
+    # Asking for the number first makes it final.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _checkpoint(options: TrainOptions) -> str | None:
@@ -282,26 +287,26 @@ def _checkpoint(options: TrainOptions) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def _peak_of_longest_step(
+def _peak(
     model: PeftModel,
-    collator: SupervisedCollator,
+    collator: Collator,
     examples: list[dict[str, Any]],
     optim: OptimOptions,
-    device: str,
+    device: torch.device,
 ) -> dict[str, int | None]:
     """Measure peak memory: on CUDA over the whole run, else one more step on the longest examples.
 
     The extra step changes nothing: its gradients are dropped and no optimizer step is taken.
     """
-    if device == "cuda":
+    if device.type == "cuda":
         return {
-            "peak_bytes": torch.cuda.max_memory_allocated(),
-            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "peak_bytes": torch.cuda.max_memory_allocated(device),
+            "reserved_bytes": torch.cuda.max_memory_reserved(device),
         }
     longest = sorted(examples, key=lambda example: -len(example["input_ids"]))[: optim.batch_size]
     model.train()
     model.zero_grad()
-    with track(device) as memory:
+    with track(device.type) as memory:
         model(**{key: value.to(device) for key, value in collator(longest).items()}).loss.backward()
     model.zero_grad()
     return {"peak_bytes": memory.peak_bytes, "reserved_bytes": None}
@@ -311,6 +316,7 @@ def _peak_of_longest_step(
 class _StepWatch(TrainerCallback):
     """Times optimizer steps; stops the run at the end of a step after Ctrl-C."""
 
+    device: torch.device
     interrupted: bool = False
     total_s: float = 0.0
     _started: float = 0.0
@@ -318,12 +324,12 @@ class _StepWatch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        _synchronize()
+        self._synchronize()
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock and, after Ctrl-C, the run."""
-        _synchronize()
+        self._synchronize()
         self._steps.append(time.perf_counter() - self._started)
         self.total_s += self._steps[-1]
         if self.interrupted:
@@ -334,10 +340,9 @@ class _StepWatch(TrainerCallback):
         steps = self._steps[NUM_WARMUP_STEPS:] or self._steps
         return statistics.median(steps) if steps else None
 
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 class _stop_at_a_step:  # noqa: N801 - used as a context manager, like a function

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from lowmem_reft.options import ModelOptions
 
 FILE_NAME = "training.json"
 
@@ -67,6 +69,40 @@ def load_card(directory: Path) -> TrainingCard | None:
         raise InputError(
             f"{path} must be a training card, got {error}; delete or restore it"
         ) from error
+
+
+def merge_card(
+    trained: TrainingCard | None,
+    model: ModelOptions,
+    *,
+    template: str | None,
+    max_length: int | None,
+) -> TrainingCard:
+    """What a run goes by: what is given, else what the adapter was trained with, else the defaults.
+
+    Args:
+        trained: The adapter's card; None without one.
+        model: The base as the user gave it; ``compute_dtype`` auto counts as not given.
+        template: How a prompt is written; None: not given.
+        max_length: Tokens of prompt + response; None: not given.
+
+    Raises:
+        InputError: the task type contradicts the card.
+    """
+    if trained is not None and model.task_type not in (None, trained.task_type):
+        raise InputError(
+            f"task_type must be {trained.task_type}, which the adapter was trained for, got "
+            f"{model.task_type!r}; leave it out"
+        )
+    choices = {
+        "storage": model.storage,
+        "compute_dtype": None if model.compute_dtype == "auto" else model.compute_dtype,
+        "task_type": model.task_type,
+        "template": template,
+        "max_length": max_length,
+    }
+    given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+    return replace(trained or TrainingCard(base=model.model, storage="nf4"), **given)
 
 
 def find_adapter(directory: Path) -> Path:

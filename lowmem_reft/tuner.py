@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lowmem_reft.blocks import component_path, find_blocks, hidden_size
 from lowmem_reft.config import ReftConfig, resolve_layers
@@ -30,9 +31,12 @@ from lowmem_reft.registration import PREFIX, register
 from lowmem_reft.selection import Selection, Selector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 SUBMODULE = "reft"
+
+CHUNK_TOKENS = 1024
+"""More edited vectors than this are edited, and recomputed in the backward pass, in chunks."""
 
 
 class CurrentSelection:
@@ -115,17 +119,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self, hidden: Tensor, phi: nn.Module, index: tuple[Tensor, Tensor], dropout: float
     ) -> Tensor:
         """Return ``hidden`` (batch, seq, hidden) with the vectors at ``index`` changed by φ."""
-        if index[0].numel() == 0:
+        num_tokens = index[0].numel()
+        if num_tokens == 0:
             return hidden
+        apply = partial(_edit_vectors, phi=phi, dropout=dropout if self.training else 0.0)
+        if num_tokens == hidden.shape[0] * hidden.shape[1]:  # all of them: nothing to gather
+            return _in_chunks(apply, hidden.flatten(0, 1)).view_as(hidden)
         rows, columns = (part.to(hidden.device) for part in index)
-        selected = hidden[rows, columns]  # (n, hidden)
-        # Autocast would take the products to 16 bit.
-        with torch.autocast(hidden.device.type, enabled=False):
-            vectors = selected.to(_dtype_of(phi))
-            change = phi(vectors)
-            if dropout and self.training:
-                change = nn.functional.dropout(change, dropout)
-            new = (vectors + change).to(hidden.dtype)
+        new = _in_chunks(apply, hidden[rows, columns])
         return hidden.index_put((rows, columns), new)
 
     def train(self, mode: bool = True) -> ReftLayer:
@@ -346,6 +347,33 @@ def _with_adapter_names(
     module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]
 ) -> tuple[Any, Any]:
     return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _in_chunks(apply: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    """Apply to (n, hidden) vectors; recompute many in the backward pass, a chunk at a time.
+
+    What is kept for many vectors is then what the base computes with, not fp32 copies of it.
+    """
+    if vectors.shape[0] <= CHUNK_TOKENS:
+        return apply(vectors)
+    if not torch.is_grad_enabled():
+        return torch.cat([apply(part) for part in vectors.split(CHUNK_TOKENS)])
+    return torch.cat(
+        [checkpoint(apply, part, use_reentrant=False) for part in vectors.split(CHUNK_TOKENS)]
+    )
+
+
+def _edit_vectors(vectors: Tensor, *, phi: nn.Module, dropout: float) -> Tensor:
+    """Return h + φ(h) for (n, hidden) vectors h: computed in fp32, in the dtype of ``vectors``."""
+    kind = vectors.device.type
+    # Autocast would take the products to 16 bit; the meta device has none.
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+        exact = vectors.to(_dtype_of(phi))
+        change = phi(exact)
+        if dropout:
+            change = nn.functional.dropout(change, dropout)
+        edited: Tensor = (exact + change).to(vectors.dtype)
+        return edited
 
 
 def _dtype_of(phi: nn.Module) -> torch.dtype:

@@ -56,6 +56,16 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def no_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test that loads a base."""
+
+    def load_base(*_: object, **__: object) -> None:
+        pytest.fail("the base was loaded")
+
+    monkeypatch.setattr("lowmem_reft.adapted.load_base", load_base)
+
+
 def _tokenizer() -> PreTrainedTokenizerFast:
     """Byte-pair encoding of printable ASCII with <pad>, <s> and </s>; no token is unknown in it."""
     tokenizer = Tokenizer(models.BPE())

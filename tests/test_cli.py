@@ -17,6 +17,8 @@ from lowmem_reft import InputError, cli, options
 
 COMMANDS = ["train", "evaluate", "generate", "compare"]
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output-dir", "out"]
+EVALUATE = ["evaluate", "--model", "m", "--data", "d.jsonl"]
+GENERATE = ["generate", "--model", "m", "--prompt", "p"]
 
 # A process whose training is the given code; `options` is what the command line was parsed to.
 FAKE_TRAINING = """
@@ -105,14 +107,19 @@ def test_version_is_printed(capsys):
 def test_flags_are_flat_and_reach_the_handler(fake_training):
     seen = []
     fake_training(lambda parsed: seen.append(parsed) or {})
-    flags = "--storage int8 --method red --rank 2 --epochs 0.5 --lr 1e-3 --seed 7 --quiet"
+    flags = (
+        "--storage int8 --eval-data e.jsonl --method red --rank 2 --epochs 0.5 --lr 1e-3 "
+        "--activation-checkpointing --seed 7 --quiet"
+    )
     assert cli.main([*TRAIN, *flags.split()]) == 0
     (parsed,) = seen
     assert parsed == options.TrainOptions(
         model=options.ModelOptions(model="m", storage="int8"),
         data=options.DataOptions(data="d.jsonl"),
+        held_out=options.HeldOutOptions(eval_data="e.jsonl"),
         method=options.MethodOptions(method="red", rank=2),
         optim=options.OptimOptions(epochs=0.5, lr=1e-3),
+        memory=options.MemoryOptions(activation_checkpointing=True),
         run=options.RunOptions(output_dir=Path("out"), seed=7, quiet=True),
     )
 
@@ -125,6 +132,8 @@ def test_flags_are_flat_and_reach_the_handler(fake_training):
         ([*TRAIN, "--rnak", "4"], "--rnak"),
         ([*TRAIN, "--rank", "two"], "--rank"),
         ([*TRAIN, "--storage", "nf5"], "nf5"),
+        ([*EVALUATE, "--eval-data", "d.jsonl"], "--eval-data"),
+        ([*EVALUATE, "--activation-checkpointing"], "--activation-checkpointing"),
         (["train", "--model", "m", "--data", "d"], "--output-dir"),
     ],
 )
@@ -135,6 +144,31 @@ def test_wrong_arguments_exit_with_2_and_are_named(arguments, named, capsys):
     captured = capsys.readouterr()
     assert named in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TRAIN, "--lr", "-1"], "lr must be finite and above 0, got -1.0; change it"),
+        (
+            [*TRAIN, "--schedule", "lineal"],
+            "schedule must be one of linear, cosine, cosine_with_restarts, polynomial, constant, "
+            "constant_with_warmup, inverse_sqrt, got 'lineal'; choose one",
+        ),
+        ([*TRAIN, "--rank", "0"], "rank must be at least 1, got 0; raise it"),
+        ([*EVALUATE, "--batch-size", "0"], "batch_size must be at least 1, got 0; raise it"),
+        (
+            [*GENERATE, "--temperature", "-1"],
+            "temperature must be finite and at least 0, got -1.0; 0 is allowed",
+        ),
+        (["compare", "--workers", "0"], "workers must be at least 1, got 0; raise it"),
+    ],
+)
+def test_a_value_that_breaks_its_rule_exits_with_2_and_its_message_alone(
+    arguments, message, capsys
+):
+    assert cli.main([*arguments, "--json"]) == 2
+    assert capsys.readouterr() == ("", f"lowmem-reft {arguments[0]}: error: {message}\n")
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

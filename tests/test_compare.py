@@ -23,7 +23,7 @@ from lowmem_reft.cell import EMPTY_RESULT, read_cell, run_cell, write_cell, writ
 from lowmem_reft.compare import CSV_FIELDS, build_cells, command_line, parse_seeds, run_comparison
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import parse_methods
-from lowmem_reft.options import CompareOptions, OptimOptions
+from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions
 from lowmem_reft.sources import Sources, find_sources, task_name
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +142,7 @@ def test_finished_cells_are_not_run_again(options, fake_cell):
     [
         {"optim": OptimOptions(epochs=1.0)},
         {"limit": 3, "max_length": 64},
+        {"memory": MemoryOptions(activation_checkpointing=True)},
     ],
 )
 def test_a_changed_configuration_is_run_again(options, fake_cell, change):
@@ -297,7 +298,10 @@ def test_labels_become_the_same_choices_for_training_and_scoring(options, tmp_pa
 
 def test_the_command_line_names_what_is_not_the_default():
     options = CompareOptions(
-        data="a b.jsonl", activation_checkpointing=True, optim=OptimOptions(epochs=1.5), workers=4
+        data="a b.jsonl",
+        memory=MemoryOptions(activation_checkpointing=True),
+        optim=OptimOptions(epochs=1.5),
+        workers=4,
     )
     assert command_line(options, "loreft[rank=8]", 2) == (
         "lowmem-reft compare --methods 'loreft[rank=8]' --seeds 2 --data 'a b.jsonl' "
@@ -313,6 +317,10 @@ def test_the_command_line_names_what_is_not_the_default():
         ({"seeds": ""}, "seeds must be different"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"methods": "loreft,loreft"}, "methods must be different"),
+        ({"methods": "lora[rank=0]"}, "rank must be at least 1, got 0"),
+        ({"methods": "lora[lr=-1]"}, "lr must be finite and above 0, got -1.0"),
+        ({"methods": "lora[schedule=lineal]"}, "schedule must be one of linear, .* got 'lineal'"),
+        ({"methods": "lora[optim=adam]"}, "optim must be one of adamw_torch, .* got 'adam'"),
         ({"methods": "loreft[rank=2],loreft[ rank=2]"}, "methods must be different"),
         ({"data": None}, "eval_data must come with data"),
         ({"model": "/no/such/model"}, "model must be a directory or a hub id"),

@@ -20,7 +20,7 @@ from lowmem_reft.data import (
     as_choices,
     encode_choices,
     encode_labelled,
-    encode_prompt,
+    encode_prompts,
     encode_rows,
     holdout,
     label_names,
@@ -164,6 +164,11 @@ def _parts(example: dict[str, list[int]]) -> tuple[list[int], list[int]]:
     assert example["labels"][:size] == [IGNORED] * size
     assert example["labels"][size:] == example["input_ids"][size:]
     return example["input_ids"][:size], example["input_ids"][size:]
+
+
+def _prompt_ids(row: Row, tokenizer: Any, **options: Any) -> list[int]:
+    (example,) = encode_prompts([row], tokenizer, **options).examples
+    return example["input_ids"]
 
 
 def _write(path: Path, *records: Any) -> Path:
@@ -409,7 +414,7 @@ def test_bos_is_there_once_if_the_tokenizer_adds_one(tokenizer: Any) -> None:
 def test_generation_sees_the_prompt_tokens_of_training(tokenizer: Any, prompt: str) -> None:
     row = _row(prompt, "positive")
     trained, _ = _parts(encode_rows([row], tokenizer).examples[0])
-    assert encode_prompt(row, tokenizer) == trained
+    assert _prompt_ids(row, tokenizer) == trained
 
 
 def test_spaces_at_the_joint_belong_to_the_response(byte_level: Any) -> None:
@@ -480,7 +485,24 @@ def test_long_prompts_are_cut_from_the_left_and_counted(tokenizer: Any) -> None:
     assert cut_prompt == prompt[:num_bos] + prompt[num_bos + cut.num_cut_tokens :]
     assert cut.num_cut_prompts == 1
     assert cut.num_cut_tokens == len(whole["input_ids"]) - 20
-    assert encode_prompt(long, tokenizer, max_length=len(cut_prompt)) == cut_prompt
+    assert _prompt_ids(long, tokenizer, max_length=len(cut_prompt)) == cut_prompt
+
+
+def test_cut_prompts_are_counted_once_however_many_choices_follow(tokenizer: Any) -> None:
+    row = _choice_row("good film " * 30 + "was it good?", "positive", "ok", "negative")
+    whole, cut = encode_choices(row, tokenizer), encode_choices(row, tokenizer, max_length=30)
+    assert (whole.num_cut_prompts, whole.num_cut_tokens) == (0, 0)
+    assert cut.num_cut_prompts == 1
+    num_prompt, num_kept = (len(_parts(encoded.examples[0])[0]) for encoded in (whole, cut))
+    assert cut.num_cut_tokens == num_prompt - num_kept
+
+
+def test_cut_prompts_are_counted_where_there_is_no_response(tokenizer: Any) -> None:
+    rows = [_row("good film " * 30, "ok"), _row("a", "ok")]
+    encoded = encode_prompts(rows, tokenizer, max_length=10)
+    assert len(encoded.examples[0]["input_ids"]) == 10
+    assert encoded.num_cut_prompts == 1
+    assert encoded.num_cut_tokens == len(_prompt_ids(rows[0], tokenizer)) - 10
 
 
 def test_a_response_that_does_not_fit_is_an_error_with_its_line(tokenizer: Any) -> None:
@@ -497,15 +519,13 @@ def test_choices_share_the_prompt_have_no_eos_and_are_trained_as_they_are_scored
 ) -> None:
     row = _choice_row("was it good?", "positive", "negative film", "ok")
     for max_length in (512, 28):
-        parts = [
-            _parts(example)
-            for example in encode_choices(row, tokenizer, template=TEMPLATE, max_length=max_length)
-        ]
+        encoded = encode_choices(row, tokenizer, template=TEMPLATE, max_length=max_length)
+        parts = [_parts(example) for example in encoded.examples]
         assert len({tuple(prompt) for prompt, _ in parts}) == 1
         assert max(len(prompt) + len(response) for prompt, response in parts) <= max_length
         assert [response[-1:] == [tokenizer.eos_token_id] for _, response in parts] == [False] * 3
     trained, response = _parts(encode_rows([row], tokenizer, template=TEMPLATE).examples[0])
-    scored = encode_choices(row, tokenizer, template=TEMPLATE)[0]["input_ids"]
+    scored = encode_choices(row, tokenizer, template=TEMPLATE).examples[0]["input_ids"]
     assert trained + response == scored
 
 
@@ -521,9 +541,9 @@ def test_chats_are_written_by_the_chat_template_with_one_bos(chat_tokenizer: Any
         "<s><|user|>hello<|end|>\n<|assistant|>there<|end|>\n<|user|>what<|end|>\n<|assistant|>"
     )
     assert chat_tokenizer.decode(response) == "a day<|end|>"
-    assert encode_prompt(row, chat_tokenizer) == prompt
+    assert _prompt_ids(row, chat_tokenizer) == prompt
     open_chat = Row(source="a:1", messages=row.messages[:-1])
-    assert encode_prompt(open_chat, chat_tokenizer) == prompt
+    assert _prompt_ids(open_chat, chat_tokenizer) == prompt
 
 
 def test_a_cut_chat_keeps_its_bos_and_response(chat_tokenizer: Any) -> None:

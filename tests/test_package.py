@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lowmem_reft"
 ROWS = (
     ("errors", "options", "progress", "devices", "provenance", "embedded"),
     ("interventions", "positions", "blocks", "registration", "config", "selection", "tuner"),
-    ("checkpointing", "base"),
+    ("checkpointing", "techniques", "base"),
     ("readers", "rows", "data", "loss"),
     ("methods", "memory", "frozen"),
     ("training_card", "adapted", "generate", "evaluate", "train"),

@@ -19,13 +19,15 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
+    HeldOutOptions,
+    MemoryOptions,
     MethodOptions,
     ModelOptions,
     OptimOptions,
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.train import run_training
+from lowmem_reft.train import _peak, _training_arguments, run_training
 from lowmem_reft.training_card import find_adapter, load_card
 
 ROWS = [
@@ -168,9 +170,9 @@ def test_checkpoints_of_an_unfinished_run_are_not_trained_over(options: TrainOpt
 
 
 def test_a_wrong_evaluation_file_is_refused_before_the_training(options: TrainOptions) -> None:
-    data = replace(options.data, eval_data="nowhere.jsonl")
+    held_out = HeldOutOptions(eval_data="nowhere.jsonl")
     with pytest.raises(InputError, match=r"nowhere\.jsonl"):
-        run_training(replace(options, data=data))
+        run_training(replace(options, held_out=held_out))
     assert not options.run.output_dir.exists()
 
 
@@ -181,8 +183,8 @@ def test_counts_below_one_are_refused(options: TrainOptions, name: str) -> None:
 
 
 def test_evaluation_rows_are_scored_after_training(options: TrainOptions) -> None:
-    data = replace(options.data, eval_data=options.data.data, eval_limit=4)
-    result = run_training(replace(options, data=data))
+    held_out = HeldOutOptions(eval_data=options.data.data, eval_limit=4)
+    result = run_training(replace(options, held_out=held_out))
     assert result["eval"]["num_examples"] == 4
 
 
@@ -192,6 +194,83 @@ def test_the_training_card_carries_what_scoring_must_share(options: TrainOptions
     card = load_card(Path(result["adapter_dir"]))
     assert card is not None
     assert (card.storage, card.template, card.method) == ("nf4", "Q: {prompt}\\nA:", "loreft")
+    assert (card.task_type, card.max_length) == ("CAUSAL_LM", 512)
+
+
+@pytest.mark.usefixtures("no_base")
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (MethodOptions(positions="x3"), "positions must be"),
+        (MethodOptions(layers="1-2"), "layers must be"),
+        (MethodOptions(method="lora", layers="1-2"), "layers must be"),
+        (MethodOptions(method="red", rank=2), "rank must not be given"),
+        (MethodOptions(method="lorefd"), "method must be one of"),
+    ],
+)
+def test_a_wrong_method_is_refused_before_the_base_is_loaded(
+    options: TrainOptions, method: MethodOptions, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run_training(replace(options, method=method))
+
+
+@pytest.mark.usefixtures("no_base")
+def test_evaluation_rows_without_labels_are_refused_before_a_classifier_is_loaded(
+    options: TrainOptions, tmp_path: Path
+) -> None:
+    data = tmp_path / "labels.csv"
+    data.write_text("text,label\nthe film,good\na fox,bad\n")
+    wrong = replace(
+        options,
+        model=replace(options.model, task_type="SEQ_CLS"),
+        data=DataOptions(data=str(data)),
+        held_out=HeldOutOptions(eval_data=options.data.data),
+    )
+    with pytest.raises(InputError, match="a row must have text and label, got a choices row"):
+        run_training(wrong)
+
+
+def test_activation_checkpointing_gives_the_same_adapter_for_less_memory(
+    options: TrainOptions, tmp_path: Path
+) -> None:
+    plain = run_training(options)
+    saving = replace(
+        with_run(options, output_dir=tmp_path / "saving"),
+        memory=MemoryOptions(activation_checkpointing=True),
+    )
+    saved = run_training(saving)
+    assert saved["peak_bytes"] < plain["peak_bytes"]
+    assert saved["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
+
+
+def test_the_trainer_uses_one_gpu_however_many_there_are(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    arguments = _training_arguments(replace(options, model=replace(options.model, device="cuda")))
+    # What the Trainer reads, in its order: the device sets the number, the batch follows from it.
+    assert arguments.device.type == "cuda"
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == options.optim.batch_size
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_warm_up_may_take_all_steps(options: TrainOptions) -> None:
+    optim = replace(options.optim, warmup_ratio=1.0)
+    assert _training_arguments(replace(options, optim=optim)).get_warmup_steps(40) == 40
+
+
+def test_memory_is_measured_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = {torch.device("cuda", 0): 1, torch.device("cuda", 1): 2}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=0: used[device])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device=0: used[device] + 5)
+    peak = _peak(None, None, [], OptimOptions(), torch.device("cuda", 1))
+    assert peak == {"peak_bytes": 2, "reserved_bytes": 7}
 
 
 def test_a_classification_head_is_trained_saved_and_scored(

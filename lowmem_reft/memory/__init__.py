@@ -1,4 +1,4 @@
-"""Memory, measured: the peak of live tensor storages and of the process."""
+"""Memory: predicted before a byte is loaded, measured while it runs."""
 
 from lowmem_reft.memory.live import LiveMemory, peak_rss_bytes, track
 

@@ -1,4 +1,7 @@
-"""Counts live tensor storages while code runs: what a device would have to hold."""
+"""Counts live tensor storages while code runs: what a device has to hold, by category and line.
+
+Works on any device type, the meta device included, which is how a peak is predicted (``plan.py``).
+"""
 
 from __future__ import annotations
 
@@ -6,79 +9,352 @@ import gc
 import resource
 import sys
 import weakref
+from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+    from types import FrameType
+
+    from lowmem_reft.memory.kernels import Kernels
+
+CATEGORIES = (
+    "weights",
+    "quantization_constants",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "inputs",
+    "activations",
+    "loss",
+    "workspace",
+    "store",
+)
+"""What a live byte can belong to; ``workspace`` is what the backward pass and kernels make."""
+
+_LOSS_FILES = ("lowmem_reft/loss.py", "transformers/loss/loss_utils.py")
+# Frames of these say nothing about which line of a model asked for memory.
+_PLUMBING = ("/torch/", "/lowmem_reft/memory/", "/bitsandbytes/", "/peft/", "/contextlib.py")
+_DEQUANTIZE = ("bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockwise")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in the program a storage was made."""
+
+    operator: str
+    """Name of the torch operator, for example ``aten::mm``."""
+    line: str
+    """``file.py:123`` of the model, loss or adapter that ran it; "" if only torch did."""
+    module: str
+    """Path of the innermost module, for example ``model.layers.3.mlp``; "" outside any."""
+    phase: str
+    """``forward``, ``recompute``, ``backward`` or ``optimizer``."""
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        where = ", ".join(part for part in (self.module, self.line) if part)
+        return f"{self.operator} in the {self.phase} pass" + (f" ({where})" if where else "")
+
+
+@dataclass(slots=True)
+class Block:
+    """One live storage."""
+
+    num_bytes: int
+    category: str
+    place: Place | None
+    """None for what existed before the counting began."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which most bytes were live."""
+
+    num_bytes: int
+    breakdown_bytes: dict[str, int]
+    """Bytes by category; the categories without any are left out."""
+    place: Place | None
+    """What was allocated last."""
+    largest: list[Block] = field(repr=False)
+    """The largest storages alive then that were made during the counting."""
 
 
 class LiveMemory(TorchDispatchMode):
     """Bytes of live storages on one device type, now and at the peak.
 
     A storage counts from the operator that returns it until it is freed; views share one storage.
-    What an operator allocates and frees inside itself is not seen.
+    What an operator allocates and frees inside itself is not seen, unless ``kernels`` tells how the
+    operator is made of smaller ones.
+
+    Args:
+        device_type: ``cpu``, ``cuda`` or ``meta``.
+        names: Module to path, to say where storages are made; without it only lines are recorded.
+        kernels: For the meta device: what the kernels of the real device do.
+        keep_timeline: Record ``timeline``.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(
+        self,
+        device_type: str,
+        *,
+        names: dict[nn.Module, str] | None = None,
+        kernels: Kernels | None = None,
+        keep_timeline: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device_type = device_type
         self.current_bytes = 0
-        self.peak_bytes = 0
-        self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self.by_category: Counter[str] = Counter()
+        self.phase = "forward"
+        self.peak = Peak(0, {}, None, [])
+        self.timeline: list[tuple[str, dict[str, int]]] = []
+        """(phase, bytes by category) after every change, if it is kept."""
+        self._keep_timeline = keep_timeline
+        self._names = {id(module): name for module, name in (names or {}).items()}
+        self._kernels = kernels
+        self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}
+        self._lines_of_nodes: dict[int, tuple[str, str]] = {}
+        self._peak_blocks: list[Block] = []
 
-    def add(self, tensor: torch.Tensor) -> None:
-        """Count the storage of ``tensor`` if it is on the device and not counted yet."""
+    @property
+    def peak_bytes(self) -> int:
+        """Return the most bytes that were live at once so far."""
+        return self.peak.num_bytes
+
+    def add(self, tensor: Tensor, category: str | None = None, place: Place | None = None) -> None:
+        """Count the storage of ``tensor`` if it is on the device; give it ``category`` if named."""
         if tensor.device.type != self.device_type:
             return
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
             return
-        key, size = storage._cdata, storage.nbytes()
-        known = self._sizes.get(key)
+        key, size = storage._cdata, self._rounded(storage.nbytes())
+        known = self._blocks.get(key)
         if known is not None:
-            self.current_bytes += size - known[1]  # resized in place
-            self._sizes[key] = (known[0], size)
+            block = known[1]
+            self._count(block, size - block.num_bytes)  # resized in place
+            block.num_bytes = size
+            if category is not None and category != block.category:
+                self.by_category[block.category] -= size
+                self.by_category[category] += size
+                block.category = category
         else:
-            reference = weakref.ref(storage, partial(self._free, key))
-            self._sizes[key] = (reference, size)
-            self.current_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+            block = Block(size, category or "activations", place)
+            self._blocks[key] = (weakref.ref(storage, partial(self._free, key)), block)
+            self._count(block, size)
+        if self.current_bytes > self.peak.num_bytes:
+            self._note_peak(place)
+
+    def discard(self, tensor: Tensor) -> None:
+        """Stop counting the storage of ``tensor``: it is on the host, whatever its device says."""
+        known = self._blocks.pop(tensor.untyped_storage()._cdata, None)
+        if known is not None:
+            self._count(known[1], -known[1].num_bytes)
+
+    def reset_peak(self) -> None:
+        """Forget the peak so far."""
+        self.peak = Peak(0, {}, None, [])
+        self._note_peak(None)
+
+    def _rounded(self, size: int) -> int:
+        unit = self._kernels.allocation_bytes if self._kernels else 1
+        return -(-size // unit) * unit
+
+    def _count(self, block: Block, change: int) -> None:
+        self.current_bytes += change
+        self.by_category[block.category] += change
+        if self._keep_timeline and change:
+            self.timeline.append((self.phase, dict(self.by_category)))
+
+    def _note_peak(self, place: Place | None) -> None:
+        breakdown = {name: size for name, size in self.by_category.items() if size}
+        self.peak = Peak(self.current_bytes, breakdown, place, [])
+        self._peak_blocks = []
 
     def _free(self, key: int, reference: weakref.ref[Any]) -> None:
-        known = self._sizes.get(key)
+        known = self._blocks.get(key)
         if known is not None and known[0] is reference:
-            self.current_bytes -= known[1]
-            del self._sizes[key]
+            if self.current_bytes == self.peak.num_bytes and not self.peak.largest:
+                self._keep_largest()
+            del self._blocks[key]
+            self._count(known[1], -known[1].num_bytes)
+
+    def _keep_largest(self, count: int = 20) -> None:
+        """Complete the peak's record: called just before the first byte of it is freed."""
+        made = [block for _, block in self._blocks.values() if block.place is not None]
+        made.sort(key=lambda block: -block.num_bytes)
+        peak = self.peak
+        self.peak = Peak(peak.num_bytes, peak.breakdown_bytes, peak.place, made[:count])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and count what it returns."""
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.add(leaf)
+        """Run the operator, or what it is made of, and count what it returns."""
+        kwargs = kwargs or {}
+        substitute = self._kernels.substitute(func) if self._kernels else None
+        if substitute is not None:
+            with self:
+                return substitute(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            self._record(func, out)
+        elif isinstance(out, tuple | list):
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._record(func, leaf)
         return out
+
+    def _record(self, func: Any, tensor: Tensor) -> None:
+        if tensor.device.type != self.device_type:
+            return
+        storage_is_known = tensor.untyped_storage()._cdata in self._blocks
+        if storage_is_known:
+            self.add(tensor)
+            return
+        place = self._place(func)
+        self.add(tensor, self._category(place), place)
+
+    def _category(self, place: Place) -> str:
+        if any(name in place.line for name in ("loss.py:", "loss_utils.py:")):
+            return "loss"
+        if place.phase == "optimizer":
+            return "optimizer"
+        if place.phase == "backward" or place.operator in _DEQUANTIZE:
+            return "workspace"
+        return "activations"
+
+    def _place(self, func: Any) -> Place:
+        line, module = _caller(sys._getframe(2), self._names)
+        phase = self.phase
+        if phase == "backward" and torch.is_grad_enabled():
+            phase = "recompute"
+        number = torch._C._autograd._get_sequence_nr()
+        if phase != "backward":
+            self._lines_of_nodes[number - 1] = (line, module)
+        elif not line:
+            node = torch._C._current_autograd_node()
+            if node is not None:
+                line, module = self._lines_of_nodes.get(node._sequence_nr(), ("", ""))
+        return Place(func._schema.name, line, module, phase)
+
+
+def _caller(frame: FrameType | None, names: dict[int, str]) -> tuple[str, str]:
+    """Return the innermost line outside torch and its kind, and the innermost named module."""
+    line = module = ""
+    while frame is not None and not (line and module):
+        path = frame.f_code.co_filename
+        plumbing = any(part in path for part in _PLUMBING)
+        if not line and not plumbing:
+            line = f"{path.rpartition('/')[2]}:{frame.f_lineno}"
+            if not names:
+                break
+        if names and frame.f_code.co_varnames[:1] == ("self",):
+            owner = frame.f_locals.get("self")
+            module = names.get(id(owner), "")
+        if path.endswith(("/memory/step.py", "/memory/plan.py")):
+            break
+        frame = frame.f_back
+    return line, module
+
+
+def label_model(memory: LiveMemory, model: nn.Module) -> None:
+    """Count a model's parameters and buffers: weights, quantization constants and adapter.
+
+    What does not require a gradient is the base's, whatever adds it.
+    """
+    for parameter in model.parameters():
+        memory.add(parameter.detach(), "adapter" if parameter.requires_grad else "weights")
+        for constant in quantization_constants(parameter):
+            memory.add(constant, "quantization_constants")
+    for module in model.modules():
+        for constant in int8_constants(module):
+            memory.add(constant, "quantization_constants")
+    for buffer in model.buffers():
+        memory.add(buffer, "weights")
+
+
+def quantization_constants(parameter: Any) -> list[Tensor]:
+    """Return the tensors beside a 4-bit weight: absmax (itself quantized), code books, offset."""
+    state = getattr(parameter, "quant_state", None)
+    found: list[Tensor] = []
+    while state is not None:
+        found += [
+            tensor
+            for tensor in (state.absmax, state.code, state.offset)
+            if isinstance(tensor, Tensor)
+        ]
+        state = state.state2
+    return found
+
+
+def int8_constants(module: nn.Module) -> list[Tensor]:
+    """Return the row scales beside an 8-bit weight."""
+    # Not module.weight: PEFT's layers forward that name.
+    holders = (module._parameters.get("weight"), module.__dict__.get("state"))
+    scales = [getattr(holder, "SCB", None) for holder in holders]
+    return [tensor for tensor in scales if isinstance(tensor, Tensor)]
+
+
+def label_gradients(memory: LiveMemory, parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """Give gradients their category as soon as they are accumulated; return the hooks' handles."""
+
+    def label(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            memory.add(parameter.grad, "gradients")
+
+    return [
+        parameter.register_post_accumulate_grad_hook(label)
+        for parameter in parameters
+        if parameter.requires_grad
+    ]
 
 
 @contextmanager
-def track(device_type: str = "cpu") -> Iterator[LiveMemory]:
+def track(
+    device_type: str | None = None,
+    *,
+    model: nn.Module | None = None,
+    keep_timeline: bool = False,
+) -> Iterator[LiveMemory]:
     """Count live storages inside the ``with`` block, those that exist at its start included.
 
+    Args:
+        device_type: ``cpu`` or ``cuda``; default: that of the model, else CUDA if there is any.
+        model: Names the modules that allocate, and tells weights from activations.
+        keep_timeline: Record every change, for a plot.
+
     Yields:
-        ``LiveMemory``, whose ``peak_bytes`` and ``current_bytes`` can be read at any time.
+        ``LiveMemory``, whose ``peak_bytes``, ``peak`` and ``current_bytes`` can be read at any
+        time.
     """
-    memory = LiveMemory(device_type)
+    if device_type is None:
+        if model is not None:
+            device_type = next(model.parameters()).device.type
+        else:
+            device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    names = {module: name for name, module in model.named_modules()} if model else None
+    memory = LiveMemory(device_type, names=names, keep_timeline=keep_timeline)
+    handles = []
+    if model is not None:
+        label_model(memory, model)
+        handles = label_gradients(memory, model.parameters())
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):
+        if issubclass(type(thing), Tensor):
             memory.add(thing)
-    with memory:
-        yield memory
+    try:
+        with memory:
+            yield memory
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def peak_rss_bytes() -> int:

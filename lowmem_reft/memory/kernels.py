@@ -1,0 +1,208 @@
+"""What the meta device does not show: the kernels that the real device will run.
+
+On the meta device attention falls back to its mathematical definition with a [seq, seq] matrix, and
+quantized products are one opaque operator. Here each is replaced by what the CPU or a CUDA card
+runs, so that outputs, what is kept for the backward pass and intermediate buffers come out right.
+
+To teach the prediction a new kernel: write a function of the operator's arguments that allocates
+what the kernel allocates, and enter it in ``_SUBSTITUTES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+FLASH, EFFICIENT, MATH = "flash", "efficient", "math"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one kind of device."""
+
+    device_type: str
+    """``cpu`` or ``cuda``."""
+    allocation_bytes: int
+    """Sizes are rounded up to multiples of this by the device's allocator."""
+    bf16: bool = True
+    """Whether a CUDA card computes in bf16 and has flash attention (compute capability >= 8)."""
+    padded: bool = False
+    """Whether some token of the batch is padding: models look at the values of the mask."""
+
+    @classmethod
+    def of(cls, device_type: str, *, bf16: bool = True, padded: bool = False) -> Kernels:
+        """Return the kernels of ``cpu`` or ``cuda``."""
+        return cls(device_type, 512 if device_type == "cuda" else 1, bf16, padded)
+
+    def substitute(self, operator: Any) -> Callable[..., Any] | None:
+        """Return what stands for ``operator`` on the meta device; None for the operator itself."""
+        if operator._schema.name == "aten::_local_scalar_dense":
+            return self._read_value
+        return _SUBSTITUTES.get(operator._schema.name)
+
+    def _read_value(self, tensor: Tensor) -> Any:
+        """Answer the one question that models ask of a tensor's values: is all of it attended?"""
+        return not self.padded if tensor.is_meta else tensor.item()
+
+    @contextmanager
+    def imitated(self) -> Iterator[None]:
+        """Let models on the meta device take the paths that they take on this device."""
+        with ExitStack() as stack:
+            # Not a TorchFunctionMode: that is off while the backward pass recomputes.
+            functional = torch.nn.functional
+            plain = functional.scaled_dot_product_attention
+
+            def attend(query: Tensor, *args: Any, **options: Any) -> Tensor:
+                if query.is_meta:
+                    return _attend(self, query, *args, **options)
+                return plain(query, *args, **options)
+
+            stack.enter_context(patch.object(functional, "scaled_dot_product_attention", attend))
+            if self.device_type == "cpu":
+                # bitsandbytes asks for the tensor's device: on a CPU it trains by dequantizing.
+                from bitsandbytes.autograd import _functions
+
+                stack.enter_context(
+                    patch.object(_functions, "MatMul8bitLt", _functions.MatMul8bitFp)
+                )
+            yield
+
+    def choose_attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> str:
+        """Return the kernel that ``scaled_dot_product_attention`` picks on this device."""
+        mask, causal = options.get("attn_mask"), options.get("is_causal", False)
+        grouped = options.get("enable_gqa", False)
+        if self.device_type == "cpu":
+            return self._ask_torch("cpu", query, key, value, mask, causal, grouped)
+        sixteen_bit = query.dtype in (torch.float16, torch.bfloat16)
+        flash = self.bf16 and sixteen_bit and mask is None and query.shape[-1] <= 256
+        if flash and query.shape[-1] == value.shape[-1]:
+            return FLASH
+        return MATH if grouped else EFFICIENT
+
+    def _ask_torch(
+        self,
+        device: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        grouped: bool,
+    ) -> str:
+        """Let torch choose for small tensors with the same heads, head size and dtype."""
+
+        def small(tensor: Tensor) -> Tensor:
+            shape = (1, tensor.shape[1], 4, tensor.shape[3])
+            return torch.empty(shape, dtype=tensor.dtype, device=device)
+
+        small_mask = None if mask is None else torch.ones(1, 1, 4, 4, dtype=torch.bool)
+        choice = torch._fused_sdp_choice(
+            small(query), small(key), small(value), small_mask, 0.0, causal, enable_gqa=grouped
+        )
+        return {0: MATH, 1: FLASH, 2: EFFICIENT}.get(int(choice), MATH)
+
+
+def _attend(
+    kernels: Kernels,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Do what torch's C++ ``scaled_dot_product_attention`` does, with the kernel of the device."""
+    options = {"attn_mask": attn_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
+    kernel = kernels.choose_attention(query, key, value, **options)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        additive = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = additive.masked_fill_(attn_mask.logical_not(), float("-inf"))
+    aten = torch.ops.aten
+    if kernel == MATH:
+        if enable_gqa:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out: Tensor = aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+        )[0]
+    elif kernels.device_type == "cpu":
+        out = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+    elif kernel == FLASH:
+        out = aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=scale
+        )[0]
+    else:
+        needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        out = aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale
+        )[0]
+    return out
+
+
+def _gemm_4bit(
+    inputs: Tensor,
+    weight: Tensor,
+    shape: Any,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """Dequantize the whole weight, then multiply: what bitsandbytes does beyond a few rows."""
+    bnb = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        assert absmax_offset is not None
+        scales = bnb.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
+        absmax = scales + absmax_offset
+    full = bnb.dequantize_4bit(weight, absmax, blocksize, quant_type, shape, inputs.dtype)
+    return torch.nn.functional.linear(inputs, full, bias)
+
+
+def _int8_vectorwise_quant(inputs: Tensor, threshold: float = 0.0) -> tuple[Any, ...]:
+    """Quantize rows; which columns hold outliers depends on the values: none is assumed."""
+    rows = inputs.numel() // inputs.shape[-1]
+    return (
+        torch.empty_like(inputs, dtype=torch.int8),
+        torch.empty(rows, dtype=torch.float32, device=inputs.device),
+        torch.empty(0, dtype=torch.int64, device=inputs.device) if threshold else None,
+    )
+
+
+def _int8_mixed_scaled_mm(
+    inputs: Tensor,
+    quantized: Tensor,
+    weight: Tensor,
+    row_scales: Tensor,
+    column_scales: Tensor,
+    outliers: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Multiply in int8 with an int32 result, then scale."""
+    product = torch.empty(
+        (*quantized.shape[:-1], weight.shape[0]), dtype=torch.int32, device=inputs.device
+    )
+    out = torch.empty(product.shape, dtype=torch.float16, device=inputs.device)
+    del product
+    return out.to(inputs.dtype), torch.empty(0, dtype=inputs.dtype, device=inputs.device)
+
+
+_SUBSTITUTES: dict[str, Callable[..., Any]] = {
+    "bitsandbytes::gemm_4bit": _gemm_4bit,
+    "bitsandbytes::int8_vectorwise_quant": _int8_vectorwise_quant,
+    "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
+}

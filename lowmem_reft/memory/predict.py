@@ -1,0 +1,239 @@
+"""Runs the real model and the real step on the meta device and counts what would be alive.
+
+Nothing is loaded and nothing is computed: tensors have shapes and no values. The classes are those
+that ``train`` uses, so the prediction cannot drift from the code.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model
+from transformers import DynamicCache
+
+from lowmem_reft.base import base_on_meta
+from lowmem_reft.blocks import base_of, find_blocks
+from lowmem_reft.devices import DTYPES
+from lowmem_reft.errors import InputError
+from lowmem_reft.loss import response_log_likelihood, use_chunked_loss
+from lowmem_reft.memory.kernels import Kernels
+from lowmem_reft.memory.live import LiveMemory, label_gradients, label_model
+from lowmem_reft.memory.step import make_batch, training_step, warm_up
+from lowmem_reft.methods import build_peft_config
+from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
+from lowmem_reft.techniques import HostEmbedding, save_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Optimizers whose memory is predicted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Everything but lengths and batch sizes that a step's memory depends on."""
+
+    storage: Storage = "nf4"
+    """How the frozen weights are stored."""
+    compute_dtype: str = "bf16"
+    """Arithmetic of the base: bf16, fp16 or fp32."""
+    method: MethodOptions = field(default_factory=MethodOptions)
+    """What is trained."""
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    """How memory is saved."""
+    chunked_loss: bool = True
+    """Whether the loss is ours; False is a model's own, on the logits of all tokens."""
+    optim: str = "adamw_torch"
+    """Optimizer, by its transformers name."""
+    task_type: str = "CAUSAL_LM"
+    """PEFT task type."""
+    num_labels: int | None = None
+    """Classes of a SEQ_CLS head."""
+    attn_implementation: str | None = None
+    """eager, sdpa, ...; default: what transformers picks."""
+    device_type: str = "cuda"
+    """``cuda`` or ``cpu``."""
+    bf16: bool = True
+    """Whether the card computes in bf16 (compute capability >= 8.0), and so has flash attention."""
+
+
+class Predictor:
+    """Predicts the memory of one model in one setting, for any lengths and batch sizes.
+
+    Args:
+        config: The model's configuration (transformers); it is copied.
+        setting: What is trained and how.
+
+    Raises:
+        InputError: the model, the method or a technique does not go with the others.
+    """
+
+    def __init__(self, config: Any, setting: Setting) -> None:
+        if setting.optim not in OPTIMIZERS:
+            raise InputError(
+                f"optim must be one of {', '.join(OPTIMIZERS)} to be predicted, got "
+                f"{setting.optim!r}; choose one of these"
+            )
+        self.setting = setting
+        self.config = copy.deepcopy(config)
+        self.model = self._build()
+        self._optimizer = self._make_optimizer()
+        with torch.no_grad():
+            warm_up(self.model, self._optimizer)
+
+    def _build(self) -> Any:
+        setting = self.setting
+        base: Any = base_on_meta(
+            self.config,
+            storage=setting.storage,
+            compute_dtype=DTYPES[setting.compute_dtype],
+            task_type=setting.task_type,
+            num_labels=setting.num_labels,
+            attn_implementation=setting.attn_implementation,
+        )
+        adapter = build_peft_config(
+            setting.method, task_type=setting.task_type, num_layers=len(find_blocks(base)[1])
+        )
+        with torch.device("meta"):
+            model: Any = get_peft_model(base, adapter)
+        save_memory(model, setting.memory)
+        if setting.chunked_loss and setting.task_type == "CAUSAL_LM":
+            use_chunked_loss(model)
+        # After the tuner's own hook, which reads the values of the masks.
+        base.register_forward_pre_hook(_to_meta, with_kwargs=True)
+        return model
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if self.setting.optim == "sgd":
+            return torch.optim.SGD(trainable, lr=1e-3, foreach=self._on_cuda)
+        # On CUDA torch updates all parameters together, which takes copies of some.
+        foreach = self._on_cuda and self.setting.optim == "adamw_torch"
+        return torch.optim.AdamW(trainable, lr=1e-3, foreach=foreach)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.setting.device_type == "cuda"
+
+    @cached_property
+    def trainable_parameters(self) -> int:
+        """Return the number of trained parameters."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def training(
+        self,
+        *,
+        seq_len: int,
+        batch_size: int = 1,
+        micro_batches: int = 1,
+        response_len: int | None = None,
+        padded: bool | None = None,
+        keep_timeline: bool = False,
+    ) -> LiveMemory:
+        """Run one optimizer step that is not the first.
+
+        Args:
+            seq_len: Tokens of prompt + response.
+            batch_size: Examples per forward pass.
+            micro_batches: Forward passes per optimizer step.
+            response_len: Supervised tokens per example; default: half of the tokens.
+            padded: Whether some example is shorter, so that attention needs a mask; default:
+                whether there are several.
+            keep_timeline: Record every change.
+
+        Returns:
+            The counter, with its ``peak``.
+        """
+        response_len = min(seq_len - 1, response_len or max(1, seq_len // 2))
+        padded = batch_size > 1 if padded is None else padded
+        batch = self._batch(batch_size, seq_len, response_len, padded)
+        self.model.train()
+        memory, kernels = self._count(padded, keep_timeline)
+        handles = label_gradients(memory, self.model.parameters())
+        try:
+            with kernels.imitated(), memory:
+                training_step(
+                    self.model, batch, self._optimizer, memory, micro_batches=micro_batches
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.model.zero_grad()
+        return memory
+
+    def evaluation(
+        self, *, seq_len: int, batch_size: int, response_len: int, padded: bool = True
+    ) -> LiveMemory:
+        """Score choices by their likelihood, as ``evaluate`` does."""
+        batch = self._batch(batch_size, seq_len, min(response_len, seq_len - 1), padded)
+        self.model.eval()
+        memory, kernels = self._count(padded)
+        with kernels.imitated(), memory, torch.no_grad():
+            if self.setting.task_type == "CAUSAL_LM":
+                response_log_likelihood(self.model, batch)
+            else:
+                self.model(**batch)
+        return memory
+
+    def generation(self, *, prompt_len: int, num_new_tokens: int, batch_size: int) -> LiveMemory:
+        """Read a prompt, then make the last of the new tokens, with a cache of keys and values."""
+        self.model.eval()
+        padded = batch_size > 1
+        memory, kernels = self._count(padded)
+        ids = torch.zeros(batch_size, prompt_len, dtype=torch.long)
+        with kernels.imitated(), memory, torch.no_grad():
+            cache = DynamicCache(config=base_of(self.model).config)
+            arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            mask = torch.ones_like(ids)
+            self.model(input_ids=ids, attention_mask=mask, **arguments)
+            for layer in cache.layers:
+                for name in ("keys", "values"):
+                    held = getattr(layer, name)
+                    shape = (*held.shape[:2], num_new_tokens - 1, held.shape[3])
+                    grown = torch.cat([held, held.new_empty(shape)], dim=2)
+                    setattr(layer, name, grown)
+                    del held, grown
+            mask = torch.ones(batch_size, prompt_len + num_new_tokens, dtype=torch.long)
+            self.model(input_ids=ids[:, :1], attention_mask=mask, **arguments)
+        return memory
+
+    def _batch(
+        self, batch_size: int, seq_len: int, response_len: int, padded: bool
+    ) -> dict[str, Tensor]:
+        vocab_size = self.config.get_text_config().vocab_size
+        batch = make_batch(batch_size, seq_len, response_len, padded=padded, vocab_size=vocab_size)
+        if self.setting.task_type == "SEQ_CLS":
+            batch["labels"] = torch.zeros(batch_size, dtype=torch.long)
+        return batch
+
+    def _count(self, padded: bool, keep_timeline: bool = False) -> tuple[LiveMemory, Kernels]:
+        kernels = Kernels.of(self.setting.device_type, bf16=self.setting.bf16, padded=padded)
+        names = {module: name for name, module in base_of(self.model).named_modules()}
+        memory = LiveMemory("meta", names=names, kernels=kernels, keep_timeline=keep_timeline)
+        label_model(memory, self.model)
+        for module in self.model.modules():
+            if isinstance(module, HostEmbedding):
+                memory.discard(module.weight)
+        for state in self._optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    memory.add(value, "optimizer")
+        memory.reset_peak()
+        return memory, kernels
+
+
+def _to_meta(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Move the batch to where the model is, but for labels, whose values the loss reads."""
+    moved = {
+        key: value.to("meta") if isinstance(value, torch.Tensor) and key != "labels" else value
+        for key, value in kwargs.items()
+    }
+    labels = kwargs.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.ndim == 1:
+        moved["labels"] = labels.to("meta")
+    return args, moved

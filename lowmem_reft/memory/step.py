@@ -1,0 +1,86 @@
+"""One training step, the same on the meta device (``plan``) and on a real one (``profile``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_reft.positions import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lowmem_reft.memory.live import LiveMemory
+
+
+def make_batch(
+    batch_size: int, seq_len: int, response_len: int, *, padded: bool, vocab_size: int
+) -> dict[str, Tensor]:
+    """Return a batch of random tokens on the CPU: prompt, then a supervised response.
+
+    Args:
+        batch_size: examples.
+        seq_len: tokens of prompt + response.
+        response_len: supervised tokens at the end.
+        padded: make the first example shorter than the others by one token, so that the batch
+            needs an attention mask.
+        vocab_size: ids are below this.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each (batch, seq).
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (batch_size, seq_len), generator=generator)
+    labels = ids.clone()
+    labels[:, : seq_len - response_len] = IGNORED_LABEL
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, -1], labels[0, -1] = 0, IGNORED_LABEL
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def training_step(
+    model: nn.Module,
+    batch: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    memory: LiveMemory,
+    *,
+    micro_batches: int = 1,
+    max_grad_norm: float = 1.0,
+) -> None:
+    """Run one optimizer step as the Trainer does, telling ``memory`` the phase.
+
+    Args:
+        model: in training mode.
+        batch: keyword arguments of the model.
+        optimizer: with its state already made, so that this is not the first step of a run.
+        memory: counts the step.
+        micro_batches: forward and backward passes before the optimizer's step; each sees the same
+            batch, and two show all there is to see.
+        max_grad_norm: gradients are clipped to this norm.
+    """
+    for _ in range(min(2, micro_batches)):
+        memory.phase = "forward"
+        loss = model(**batch).loss / micro_batches
+        memory.phase = "backward"
+        loss.backward()
+        del loss
+    memory.phase = "optimizer"
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)
+    optimizer.step()
+    model.zero_grad()
+
+
+def warm_up(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's state, as after the first step, without changing a parameter."""
+    for group in optimizer.param_groups:
+        group["lr"], group["saved_lr"] = 0.0, group["lr"]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = group.pop("saved_lr")
+    model.zero_grad()

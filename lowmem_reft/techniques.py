@@ -1,0 +1,141 @@
+"""Ways to need less memory, switched on by ``MemoryOptions``.
+
+To add one: write a function that changes a model in place and leaves losses and gradients as they
+are, give it an option in ``options.MemoryOptions``, and call it from ``save_memory``. The
+prediction (``memory.plan``) runs the same model, so it knows of it at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lowmem_reft.blocks import base_of, find_blocks
+from lowmem_reft.checkpointing import enable_activation_checkpointing
+from lowmem_reft.errors import InputError
+
+if TYPE_CHECKING:
+    from lowmem_reft.options import MemoryOptions
+
+MLP_NAMES = ("mlp", "feed_forward", "ffn")
+"""What architectures call the part of a block that treats every token by itself."""
+
+
+def save_memory(model: Any, options: MemoryOptions) -> None:
+    """Switch on what the options name.
+
+    Args:
+        model: A base, or a PeftModel on one, on its device.
+        options: The user's choice.
+
+    Raises:
+        InputError: the architecture does not allow it, or an option needs another one.
+    """
+    if options.offload_activations and not options.activation_checkpointing:
+        raise InputError(
+            "offload_activations must go with activation_checkpointing, got it alone; "
+            "add --activation-checkpointing"
+        )
+    if options.mlp_tokens is not None:
+        chunk_mlps(model, options.mlp_tokens)
+    if options.activation_checkpointing:
+        enable_activation_checkpointing(
+            model, options.checkpoint_every, offload=options.offload_activations
+        )
+    if options.embedding_on_host:
+        keep_embedding_on_host(model)
+
+
+def chunk_mlps(model: Any, num_tokens: int) -> None:
+    """Run every block's MLP on at most ``num_tokens`` tokens at a time, recomputing each part.
+
+    The inner width of an MLP is three to four times the hidden size, so its activations are the
+    largest of a block. The parts are recomputed one by one in the backward pass (as in Arctic long
+    sequence training, arXiv 2506.13996); losses and gradients are the same.
+
+    Args:
+        model: A base, or a PeftModel on one.
+        num_tokens: Tokens of all examples together; at least 1.
+
+    Raises:
+        InputError: not a positive number, or the blocks have no MLP that is known here.
+    """
+    if num_tokens < 1:
+        raise InputError(f"mlp_tokens must be at least 1, got {num_tokens!r}; for example 2048")
+    base = base_of(model)
+    for block in find_blocks(base)[1]:
+        mlp = next((getattr(block, name) for name in MLP_NAMES if hasattr(block, name)), None)
+        if not isinstance(mlp, nn.Module) or isinstance(mlp, nn.ModuleList):
+            raise InputError(
+                f"mlp_tokens must be left out for {type(base).__name__}, got {num_tokens!r}; its "
+                f"blocks have no module named {', '.join(MLP_NAMES)}"
+            )
+        plain = mlp.__dict__.get("_forward_of_all_tokens", mlp.forward)
+        mlp._forward_of_all_tokens = plain
+        forward = functools.partial(_forward_in_chunks, num_tokens=num_tokens)
+        mlp.forward = MethodType(forward, mlp)
+
+
+def _forward_in_chunks(self: Any, hidden: Tensor, *, num_tokens: int) -> Tensor:
+    """Stand in for an MLP's forward; ``hidden`` is (batch, seq, hidden)."""
+    plain = self._forward_of_all_tokens
+    length = max(1, num_tokens // hidden.shape[0])
+    if hidden.ndim != 3 or hidden.shape[1] <= length:
+        out: Tensor = plain(hidden)
+        return out
+    parts = hidden.split(length, dim=1)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(plain, part, use_reentrant=False) for part in parts], dim=1)
+    return torch.cat([plain(part) for part in parts], dim=1)
+
+
+class HostEmbedding(nn.Module):
+    """An embedding whose table stays in host memory; only the rows that are read travel.
+
+    It does not follow ``model.to(device)``.
+    """
+
+    def __init__(self, embedding: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.embedding = embedding if device.type == "meta" else embedding.to("cpu")
+        self.device = device
+
+    @property
+    def weight(self) -> Any:
+        """Return the (vocab, hidden) table."""
+        return self.embedding.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the rows of ``input_ids``, (batch, seq, hidden), on the model's device."""
+        if self.device.type == "meta":
+            out: Tensor = self.embedding(input_ids)
+            return out
+        rows: Tensor = self.embedding(input_ids.to("cpu"))
+        return rows.to(self.device, non_blocking=True)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HostEmbedding:
+        return self
+
+
+def keep_embedding_on_host(model: Any) -> None:
+    """Keep the input embedding in host memory, if the output head does not share it.
+
+    Raises:
+        InputError: the head is the same matrix, which every step multiplies with.
+    """
+    base = base_of(model)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if isinstance(embedding, HostEmbedding):
+        return
+    if head is not None and head.weight is embedding.weight:
+        raise InputError(
+            f"embedding_on_host must be left out for {type(base).__name__}, whose head is the same "
+            "matrix, got True; leave it out"
+        )
+    device = next(find_blocks(base)[1].parameters()).device
+    base.set_input_embeddings(HostEmbedding(embedding, device))

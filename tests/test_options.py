@@ -1,0 +1,95 @@
+"""Values that break their rule are refused when they are given, in Python and from flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.options import (
+    OPTIMIZERS,
+    SCHEDULES,
+    CompareOptions,
+    DataOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    HeldOutOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+)
+
+REQUIRED = {
+    DataOptions: {"data": "d"},
+    RunOptions: {"output_dir": Path("out")},
+    EvaluateOptions: {"model": ModelOptions(model="m"), "data": DataOptions(data="d")},
+    GenerateOptions: {"model": ModelOptions(model="m")},
+}
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "wrong"),
+    [
+        (DataOptions, "max_length", [0, -1]),
+        (DataOptions, "limit", [0]),
+        (HeldOutOptions, "eval_limit", [0]),
+        (MethodOptions, "rank", [0, -1]),
+        (MethodOptions, "alpha", [0.0, -1.0]),
+        (MethodOptions, "dropout", [-0.1, 1.0, NAN]),
+        (OptimOptions, "epochs", [0.0, -1.0, INFINITY]),
+        (OptimOptions, "max_steps", [0, -2]),
+        (OptimOptions, "lr", [0.0, -1e-3, NAN, INFINITY]),
+        (OptimOptions, "batch_size", [0]),
+        (OptimOptions, "gradient_accumulation", [0]),
+        (OptimOptions, "schedule", ["lineal", "reduce_lr_on_plateau"]),
+        (OptimOptions, "warmup_ratio", [-0.1, 1.1, NAN]),
+        (OptimOptions, "weight_decay", [-0.1, NAN]),
+        (OptimOptions, "max_grad_norm", [0.0, -1.0]),
+        (OptimOptions, "optim", ["adam"]),
+        (RunOptions, "seed", [-1, 2**32]),
+        (RunOptions, "save_steps", [0]),
+        (RunOptions, "logging_steps", [0]),
+        (EvaluateOptions, "batch_size", [0]),
+        (EvaluateOptions, "max_new_tokens", [0]),
+        (GenerateOptions, "batch_size", [0]),
+        (GenerateOptions, "max_new_tokens", [0]),
+        (GenerateOptions, "max_length", [0]),
+        (GenerateOptions, "temperature", [-1.0, NAN, INFINITY]),
+        (GenerateOptions, "seed", [-1]),
+        (CompareOptions, "workers", [0]),
+        (CompareOptions, "max_length", [0]),
+        (CompareOptions, "eval_limit", [0]),
+    ],
+)
+def test_a_value_that_breaks_its_rule_is_refused_and_named(
+    options: type, name: str, wrong: list[object]
+) -> None:
+    for value in wrong:
+        with pytest.raises(InputError, match=rf"^{name} must be .*, got {value!r}; ."):
+            options(**REQUIRED.get(options, {}), **{name: value})
+
+
+def test_values_at_the_edge_of_their_rule_are_taken() -> None:
+    OptimOptions(warmup_ratio=0.0, weight_decay=0.0, max_steps=1, epochs=0.01)
+    OptimOptions(warmup_ratio=1.0)
+    MethodOptions(rank=1, dropout=0.0)
+    GenerateOptions(model=ModelOptions(model="m"), temperature=0.0, max_length=1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_that_is_offered_can_be_had(name: str, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), optim=name, use_cpu=True)
+    assert issubclass(Trainer.get_optimizer_cls_and_kwargs(arguments)[0], torch.optim.Optimizer)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_that_is_offered_can_be_had(name: str, tmp_path: Path) -> None:
+    TrainingArguments(str(tmp_path), lr_scheduler_type=name, use_cpu=True)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)

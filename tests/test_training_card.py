@@ -1,0 +1,44 @@
+"""What scoring and generation go by: what is given, else the adapter's card, else the defaults."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.options import ModelOptions
+from lowmem_reft.training_card import TrainingCard, merge_card
+
+TRAINED = TrainingCard(
+    base="base",
+    storage="fp32",
+    compute_dtype="fp32",
+    task_type="SEQ_CLS",
+    template="Q: {prompt}",
+    max_length=64,
+    label_names=["bad", "good"],
+)
+
+
+def test_what_is_not_given_is_the_adapters_own() -> None:
+    assert merge_card(TRAINED, ModelOptions(model="m"), template=None, max_length=None) == TRAINED
+
+
+def test_what_is_given_goes_before_the_adapters_own() -> None:
+    model = ModelOptions(model="m", storage="nf4", compute_dtype="bf16", task_type="SEQ_CLS")
+    card = merge_card(TRAINED, model, template="{prompt}", max_length=8)
+    assert (card.storage, card.compute_dtype, card.template, card.max_length) == (
+        *("nf4", "bf16", "{prompt}"),
+        8,
+    )
+    assert card.label_names == TRAINED.label_names
+
+
+def test_without_an_adapter_there_are_defaults() -> None:
+    card = merge_card(None, ModelOptions(model="m"), template=None, max_length=None)
+    assert card == TrainingCard(base="m", storage="nf4", task_type="CAUSAL_LM", max_length=512)
+
+
+def test_a_task_type_that_contradicts_the_card_is_refused() -> None:
+    model = ModelOptions(model="m", task_type="CAUSAL_LM")
+    with pytest.raises(InputError, match=r"task_type must be SEQ_CLS.*got 'CAUSAL_LM'; leave it"):
+        merge_card(TRAINED, model, template=None, max_length=None)
