@@ -12,15 +12,13 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
-from bitsandbytes.functional import QuantState
-from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from lowmem_reft.checkpointing import enable_activation_checkpointing, stop_input_gradients
 from lowmem_reft.devices import DTYPES, resolve_compute_dtype, resolve_device
@@ -31,10 +29,10 @@ __all__ = [
     "AUTO_CLASSES",
     "STORAGES",
     "base_digest",
-    "base_on_meta",
     "enable_activation_checkpointing",
     "guard_linear4bit",
     "load_base",
+    "load_config",
     "load_tokenizer",
     "resolve_compute_dtype",
     "resolve_device",
@@ -101,9 +99,9 @@ def load_base(
         )
     target = resolve_device(device)
     dtype = _resolve_dtype(storage, compute_dtype, target)
-    config = _load_config(model, revision)
-    _set_labels(config, task_type, num_labels)
-    options = _quantization_options(model, config, storage, dtype, task_type)
+    config = load_config(model, revision)
+    set_labels(config, task_type, num_labels)
+    options = quantization_options(model, config, storage, dtype, task_type)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     base = _from_pretrained(
@@ -120,7 +118,7 @@ def load_base(
             _cast_unquantized(base, dtype)
         _warn_of_unquantized_weights(base, storage)
     guard_linear4bit(base)
-    _freeze(base, task_type)
+    freeze(base, task_type)
     if activation_checkpointing:
         enable_activation_checkpointing(base)
     return base
@@ -242,7 +240,12 @@ def _check_path(model: str | Path) -> None:
         )
 
 
-def _load_config(model: str | Path, revision: str) -> Any:
+def load_config(model: str | Path, revision: str = "main") -> Any:
+    """Read the configuration of a hub id or a directory.
+
+    Raises:
+        InputError: there is none.
+    """
     _check_path(model)
     try:
         return transformers.AutoConfig.from_pretrained(
@@ -272,7 +275,7 @@ def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _set_labels(config: Any, task_type: str, num_labels: int | None) -> None:
+def set_labels(config: Any, task_type: str, num_labels: int | None) -> None:
     """Write into the config what a classifier reads there: its labels and the pad token."""
     if not _has_head(task_type):
         if num_labels is not None:
@@ -291,7 +294,7 @@ def _set_labels(config: Any, task_type: str, num_labels: int | None) -> None:
         config.pad_token_id = eos[0] if isinstance(eos, list) else eos
 
 
-def _quantization_options(
+def quantization_options(
     model: str | Path, config: Any, storage: str, dtype: torch.dtype, task_type: str
 ) -> dict[str, Any]:
     """Return from_pretrained's options; a quantized checkpoint keeps its own, written to config."""
@@ -362,7 +365,7 @@ def _from_config(config: Any, task_type: str) -> PreTrainedModel:
     return model
 
 
-def _freeze(base: PreTrainedModel, task_type: str) -> None:
+def freeze(base: PreTrainedModel, task_type: str) -> None:
     """Make nothing trainable, make a head ready to be, and build no caches or input gradients."""
     base.config.use_cache = False
     base.requires_grad_(False)
@@ -415,91 +418,3 @@ def _warn_of_unquantized_weights(base: PreTrainedModel, storage: str) -> None:
             f"{', '.join(names[:3])}{', ...' if names[3:] else ''}",
             stacklevel=3,
         )
-
-
-def base_on_meta(
-    config: Any,
-    *,
-    storage: Storage = "nf4",
-    compute_dtype: torch.dtype = torch.bfloat16,
-    task_type: str = "CAUSAL_LM",
-    num_labels: int | None = None,
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
-    """Build what `load_base` would load, on the meta device: real classes and shapes, no weights.
-
-    Args:
-        config: The model's configuration (transformers).
-        storage: As in `load_base`.
-        compute_dtype: Arithmetic of the base; with nf4, fp4 or int8 storage not that of weights.
-        task_type: As in `load_base`.
-        num_labels: As in `load_base`.
-        attn_implementation: As in `load_base`.
-
-    Raises:
-        InputError: the architecture has no such task, or is unknown.
-    """
-    dtype = compute_dtype if storage in QUANTIZED else DTYPES[storage]
-    _set_labels(config, task_type, num_labels)
-    options = _quantization_options("config", config, storage, dtype, task_type)
-    chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with torch.device("meta"):
-        base: Any = AUTO_CLASSES[task_type].from_config(config, dtype=dtype, **chosen)
-    quantization = options.get("quantization_config")
-    if quantization is not None:
-        quantizer = AutoHfQuantizer.from_config(quantization)
-        quantizer.preprocess_model(model=base, device_map={"": "cpu"})
-        for module in base.modules():
-            if isinstance(module, Linear4bit):
-                _quantize_4bit_on_meta(module, storage, dtype)
-            elif isinstance(module, Linear8bitLt):
-                _quantize_8bit_on_meta(module)
-    guard_linear4bit(base)
-    _freeze(base, task_type)
-    base.eval()
-    return cast(PreTrainedModel, base)
-
-
-def _quantize_4bit_on_meta(module: Linear4bit, storage: str, dtype: torch.dtype) -> None:
-    """Give a layer on the meta device the storages that quantizing it would make."""
-
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    num_weights, fp32 = module.in_features * module.out_features, torch.float32
-    num_blocks = -(-num_weights // 64)
-    absmax = QuantState(
-        absmax=empty(-(-num_blocks // 256), dtype=fp32),
-        code=empty(256, dtype=fp32),
-        blocksize=256,
-        dtype=fp32,
-    )
-    state = QuantState(
-        absmax=empty(num_blocks, dtype=torch.uint8),
-        shape=torch.Size((module.out_features, module.in_features)),
-        code=empty(16, dtype=fp32),
-        blocksize=64,
-        quant_type=storage,
-        dtype=dtype,
-        offset=empty(dtype=fp32),
-        state2=absmax,
-    )
-    module.weight = Params4bit(
-        empty(-(-num_weights // 2), 1, dtype=torch.uint8),
-        requires_grad=False,
-        quant_state=state,
-        blocksize=64,
-        compress_statistics=True,
-        quant_type=storage,
-        module=module,
-        bnb_quantized=True,
-    )
-    module.quant_state = state
-
-
-def _quantize_8bit_on_meta(module: Linear8bitLt) -> None:
-    rows, columns = module.weight.shape
-    values = torch.empty(rows, columns, dtype=torch.int8, device="meta")
-    scales = torch.empty(rows, dtype=torch.float32, device="meta")
-    module.weight = Int8Params(values, requires_grad=False, CB=values, SCB=scales)
-    module.state.CB, module.state.SCB = values, scales

@@ -1,4 +1,4 @@
-"""The command line: ``lowmem-reft train | evaluate | generate | compare``.
+"""The command line: ``lowmem-reft train | evaluate | generate | compare | plan | profile``.
 
 Parsed by tyro from the dataclasses in ``options.py``, so every flag, default and help text is
 written there. Nothing heavy is imported before the options are known to be well-formed.
@@ -29,15 +29,31 @@ import tyro
 
 from lowmem_reft import __version__
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import CompareOptions, EvaluateOptions, GenerateOptions, TrainOptions
+from lowmem_reft.options import (
+    CompareOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    PlanOptions,
+    ProfileOptions,
+    TrainOptions,
+)
 
-Options = TrainOptions | EvaluateOptions | GenerateOptions | CompareOptions
+Options = (
+    TrainOptions
+    | EvaluateOptions
+    | GenerateOptions
+    | CompareOptions
+    | PlanOptions
+    | ProfileOptions
+)
 
 _Commands = (
     Annotated[TrainOptions, tyro.conf.subcommand("train")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
     | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
+    | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
+    | Annotated[ProfileOptions, tyro.conf.subcommand("profile")]
 )
 
 # Subcommand and function that runs it: imported when it is called, because each imports torch.
@@ -46,6 +62,8 @@ _HANDLERS: dict[type, tuple[str, str]] = {
     EvaluateOptions: ("evaluate", "run_evaluation"),
     GenerateOptions: ("generate", "run_generation"),
     CompareOptions: ("compare", "run_comparison"),
+    PlanOptions: ("plan", "run_plan"),
+    ProfileOptions: ("profile", "run_profile"),
 }
 
 _DESCRIPTION = f"""ReFT, LoRA and QLoRA on a frozen 4- or 8-bit base (version {__version__}).
@@ -142,7 +160,7 @@ def _run(options: Options) -> int:
         print(json.dumps(_finite(result), allow_nan=False, default=str))
     elif isinstance(options, GenerateOptions):
         _print_summary(result, to_stderr=True)  # standard output belongs to the generated text
-    else:
+    elif not isinstance(options, PlanOptions | ProfileOptions):  # they print tables of their own
         _print_summary(result)
     sys.stdout.flush()
     return int(result.get("num_failed", 0))

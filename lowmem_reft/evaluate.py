@@ -182,7 +182,7 @@ def _score_choices(
     for start in progress(starts, "scoring", quiet=settings.quiet):
         batch = items[start : start + settings.batch_size]
         sums, counts = response_log_likelihood(model, collate([example for _, _, example in batch]))
-        for (index, choice, _), total, count in zip(batch, sums, counts, strict=True):
+        for (index, choice, _), total, count in zip(batch, sums.tolist(), counts, strict=True):
             totals[index][choice] = (total, count)
     predictions, losses = [], []
     for row, scored in zip(rows, totals, strict=True):

@@ -329,8 +329,8 @@ def _hidden_before_head(base: Any, run: Callable[[], Any]) -> Tensor:
 @torch.no_grad()
 def response_log_likelihood(
     model: Any, batch: dict[str, Tensor], *, chunk_bytes: int = CHUNK_BYTES
-) -> tuple[list[float], list[int]]:
-    """Return the summed log-likelihood of the supervised tokens of each example, and their number.
+) -> tuple[Tensor, list[int]]:
+    """Return the summed log-likelihood of the supervised tokens of each example, (batch,), and their numbers.
 
     Only supervised tokens get logits, at most ``chunk_bytes`` of them at once; a model whose head
     is not recognized gives those of the last positions of the batch, which is left-padded.
@@ -342,7 +342,9 @@ def response_log_likelihood(
     """
     labels, base = batch["labels"], base_of(model)
     device = device_of(base)
-    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+    # A prediction on the meta device needs the values of the masks as well.
+    there = "cpu" if device.type == "meta" else device
+    inputs = {key: value.to(there) for key, value in batch.items() if key != "labels"}
     if "position_ids" in inspect.signature(base.forward).parameters:
         # Absolute positions (GPT-2) count from the first token, not from the padding.
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -357,7 +359,7 @@ def response_log_likelihood(
         log_probs = logits[:, -kept - 1 : -1].float().log_softmax(-1)
         targets = labels[:, -kept:].to(logits.device)
         picked = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        return (picked * (targets != IGNORED_LABEL)).sum(1).tolist(), counts
+        return (picked * (targets != IGNORED_LABEL)).sum(1), counts
     rows, columns = supervised.nonzero(as_tuple=True)
     hidden = _hidden_before_head(base, lambda: model(**arguments))
     selected = hidden[rows.to(device), columns.to(device)]
@@ -368,7 +370,7 @@ def response_log_likelihood(
         part = slice(start, start + step)
         losses, _ = _losses_of_chunk(selected[part], head, targets[part], 0.0, False)
         sums.index_add_(0, rows[part].to(device), -losses)
-    return sums.tolist(), counts
+    return sums, counts
 
 
 def supervised_head_arguments(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from lowmem_reft.evaluate import ScoringSettings, check_rows, score
 from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.memory import peak_rss_bytes, track
 from lowmem_reft.methods import build_peft_config, find_method, resolve_learning_rate
+from lowmem_reft.plan import fit_into_memory
 from lowmem_reft.provenance import versions
 from lowmem_reft.techniques import save_memory
 from lowmem_reft.training_card import TrainingCard, merge_card
@@ -70,6 +71,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.model.model)
     encoded = _encode(rows, tokenizer, card)
     held_out = _held_out(options, card)
+    options = fit_into_memory(options, card, encoded.examples)
     _prepare_directory(options)
     model = _attach(options, card, tokenizer)
     result = fit(model, tokenizer, encoded, options)
@@ -212,11 +214,7 @@ def _encode(rows: list[Row], tokenizer: Any, card: TrainingCard) -> EncodedRows:
 
 def _attach(options: TrainOptions, card: TrainingCard, tokenizer: Any) -> PeftModel:
     """Load the base and put the method's adapter on it."""
-    base = load_frozen(
-        options.model,
-        card,
-        tokenizer,
-    )
+    base = load_frozen(options.model, card, tokenizer)
     config = build_peft_config(
         options.method, task_type=card.task_type, num_layers=len(find_blocks(base)[1])
     )

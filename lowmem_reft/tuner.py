@@ -74,6 +74,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._full_precision: dict[str, Tensor] = {}
         self.device = torch.device("cpu")
         self.handle: Any = None
+        self.is_edited = False
+        """The output that comes next was edited inside a checkpoint."""
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -92,7 +94,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.restore_full_precision()
 
     def edit_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook: return ``output`` with the selected hidden vectors edited.
+        """Forward hook: return ``output`` edited, unless a checkpoint has done it already."""
+        if self.is_edited:
+            self.is_edited = False
+            return output
+        return self.edited(output)
+
+    def edited(self, output: Any) -> Any:
+        """Return a module's output with the selected hidden vectors edited.
 
         Raises:
             RuntimeError: the block runs outside the adapted model's own forward.
@@ -404,12 +413,28 @@ class _SelectionKeepingCheckpoint:
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         selection = self.current.value
+        layer = _layer_outside(function)
 
         def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
             with self.current.use(selection):
-                return function(*inner_args, **inner_kwargs)
+                output = function(*inner_args, **inner_kwargs)
+                return output if layer is None else layer.edited(output)
 
-        return self.checkpoint(run, *args, **kwargs)
+        output = self.checkpoint(run, *args, **kwargs)
+        if layer is not None:
+            layer.is_edited = True
+        return output
+
+
+def _layer_outside(function: Any) -> ReftLayer | None:
+    """Return the ``ReftLayer`` of the block whose bare ``forward`` a checkpoint recomputes.
+
+    transformers 5.23 leaves hooks, and so the edit, outside the checkpoint: what the edit needs for
+    its gradient would then be kept for every block. Older versions have the hooks inside.
+    """
+    block = next(iter(getattr(function, "args", ())), None)
+    layer = getattr(block, SUBMODULE, None) if isinstance(block, nn.Module) else None
+    return layer if isinstance(layer, ReftLayer) else None
 
 
 register(ReftConfig, ReftModel)

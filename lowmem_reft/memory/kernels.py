@@ -46,6 +46,26 @@ class Kernels:
             return self._read_value
         return _SUBSTITUTES.get(operator._schema.name)
 
+    def workspace_bytes(self, operator: Any, args: Any) -> int:
+        """Return what the kernel of an operator allocates for itself while it runs."""
+        name = operator._schema.name
+        if "_scaled_dot_product_" not in name or name.endswith("_math"):
+            return 0
+        backward = name.endswith("_backward")
+        query, key = (args[1], args[2]) if backward else (args[0], args[1])
+        if self.device_type == "cpu":
+            return _cpu_flash_workspace(query, backward=backward)
+        if not backward:
+            return 0
+        # Sums of the gradients of queries, and the row sums of their products: fp32.
+        total = 4 * query.numel() + 4 * query[..., 0].numel()
+        if "flash" in name and query.shape[1] != key.shape[1]:
+            # Grouped heads: gradients of keys and values per query head, before they are summed.
+            total += 2 * query.element_size() * query.numel() // query.shape[2] * key.shape[2]
+        elif "efficient" in name and query.shape[-1] > 128:
+            total += 2 * 4 * key.numel()
+        return int(total)
+
     def _read_value(self, tensor: Tensor) -> Any:
         """Answer the one question that models ask of a tensor's values: is all of it attended?"""
         return not self.padded if tensor.is_meta else tensor.item()
@@ -106,6 +126,14 @@ class Kernels:
             small(query), small(key), small(value), small_mask, 0.0, causal, enable_gqa=grouped
         )
         return {0: MATH, 1: FLASH, 2: EFFICIENT}.get(int(choice), MATH)
+
+
+def _cpu_flash_workspace(query: Tensor, *, backward: bool) -> int:
+    """Return the tiles that torch's CPU kernel holds per thread (FlashAttentionKernel.cpp)."""
+    length, width = query.shape[2], query.shape[3]
+    rows = 256 if length >= 768 else 64 if length >= 192 else 32
+    per_score = (4 if query.dtype == torch.float32 else 6) * (2 if backward else 1)
+    return torch.get_num_threads() * rows * (512 * per_score + 4 * (width + 2))
 
 
 def _attend(

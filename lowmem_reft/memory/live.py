@@ -204,6 +204,10 @@ class LiveMemory(TorchDispatchMode):
             with self:
                 return substitute(*args, **kwargs)
         out = func(*args, **kwargs)
+        extra = self._kernels.workspace_bytes(func, args) if self._kernels else 0
+        if extra:
+            workspace = torch.empty(extra, dtype=torch.uint8, device=self.device_type)
+            self.add(workspace, "workspace", self._place(func))
         if isinstance(out, Tensor):
             self._record(func, out)
         elif isinstance(out, tuple | list):

@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model
 from transformers import DynamicCache
 
-from lowmem_reft.base import base_on_meta
+from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.devices import DTYPES
 from lowmem_reft.errors import InputError
@@ -124,6 +124,29 @@ class Predictor:
     def trainable_parameters(self) -> int:
         """Return the number of trained parameters."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def base_bytes(self) -> int:
+        """Return the bytes of the base on the device: weights and quantization constants."""
+        memory, _ = self._count(padded=False)
+        held = memory.by_category
+        return held["weights"] + held["quantization_constants"]
+
+    def host_bytes(self, num_tokens: int) -> int:
+        """Return the host memory that a step needs instead of the device's.
+
+        Args:
+            num_tokens: Tokens of one forward pass.
+        """
+        total = 0
+        for module in self.model.modules():
+            if isinstance(module, HostEmbedding):
+                total += module.weight.nbytes
+        if self.setting.memory.offload_activations:
+            text = self.config.get_text_config()
+            width = DTYPES[self.setting.compute_dtype].itemsize * text.hidden_size
+            every = self.setting.memory.checkpoint_every
+            total += -(-text.num_hidden_layers // every) * num_tokens * width
+        return total
 
     def training(
         self,

@@ -1,0 +1,527 @@
+"""Does it fit, and if not, what would? Predicted peaks against the memory of a card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from bitsandbytes.nn.modules import Int8Params, Params4bit
+
+from lowmem_reft.base import load_config
+from lowmem_reft.errors import InputError
+from lowmem_reft.memory.gpus import CONTEXT_BYTES, FRAGMENTATION, find_gpu
+from lowmem_reft.memory.live import LiveMemory
+from lowmem_reft.memory.predict import Predictor, Setting
+from lowmem_reft.memory.shapes import config_of
+from lowmem_reft.options import MemoryOptions
+
+GIB = 2**30
+
+MARGIN = 0.005
+"""Added to a counted peak: buffers inside kernels that no operator returns (measured: under 0.4 %
+on shapes of real size; ``benchmarks/results/memory.json``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How much goes through the model at once."""
+
+    seq_len: int = 2048
+    """Tokens of prompt + response of the longest example."""
+    response_len: int | None = None
+    """Supervised tokens of it; default: half."""
+    batch_size: int = 1
+    """Examples per forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimizer step."""
+    padded: bool | None = None
+    """Whether examples of one batch differ in length; default: if there are several."""
+    max_new_tokens: int = 256
+    """Tokens generated after a prompt, for the peak of generation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The memory to fit into."""
+
+    name: str
+    """For people."""
+    memory_bytes: int
+    """All of it."""
+    bf16: bool = True
+    """Whether it computes in bf16 and has flash attention."""
+    context_bytes: int = CONTEXT_BYTES
+    """What the driver takes before the first tensor."""
+
+    @classmethod
+    def find(cls, gpu: str | None = None, memory_gib: float | None = None) -> Card | None:
+        """Return the card of a name, of a size in GiB, or None if neither is given.
+
+        Raises:
+            InputError: both are given, the name is unknown or the size is not positive.
+        """
+        if gpu is not None and memory_gib is not None:
+            raise InputError(
+                f"gpu must be given without memory_gib, got {gpu!r} and {memory_gib!r}; drop one"
+            )
+        if gpu is not None:
+            found = find_gpu(gpu)
+            return cls(name=found.name, memory_bytes=found.memory_mib * 2**20, bf16=found.has_bf16)
+        if memory_gib is None:
+            return None
+        if not memory_gib > 0:
+            raise InputError(f"memory_gib must be above 0, got {memory_gib!r}; for example 8")
+        return cls(name=f"{memory_gib:g} GiB", memory_bytes=round(memory_gib * GIB))
+
+    def required_bytes(self, peak_bytes: int) -> int:
+        """Return what must be free on the card for a peak of tensors: context and gaps included."""
+        return round(peak_bytes * (1 + FRAGMENTATION)) + self.context_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one setting needs."""
+
+    peak_bytes: int
+    """Tensors alive at the worst moment of a training step."""
+    breakdown_bytes: dict[str, int]
+    """The same by category; sums to ``peak_bytes``."""
+    peak_place: str
+    """The operator, module and line that cause the peak."""
+    largest: list[dict[str, Any]]
+    """The largest storages that the step itself has made by then."""
+    loading_peak_bytes: int
+    """Tensors alive at the worst moment of loading the base."""
+    evaluation_peak_bytes: int
+    """The same while choices are scored, with the batch size of training."""
+    generation_peak_bytes: int | None
+    """The same while generating with a cache; None for classifiers."""
+    host_bytes: int
+    """Host memory for what was moved there: embedding and offloaded inputs of blocks."""
+    num_trainable_params: int
+    """Trained parameters."""
+    card: Card | None
+    """The card asked about."""
+    setting: Setting
+    """What is trained and how."""
+    lengths: Lengths
+    """How much goes through at once."""
+
+    @property
+    def required_bytes(self) -> int:
+        """Return what the card must hold for loading, training and evaluation."""
+        worst = max(self.peak_bytes, self.loading_peak_bytes, self.evaluation_peak_bytes)
+        return worst if self.card is None else self.card.required_bytes(worst)
+
+    @property
+    def fits(self) -> bool | None:
+        """Return whether the card holds it; None without a card."""
+        return None if self.card is None else self.required_bytes <= self.card.memory_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures for ``--json``."""
+        card = self.card
+        overhead = {"context": 0, "fragmentation": 0}
+        if card is not None:
+            without_context = self.required_bytes - card.context_bytes
+            overhead = {
+                "context": card.context_bytes,
+                "fragmentation": without_context - round(without_context / (1 + FRAGMENTATION)),
+            }
+        return {
+            "peak_bytes": self.peak_bytes,
+            "breakdown_bytes": self.breakdown_bytes,
+            "fits": self.fits,
+            "required_bytes": self.required_bytes,
+            "overhead_bytes": overhead,
+            "card": None if card is None else card.name,
+            "card_bytes": None if card is None else card.memory_bytes,
+            "peak_place": self.peak_place,
+            "largest": self.largest,
+            "loading_peak_bytes": self.loading_peak_bytes,
+            "evaluation_peak_bytes": self.evaluation_peak_bytes,
+            "generation_peak_bytes": self.generation_peak_bytes,
+            "host_bytes": self.host_bytes,
+            "num_trainable_params": self.num_trainable_params,
+        }
+
+
+def read_config(model: str | Path) -> Any:
+    """Return the configuration of a hub id, a directory, a config.json or a short name.
+
+    Raises:
+        InputError: there is none, or it lacks what sizes depend on.
+    """
+    named = config_of(str(model))
+    if named is not None:
+        return named
+    path = Path(model)
+    if path.suffix == ".json":
+        config = _read_config_file(path)
+    else:
+        config = load_config(model)
+    text = config.get_text_config()
+    missing = [
+        name
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+        if not isinstance(getattr(text, name, None), int)
+    ]
+    if missing:
+        raise InputError(
+            f"model must have a configuration with {', '.join(missing)}, got {str(model)!r} without"
+            "; complete config.json"
+        )
+    return config
+
+
+def _read_config_file(path: Path) -> Any:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"model must be a config.json that can be read, got {str(path)!r}; correct the path "
+            f"({error})"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}:{error.lineno}: model must be a JSON object, got {error.msg!r}; mend the file"
+        ) from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise InputError(
+            f"{path}: model must name its architecture in model_type, got none; add it, for "
+            'example "model_type": "llama"'
+        )
+    # A class's defaults would stand for sizes that are missing, and predict another model.
+    own = ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("vocab_size",)
+    missing = [names[0] for names in own if not any(name in fields for name in names)]
+    if missing and "text_config" not in fields:
+        raise InputError(f"{path}: model must give {', '.join(missing)}, got none; add them")
+    try:
+        return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: model must be one that transformers {transformers.__version__} knows, got "
+            f"{str(error).strip().splitlines()[0]}; correct model_type or upgrade transformers"
+        ) from error
+
+
+class Planner:
+    """Plans for one model; built models are kept for the settings that were asked for."""
+
+    def __init__(self, config: Any, card: Card | None = None) -> None:
+        self.config = config
+        self.card = card
+        self._predictors: dict[str, Predictor] = {}
+
+    def predictor(self, setting: Setting) -> Predictor:
+        """Return the predictor of a setting, built once.
+
+        Raises:
+            InputError: the model, the method or a technique does not go with the others.
+        """
+        key = repr(setting)
+        if key not in self._predictors:
+            self._predictors = {key: Predictor(self.config, setting)}
+        return self._predictors[key]
+
+    def training_peak_bytes(self, setting: Setting, lengths: Lengths) -> int:
+        """Return the predicted peak of a training step, margin included."""
+        return with_margin(self._train(setting, lengths).peak_bytes)
+
+    def _train(self, setting: Setting, lengths: Lengths, **options: Any) -> Any:
+        return self.predictor(setting).training(
+            seq_len=lengths.seq_len,
+            batch_size=lengths.batch_size,
+            micro_batches=lengths.gradient_accumulation,
+            response_len=lengths.response_len,
+            padded=lengths.padded,
+            **options,
+        )
+
+    def timeline(self, setting: Setting, lengths: Lengths) -> LiveMemory:
+        """Return a predicted step with its timeline."""
+        memory: LiveMemory = self._train(setting, lengths, keep_timeline=True)
+        return memory
+
+    def plan(self, setting: Setting, lengths: Lengths) -> Plan:
+        """Predict loading, training, evaluation and generation."""
+        predictor = self.predictor(setting)
+        peak = self._train(setting, lengths).peak
+        peak_bytes = with_margin(peak.num_bytes)
+        breakdown = dict(peak.breakdown_bytes)
+        breakdown["workspace"] = breakdown.get("workspace", 0) + peak_bytes - peak.num_bytes
+        evaluation = predictor.evaluation(
+            seq_len=lengths.seq_len,
+            batch_size=lengths.batch_size,
+            response_len=lengths.response_len or max(1, lengths.seq_len // 2),
+            padded=lengths.batch_size > 1 if lengths.padded is None else lengths.padded,
+        )
+        generation = None
+        if setting.task_type == "CAUSAL_LM":
+            generation = with_margin(
+                predictor.generation(
+                    prompt_len=lengths.seq_len,
+                    num_new_tokens=lengths.max_new_tokens,
+                    batch_size=lengths.batch_size,
+                ).peak_bytes
+            )
+        return Plan(
+            peak_bytes=peak_bytes,
+            breakdown_bytes=breakdown,
+            peak_place=str(peak.place),
+            largest=[
+                {"bytes": block.num_bytes, "category": block.category, "place": str(block.place)}
+                for block in peak.largest
+            ],
+            loading_peak_bytes=with_margin(loading_peak_bytes(predictor)),
+            evaluation_peak_bytes=with_margin(evaluation.peak_bytes),
+            generation_peak_bytes=generation,
+            host_bytes=predictor.host_bytes(lengths.batch_size * lengths.seq_len),
+            num_trainable_params=predictor.trainable_parameters,
+            card=self.card,
+            setting=setting,
+            lengths=lengths,
+        )
+
+
+def with_margin(counted_bytes: int) -> int:
+    """Return a counted peak with what kernels may need inside themselves."""
+    return round(counted_bytes * (1 + MARGIN))
+
+
+def loading_peak_bytes(predictor: Predictor) -> int:
+    """Return the most that is alive while a base is loaded: all of it, and one matrix twice.
+
+    Matrices are read and quantized one after the other; the one at hand is there as it was stored
+    (16 bit) and as a copy on the device.
+    """
+    held = predictor.base_bytes()
+    widest = 0
+    for module in predictor.model.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(weight, Params4bit | Int8Params):
+            widest = max(widest, 2 * module.in_features * module.out_features)
+    return held + 2 * widest
+
+
+def plan(
+    model: str | Path,
+    *,
+    gpu: str | None = None,
+    memory_gib: float | None = None,
+    lengths: Lengths | None = None,
+    **setting: Any,
+) -> Plan:
+    """Predict the memory of fine-tuning a model; nothing is loaded and no GPU is needed.
+
+    Args:
+        model: Hub id, directory, config.json or a short name (``shapes.SHAPES``).
+        gpu: A card's name (``gpus.GPUS``).
+        memory_gib: The memory of a card in GiB instead.
+        lengths: Tokens and examples; default: one example of 2,048 tokens.
+        setting: Fields of ``Setting``: storage, method, memory, ...
+
+    Raises:
+        InputError: the model, the card or the setting is not known or impossible.
+    """
+    card = Card.find(gpu, memory_gib)
+    if card is not None:
+        setting = {"bf16": card.bf16, **setting}
+    planner = Planner(read_config(model), card)
+    return planner.plan(Setting(**setting), lengths or Lengths())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to run the same training."""
+
+    setting: Setting
+    """What is trained and how."""
+    lengths: Lengths
+    """The batch, split into forward passes."""
+    cost: float
+    """Estimated time per token, relative to a forward and a backward pass without recomputation."""
+
+
+DEQUANTIZATION_TOKENS = {"nf4": 225, "fp4": 225, "int8": 120}
+"""Tokens whose arithmetic takes as long as dequantizing the weights once (an estimate for a card
+with 600 GB/s and 60 TFLOPS): small forward passes pay for it more often."""
+
+
+def estimated_cost(setting: Setting, lengths: Lengths) -> float:
+    """Return the time per token relative to one forward and one backward pass: an estimate.
+
+    Frozen matrices take one product in each pass; recomputation repeats forward passes.
+    """
+    memory = setting.memory
+    passes = 2.0
+    if memory.activation_checkpointing:
+        passes += 1 / memory.checkpoint_every
+    passes += 0.65 if memory.mlp_tokens else 0.0
+    passes += 0.1 if memory.offload_activations else 0.0
+    passes += 0.01 if memory.embedding_on_host else 0.0
+    tokens = lengths.batch_size * lengths.seq_len
+    return passes / 2 * (1 + DEQUANTIZATION_TOKENS.get(setting.storage, 0) / tokens)
+
+
+def memory_ladder(config: Any, seq_len: int, *, device_type: str) -> list[MemoryOptions]:
+    """Return ways to save memory, from none to all."""
+    untied = not getattr(config.get_text_config(), "tie_word_embeddings", False)
+    mlp_tokens = max(4096, seq_len // 8)
+    plain = MemoryOptions()
+    rungs = [plain]
+    for every in (4, 2, 1):
+        rungs.append(replace(plain, activation_checkpointing=True, checkpoint_every=every))
+    if seq_len > 2048:
+        rungs.append(replace(rungs[-1], mlp_tokens=mlp_tokens))
+    if device_type == "cuda":
+        rungs.append(replace(rungs[-1], offload_activations=True))
+        if untied:
+            rungs += [replace(rung, embedding_on_host=True) for rung in rungs]
+    return rungs
+
+
+def fit(
+    planner: Planner,
+    setting: Setting,
+    lengths: Lengths,
+    *,
+    storages: tuple[Any, ...] = (),
+    report: Callable[[str], None] = lambda _: None,
+) -> Candidate | None:
+    """Return the fastest way to run a training that the card holds; None if there is none.
+
+    The product of batch size and gradient accumulation stays, so what is learned does too.
+
+    Args:
+        planner: With a card.
+        setting: What is trained; its ways to save memory are chosen here.
+        lengths: The batch as asked for.
+        storages: Storages to choose among; default: the setting's own.
+        report: Told what is being tried.
+
+    Raises:
+        InputError: the planner has no card, or the setting is impossible.
+    """
+    card = planner.card
+    if card is None:
+        raise InputError("gpu must be given (or memory_gib) to fit into, got neither; give one")
+    best: Candidate | None = None
+    for candidate in _ways(planner.config, setting, lengths, storages):
+        held = planner.predictor(candidate.setting).base_bytes()
+        per_example = 0.0  # as far as larger forward passes have shown
+        for option in _split(candidate):
+            if best is not None and option.cost >= best.cost:
+                break
+            size = option.lengths.batch_size
+            if card.required_bytes(round(0.97 * (held + per_example * size))) > card.memory_bytes:
+                continue
+            report(describe(option))
+            peak = planner.training_peak_bytes(option.setting, option.lengths)
+            if card.required_bytes(peak) <= card.memory_bytes:
+                best = option
+                break
+            per_example = (peak - held) / size
+    return best
+
+
+def _ways(
+    config: Any, setting: Setting, lengths: Lengths, storages: tuple[Any, ...]
+) -> Iterator[Candidate]:
+    ladder = memory_ladder(config, lengths.seq_len, device_type=setting.device_type)
+    for storage in storages or (setting.storage,):
+        for memory in ladder:
+            way = replace(setting, storage=storage, memory=memory)
+            yield Candidate(setting=way, lengths=lengths, cost=estimated_cost(way, lengths))
+
+
+def _split(candidate: Candidate) -> Iterator[Candidate]:
+    """Yield the batch in ever smaller forward passes, the largest and fastest first."""
+    total = candidate.lengths.batch_size * candidate.lengths.gradient_accumulation
+    for size in range(candidate.lengths.batch_size, 0, -1):
+        if total % size == 0:
+            lengths = replace(
+                candidate.lengths, batch_size=size, gradient_accumulation=total // size
+            )
+            cost = estimated_cost(candidate.setting, lengths)
+            yield replace(candidate, lengths=lengths, cost=cost)
+
+
+def describe(candidate: Candidate) -> str:
+    """Return a candidate as flags of ``train``."""
+    memory, lengths = candidate.setting.memory, candidate.lengths
+    flags = [
+        f"--storage {candidate.setting.storage}",
+        f"--batch-size {lengths.batch_size}",
+        f"--gradient-accumulation {lengths.gradient_accumulation}",
+    ]
+    if memory.activation_checkpointing:
+        flags.append("--activation-checkpointing")
+        if memory.checkpoint_every > 1:
+            flags.append(f"--checkpoint-every {memory.checkpoint_every}")
+    if memory.offload_activations:
+        flags.append("--offload-activations")
+    if memory.mlp_tokens is not None:
+        flags.append(f"--mlp-tokens {memory.mlp_tokens}")
+    if memory.embedding_on_host:
+        flags.append("--embedding-on-host")
+    return " ".join(flags)
+
+
+def longest_seq_len(
+    planner: Planner,
+    setting: Setting,
+    *,
+    report: Callable[[str], None] = lambda _: None,
+    granularity: int = 64,
+) -> int:
+    """Return the longest example, batch size 1, that the card holds with every way to save memory.
+
+    Args:
+        planner: With a card.
+        setting: What is trained; its ways to save memory are replaced by all there are.
+        report: Told what is being tried.
+        granularity: The answer is a multiple of it, or the model's own limit of positions.
+
+    Returns:
+        Tokens; 0 if not even ``granularity`` tokens fit.
+    """
+    card = planner.card
+    assert card is not None
+    limit = int(getattr(planner.config.get_text_config(), "max_position_embeddings", 0) or 2**20)
+    known: dict[int, int] = {}
+
+    def spare(seq_len: int) -> int:
+        """Return the bytes that stay free (negative: that are missing)."""
+        if seq_len not in known:
+            report(f"{seq_len:,} tokens")
+            rungs = memory_ladder(planner.config, seq_len, device_type=setting.device_type)
+            way = replace(setting, memory=rungs[-1])
+            peak = planner.training_peak_bytes(way, Lengths(seq_len=seq_len))
+            known[seq_len] = card.memory_bytes - card.required_bytes(peak)
+        return known[seq_len]
+
+    low, high = granularity, limit - limit % granularity
+    if spare(low) < 0:
+        return 0
+    if high <= low or spare(high) >= 0:
+        return limit
+    while high - low > granularity:
+        width = high - low
+        # Memory grows almost linearly with the length, so the crossing is close to this.
+        share = spare(low) / (spare(low) - spare(high))
+        guess = low + round(width * share) // granularity * granularity
+        guess = min(high - granularity, max(low + granularity, guess))
+        for seq_len in (guess, guess + granularity, guess - granularity, (low + high) // 2):
+            seq_len -= seq_len % granularity
+            done = high - low <= width // 2 and seq_len != guess + granularity
+            if low < seq_len < high and not done:
+                if spare(seq_len) >= 0:
+                    low = seq_len
+                else:
+                    high = seq_len
+    return low

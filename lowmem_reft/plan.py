@@ -1,0 +1,315 @@
+"""``lowmem-reft plan``: does it fit, what would fit, and how long may the examples be?"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lowmem_reft.devices import DTYPES, resolve_compute_dtype, resolve_device
+from lowmem_reft.errors import InputError
+from lowmem_reft.memory.live import CATEGORIES
+from lowmem_reft.memory.plan import (
+    GIB,
+    Candidate,
+    Card,
+    Lengths,
+    Plan,
+    Planner,
+    describe,
+    fit,
+    longest_seq_len,
+    memory_ladder,
+    read_config,
+)
+from lowmem_reft.memory.predict import Setting
+from lowmem_reft.methods import find_method, parse_methods
+from lowmem_reft.positions import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lowmem_reft.options import LengthOptions, PlanOptions, TrainOptions
+    from lowmem_reft.training_card import TrainingCard
+
+CARD_SIZES_GIB = (8, 12, 16, 24, 48, 80)
+"""Cards of the table."""
+
+
+def run_plan(options: PlanOptions) -> dict[str, Any]:
+    """Predict, and with ``fit`` search; print the result on standard output.
+
+    Returns:
+        ``peak_bytes``, ``breakdown_bytes``, ``fits`` (None without a card) and what else
+        ``memory.plan.Plan.as_json`` gives; with ``fit`` also ``longest_seq_len``, ``train_flags``
+        (None if nothing fits); with ``table`` instead ``table``: a list with ``model``, ``method``
+        and ``longest_seq_len`` by card size.
+
+    Raises:
+        InputError: the model, the card or the setting is not known or impossible.
+    """
+    report = _reporter(quiet=options.quiet or options.json)
+    if options.table:
+        return _run_table(options, report)
+    card = Card.find(options.gpu, options.memory.memory_gib)
+    if options.fit and card is None:
+        raise InputError("gpu must be given with fit (or memory_gib), got neither; give one")
+    if card is not None and options.shape.device == "cpu":
+        card = replace(card, context_bytes=0)
+    planner = Planner(read_config(options.shape.model), card)
+    setting, lengths = setting_of(options, card), lengths_of(options.lengths)
+    chosen: Candidate | None = None
+    if options.fit:
+        chosen = fit(planner, setting, lengths, report=report)
+        if chosen is not None:
+            setting, lengths = chosen.setting, chosen.lengths
+    plan = planner.plan(setting, lengths)
+    result = plan.as_json()
+    console = Console(soft_wrap=True, highlight=False)
+    if not options.json:
+        _print_plan(console, options.shape.model, plan)
+    if options.fit:
+        longest = longest_seq_len(planner, setting, report=report)
+        result["longest_seq_len"] = longest
+        result["train_flags"] = None if chosen is None else describe(chosen)
+        if not options.json:
+            _print_fit(console, options, chosen, longest, plan)
+    return result
+
+
+def fit_into_memory(
+    options: TrainOptions, card: TrainingCard, examples: Sequence[dict[str, Any]]
+) -> TrainOptions:
+    """Choose how a training run fits into ``--memory-gib``, before anything is loaded.
+
+    Examples per optimizer step stay as they are, so what is learned does too.
+
+    Args:
+        options: The user's choice; without ``memory_gib`` it is returned as it is.
+        card: How the base is stored and computes.
+        examples: Tokenized rows, whose lengths decide.
+
+    Raises:
+        InputError: nothing fits; the message says by how much and what would help.
+    """
+    budget = options.memory.memory_gib
+    if budget is None:
+        return options
+    device = resolve_device(options.model.device)
+    dtype = resolve_compute_dtype(
+        card.storage if card.storage in DTYPES else card.compute_dtype, device
+    )
+    longest = max(len(example["input_ids"]) for example in examples)
+    setting = Setting(
+        storage=card.storage,
+        compute_dtype=next(name for name, value in DTYPES.items() if value == dtype),
+        method=options.method,
+        optim=options.optim.optim,
+        task_type=card.task_type,
+        num_labels=card.num_classes,
+        device_type=device.type,
+        bf16=device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0),
+    )
+    lengths = Lengths(
+        seq_len=longest,
+        response_len=max(_num_supervised(example["labels"]) for example in examples),
+        batch_size=options.optim.batch_size,
+        gradient_accumulation=options.optim.gradient_accumulation,
+    )
+    found = Card.find(memory_gib=budget)
+    assert found is not None
+    if device.type == "cpu":
+        found = replace(found, context_bytes=0)
+    planner = Planner(read_config(options.model.model), found)
+    chosen = fit(planner, setting, lengths)
+    if chosen is None:
+        raise InputError(_refusal(planner, setting, lengths, budget))
+    Console(stderr=True, soft_wrap=True, highlight=False, quiet=options.run.quiet).print(
+        f"to fit into {budget:g} GiB: {describe(chosen)}"
+    )
+    memory = replace(chosen.setting.memory, memory_gib=budget)
+    optim = replace(
+        options.optim,
+        batch_size=chosen.lengths.batch_size,
+        gradient_accumulation=chosen.lengths.gradient_accumulation,
+    )
+    return replace(options, memory=memory, optim=optim)
+
+
+def _num_supervised(labels: Any) -> int:
+    """Return the supervised tokens of an example; a class label counts as one."""
+    return sum(label != IGNORED_LABEL for label in labels) if isinstance(labels, list) else 1
+
+
+def _refusal(planner: Planner, setting: Setting, lengths: Lengths, budget: float) -> str:
+    """Say by how much a run misses its budget, and what would help."""
+    card = planner.card
+    assert card is not None
+    ladder = memory_ladder(planner.config, lengths.seq_len, device_type=setting.device_type)
+    smallest = replace(lengths, batch_size=1, gradient_accumulation=2)
+    needed = card.required_bytes(
+        planner.training_peak_bytes(replace(setting, memory=ladder[-1]), smallest)
+    )
+    longest = longest_seq_len(planner, setting)
+    helps = "choose a smaller model"
+    if longest:
+        helps = f"shorten the examples to --max-length {longest}, or {helps}"
+    elif setting.storage not in ("nf4", "fp4"):
+        helps = f"use --storage nf4, or {helps}"
+    return (
+        f"memory_gib must be at least {needed / GIB:.2f} for examples of {lengths.seq_len} tokens "
+        f"even one at a time and with every way to save memory, got {budget:g}; {helps}"
+    )
+
+
+def setting_of(options: PlanOptions, card: Card | None) -> Setting:
+    """Turn the options into what is predicted."""
+    shape = options.shape
+    compute_dtype = shape.compute_dtype
+    bf16 = card is None or card.bf16
+    if compute_dtype == "auto":
+        compute_dtype = "bf16" if bf16 and shape.device == "cuda" else "fp32"
+    storage = shape.storage or find_method(options.method.method).storage
+    return Setting(
+        storage=storage,
+        compute_dtype=storage if storage in ("bf16", "fp16", "fp32") else compute_dtype,
+        method=options.method,
+        memory=options.memory,
+        chunked_loss=options.loss == "chunked",
+        optim=options.optim,
+        task_type=shape.task_type,
+        num_labels=2 if shape.task_type == "SEQ_CLS" else None,
+        attn_implementation=shape.attn_implementation,
+        device_type=shape.device,
+        bf16=bf16,
+    )
+
+
+def lengths_of(options: LengthOptions) -> Lengths:
+    """Turn the options into lengths."""
+    return Lengths(
+        seq_len=options.seq_len,
+        response_len=options.response_len,
+        batch_size=options.batch_size,
+        gradient_accumulation=options.gradient_accumulation,
+        padded=False if options.unpadded else None,
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
+def _reporter(*, quiet: bool) -> Callable[[str], None]:
+    """Return what tells a person at a terminal what is being tried."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        return lambda _: None
+    return lambda text: console.print(f"trying {text}", style="dim", highlight=False)
+
+
+def gib(num_bytes: int) -> str:
+    """Return bytes as GiB with two decimals."""
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def _print_plan(console: Console, model: str, plan: Plan) -> None:
+    lengths = plan.lengths
+    console.print(
+        f"{model}, {plan.setting.method.method} on {plan.setting.storage}: "
+        f"{plan.num_trainable_params:,} trained parameters, "
+        f"{lengths.batch_size} × {lengths.seq_len:,} tokens per forward pass"
+    )
+    table = Table("category", "GiB", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for name in CATEGORIES:
+        if plan.breakdown_bytes.get(name):
+            table.add_row(name.replace("_", " "), f"{plan.breakdown_bytes[name] / GIB:.3f}")
+    table.add_row("peak of a training step", f"{plan.peak_bytes / GIB:.3f}", style="bold")
+    console.print(table)
+    console.print(f"the peak is at {plan.peak_place}")
+    peaks = {"loading": plan.loading_peak_bytes, "scoring choices": plan.evaluation_peak_bytes}
+    if plan.generation_peak_bytes is not None:
+        peaks[f"generating {lengths.max_new_tokens} tokens"] = plan.generation_peak_bytes
+    console.print("peaks elsewhere: " + ", ".join(f"{n} {gib(v)}" for n, v in peaks.items()))
+    if plan.host_bytes:
+        console.print(f"host memory for what was moved there: {gib(plan.host_bytes)}")
+    if plan.card is not None:
+        console.print(_verdict(plan, plan.card), style="bold green" if plan.fits else "bold red")
+
+
+def _verdict(plan: Plan, card: Card) -> str:
+    needs = f"{gib(plan.required_bytes)} with the driver's context and allocator gaps"
+    if plan.fits:
+        return f"fits: {card.name} has {gib(card.memory_bytes)}, this needs {needs}"
+    missing = gib(plan.required_bytes - card.memory_bytes)
+    return (
+        f"does not fit: {card.name} has {gib(card.memory_bytes)}, this needs {needs}: {missing} too"
+        " much; --fit looks for a setting that fits"
+    )
+
+
+def _print_fit(
+    console: Console, options: PlanOptions, chosen: Candidate | None, longest: int, plan: Plan
+) -> None:
+    assert plan.card is not None
+    if chosen is None:
+        console.print(
+            "no setting fits: not with every way to save memory and one example at a time; "
+            "shorten the examples, or choose a smaller model or a larger card",
+            style="bold red",
+        )
+    else:
+        console.print("the fastest setting that fits (speed is estimated):")
+        method = [
+            f"--{field.name.replace('_', '-')} {shlex.quote(str(value))}"
+            for field in fields(options.method)
+            if (value := getattr(options.method, field.name)) is not None
+        ]
+        console.print(
+            f"lowmem-reft train --model {shlex.quote(options.shape.model)} --data FILE.jsonl "
+            f"--max-length {chosen.lengths.seq_len} {' '.join(method)} {describe(chosen)} "
+            "--output-dir DIR",
+            style="bold",
+        )
+    console.print(
+        f"longest example on {plan.card.name}, one at a time and with every way to save memory: "
+        f"{longest:,} tokens"
+    )
+
+
+def _run_table(options: PlanOptions, report: Callable[[str], None]) -> dict[str, Any]:
+    """Find the longest context of every model with every method on every size of card."""
+    rows: list[dict[str, Any]] = []
+    models = [name.strip() for name in options.shape.model.split(",") if name.strip()]
+    specs = parse_methods(options.methods)
+    for model in models:
+        config = read_config(model)
+        for spec in specs:
+            shape = replace(options.shape, model=model, storage=spec.storage)
+            own = replace(options, shape=shape, method=spec.options)
+            planner, found = Planner(config), {}
+            for size in CARD_SIZES_GIB:
+                card = Card.find(memory_gib=size)
+                planner.card = card
+                found[str(size)] = longest_seq_len(planner, setting_of(own, card), report=report)
+            rows.append(
+                {
+                    "model": model,
+                    "method": spec.label,
+                    "storage": spec.storage,
+                    "longest_seq_len": found,
+                }
+            )
+    if not options.json:
+        table = Table("model", "method", "base", *(f"{size} GB" for size in CARD_SIZES_GIB))
+        for row in rows:
+            lengths = (row["longest_seq_len"][str(size)] for size in CARD_SIZES_GIB)
+            cells = (f"{length:,}" if length else "does not fit" for length in lengths)
+            table.add_row(row["model"], row["method"], row["storage"], *cells)
+        console = Console(soft_wrap=True)
+        console.print("longest example in tokens, one at a time, every way to save memory on:")
+        console.print(table)
+    return {"table": rows}

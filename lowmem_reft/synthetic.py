@@ -1,0 +1,210 @@
+"""Bases without a checkpoint: real classes and shapes, with no weights or random ones.
+
+Predictions run on the meta device; benchmarks of memory and speed need only shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from lowmem_reft.base import (
+    AUTO_CLASSES,
+    QUANTIZED,
+    freeze,
+    guard_linear4bit,
+    quantization_options,
+    set_labels,
+)
+from lowmem_reft.devices import DTYPES
+from lowmem_reft.options import Storage
+
+
+def base_on_meta(
+    config: Any,
+    *,
+    storage: Storage = "nf4",
+    compute_dtype: torch.dtype = torch.bfloat16,
+    task_type: str = "CAUSAL_LM",
+    num_labels: int | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Build what `load_base` would load, on the meta device: real classes and shapes, no weights.
+
+    Args:
+        config: The model's configuration (transformers).
+        storage: As in `load_base`.
+        compute_dtype: Arithmetic of the base; with nf4, fp4 or int8 storage not that of weights.
+        task_type: As in `load_base`.
+        num_labels: As in `load_base`.
+        attn_implementation: As in `load_base`.
+
+    Raises:
+        InputError: the architecture has no such task, or is unknown.
+    """
+    dtype = compute_dtype if storage in QUANTIZED else DTYPES[storage]
+    set_labels(config, task_type, num_labels)
+    options = quantization_options("config", config, storage, dtype, task_type)
+    chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.device("meta"):
+        base: Any = AUTO_CLASSES[task_type].from_config(config, dtype=dtype, **chosen)
+    quantization = options.get("quantization_config")
+    if quantization is not None:
+        quantizer = AutoHfQuantizer.from_config(quantization)
+        quantizer.preprocess_model(model=base, device_map={"": "cpu"})
+        for module in base.modules():
+            if isinstance(module, Linear4bit):
+                _quantize_4bit_on_meta(module, storage, dtype)
+            elif isinstance(module, Linear8bitLt):
+                _quantize_8bit_on_meta(module)
+    guard_linear4bit(base)
+    freeze(base, task_type)
+    base.eval()
+    return cast(PreTrainedModel, base)
+
+
+def _quantize_4bit_on_meta(module: Linear4bit, storage: str, dtype: torch.dtype) -> None:
+    """Give a layer on the meta device the storages that quantizing it would make."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    num_weights, fp32 = module.in_features * module.out_features, torch.float32
+    num_blocks = -(-num_weights // 64)
+    absmax = QuantState(
+        absmax=empty(-(-num_blocks // 256), dtype=fp32),
+        code=empty(256, dtype=fp32),
+        blocksize=256,
+        dtype=fp32,
+    )
+    state = QuantState(
+        absmax=empty(num_blocks, dtype=torch.uint8),
+        shape=torch.Size((module.out_features, module.in_features)),
+        code=empty(16, dtype=fp32),
+        blocksize=64,
+        quant_type=storage,
+        dtype=dtype,
+        offset=empty(dtype=fp32),
+        state2=absmax,
+    )
+    module.weight = Params4bit(
+        empty(-(-num_weights // 2), 1, dtype=torch.uint8),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=64,
+        compress_statistics=True,
+        quant_type=storage,
+        module=module,
+        bnb_quantized=True,
+    )
+    module.quant_state = state
+
+
+def _quantize_8bit_on_meta(module: Linear8bitLt) -> None:
+    rows, columns = module.weight.shape
+    values = torch.empty(rows, columns, dtype=torch.int8, device="meta")
+    scales = torch.empty(rows, dtype=torch.float32, device="meta")
+    module.weight = Int8Params(values, requires_grad=False, CB=values, SCB=scales)
+    module.state.CB, module.state.SCB = values, scales
+
+
+def base_with_random_weights(
+    config: Any, *, device: torch.device, seed: int = 0, **options: Any
+) -> PreTrainedModel:
+    """Build a base on a device with random weights, quantized ones drawn as they are stored.
+
+    Nothing is ever there in full precision, so a base of any size takes what it takes when loaded.
+    Outputs mean nothing, but are finite: memory and speed are those of a real checkpoint.
+
+    Args:
+        config: The model's configuration (transformers).
+        device: Where the weights go.
+        seed: Of the weights.
+        options: As in `base_on_meta`.
+
+    Raises:
+        InputError: the architecture has no such task, or is unknown.
+    """
+    base = base_on_meta(config, **options)
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            _fill_4bit(module, device, generator)
+        elif isinstance(module, Linear8bitLt):
+            _fill_8bit(module, device, generator)
+    tied: dict[int, nn.Parameter] = {}
+    for module in base.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in tied:
+                    tied[id(parameter)] = _random_parameter(name, parameter, device, generator)
+                module._parameters[name] = tied[id(parameter)]
+    _fill_buffers(base, device)
+    return base
+
+
+def _random_parameter(
+    name: str, parameter: nn.Parameter, device: torch.device, generator: torch.Generator
+) -> nn.Parameter:
+    values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    if values.ndim >= 2:
+        values.normal_(std=0.02, generator=generator)
+    else:  # of a norm, or a bias
+        values.fill_(0.0 if name == "bias" else 1.0)
+    return nn.Parameter(values, requires_grad=False)
+
+
+def _fill_buffers(base: PreTrainedModel, device: torch.device) -> None:
+    """Compute buffers such as rotary frequencies where they belong, as loading does."""
+    initialize: Any = base._init_weights
+    for module in base.modules():
+        held = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+        for name, buffer in held.items():
+            if buffer.is_meta:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+        if held and not any(True for _ in module.parameters(recurse=False)):
+            with torch.no_grad():
+                initialize(module)
+
+
+def _random_bytes(
+    shape: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    low, high = (-127, 128) if dtype == torch.int8 else (0, 256)
+    return torch.randint(low, high, shape, dtype=dtype, device=device, generator=generator)
+
+
+def _fill_4bit(module: Linear4bit, device: torch.device, generator: torch.Generator) -> None:
+    weight = module.weight
+    state = weight.quant_state
+    nested = state.state2
+    state.absmax = _random_bytes(state.absmax.shape, torch.uint8, device, generator)
+    state.code = get_4bit_type(state.quant_type, device=device)
+    state.offset = torch.tensor(0.02, device=device)
+    nested.absmax = torch.full(nested.absmax.shape, 0.01, device=device)
+    nested.code = create_dynamic_map().to(device)
+    packed = _random_bytes(weight.shape, torch.uint8, device, generator)
+    module.weight = Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=True,
+        quant_type=state.quant_type,
+        module=module,
+        bnb_quantized=True,
+    )
+    module.quant_state = state
+
+
+def _fill_8bit(module: Linear8bitLt, device: torch.device, generator: torch.Generator) -> None:
+    values = _random_bytes(module.weight.shape, torch.int8, device, generator)
+    scales = torch.full((values.shape[0],), 0.05, device=device)
+    module.weight = Int8Params(values, requires_grad=False, CB=values, SCB=scales)
+    module.state.CB, module.state.SCB = values, scales
