@@ -23,7 +23,7 @@ def prepare_step(spec: StepSpec) -> tuple[dict[str, Any], Callable[[], dict[str,
     from peft import LoraConfig, PeftConfig, get_peft_model
 
     import lowmem_reft
-    from lowmem_reft.loss import supervised_head_arguments
+    from lowmem_reft.loss import use_chunked_loss
 
     torch.manual_seed(0)
     batch = load_batch(spec)
@@ -44,10 +44,10 @@ def prepare_step(spec: StepSpec) -> tuple[dict[str, Any], Callable[[], dict[str,
         )
     model = get_peft_model(base, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    inputs = dict(batch)
+
     if spec.supervised_head:
-        inputs |= supervised_head_arguments(model, batch["labels"])
-    step_facts, sample = training_step(lambda: model(**inputs), trained, batch)
+        use_chunked_loss(model)
+    step_facts, sample = training_step(lambda: model(**batch), trained, batch)
     return facts | step_facts, sample
 
 

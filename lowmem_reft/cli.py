@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import tyro
 
@@ -39,12 +40,7 @@ from lowmem_reft.options import (
 )
 
 Options = (
-    TrainOptions
-    | EvaluateOptions
-    | GenerateOptions
-    | CompareOptions
-    | PlanOptions
-    | ProfileOptions
+    TrainOptions | EvaluateOptions | GenerateOptions | CompareOptions | PlanOptions | ProfileOptions
 )
 
 _Commands = (
@@ -180,10 +176,26 @@ def _quieten_libraries(*, no_bars: bool) -> None:
 
 def _handler(options: Options) -> Callable[[Options], dict[str, Any]]:
     module, function = _HANDLERS[type(options)]
+    if isinstance(options, PlanOptions):
+        _import_bitsandbytes_without_compiler()
     handler: Callable[[Options], dict[str, Any]] = getattr(
         importlib.import_module(f"lowmem_reft.{module}"), function
     )
     return handler
+
+
+def _import_bitsandbytes_without_compiler() -> None:
+    """Import bitsandbytes without torch's compiler, which takes longer to import than a plan takes.
+
+    bitsandbytes wraps its CPU optimizers in ``torch.compile`` at import; a plan runs none of them.
+    """
+    import torch
+
+    def leave(function: Any = None, **_options: Any) -> Any:
+        return leave if function is None else function
+
+    with mock.patch.object(torch, "compile", leave):
+        importlib.import_module("bitsandbytes")
 
 
 @contextlib.contextmanager

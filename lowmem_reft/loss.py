@@ -17,7 +17,6 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -188,20 +187,25 @@ def use_chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> Head 
     """
     base: Any = base_of(model)
     head = find_head(base)
-    if head is None and label_smoothing:
+    if head is None:
+        _refuse_smoothing(base, label_smoothing)
+    if not hasattr(base, "_forward_with_logits"):
+        base._forward_with_logits = base.forward
+    # Not a bound method, whose signature would lose the first argument: trainers and tuners read it.
+    base.forward = functools.wraps(base._forward_with_logits)(
+        functools.partial(
+            _training_forward, base, recognized=head is not None, label_smoothing=label_smoothing
+        )
+    )
+    return head
+
+
+def _refuse_smoothing(base: Any, label_smoothing: float) -> None:
+    if label_smoothing:
         raise InputError(
             f"label_smoothing must be 0 for {type(base).__name__}, whose head is not a frozen "
             f"linear layer that is known here, got {label_smoothing!r}; leave it out"
         )
-    if not hasattr(base, "_forward_with_logits"):
-        base._forward_with_logits = base.forward
-    forward = functools.wraps(base._forward_with_logits)(
-        functools.partial(
-            _training_forward, recognized=head is not None, label_smoothing=label_smoothing
-        )
-    )
-    base.forward = MethodType(forward, base)
-    return head
 
 
 def find_head(base: Any) -> Head | None:
@@ -216,7 +220,7 @@ def find_head(base: Any) -> Head | None:
     probe = torch.linspace(-40, 40, 24).view(1, 3, 8)
     try:
         logits = _logits_after_head(base, base.get_output_embeddings(), probe)
-    except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, StopIteration):
         return None
     same = logits.shape == probe.shape and torch.allclose(logits.float(), head.transform(probe))
     return head if same else None
@@ -278,8 +282,11 @@ class _Constant(nn.Module):
             return self  # a part of the backbone that is called by itself, as OPT's decoder
 
 
-class _HeadReached(BaseException):
-    """Carries the hidden vectors out of a forward pass that has come to its head."""
+class _HeadReached(Exception):  # noqa: N818 - nothing is wrong
+    """Carries the hidden vectors out of a forward pass that has come to its head.
+
+    An ``Exception``, so that torch still runs the hooks that were asked to run always.
+    """
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -297,6 +304,7 @@ def _training_forward(
         return plain(*args, **kwargs)
     head = _describe_head(self) if recognized else None
     if head is None:
+        _refuse_smoothing(self, label_smoothing)
         return plain(*args, **kwargs, **supervised_head_arguments(self, labels))
     num_items = kwargs.pop("num_items_in_batch", None)
     hidden = _hidden_before_head(self, lambda: plain(*args, **{**kwargs, "labels": None}))
@@ -330,7 +338,7 @@ def _hidden_before_head(base: Any, run: Callable[[], Any]) -> Tensor:
 def response_log_likelihood(
     model: Any, batch: dict[str, Tensor], *, chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[Tensor, list[int]]:
-    """Return the summed log-likelihood of the supervised tokens of each example, (batch,), and their numbers.
+    """Return each example's summed log-likelihood of supervised tokens, (batch,), and their number.
 
     Only supervised tokens get logits, at most ``chunk_bytes`` of them at once; a model whose head
     is not recognized gives those of the last positions of the batch, which is left-padded.

@@ -14,7 +14,7 @@ from rich.table import Table
 from lowmem_reft.devices import DTYPES, resolve_compute_dtype, resolve_device
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.live import CATEGORIES
-from lowmem_reft.memory.plan import (
+from lowmem_reft.memory.planner import (
     GIB,
     Candidate,
     Card,
@@ -46,9 +46,9 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
 
     Returns:
         ``peak_bytes``, ``breakdown_bytes``, ``fits`` (None without a card) and what else
-        ``memory.plan.Plan.as_json`` gives; with ``fit`` also ``longest_seq_len``, ``train_flags``
-        (None if nothing fits); with ``table`` instead ``table``: a list with ``model``, ``method``
-        and ``longest_seq_len`` by card size.
+        ``memory.planner.Plan.as_json`` gives; with ``fit`` also ``longest_seq_len`` and
+        ``train_flags`` (None if nothing fits); with ``table`` instead ``table``: a list with
+        ``model``, ``method`` and ``longest_seq_len`` by card size.
 
     Raises:
         InputError: the model, the card or the setting is not known or impossible.

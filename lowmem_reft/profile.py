@@ -11,14 +11,14 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.base import load_base, load_config
-from lowmem_reft.blocks import base_of, device_of, find_blocks
+from lowmem_reft.base import load_base
+from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.devices import DTYPES, resolve_compute_dtype, resolve_device
 from lowmem_reft.errors import InputError
 from lowmem_reft.loss import use_chunked_loss
-from lowmem_reft.memory.live import CATEGORIES, LiveMemory, label_gradients, label_model, track
+from lowmem_reft.memory.live import CATEGORIES, LiveMemory, label_model, track
 from lowmem_reft.memory.measure import Measured, measure
-from lowmem_reft.memory.plan import GIB, Card, Planner, read_config
+from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.methods import build_peft_config, find_method
@@ -50,7 +50,12 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
     planner = Planner(config, Card(name="", memory_bytes=0))
     predicted = planner.plan(setting, lengths)
     timeline = planner.timeline(setting, lengths)
-    model = _load(options, setting, config, device)
+    model = build_model(
+        config if options.random_weights else options.model.model,
+        setting,
+        device,
+        random_weights=options.random_weights,
+    )
     padded = lengths.batch_size > 1 if lengths.padded is None else lengths.padded
     batch = make_batch(
         lengths.batch_size,
@@ -65,14 +70,14 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
     warm_up(model, optimizer)
     accumulation = lengths.gradient_accumulation
     step = partial(training_step, model, batch, optimizer, micro_batches=accumulation)
-    step(_NoCount())  # kernels are chosen and caches filled in the first one
+    step()  # kernels are chosen and caches filled in the first one
     measured, held = _measure(device, model, optimizer, batch, step)
     with track(device.type, model=base_of(model), keep_timeline=True) as live:
         for value in batch.values():
             live.add(value, "inputs")
         label_model(live, model)
         live.reset_peak()
-        step(live)
+        step(memory=live)
     result = {
         "predicted_peak_bytes": predicted.peak_bytes,
         "measured_peak_bytes": measured.allocated_bytes + held,
@@ -95,12 +100,6 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
     return result
 
 
-class _NoCount:
-    """Takes the phases of a step that nobody counts."""
-
-    phase = ""
-
-
 def _setting(options: ProfileOptions, device: torch.device) -> Setting:
     storage = options.model.storage or find_method(options.method.method).storage
     plain = storage if storage in DTYPES else options.model.compute_dtype
@@ -117,32 +116,45 @@ def _setting(options: ProfileOptions, device: torch.device) -> Setting:
     )
 
 
-def _load(options: ProfileOptions, setting: Setting, config: Any, device: torch.device) -> Any:
-    if options.random_weights:
+def build_model(model: Any, setting: Setting, device: torch.device, *, random_weights: bool) -> Any:
+    """Load or make up a base, and put on it what the setting names.
+
+    Args:
+        model: Configuration for random weights, else hub id or directory.
+        setting: What is trained and how.
+        device: Where.
+        random_weights: Make weights up.
+
+    Raises:
+        InputError: the model cannot be loaded, or does not go with the setting.
+    """
+    dtype = DTYPES[setting.compute_dtype]
+    if random_weights:
         base: Any = base_with_random_weights(
-            config,
+            model,
             device=device,
             storage=setting.storage,
-            compute_dtype=DTYPES[setting.compute_dtype],
+            compute_dtype=dtype,
             task_type=setting.task_type,
+            attn_implementation=setting.attn_implementation,
         )
     else:
-        load_config(options.model.model)  # a config.json or a short name has no weights
         base = load_base(
-            options.model.model,
+            model,
             storage=setting.storage,
-            compute_dtype=setting.compute_dtype,
+            compute_dtype=dtype,
             device=device,
             task_type=setting.task_type,
+            attn_implementation=setting.attn_implementation,
         )
     adapter = build_peft_config(
         setting.method, task_type=setting.task_type, num_layers=len(find_blocks(base)[1])
     )
-    model: Any = get_peft_model(base, adapter)
-    save_memory(model, setting.memory)
+    adapted: Any = get_peft_model(base, adapter)
+    save_memory(adapted, setting.memory)
     if setting.chunked_loss and setting.task_type == "CAUSAL_LM":
-        use_chunked_loss(model)
-    return model
+        use_chunked_loss(adapted)
+    return adapted
 
 
 def _measure(
@@ -153,7 +165,7 @@ def _measure(
     step: Any,
 ) -> tuple[Measured, int]:
     """Return what the allocator saw, and on a CPU the bytes that were there before."""
-    measured = measure(device, lambda: step(_NoCount()))
+    measured = measure(device, step)
     if device.type == "cuda":
         return measured, 0
     held = LiveMemory(device.type)
@@ -222,5 +234,7 @@ def _print(result: dict[str, Any]) -> None:
     console.print(f"the peak is at {result['peak_place']}")
     console.print("largest storages made by the step:")
     for block in result["largest"][:10]:
-        console.print(f"  {block['bytes'] / 2**20:10,.1f} MiB  {block['category']}  {block['place']}")
+        console.print(
+            f"  {block['bytes'] / 2**20:10,.1f} MiB  {block['category']}  {block['place']}"
+        )
     console.print(f"timeline: {result['png']}" + (f", {result['html']}" if result["html"] else ""))

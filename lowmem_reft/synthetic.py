@@ -181,7 +181,7 @@ def _random_bytes(
 
 
 def _fill_4bit(module: Linear4bit, device: torch.device, generator: torch.Generator) -> None:
-    weight = module.weight
+    weight: Any = module.weight
     state = weight.quant_state
     nested = state.state2
     state.absmax = _random_bytes(state.absmax.shape, torch.uint8, device, generator)

@@ -1,6 +1,6 @@
 """Counts live tensor storages while code runs: what a device has to hold, by category and line.
 
-Works on any device type, the meta device included, which is how a peak is predicted (``plan.py``).
+Works on any device type; on the meta device it is how a peak is predicted (``predict.py``).
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class LiveMemory(TorchDispatchMode):
         self.current_bytes = 0
         self.by_category: Counter[str] = Counter()
         self.phase = "forward"
+        """What runs outside backward passes: ``forward`` or ``optimizer``."""
         self.peak = Peak(0, {}, None, [])
         self.timeline: list[tuple[str, dict[str, int]]] = []
         """(phase, bytes by category) after every change, if it is kept."""
@@ -174,7 +175,7 @@ class LiveMemory(TorchDispatchMode):
         self.current_bytes += change
         self.by_category[block.category] += change
         if self._keep_timeline and change:
-            self.timeline.append((self.phase, dict(self.by_category)))
+            self.timeline.append((self._current_phase(), dict(self.by_category)))
 
     def _note_peak(self, place: Place | None) -> None:
         breakdown = {name: size for name, size in self.by_category.items() if size}
@@ -235,11 +236,14 @@ class LiveMemory(TorchDispatchMode):
             return "workspace"
         return "activations"
 
+    def _current_phase(self) -> str:
+        if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+            return self.phase
+        return "recompute" if torch.is_grad_enabled() else "backward"
+
     def _place(self, func: Any) -> Place:
         line, module = _caller(sys._getframe(2), self._names)
-        phase = self.phase
-        if phase == "backward" and torch.is_grad_enabled():
-            phase = "recompute"
+        phase = self._current_phase()
         number = torch._C._autograd._get_sequence_nr()
         if phase != "backward":
             self._lines_of_nodes[number - 1] = (line, module)
@@ -263,7 +267,7 @@ def _caller(frame: FrameType | None, names: dict[int, str]) -> tuple[str, str]:
         if names and frame.f_code.co_varnames[:1] == ("self",):
             owner = frame.f_locals.get("self")
             module = names.get(id(owner), "")
-        if path.endswith(("/memory/step.py", "/memory/plan.py")):
+        if path.endswith(("/memory/step.py", "/memory/planner.py")):
             break
         frame = frame.f_back
     return line, module

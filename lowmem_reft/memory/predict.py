@@ -15,7 +15,6 @@ import torch
 from peft import get_peft_model
 from transformers import DynamicCache
 
-from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.devices import DTYPES
 from lowmem_reft.errors import InputError
@@ -25,6 +24,7 @@ from lowmem_reft.memory.live import LiveMemory, label_gradients, label_model
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.methods import build_peft_config
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
+from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.techniques import HostEmbedding, save_memory
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Predictor:
         try:
             with kernels.imitated(), memory:
                 training_step(
-                    self.model, batch, self._optimizer, memory, micro_batches=micro_batches
+                    self.model, batch, self._optimizer, memory=memory, micro_batches=micro_batches
                 )
         finally:
             for handle in handles:

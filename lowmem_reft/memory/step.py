@@ -44,12 +44,12 @@ def training_step(
     model: nn.Module,
     batch: dict[str, Any],
     optimizer: torch.optim.Optimizer,
-    memory: LiveMemory,
     *,
+    memory: LiveMemory | None = None,
     micro_batches: int = 1,
     max_grad_norm: float = 1.0,
 ) -> None:
-    """Run one optimizer step as the Trainer does, telling ``memory`` the phase.
+    """Run one optimizer step as the Trainer does, telling ``memory``, if it counts, the phase.
 
     Args:
         model: in training mode.
@@ -61,12 +61,13 @@ def training_step(
         max_grad_norm: gradients are clipped to this norm.
     """
     for _ in range(min(2, micro_batches)):
-        memory.phase = "forward"
+        if memory is not None:
+            memory.phase = "forward"
         loss = model(**batch).loss / micro_batches
-        memory.phase = "backward"
         loss.backward()
         del loss
-    memory.phase = "optimizer"
+    if memory is not None:
+        memory.phase = "optimizer"
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)
     optimizer.step()

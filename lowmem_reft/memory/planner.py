@@ -79,7 +79,7 @@ class Card:
 
     def required_bytes(self, peak_bytes: int) -> int:
         """Return what must be free on the card for a peak of tensors: context and gaps included."""
-        return round(peak_bytes * (1 + FRAGMENTATION)) + self.context_bytes
+        return int(peak_bytes * (1 + FRAGMENTATION)) + self.context_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +160,7 @@ def read_config(model: str | Path) -> Any:
     if named is not None:
         return named
     path = Path(model)
-    if path.suffix == ".json":
-        config = _read_config_file(path)
-    else:
-        config = load_config(model)
+    config = _read_config_file(path) if path.suffix == ".json" else load_config(model)
     text = config.get_text_config()
     missing = [
         name
