@@ -214,6 +214,23 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReuseOptions:
+    """What is constant is computed once and stored."""
+
+    reuse: Literal["auto", "off", "prefix", "trunk"] = "auto"
+    """trunk: store what leaves the blocks below the first trained one; prefix: also keys and values
+    of the tokens before the first edit; auto: what saves time; off: neither."""
+    reuse_dir: Path | None = None
+    """Directory of stores, which runs share; default: reuse in --output-dir."""
+    reuse_limit_gib: float | None = 20.0
+    """Most that one store may take on the disk."""
+
+    def __post_init__(self) -> None:
+        """Check the limit."""
+        check_positive(reuse_limit_gib=self.reuse_limit_gib)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Where the run writes and what it says."""
 
@@ -250,6 +267,7 @@ class TrainOptions:
     method: MethodOptions = field(default_factory=MethodOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
+    reuse: ReuseOptions = field(default_factory=ReuseOptions)
     run: RunOptions
 
 

@@ -84,14 +84,21 @@ def chunk_mlps(model: Any, num_tokens: int) -> None:
 def _forward_in_chunks(self: Any, hidden: Tensor, *, num_tokens: int) -> Tensor:
     """Stand in for an MLP's forward; ``hidden`` is (batch, seq, hidden)."""
     plain = self._forward_of_all_tokens
-    length = max(1, num_tokens // hidden.shape[0])
-    if hidden.ndim != 3 or hidden.shape[1] <= length:
+    if hidden.ndim != 3 or hidden.shape[0] * hidden.shape[1] <= num_tokens:
         out: Tensor = plain(hidden)
         return out
-    parts = hidden.split(length, dim=1)
+    # As one example: parts are contiguous, which some layers ask for (GPT-2's Conv1D).
+    parts = hidden.flatten(0, 1)[None].split(num_tokens, dim=1)
     if torch.is_grad_enabled():
-        return torch.cat([checkpoint(plain, part, use_reentrant=False) for part in parts], dim=1)
-    return torch.cat([plain(part) for part in parts], dim=1)
+        outputs = [checkpoint(plain, part, use_reentrant=False) for part in parts]
+    else:
+        outputs = [plain(part) for part in parts]
+    if not isinstance(outputs[0], Tensor):  # routers of some mixtures of experts
+        raise InputError(
+            f"mlp_tokens must be left out for {type(self).__name__}, which returns more than "
+            f"hidden vectors, got {num_tokens!r}; leave it out"
+        )
+    return torch.cat(outputs, dim=1).view_as(hidden)
 
 
 class HostEmbedding(nn.Module):

@@ -32,6 +32,8 @@ from lowmem_reft.data import (
 )
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, check_rows, score
+from lowmem_reft.frozen.reuse import Reuse, prepare
+from lowmem_reft.frozen.trainer import INDEX, IndexCollator, ReuseTrainer
 from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.memory import peak_rss_bytes, track
 from lowmem_reft.methods import build_peft_config, find_method, resolve_learning_rate
@@ -56,7 +58,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         ``num_trainable_params``, ``trainable_percent``, ``num_steps``, ``step_time_s`` (median),
         ``tokens_per_s``, ``peak_bytes`` (live storages of a step on the longest examples; on CUDA
         the most that was allocated), ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the
-        process), ``loss_history`` ([step, loss] pairs), ``num_cut_prompts``, ``versions`` and, with
+        process), ``loss_history`` ([step, loss] pairs), ``num_cut_prompts``, ``reuse`` (the mode
+        used), ``store_bytes``, ``build_time_s``, ``versions`` and, with
         ``eval_data``, ``eval_accuracy`` and ``eval``.
 
     Raises:
@@ -136,16 +139,25 @@ def fit(
     """
     device = device_of(model)
     watch = _StepWatch(device)
-    collator = Collator(tokenizer)
+    collator: Any = Collator(tokenizer)
+    reuse = _prepare_reuse(model, collator, encoded, options)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    trainer = Trainer(
-        model=model,
-        args=_training_arguments(options),
-        train_dataset=encoded.examples,
-        data_collator=collator,
-        callbacks=[watch],
-    )
+    arguments: dict[str, Any] = {
+        "model": model,
+        "args": _training_arguments(options),
+        "train_dataset": encoded.examples,
+        "data_collator": collator,
+        "callbacks": [watch],
+    }
+    if reuse is None:
+        trainer = Trainer(**arguments)
+    else:
+        arguments["train_dataset"] = [
+            {**example, INDEX: index} for index, example in enumerate(encoded.examples)
+        ]
+        arguments["data_collator"] = IndexCollator(collator)
+        trainer = ReuseTrainer(**arguments, reuse=reuse)
     with _stop_at_a_step(watch):
         outcome = trainer.train(resume_from_checkpoint=_checkpoint(options))
     if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
@@ -175,7 +187,33 @@ def fit(
         "num_examples": len(encoded.examples),
         "num_cut_prompts": encoded.num_cut_prompts,
         "num_cut_tokens": encoded.num_cut_tokens,
+        "reuse": "off" if reuse is None else reuse.mode,
+        "store_bytes": 0 if reuse is None else reuse.layout.total_bytes,
+        "build_time_s": 0.0 if reuse is None else reuse.build_time_s,
     }
+
+
+def _prepare_reuse(
+    model: PeftModel, collator: Collator, encoded: EncodedRows, options: TrainOptions
+) -> Reuse | None:
+    """Store what is constant, or say why nothing is."""
+    chosen, optim = options.reuse, options.optim
+    device = device_of(model)
+    first = encoded.examples[: optim.batch_size]
+    epochs = optim.epochs
+    if optim.max_steps > 0:
+        per_step = optim.batch_size * optim.gradient_accumulation
+        epochs = optim.max_steps * per_step / len(encoded.examples)
+    limit = chosen.reuse_limit_gib
+    return prepare(
+        model,
+        encoded.examples,
+        {key: value.to(device) for key, value in collator(first).items()},
+        mode=chosen.reuse,
+        root=chosen.reuse_dir or options.run.output_dir / "reuse",
+        limit_bytes=None if limit is None else round(limit * 2**30),
+        epochs=epochs,
+    )
 
 
 def _training_card(options: TrainOptions, rows: list[Row]) -> TrainingCard:

@@ -1,0 +1,366 @@
+"""The prediction on the meta device against what the allocator sees when the step really runs."""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from torch import Tensor, nn
+
+import lowmem_reft as lr
+from lowmem_reft import InputError
+from lowmem_reft.loss import use_chunked_loss
+from lowmem_reft.memory.live import CATEGORIES
+from lowmem_reft.memory.predict import Predictor, Setting
+from lowmem_reft.memory.step import make_batch, training_step, warm_up
+from lowmem_reft.methods import build_peft_config
+from lowmem_reft.options import MemoryOptions, MethodOptions
+from lowmem_reft.techniques import save_memory
+
+VOCAB, NUM_LAYERS, RESPONSE = 2048, 4, 64
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 256,
+    "n_layer": NUM_LAYERS,
+    "n_head": 8,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**COMMON),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2),
+    "gemma2": lambda: transformers.Gemma2Config(**COMMON, head_dim=32),
+}
+METHODS = {
+    "f7+l7": MethodOptions(method="loreft", positions="f7+l7"),
+    "all": MethodOptions(method="loreft", positions="all"),
+    "qlora": MethodOptions(method="qlora"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of the comparison."""
+
+    name: str
+    storage: str
+    compute_dtype: str
+    method: str
+    memory: MemoryOptions
+    batch_size: int
+    seq_len: int
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(
+            storage=self.storage,  # type: ignore[arg-type]
+            compute_dtype=self.compute_dtype,
+            method=METHODS[self.method],
+            memory=self.memory,
+            device_type="cpu",
+        )
+
+    def predictor(self) -> Predictor:
+        return Predictor(CONFIGS[self.name](), self.setting)
+
+    def __str__(self) -> str:
+        memory = self.memory
+        ways = [
+            "checkpointing" if memory.activation_checkpointing else "",
+            f"every{memory.checkpoint_every}" if memory.checkpoint_every > 1 else "",
+            f"mlp{memory.mlp_tokens}" if memory.mlp_tokens else "",
+        ]
+        parts = (self.name, self.storage, self.compute_dtype, self.method, *filter(None, ways))
+        return "-".join((*parts, f"{self.batch_size}x{self.seq_len}"))
+
+
+def case(words: str, **memory: Any) -> Case:
+    """Read "llama nf4 fp32 f7+l7 ckpt 1x512"; keywords are options of MemoryOptions."""
+    name, storage, compute_dtype, method, *ckpt, shape = words.split()
+    batch_size, seq_len = map(int, shape.split("x"))
+    options = MemoryOptions(activation_checkpointing=bool(ckpt), **memory)
+    return Case(name, storage, compute_dtype, method, options, batch_size, seq_len)
+
+
+CASES = [
+    case("llama nf4 fp32 f7+l7 1x512"),
+    case("llama nf4 bf16 all ckpt 4x128"),
+    case("llama fp32 fp32 qlora ckpt 1x512"),
+    case("llama int8 fp32 qlora 4x128"),
+    case("llama int8 fp32 f7+l7 ckpt 4x128"),
+    case("llama nf4 bf16 qlora ckpt 4x128"),
+    case("gpt2 nf4 bf16 f7+l7 ckpt 1x512"),
+    case("gpt2 nf4 fp32 qlora 4x128"),
+    case("gpt2 fp32 fp32 all 1x512"),
+    case("gpt2 int8 fp32 all ckpt 4x128"),
+    case("gpt2 nf4 bf16 qlora ckpt 1x512"),
+    case("gemma2 nf4 bf16 all 1x512"),
+    case("gemma2 nf4 fp32 f7+l7 ckpt 4x128"),
+    case("gemma2 fp32 fp32 f7+l7 4x128"),
+    case("gemma2 int8 fp32 all ckpt 4x128"),
+    case("gemma2 nf4 fp32 qlora ckpt 1x512"),
+    case("llama nf4 bf16 f7+l7 ckpt 4x128", checkpoint_every=2),
+    case("llama nf4 fp32 all ckpt 4x128", mlp_tokens=100),
+    case("gpt2 nf4 fp32 f7+l7 1x512", mlp_tokens=100),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of random fp32 models; only read."""
+    directories = {}
+    for name, config in CONFIGS.items():
+        directories[name] = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config()).save_pretrained(directories[name])
+    return directories
+
+
+@pytest.fixture
+def load(checkpoints: dict[str, Path]) -> Callable[[Case], Any]:
+    """Return what loads the base of a case."""
+
+    def load_base(case: Case) -> Any:
+        return lr.load_base(
+            checkpoints[case.name],
+            storage=case.storage,
+            compute_dtype=case.compute_dtype,
+            device="cpu",
+        )
+
+    return load_base
+
+
+# The independent measure.
+
+
+def attached_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    """Yield what lies in memory before a step: weights with their constants, adapter, optimizer."""
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
+                yield from _constants(tensor)
+        state = vars(module).get("state")
+        yield from _constants(state)
+    for values in optimizer.state.values():
+        yield from (value for value in values.values() if isinstance(value, Tensor))
+
+
+def _constants(holder: Any) -> Iterable[Tensor]:
+    """Yield the constants of quantization: absmax and code books, or row scales."""
+    state = getattr(holder, "quant_state", None)
+    while state is not None:
+        held = (state.absmax, state.code, state.offset)
+        yield from (tensor for tensor in held if isinstance(tensor, Tensor))
+        state = state.state2
+    scales = getattr(holder, "SCB", None)
+    if isinstance(scales, Tensor):
+        yield scales
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the tensors' storages, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def measured_peak_bytes(case: Case, base: Any) -> int:
+    """Run the step under torch's profiler and add up the events of the allocator."""
+    adapter = build_peft_config(case.setting.method, task_type="CAUSAL_LM", num_layers=NUM_LAYERS)
+    model = get_peft_model(base, adapter).train()
+    save_memory(model, case.memory)
+    use_chunked_loss(model)
+    batch = make_batch(
+        case.batch_size, case.seq_len, RESPONSE, padded=case.batch_size > 1, vocab_size=VOCAB
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    warm_up(model, optimizer)
+    held = storage_bytes([*attached_tensors(model, optimizer), *batch.values()])
+    gc.collect()
+    gc.disable()  # what it frees at a random moment would blur the peak
+    try:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profiler:
+            training_step(model, batch, optimizer)
+    finally:
+        gc.enable()
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    current = peak = 0
+    for _, change in sorted(events):
+        current += change
+        peak = max(peak, current)
+    return held + peak
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_predicted_peak_is_what_the_allocator_sees(
+    case: Case, load: Callable[[Case], Any]
+) -> None:
+    memory = case.predictor().training(
+        seq_len=case.seq_len, batch_size=case.batch_size, response_len=RESPONSE
+    )
+    predicted, measured = memory.peak_bytes, measured_peak_bytes(case, load(case))
+    said = f"predicted {predicted:,} measured {measured:,} ratio {predicted / measured:.4f}"
+    assert measured <= 1.01 * predicted, said
+    assert predicted <= 1.03 * measured, said
+
+
+# What the counter says.
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_the_categories_add_up_to_the_peak(case: Case) -> None:
+    peak = case.predictor().training(seq_len=case.seq_len, batch_size=case.batch_size).peak
+    assert sum(peak.breakdown_bytes.values()) == peak.num_bytes
+    assert set(peak.breakdown_bytes) <= set(CATEGORIES)
+    assert all(size > 0 for size in peak.breakdown_bytes.values())
+
+
+@pytest.mark.parametrize(
+    ("storage", "compute_dtype"),
+    [("nf4", "fp32"), ("nf4", "bf16"), ("fp4", "bf16"), ("int8", "fp32"), ("bf16", "bf16")],
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_and_constants_are_the_bytes_of_the_loaded_base(
+    name: str, storage: str, compute_dtype: str, load: Callable[[Case], Any]
+) -> None:
+    case = Case(name, storage, compute_dtype, "f7+l7", MemoryOptions(), 1, 16)
+    base = load(case)
+    weights = storage_bytes([*base.parameters(), *base.buffers()])
+    constants = storage_bytes(
+        constant
+        for module in base.modules()
+        for holder in (*module._parameters.values(), vars(module).get("state"))
+        for constant in _constants(holder)
+    )
+    predictor = case.predictor()
+    breakdown = predictor.training(seq_len=16).peak.breakdown_bytes
+    assert breakdown["weights"] == weights
+    assert breakdown.get("quantization_constants", 0) == constants
+    assert predictor.base_bytes() == weights + constants
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapter_and_optimizer_are_the_bytes_of_the_trained_parameters(method: str) -> None:
+    predictor = case(f"llama nf4 bf16 {method} 1x64").predictor()
+    trained = [p for p in predictor.model.parameters() if p.requires_grad]
+    size = 4 * sum(p.numel() for p in trained)
+    breakdown = predictor.training(seq_len=64).peak.breakdown_bytes
+    assert breakdown["adapter"] == size
+    assert breakdown["optimizer"] == 2 * size  # AdamW's two moments
+    assert predictor.trainable_parameters == size // 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_accumulation_adds_the_gradients(method: str) -> None:
+    predictor = case(f"llama nf4 bf16 {method} 1x512").predictor()
+    size = 4 * predictor.trainable_parameters
+    one, two, eight = (
+        predictor.training(seq_len=512, micro_batches=number).peak for number in (1, 2, 8)
+    )
+    assert two.breakdown_bytes["gradients"] == size
+    assert two.num_bytes == eight.num_bytes
+    assert one.num_bytes < two.num_bytes <= one.num_bytes + size
+
+
+def test_a_prediction_leaves_nothing_behind() -> None:
+    predictor = case("llama nf4 bf16 qlora ckpt 1x64").predictor()
+    sizes = {"seq_len": 64, "batch_size": 2}
+    first = predictor.training(**sizes)
+    predictor.evaluation(**sizes, response_len=8)
+    predictor.generation(prompt_len=64, num_new_tokens=8, batch_size=2)
+    second = predictor.training(**sizes)
+    assert second.peak_bytes == first.peak_bytes
+    assert second.peak.breakdown_bytes == first.peak.breakdown_bytes
+    assert all(p.grad is None for p in predictor.model.parameters())
+
+
+@pytest.mark.parametrize("case", CASES[::4], ids=str)
+def test_the_peaks_place_names_a_module_and_a_line(case: Case) -> None:
+    predictor = case.predictor()
+    peak = predictor.training(seq_len=case.seq_len, batch_size=case.batch_size).peak
+    assert peak.place is not None
+    assert re.fullmatch(r"\w+\.py:\d+", peak.place.line)
+    assert peak.place.module in dict(predictor.model.get_base_model().named_modules())
+    assert peak.place.module
+    assert peak.place.line in str(peak.place)
+    assert peak.place.module in str(peak.place)
+    for block in peak.largest[:5]:
+        assert block.place is not None
+        assert re.fullmatch(r"\w+\.py:\d+", block.place.line)
+
+
+PREDICT_8B = """
+import resource, sys
+import transformers
+from lowmem_reft.memory.live import CATEGORIES
+from lowmem_reft.memory.predict import Predictor, Setting
+from lowmem_reft.options import MemoryOptions
+
+def rss():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def predict(**sizes):
+    config = transformers.LlamaConfig(num_key_value_heads=8, tie_word_embeddings=False, **sizes)
+    memory = MemoryOptions(activation_checkpointing=True)
+    return Predictor(config, Setting(memory=memory)).training(seq_len=4096, batch_size=2).peak
+
+predict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=32)  # imports
+before = rss()
+peak = predict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+               num_attention_heads=32)
+print(rss() - before, peak.num_bytes, peak.breakdown_bytes["weights"])
+"""
+
+
+def test_a_model_of_8_billion_parameters_is_predicted_without_memory_for_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PREDICT_8B], check=True, capture_output=True, text=True, timeout=300
+    )
+    grown, peak, weights = map(int, done.stdout.split())
+    assert grown < 50 * 2**20
+    # Untied 16-bit embeddings and head, 4-bit matrices of the blocks, norms: by hand.
+    hidden, inner, layers, vocab, kv = 4096, 14336, 32, 128256, 1024
+    matrices = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    norms = (2 * layers + 1) * hidden
+    by_hand = matrices // 2 + 2 * (2 * vocab * hidden + norms)
+    assert by_hand <= weights <= by_hand + 4096  # and rotary frequencies
+    assert 5 * 2**30 < peak < 16 * 2**30
+
+
+def test_an_optimizer_that_is_not_known_is_refused() -> None:
+    with pytest.raises(InputError, match="optim must be one of adamw_torch, .* got 'adafactor'"):
+        Predictor(CONFIGS["llama"](), Setting(optim="adafactor"))
