@@ -432,7 +432,8 @@ class Reuse:
             self.model.train(was_training)
         tolerance = TOLERANCE[self.layout.dtype]
         worst, total = _largest_difference(list(trained), plain, reused)
-        off = abs(float(loss) - float(plain_loss)) / max(abs(float(plain_loss)), 1e-12)
+        before, after = plain_loss.item(), loss.item()
+        off = abs(after - before) / max(abs(before), 1e-12)
         if not (total <= tolerance and off <= tolerance):
             raise ReuseError(
                 f"gradients differ by {total:.1e} and the loss by {off:.1e} (at most "
