@@ -24,6 +24,8 @@ BF16_PRODUCT_BYTES = 2**18
 
 _PRODUCTS = ("aten::mm", "aten::bmm", "aten::linear", "aten::addmm")
 
+_POINTWISE = ("aten::add", "aten::sub", "aten::mul", "aten::div")
+
 FLASH, EFFICIENT, MATH = "flash", "efficient", "math"
 
 
@@ -56,6 +58,8 @@ class Kernels:
         name = operator._schema.name
         if self.device_type == "cpu" and name in _PRODUCTS and args[-1].dtype == torch.bfloat16:
             return torch.get_num_threads() * BF16_PRODUCT_BYTES
+        if self.device_type == "cpu" and name.rstrip("_") in _POINTWISE:
+            return _promoted_bytes(args)
         if "_scaled_dot_product_" not in name or name.endswith("_math"):
             return 0
         backward = name.endswith("_backward")
@@ -133,6 +137,15 @@ class Kernels:
             small(query), small(key), small(value), small_mask, 0.0, causal, enable_gqa=grouped
         )
         return {0: MATH, 1: FLASH, 2: EFFICIENT}.get(int(choice), MATH)
+
+
+def _promoted_bytes(args: Any) -> int:
+    """Return the copies that a pointwise operator on a CPU makes of operands of a smaller dtype."""
+    tensors = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg.dim() > 0]
+    if len(tensors) < 2 or tensors[0].dtype == tensors[1].dtype:
+        return 0
+    common = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
+    return sum(t.numel() * common.itemsize for t in tensors if t.dtype != common)
 
 
 def _cpu_flash_workspace(query: Tensor, *, backward: bool) -> int:
