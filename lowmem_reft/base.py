@@ -302,7 +302,7 @@ def quantization_options(
     if _has_head(task_type):
         # transformers guesses the last layer, which misses heads of several layers or with a bias.
         with torch.device("meta"):
-            skipped = [f"^{name}" for name in _head_names(_from_config(config, task_type))]
+            skipped = [f"^{name}" for name in _head_names(from_config(config, task_type))]
     held = getattr(config, "quantization_config", None)
     if held is not None:
         held = held if isinstance(held, dict) else held.to_dict()
@@ -354,9 +354,14 @@ def _has_head(task_type: str) -> bool:
     return task_type in ("SEQ_CLS", "TOKEN_CLS")
 
 
-def _from_config(config: Any, task_type: str) -> PreTrainedModel:
+def from_config(config: Any, task_type: str, **options: Any) -> PreTrainedModel:
+    """Build an untrained model of the task.
+
+    Raises:
+        InputError: the architecture has no such task.
+    """
     try:
-        model: PreTrainedModel = AUTO_CLASSES[task_type].from_config(config)
+        model: PreTrainedModel = AUTO_CLASSES[task_type].from_config(config, **options)
     except ValueError as error:
         raise InputError(
             f"task_type must be one that {config.model_type} has, got {task_type!r}; use another "

@@ -191,7 +191,7 @@ def use_chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> Head 
         _refuse_smoothing(base, label_smoothing)
     if not hasattr(base, "_forward_with_logits"):
         base._forward_with_logits = base.forward
-    # Not a bound method, whose signature would lose the first argument: trainers and tuners read it.
+    # Not a bound method: its signature, which trainers and tuners read, would lose an argument.
     base.forward = functools.wraps(base._forward_with_logits)(
         functools.partial(
             _training_forward, base, recognized=head is not None, label_smoothing=label_smoothing

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from lowmem_reft.base import (
-    AUTO_CLASSES,
     QUANTIZED,
     freeze,
+    from_config,
     guard_linear4bit,
     quantization_options,
     set_labels,
@@ -53,7 +53,7 @@ def base_on_meta(
     options = quantization_options("config", config, storage, dtype, task_type)
     chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
-        base: Any = AUTO_CLASSES[task_type].from_config(config, dtype=dtype, **chosen)
+        base: Any = from_config(config, task_type, dtype=dtype, **chosen)
     quantization = options.get("quantization_config")
     if quantization is not None:
         quantizer = AutoHfQuantizer.from_config(quantization)

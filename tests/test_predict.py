@@ -95,6 +95,7 @@ class Case:
             "checkpointing" if memory.activation_checkpointing else "",
             f"every{memory.checkpoint_every}" if memory.checkpoint_every > 1 else "",
             f"mlp{memory.mlp_tokens}" if memory.mlp_tokens else "",
+            "offload" if memory.offload_activations else "",
         ]
         parts = (self.name, self.storage, self.compute_dtype, self.method, *filter(None, ways))
         return "-".join((*parts, f"{self.batch_size}x{self.seq_len}"))
@@ -128,6 +129,9 @@ CASES = [
     case("llama nf4 bf16 f7+l7 ckpt 4x128", checkpoint_every=2),
     case("llama nf4 fp32 all ckpt 4x128", mlp_tokens=100),
     case("gpt2 nf4 fp32 f7+l7 1x512", mlp_tokens=100),
+    case("llama bf16 bf16 qlora ckpt 1x512"),
+    case("gpt2 int8 bf16 f7+l7 ckpt 1x512"),
+    case("llama nf4 fp32 f7+l7 ckpt 1x512", offload_activations=True, embedding_on_host=True),
 ]
 
 
@@ -237,10 +241,37 @@ def test_the_predicted_peak_is_what_the_allocator_sees(
     assert predicted <= 1.03 * measured, said
 
 
+# What is counted.
+
+
+# PEFT says so of LoRA on an unquantized GPT-2.
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("storage", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize("method", ["f7+l7", "qlora"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_model_on_the_meta_device_is_made_as_the_loaded_one(
+    name: str, method: str, storage: str, load: Callable[[Case], Any]
+) -> None:
+    case = Case(name, storage, "bf16", method, MemoryOptions(), 1, 16)
+    adapter = build_peft_config(case.setting.method, task_type="CAUSAL_LM", num_layers=NUM_LAYERS)
+    loaded, predicted = get_peft_model(load(case), adapter), case.predictor().model
+    assert classes(predicted) == classes(loaded)
+    assert shapes(predicted) == shapes(loaded)
+
+
+def classes(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def shapes(model: nn.Module) -> dict[str, Any]:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors}
+
+
 # What the counter says.
 
 
-@pytest.mark.parametrize("case", CASES[::3], ids=str)
+@pytest.mark.parametrize("case", CASES[1::4], ids=str)
 def test_the_categories_add_up_to_the_peak(case: Case) -> None:
     peak = case.predictor().training(seq_len=case.seq_len, batch_size=case.batch_size).peak
     assert sum(peak.breakdown_bytes.values()) == peak.num_bytes
@@ -250,7 +281,7 @@ def test_the_categories_add_up_to_the_peak(case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("storage", "compute_dtype"),
-    [("nf4", "fp32"), ("nf4", "bf16"), ("fp4", "bf16"), ("int8", "fp32"), ("bf16", "bf16")],
+    [("nf4", "fp32"), ("nf4", "bf16"), ("int8", "bf16"), ("bf16", "bf16")],
 )
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_and_constants_are_the_bytes_of_the_loaded_base(
@@ -307,14 +338,14 @@ def test_a_prediction_leaves_nothing_behind() -> None:
     assert all(p.grad is None for p in predictor.model.parameters())
 
 
-@pytest.mark.parametrize("case", CASES[::4], ids=str)
+@pytest.mark.parametrize("case", [*CASES[::4], CASES[2]], ids=str)
 def test_the_peaks_place_names_a_module_and_a_line(case: Case) -> None:
     predictor = case.predictor()
     peak = predictor.training(seq_len=case.seq_len, batch_size=case.batch_size).peak
     assert peak.place is not None
     assert re.fullmatch(r"\w+\.py:\d+", peak.place.line)
     assert peak.place.module in dict(predictor.model.get_base_model().named_modules())
-    assert peak.place.module
+    assert peak.place.module or peak.place.line.startswith("loss.py")  # it is in no module
     assert peak.place.line in str(peak.place)
     assert peak.place.module in str(peak.place)
     for block in peak.largest[:5]:
@@ -330,12 +361,13 @@ from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.options import MemoryOptions
 
 def rss():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 def predict(**sizes):
     config = transformers.LlamaConfig(num_key_value_heads=8, tie_word_embeddings=False, **sizes)
     memory = MemoryOptions(activation_checkpointing=True)
-    return Predictor(config, Setting(memory=memory)).training(seq_len=4096, batch_size=2).peak
+    return Predictor(config, Setting(memory=memory)).training(seq_len=2048).peak
 
 predict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=32)  # imports
@@ -358,9 +390,9 @@ def test_a_model_of_8_billion_parameters_is_predicted_without_memory_for_it() ->
     norms = (2 * layers + 1) * hidden
     by_hand = matrices // 2 + 2 * (2 * vocab * hidden + norms)
     assert by_hand <= weights <= by_hand + 4096  # and rotary frequencies
-    assert 5 * 2**30 < peak < 16 * 2**30
+    assert weights < peak < 2 * weights
 
 
 def test_an_optimizer_that_is_not_known_is_refused() -> None:
-    with pytest.raises(InputError, match="optim must be one of adamw_torch, .* got 'adafactor'"):
+    with pytest.raises(InputError, match=r"optim must be one of adamw_torch, .* got 'adafactor'"):
         Predictor(CONFIGS["llama"](), Setting(optim="adafactor"))

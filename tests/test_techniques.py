@@ -414,7 +414,7 @@ def test_an_mlp_that_returns_more_than_hidden_vectors_is_refused() -> None:
     )
     base = transformers.GptOssForCausalLM(config)
     chunk_mlps(base, 7)
-    with pytest.raises(InputError, match="mlp_tokens must be left out for GptOssMLP, .* got 7"):
+    with pytest.raises(InputError, match=r"mlp_tokens must be left out for GptOssMLP, .* got 7"):
         base(input_ids=torch.ones(1, 8, dtype=torch.long))
 
 

@@ -202,10 +202,12 @@ class Reuse:
 
     def _dtype(self) -> torch.dtype:
         """Return what blocks compute in, which is what norms and embeddings are stored in."""
-        for parameter in self.base.parameters():
-            if parameter.is_floating_point() and not parameter.requires_grad:
-                return parameter.dtype
-        return torch.float32
+        dtypes: list[torch.dtype] = [
+            parameter.dtype
+            for parameter in self.base.parameters()
+            if parameter.is_floating_point() and not parameter.requires_grad
+        ]
+        return dtypes[0] if dtypes else torch.float32
 
     def _facts(self) -> dict[str, Any]:
         """Return everything that the stored numbers depend on."""

@@ -31,12 +31,12 @@ def num_constant_blocks(model: Any) -> int:
         if parameter.requires_grad and id(parameter) not in inside | above:
             return 0  # an embedding, which comes first of all
     for index, block in enumerate(blocks):
-        own_edit = getattr(block, SUBMODULE, None)
-        edits = isinstance(own_edit, ReftLayer)
-        edit = {id(p) for p in own_edit.parameters()} if isinstance(own_edit, ReftLayer) else set()
-        if any(p.requires_grad and id(p) not in edit for p in block.parameters()):
+        layer = getattr(block, SUBMODULE, None)
+        edit = list(layer.parameters()) if isinstance(layer, ReftLayer) else []
+        of_edit = {id(parameter) for parameter in edit}
+        if any(p.requires_grad and id(p) not in of_edit for p in block.parameters()):
             return index
-        if edits and any(p.requires_grad for p in own_edit.parameters()):
+        if any(parameter.requires_grad for parameter in edit):
             return index + 1
     return len(blocks)
 

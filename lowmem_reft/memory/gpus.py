@@ -17,8 +17,9 @@ CONTEXT_BYTES = 2**29
 CUDA 12 takes on cards since Ampere once torch, cuBLAS and bitsandbytes are loaded."""
 
 FRAGMENTATION = 0.02
-"""Share of the peak that torch's caching allocator holds and cannot use. Assumed with
-``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``; without it gaps can be several times larger."""
+"""Share of the peak that torch's caching allocator holds and cannot use: an assumption, for
+``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``; without it gaps can be
+several times larger."""
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ class LiveMemory(TorchDispatchMode):
             self._count(known[1], -known[1].num_bytes)
 
     def reset_peak(self) -> None:
-        """Forget the peak so far."""
+        """Forget the peak and the timeline so far."""
+        self.timeline.clear()
         self.peak = Peak(0, {}, None, [])
         self._note_peak(None)
 

@@ -1,0 +1,321 @@
+"""Plans against sums done by hand and against each other; the command line's refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lowmem_reft import cli
+from lowmem_reft.errors import InputError
+from lowmem_reft.memory.planner import (
+    GIB,
+    Card,
+    Lengths,
+    Planner,
+    describe,
+    fit,
+    longest_seq_len,
+    plan,
+    read_config,
+)
+from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.shapes import config_of
+from lowmem_reft.options import (
+    DataOptions,
+    MemoryOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    TrainOptions,
+)
+from lowmem_reft.plan import fit_into_memory
+from lowmem_reft.training_card import TrainingCard
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+LOREFT = MethodOptions(method="loreft", rank=4, positions="f7+l7")
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    return path
+
+
+def card(mebibytes: float) -> Card:
+    return Card(name="test", memory_bytes=round(mebibytes * 2**20), context_bytes=0)
+
+
+def test_the_weights_of_llama_8b_are_the_sum_of_its_matrices() -> None:
+    found = plan("llama-3.1-8b", lengths=Lengths(seq_len=256), method=LOREFT)
+    per_block = 4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336
+    quantized = 32 * per_block // 2
+    plain = 2 * (2 * 128256 * 4096 + (2 * 32 + 1) * 4096)
+    constants = 32 * per_block / 64 * (1 + 4 / 256)
+    weights = found.breakdown_bytes["weights"]
+    assert abs(weights - quantized - plain) < 100_000  # rotary tables and rounding
+    assert abs(found.breakdown_bytes["quantization_constants"] / constants - 1) < 0.01
+    assert sum(found.breakdown_bytes.values()) == found.peak_bytes
+    assert found.num_trainable_params == 32 * (2 * 4 * 4096 + 4)
+    assert found.fits is None
+
+
+def test_llama_8b_fits_where_unsloths_table_says_so_and_with_longer_examples() -> None:
+    setting = Setting(method=LOREFT)
+    memory = MemoryOptions(
+        activation_checkpointing=True,
+        mlp_tokens=4096,
+        offload_activations=True,
+        embedding_on_host=True,
+    )
+    for gib, tokens in ((8, 2_972), (12, 21_848), (16, 40_724), (24, 78_475)):
+        found = Card.find(memory_gib=gib)
+        assert found is not None
+        planner = Planner(read_config("llama-3.1-8b"), found)
+        peak = planner.training_peak_bytes(
+            replace(setting, memory=replace(memory, mlp_tokens=max(4096, tokens // 8))),
+            Lengths(seq_len=tokens),
+        )
+        assert found.required_bytes(peak) <= found.memory_bytes, gib
+
+
+def test_more_tokens_more_examples_and_less_saving_need_more_memory(config_file: Path) -> None:
+    planner = Planner(read_config(config_file), None)
+    setting = Setting(method=LOREFT)
+
+    def peak(memory: MemoryOptions | None = None, **lengths: int) -> int:
+        return planner.training_peak_bytes(
+            replace(setting, memory=memory or MemoryOptions()), Lengths(**lengths)
+        )
+
+    assert peak(seq_len=256) < peak(seq_len=512) < peak(seq_len=512, batch_size=2)
+    checkpointed = MemoryOptions(activation_checkpointing=True)
+    chunked = MemoryOptions(activation_checkpointing=True, mlp_tokens=256)
+    offloaded = MemoryOptions(
+        activation_checkpointing=True, mlp_tokens=256, offload_activations=True
+    )
+    on_host = replace(offloaded, embedding_on_host=True)
+    ladder = [MemoryOptions(), checkpointed, chunked, offloaded, on_host]
+    peaks = [peak(memory, seq_len=2048) for memory in ladder]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == len(peaks)
+
+
+def test_eager_attention_needs_the_matrix_that_flash_attention_does_not(config_file: Path) -> None:
+    def peak(implementation: str) -> int:
+        found = plan(
+            config_file,
+            lengths=Lengths(seq_len=1024),
+            method=LOREFT,
+            attn_implementation=implementation,
+        )
+        return found.peak_bytes
+
+    scores = 8 * 1024 * 1024 * 2  # heads x seq x seq in bf16, at least once per block
+    assert peak("eager") - peak("sdpa") > 4 * scores
+
+
+def test_generation_keeps_keys_and_values_of_every_token(config_file: Path) -> None:
+    def peak(tokens: int) -> int:
+        found = plan(config_file, lengths=Lengths(seq_len=64, max_new_tokens=tokens), method=LOREFT)
+        assert found.generation_peak_bytes is not None
+        return found.generation_peak_bytes
+
+    per_token = 2 * 4 * 4 * 32 * 2  # keys and values, blocks, heads, width, bytes
+    assert (peak(4096) - peak(2048)) / (2048 * per_token) == pytest.approx(1, abs=0.3)
+
+
+def test_fit_finds_the_fastest_setting_that_the_card_holds(config_file: Path) -> None:
+    planner = Planner(read_config(config_file), None)
+    setting, lengths = Setting(method=LOREFT), Lengths(seq_len=1024, batch_size=8)
+    needed = planner.training_peak_bytes(setting, lengths) / 2**20
+    planner.card = card(needed * 1.05)
+    plain = fit(planner, setting, lengths)
+    assert plain is not None
+    assert plain.lengths.batch_size == 8
+    assert plain.setting.memory == MemoryOptions()
+    planner.card = card(needed * 0.4)
+    saved = fit(planner, setting, lengths)
+    assert saved is not None
+    assert saved.lengths.batch_size * saved.lengths.gradient_accumulation == 8
+    assert saved.cost > plain.cost
+    peak = planner.training_peak_bytes(saved.setting, saved.lengths)
+    assert planner.card.required_bytes(peak) <= planner.card.memory_bytes
+    planner.card = card(1)
+    assert fit(planner, setting, lengths) is None
+
+
+def test_the_longest_context_fits_and_one_step_more_does_not(config_file: Path) -> None:
+    config = read_config(config_file)
+    config.max_position_embeddings = 65536
+    planner, setting = Planner(config, card(64)), Setting(method=LOREFT)
+    longest = longest_seq_len(planner, setting)
+    assert 64 < longest < 65536
+    assert longest % 64 == 0
+    assert planner.card is not None
+    tried: list[str] = []
+    larger = Planner(config, card(96))
+    assert longest_seq_len(larger, setting, report=tried.append) > longest
+    assert len(tried) < 25
+    assert longest_seq_len(Planner(config, card(1)), setting) == 0
+    assert longest_seq_len(Planner(config, card(1e6)), setting) == 65536
+
+
+def test_train_flags_say_what_was_chosen(config_file: Path) -> None:
+    planner = Planner(read_config(config_file), card(48))
+    chosen = fit(planner, Setting(method=LOREFT), Lengths(seq_len=2048, batch_size=4))
+    assert chosen is not None
+    flags = describe(chosen)
+    assert f"--batch-size {chosen.lengths.batch_size}" in flags
+    assert ("--activation-checkpointing" in flags) == chosen.setting.memory.activation_checkpointing
+
+
+def train_options(config_file: Path, memory_gib: float) -> TrainOptions:
+    return TrainOptions(
+        model=ModelOptions(model=str(config_file), device="cpu"),
+        data=DataOptions(data="unread"),
+        method=LOREFT,
+        optim=OptimOptions(batch_size=4),
+        memory=MemoryOptions(memory_gib=memory_gib),
+        run=RunOptions(output_dir=config_file.parent, quiet=True),
+    )
+
+
+def test_training_fits_itself_into_a_budget_before_anything_is_loaded(config_file: Path) -> None:
+    examples = [{"input_ids": [1] * 1024, "labels": [-100] * 960 + [1] * 64}]
+    training_card = TrainingCard(base=str(config_file), storage="nf4", compute_dtype="fp32")
+    options = train_options(config_file, 40 / 1024)
+    fitted = fit_into_memory(options, training_card, examples)
+    assert fitted.optim.batch_size * fitted.optim.gradient_accumulation == 4
+    assert (fitted.memory, fitted.optim.batch_size) != (MemoryOptions(), 4)
+    with pytest.raises(InputError, match=r"memory_gib must be at least .* for examples of 1024"):
+        fit_into_memory(train_options(config_file, 0.002), training_card, examples)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(["plan", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_json_has_the_names_that_scripts_rely_on(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--model", str(config_file), "--seq-len", "128", "--json")
+    code, out, _ = run(capsys, *common)
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert result["fits"] is None
+    assert sum(result["breakdown_bytes"].values()) == result["peak_bytes"]
+    code, out, _ = run(capsys, *common, "--memory-gib", "1", "--fit")
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert result["fits"] is True
+    assert result["longest_seq_len"] > 128
+    code, out, _ = run(capsys, *common, "--gpu", "a10")
+    assert json.loads(out.splitlines()[-1])["fits"] is True
+
+
+def test_people_get_a_table_the_line_of_the_peak_and_a_verdict(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", str(config_file), "--seq-len", "512", "--gpu", "RTX 4090", "--fit")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    for words in (
+        "activations",
+        ".py:",
+        "fits: RTX 4090",
+        "lowmem-reft train --model",
+    ):
+        assert words in out
+
+
+def test_the_table_has_a_row_per_model_and_method(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(
+        capsys, "--table", "--model", str(config_file), "--methods", "loreft,qlora", "--json"
+    )
+    rows = json.loads(out.splitlines()[-1])["table"]
+    assert code == 0
+    assert [row["method"] for row in rows] == ["loreft", "qlora"]
+    assert set(rows[0]["longest_seq_len"]) == {"8", "12", "16", "24", "48", "80"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu", "voodoo2"), "gpu must be a card that is known"),
+        (("--gpu", "a10", "--memory-gib", "8"), "gpu must be given without memory_gib"),
+        (("--memory-gib", "-1"), "memory_gib must be"),
+        (("--fit",), "gpu must be given with fit"),
+        (("--seq-len", "0"), "seq_len must be at least 1"),
+        (("--optim", "adafactor"), "optim must be one of adamw_torch"),
+        (("--positions", "x3"), "positions"),
+        (("--model", "/nonexistent/config.json"), "model must be a config.json"),
+    ],
+)
+def test_bad_input_is_refused_with_code_2_and_no_traceback(
+    config_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    first = () if "--model" in arguments else ("--model", str(config_file))
+    code, _, err = run(capsys, *first, *arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config.json:1: model must be a JSON object"),
+        ("{}", "model must name its architecture"),
+        ('{"model_type": "llama"}', "model must give hidden_size, num_hidden_layers, vocab_size"),
+        (json.dumps({**LLAMA, "model_type": "no_such"}), "model must be one that transformers"),
+        (
+            json.dumps(
+                {"model_type": "t5", "hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 9}
+            ),
+            "T5",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_planned_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    code, _, err = run(capsys, "--model", str(path))
+    assert code == 2
+    assert message in err
+
+
+def test_short_names_are_models_and_others_are_not() -> None:
+    known = config_of("Llama-3.1-8B")
+    assert known is not None
+    assert known.hidden_size == 4096
+    assert config_of("llama") is None
+
+
+def test_required_memory_includes_context_and_gaps() -> None:
+    found = Card.find(memory_gib=8)
+    assert found is not None
+    assert found.required_bytes(GIB) == int(1.02 * GIB) + GIB // 2

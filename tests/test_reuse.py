@@ -1,0 +1,380 @@
+"""Training from stored constants against the plain step; stores against damage and mix-ups."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig
+
+from lowmem_reft.checkpointing import enable_activation_checkpointing
+from lowmem_reft.config import ReftConfig
+from lowmem_reft.frozen.reuse import NoRoomError, Reuse, ReuseError, find_split, prepare
+from lowmem_reft.frozen.split import num_constant_blocks
+from lowmem_reft.frozen.store import CorruptShardError, Layout, Record, Shape, Store
+from lowmem_reft.loss import use_chunked_loss
+from lowmem_reft.synthetic import base_with_random_weights
+
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {
+    "vocab_size": 256,
+    "n_embd": 64,
+    "n_layer": 5,
+    "n_head": 4,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NEOX = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+ARCHITECTURES = {
+    "llama": SIZES,
+    "qwen3": SIZES,
+    "gemma": SIZES,
+    "gemma2": SIZES,
+    "gpt2": GPT2,
+    "gpt_neox": NEOX,
+}
+
+
+def make_model(
+    architecture: str = "llama",
+    storage: Any = "fp32",
+    dtype: torch.dtype = torch.float32,
+    peft_config: Any = None,
+) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    base: Any = base_with_random_weights(
+        config, device=torch.device("cpu"), storage=storage, compute_dtype=dtype
+    )
+    model: Any = get_peft_model(base, peft_config or reft("l1"))
+    use_chunked_loss(model)
+    return model.train()
+
+
+def reft(positions: str, layers: str = "2;4") -> ReftConfig:
+    return ReftConfig(
+        task_type="CAUSAL_LM", rank=2, layers=layers, positions=positions, init="paper"
+    )
+
+
+def lora(layers: list[int]) -> LoraConfig:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False
+    )
+    config.layers_to_transform = layers
+    return config
+
+
+def make_examples(count: int = 4) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for number in range(count):
+        prompt, response = 6 + 5 * (number % 4), 2 + number % 3
+        ids = torch.randint(3, 256, (prompt + response,), generator=generator).tolist()
+        examples.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return examples
+
+
+def stacked(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    length = max(len(example["input_ids"]) for example in examples)
+
+    def pad(values: list[int], fill: int) -> torch.Tensor:
+        return torch.tensor(values + [fill] * (length - len(values)))
+
+    return {
+        "input_ids": torch.stack([pad(e["input_ids"], 0) for e in examples]),
+        "attention_mask": torch.stack([pad([1] * len(e["input_ids"]), 0) for e in examples]),
+        "labels": torch.stack([pad(e["labels"], -100) for e in examples]),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["l1", "l2", "f2+l2", "all", "lora"])
+def test_losses_and_gradients_are_those_of_the_plain_step(
+    tmp_path: Path, architecture: str, method: str
+) -> None:
+    model = make_model(
+        architecture, peft_config=lora([2, 3, 4]) if method == "lora" else reft(method)
+    )
+    examples = make_examples()
+    reuse = Reuse(model, examples, tmp_path)
+    suffix_only = method in ("l1", "l2") and architecture != "gemma2"
+    assert reuse.mode == ("prefix" if suffix_only else "trunk")
+    assert reuse.prove([0, 1, 2, 3], stacked(examples)) <= 1e-5
+    assert reuse.prove([3, 1], stacked([examples[3], examples[1]])) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("storage", "dtype", "tolerance"),
+    [
+        ("nf4", torch.float32, 1e-5),
+        ("int8", torch.float32, 1e-5),
+        ("nf4", torch.bfloat16, 5e-2),
+    ],
+)
+def test_quantized_bases_give_the_plain_gradients_also_after_an_evaluation(
+    tmp_path: Path, storage: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    model, examples = make_model(storage=storage, dtype=dtype), make_examples()
+    batch = stacked(examples)
+    model.eval()
+    with torch.no_grad():
+        model(**{key: value for key, value in batch.items() if key != "labels"})
+    model.train()
+    assert Reuse(model, examples, tmp_path).prove([0, 1, 2, 3], batch) <= tolerance
+
+
+def test_accumulated_batches_divide_by_all_supervised_tokens(tmp_path: Path) -> None:
+    model, examples = make_model(), make_examples()
+    reuse = Reuse(model, examples, tmp_path)
+    whole = reuse.loss([0, 1, 2, 3], stacked(examples)["labels"], torch.tensor(9))
+    parts = [
+        reuse.loss(part, stacked([examples[i] for i in part])["labels"], torch.tensor(9))
+        for part in ([0, 1], [2, 3])
+    ]
+    assert sum(part.item() for part in parts) == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_three_epochs_end_in_the_same_adapter(tmp_path: Path) -> None:
+    examples = make_examples(8)
+    finals = []
+    for reused in (False, True):
+        model = make_model()
+        reuse = Reuse(model, examples, tmp_path) if reused else None
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(6):
+            part = [(4 * step + i) % 8 for i in range(4)]
+            batch = stacked([examples[i] for i in part])
+            loss = reuse.loss(part, batch["labels"]) if reuse else model(**batch)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
+        finals.append(torch.cat(trained))
+    assert (finals[0] - finals[1]).norm() <= 1e-4 * finals[0].norm()
+
+
+def test_constant_blocks_end_where_training_begins() -> None:
+    assert num_constant_blocks(make_model(peft_config=reft("l1", layers="2;4"))) == 3
+    assert num_constant_blocks(make_model(peft_config=reft("l1", layers="0"))) == 1
+    assert num_constant_blocks(make_model(peft_config=lora([2, 4]))) == 2
+    assert num_constant_blocks(make_model(peft_config=lora([0, 1, 2, 3, 4]))) == 0
+    inside = ReftConfig(task_type="CAUSAL_LM", layers="2", positions="l1", component="mlp_output")
+    assert num_constant_blocks(make_model(peft_config=inside)) == 2
+
+
+def test_nothing_is_reused_where_nothing_is_constant(tmp_path: Path) -> None:
+    examples = make_examples()
+    with pytest.raises(ReuseError, match="the first block or the embedding is trained"):
+        find_split(make_model(peft_config=lora([0, 1])), examples, prefix=True)
+    model = make_model()
+    model.get_base_model().model.layers[0].self_attn.attention_dropout = 0.1
+    with pytest.raises(ReuseError, match="drops out activations"):
+        Reuse(model, examples, tmp_path)
+
+
+def test_checkpointed_blocks_read_no_cache_so_only_the_trunk_is_reused(tmp_path: Path) -> None:
+    model, examples = make_model(), make_examples()
+    enable_activation_checkpointing(model)
+    reuse = Reuse(model, examples, tmp_path)
+    assert reuse.mode == "trunk"
+    assert reuse.prove([0, 1, 2, 3], stacked(examples)) <= 1e-5
+
+
+def test_a_wrong_constant_is_found_by_the_proof_and_trains_the_plain_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, examples = make_model(), make_examples()
+    original = Reuse._compute_batch
+
+    def wrong(self: Reuse, indices: Any) -> list[Record]:
+        return [
+            Record(record.hidden * 1.1, record.keys, record.values)
+            for record in original(self, indices)
+        ]
+
+    monkeypatch.setattr(Reuse, "_compute_batch", wrong)
+    arguments: dict[str, Any] = {
+        "mode": "prefix",
+        "root": tmp_path,
+        "limit_bytes": None,
+        "epochs": 3,
+    }
+    assert prepare(model, examples, stacked(examples), **arguments) is None
+    assert "gradients differ" in caplog.text
+    assert "reft_phi" in caplog.text
+
+
+def test_auto_does_not_reuse_what_saves_little(tmp_path: Path) -> None:
+    examples = make_examples()
+    arguments: dict[str, Any] = {"mode": "auto", "root": tmp_path, "limit_bytes": None}
+    every = make_model(peft_config=reft("all", layers="all"))
+    assert prepare(every, examples, stacked(examples), epochs=1, **arguments) is None
+    found = prepare(make_model(), examples, stacked(examples), epochs=3, **arguments)
+    assert found is not None
+
+
+def test_a_second_run_builds_nothing_and_other_data_or_weights_build_anew(tmp_path: Path) -> None:
+    examples = make_examples()
+    first = Reuse(make_model(), examples, tmp_path)
+    stamps = {path: path.stat().st_mtime_ns for path in first.store.directory.glob("shard-*")}
+    second = Reuse(make_model(), examples, tmp_path)
+    assert second.store.directory == first.store.directory
+    assert stamps == {p: p.stat().st_mtime_ns for p in second.store.directory.glob("shard-*")}
+    edited = [dict(example) for example in examples]
+    edited[0] = {**edited[0], "input_ids": [5, *edited[0]["input_ids"][1:]]}
+    assert Reuse(make_model(), edited, tmp_path).store.directory != first.store.directory
+    other = make_model()
+    with torch.no_grad():
+        other.get_base_model().model.layers[0].mlp.up_proj.weight.add_(1)
+    assert Reuse(other, examples, tmp_path).store.directory != first.store.directory
+    trained = make_model()  # another adapter on the same base shares the store
+    with torch.no_grad():
+        next(p for p in trained.parameters() if p.requires_grad).add_(1)
+    assert Reuse(trained, examples, tmp_path).store.directory == first.store.directory
+
+
+def test_a_flipped_byte_is_found_and_built_again(tmp_path: Path) -> None:
+    model, examples = make_model(), make_examples()
+    reuse = Reuse(model, examples, tmp_path)
+    good = reuse.read(0).hidden.clone()
+    shard = next(reuse.store.directory.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    again = Reuse(model, examples, tmp_path)
+    with pytest.raises(CorruptShardError, match="damaged"):
+        again.store.read(0)
+    assert torch.equal(again.read(0).hidden, good)
+    assert torch.equal(Reuse(model, examples, tmp_path).store.read(0).hidden, good)
+
+
+def small_store(root: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr("lowmem_reft.frozen.store.SHARD_BYTES", 300)
+    layout = Layout(
+        shapes=[Shape(2, 3), Shape(0, 4), Shape(5, 1)],
+        hidden_size=8,
+        num_cached_layers=2,
+        num_kv_heads=1,
+        head_dim=4,
+        dtype="bf16",
+    )
+    return Store(root, "key", layout, {"made": "by hand"})
+
+
+def record_of(store: Store, index: int) -> Record:
+    generator = torch.Generator().manual_seed(index)
+    shape = store.layout.shapes[index]
+    kv = (2, 1, shape.prefix, 4)
+    return Record(
+        *(torch.randn(size, generator=generator).bfloat16() for size in ((shape.suffix, 8), kv, kv))
+    )
+
+
+def test_a_killed_build_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = small_store(tmp_path, monkeypatch)
+    with store.locked():
+        assert store.missing_shards() == [0, 1]
+        store.write(0, [record_of(store, index) for index in store.layout.shards[0]])
+    again = small_store(tmp_path, monkeypatch)
+    with again.locked():
+        assert again.missing_shards() == [1]
+        again.write(1, [record_of(again, index) for index in again.layout.shards[1]])
+    for index in range(3):
+        found, wanted = again.read(index), record_of(again, index)
+        assert torch.equal(found.hidden, wanted.hidden)
+        assert torch.equal(found.keys, wanted.keys)
+        assert torch.equal(found.values, wanted.values)
+
+
+def test_a_truncated_shard_or_manifest_counts_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = small_store(tmp_path, monkeypatch)
+    with store.locked():
+        for shard, examples in enumerate(store.layout.shards):
+            store.write(shard, [record_of(store, index) for index in examples])
+    path = store.directory / "shard-00000.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with store.locked():
+        assert store.missing_shards() == [0]
+    (store.directory / "manifest.json").write_text('{"shards": {"0"')
+    with store.locked():
+        assert store.missing_shards() == [0, 1]
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(NoRoomError, match="more than the limit"):
+        Reuse(make_model(), make_examples(), tmp_path, limit_bytes=1000)
+    assert not list(tmp_path.rglob("shard-*"))
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("usage", (), {"free": 2**28 + 10})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(NoRoomError, match="the disk has"):
+        Reuse(make_model(), make_examples(), tmp_path)
+    assert not list(tmp_path.rglob("shard-*"))
+
+
+def _hold(root: Path, ready: Any, release: Any) -> None:
+    layout = Layout(
+        shapes=[Shape(0, 1)],
+        hidden_size=1,
+        num_cached_layers=0,
+        num_kv_heads=1,
+        head_dim=1,
+        dtype="fp32",
+    )
+    with Store(root, "key", layout, {}).locked():
+        ready.set()
+        release.wait(20)
+
+
+def test_two_processes_do_not_build_the_same_store_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready, release))
+    process.start()
+    try:
+        assert ready.wait(60)
+        with (tmp_path / "trunk-key" / "lock").open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        release.set()
+        process.join()
+
+
+def test_the_manifest_says_what_a_store_was_made_from(tmp_path: Path) -> None:
+    reuse = Reuse(make_model(), make_examples(), tmp_path)
+    manifest = json.loads((reuse.store.directory / "manifest.json").read_text())
+    assert manifest["num_blocks"] == 3
+    assert manifest["architecture"] == "LlamaForCausalLM"
