@@ -61,12 +61,72 @@ def timings(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{record['device']}; torch {torch}; `{record['command']}`.", ""])
 
 
+def mebibytes(num_bytes: float) -> str:
+    """MiB with one decimal."""
+    return f"{num_bytes / 2**20:,.1f}"
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Peak over weights of one shape, and how far predictions were off."""
+    lines = [
+        "| setting | peak over weights, MiB | loss | activations | workspace | optimizer and adapter "
+        "| predicted / measured |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["floor"]:
+        parts = row["breakdown_bytes"]
+        trained = sum(parts.get(name, 0) for name in ("optimizer", "adapter", "gradients"))
+        sizes = [parts.get(name, 0) for name in ("loss", "activations", "workspace")]
+        cells = [mebibytes(size) for size in (row["over_weights_bytes"], *sizes, trained)]
+        lines.append(f"| {row['label']} | {' | '.join(cells)} | {row['ratio']:.4f} |")
+    record = result["environment"]
+    lines += [
+        "",
+        f"{result['num_settings']} further settings: predicted / measured from "
+        f"{result['smallest_ratio']:.4f} to {result['largest_ratio']:.4f}, "
+        f"{result['num_under']} below 1. {record['device']}; torch {record['versions']['torch']}; "
+        f"`{record['command']}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def reuse(result: dict[str, Any]) -> str:
+    """Steps from stored constants beside the plain step and QLoRA."""
+    lines = [
+        "| shape | method | median s | min | max | times slower than reused |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for item in result["results"]:
+        fastest = item["rows"]["LoReFT, reused"]["median_s"]
+        for name, row in item["rows"].items():
+            times = [figure(row[key]) for key in ("median_s", "min_s", "max_s")]
+            lines.append(
+                f"| {item['shape']['name']} | {name} | {' | '.join(times)} | "
+                f"{row['median_s'] / fastest:.1f} |"
+            )
+    record = result["environment"]
+    lines += [
+        "",
+        "Building the stores took "
+        + ", ".join(f"{item['build_time_s']:.1f} s" for item in result["results"])
+        + f" for {result['results'][0]['num_batches']} batches each; gradients differ from the plain "
+        f"step's by at most {result['max_grad_rel_error']:.0e}. {record['device']}; torch "
+        f"{record['versions']['torch']}; `{record['command']}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "embedded": comparison,
     "trec": comparison,
+    "trec2500": comparison,
     "sst2": comparison,
     "step": timings,
     "orthonormal": timings,
+    "memory": memory,
+    "reuse": reuse,
 }
 
 

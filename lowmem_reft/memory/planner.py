@@ -213,6 +213,7 @@ class Planner:
         self.config = config
         self.card = card
         self._predictors: dict[str, Predictor] = {}
+        self._peaks: dict[tuple[str, Lengths], int] = {}
 
     def predictor(self, setting: Setting) -> Predictor:
         """Return the predictor of a setting, built once.
@@ -227,7 +228,10 @@ class Planner:
 
     def training_peak_bytes(self, setting: Setting, lengths: Lengths) -> int:
         """Return the predicted peak of a training step, margin included."""
-        return with_margin(self._train(setting, lengths).peak_bytes)
+        key = (repr(setting), lengths)
+        if key not in self._peaks:
+            self._peaks[key] = with_margin(self._train(setting, lengths).peak_bytes)
+        return self._peaks[key]
 
     def _train(self, setting: Setting, lengths: Lengths, **options: Any) -> Any:
         return self.predictor(setting).training(

@@ -1,134 +1,77 @@
-"""Pictures of one training step's memory: a PNG, and a page to explore."""
+"""Pictures of one training step's memory: a PNG, and one self-contained page to explore."""
 
 from __future__ import annotations
 
-import html
+import textwrap
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.memory.live import CATEGORIES
+from lowmem_reft.report.timeline import (
+    COLORS,
+    INK,
+    Curve,
+    Timeline,
+    color_of,
+    curve_of,
+    phase_color,
+    size_text,
+    unit_of,
+    words,
+)
+from lowmem_reft.report.timeline_chart import layout, traces
 
 if TYPE_CHECKING:
-    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.patches import Patch
 
     from lowmem_reft.memory.live import Block
-
-Timeline = Sequence[tuple[str, Mapping[str, int]]]
-"""(phase, bytes by category) after every change."""
-
-# Okabe and Ito's colours, which colour-blind people can tell apart, and two greys.
-COLORS = {
-    "weights": "#999999",
-    "quantization_constants": "#cccccc",
-    "adapter": "#0072B2",
-    "gradients": "#D55E00",
-    "optimizer": "#CC79A7",
-    "inputs": "#000000",
-    "activations": "#56B4E9",
-    "loss": "#F0E442",
-    "workspace": "#E69F00",
-    "store": "#009E73",
-}
-MAX_POINTS = 2000
-
-
-def thinned(timeline: Timeline, max_points: int = MAX_POINTS) -> Timeline:
-    """Return at most about ``max_points`` entries, the largest of every stretch among them."""
-    if len(timeline) <= max_points:
-        return timeline
-    stride = -(-2 * len(timeline) // max_points)
-    kept: list[tuple[str, Mapping[str, int]]] = []
-    for start in range(0, len(timeline), stride):
-        part = range(start, min(start + stride, len(timeline)))
-        totals = [sum(timeline[index][1].values()) for index in part]
-        highest = part[totals.index(max(totals))]
-        kept += [timeline[index] for index in sorted({start, highest})]
-    return kept
-
-
-def _arrays(timeline: Timeline) -> tuple[list[str], np.ndarray]:
-    """Return the categories that occur and their bytes, (category, time)."""
-    import numpy as np
-
-    names = [name for name in CATEGORIES if any(sizes.get(name) for _, sizes in timeline)]
-    rows = [[sizes.get(name, 0) for _, sizes in timeline] for name in names]
-    return names, np.asarray(rows, dtype=float).reshape(len(names), len(timeline))
-
-
-def _phases(timeline: Timeline) -> list[tuple[int, int, str]]:
-    """Return (start, end, name) of the stretches; recomputation belongs to the backward pass."""
-    stretches: list[tuple[int, int, str]] = []
-    for index, (phase, _) in enumerate(timeline):
-        name = "backward" if phase == "recompute" else phase
-        if stretches and stretches[-1][2] == name:
-            stretches[-1] = (stretches[-1][0], index, name)
-        else:
-            stretches.append((index, index, name))
-    return stretches
-
-
-def _unit(num_bytes: float) -> tuple[float, str]:
-    return (2.0**30, "GiB") if num_bytes >= 2**30 else (2.0**20, "MiB")
 
 
 def draw_timeline(
     path: Path, timeline: Timeline, *, title: str, budget_bytes: int | None = None
 ) -> Path:
-    """Draw live bytes by category over one step.
+    """Draw live bytes by category over one step, and the phases it runs through.
 
     Args:
         path: PNG to write.
         timeline: ``LiveMemory.timeline``.
         title: Heading.
-        budget_bytes: Draw a line here.
+        budget_bytes: Memory to stay within, drawn as a line.
 
     Returns:
         ``path``.
+
+    Raises:
+        InputError: the timeline is empty.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = thinned(timeline)
-    names, sizes = _arrays(points)
-    totals = sizes.sum(0)
-    unit, label = _unit(totals.max())
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
+    curve = curve_of(timeline)
+    unit, symbol = unit_of(curve.peak_bytes)
+    figure = Figure(figsize=(9.2, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
     axes.stackplot(
-        range(len(points)),
-        sizes / unit,
-        labels=[name.replace("_", " ") for name in names],
-        colors=[COLORS[name] for name in names],
+        curve.moments,
+        [sizes / unit for sizes in curve.sizes.values()],
+        colors=[color_of(name) for name in curve.sizes],
         step="post",
         linewidth=0,
     )
-    top = int(totals.argmax())
-    axes.plot([top], [totals[top] / unit], "kv", markersize=6)
-    right = top < len(points) * 0.7
-    axes.annotate(
-        f"peak {totals[top] / unit:,.2f} {label}",
-        (top, totals[top] / unit),
-        xytext=(8 if right else -8, 4),
-        textcoords="offset points",
-        ha="left" if right else "right",
-    )
-    highest = totals.max() / unit * 1.12
-    for start, end, name in _phases(points):
-        if end - start > len(points) / 40:
-            axes.axvline(start, color="black", linewidth=0.5, alpha=0.4)
-            axes.text((start + end) / 2, highest, name, ha="center", va="top", fontsize=9)
-    if budget_bytes is not None:
-        axes.axhline(budget_bytes / unit, color="red", linestyle="--", linewidth=1)
-    axes.set_xlim(0, len(points) - 1)
-    axes.set_ylim(0, highest)
-    axes.set_xticks([])
-    axes.set_xlabel("allocations and releases, in order")
-    axes.set_ylabel(label)
-    axes.set_title(title, fontsize=11)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=130)
+    highest = max(curve.peak_bytes, budget_bytes or 0) / unit
+    axes.set_xlim(0, max(1, curve.num_changes - 1))
+    axes.set_ylim(0, 1.14 * highest)
+    _mark_peak(axes, curve, budget_bytes, unit, symbol)
+    _draw_bands(axes, curve)
+    _dress(axes, title, symbol)
+    _add_legends(axes, curve)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=180, facecolor="white")
     return path
 
 
@@ -140,95 +83,195 @@ def write_timeline_html(
     facts: Sequence[tuple[str, str]],
     largest: Sequence[Block],
 ) -> Path:
-    """Write one self-contained page with the timelines, facts and the largest allocations.
+    """Write one page with charts to explore, the bytes at the peaks and the largest allocations.
 
     Args:
-        path: HTML to write.
-        timelines: By name, drawn one below the other.
+        path: HTML to write; it holds all it needs (about 5 MB) and fetches nothing.
+        timelines: By name, for example measured and predicted; drawn to the same scale.
         title: Heading.
-        facts: Name and value, in a table.
+        facts: Names and values, for example the peaks.
         largest: ``Peak.largest``.
 
     Returns:
         ``path``.
 
     Raises:
-        InputError: plotly is not installed.
+        InputError: plotly is not installed, or a timeline is empty.
     """
     try:
-        import plotly.graph_objects as plotly
+        import plotly.graph_objects
     except ImportError as error:
         raise InputError(
-            "the interactive timeline must have plotly, got none; pip install 'lowmem-reft[report]'"
+            "plotly must be installed to write an interactive page, got none; "
+            "pip install 'lowmem-reft[report]'"
         ) from error
-    charts = []
-    for number, (name, timeline) in enumerate(timelines.items()):
-        chart = _chart(plotly, timeline, f"{name}: live bytes by category")
-        charts.append(
-            chart.to_html(full_html=False, include_plotlyjs=number == 0, default_height="420px")
-        )
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(block)) + "</tr>"
-        for block in largest
+    curves = {name: curve_of(timeline) for name, timeline in timelines.items()}
+    chart = plotly.graph_objects.Figure(traces(curves), layout(curves))
+    phases = dict.fromkeys(phase for curve in curves.values() for phase in curve.all_phases)
+    template = Template(Path(__file__).with_name("timeline.html").read_text(encoding="utf-8"))
+    page = template.substitute(
+        title=escape(title),
+        facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts),
+        phases=" ".join(_swatch(phase_color(phase), phase) for phase in phases),
+        chart=chart.to_html(
+            full_html=False,
+            include_plotlyjs=True,
+            div_id="chart",
+            default_height=f"{90 + 340 * len(curves)}px",
+            config={"responsive": True, "displayModeBar": False},
+        ),
+        peaks=_peak_table(curves),
+        largest=_largest_table(largest),
     )
-    known = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-        for name, value in facts
-    )
-    head = "".join(
-        f"<th>{name}</th>" for name in ("MiB", "category", "operator", "pass", "module", "line")
-    )
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; color: #222; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }}
-th, td {{ text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd; }}
-td:first-child {{ font-variant-numeric: tabular-nums; }}
-</style></head><body>
-<h1>{html.escape(title)}</h1>
-<table>{known}</table>
-{"".join(charts)}
-<h2>Largest storages that the step itself had made at its peak</h2>
-<table><tr>{head}</tr>{rows}</table>
-</body></html>
-"""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _chart(plotly: Any, timeline: Timeline, title: str) -> Any:
-    points = thinned(timeline)
-    names, sizes = _arrays(points)
-    unit, label = _unit(sizes.sum(0).max())
-    phases = [phase for phase, _ in points]
-    chart = plotly.Figure()
-    for name, row in zip(names, sizes / unit, strict=True):
-        chart.add_trace(
-            plotly.Scatter(
-                y=row.round(4).tolist(),
-                name=name.replace("_", " "),
-                stackgroup="one",
-                mode="lines",
-                line={"width": 0, "shape": "hv", "color": COLORS[name]},
-                fillcolor=COLORS[name],
-                text=phases,
-                hovertemplate=f"%{{y:,.3f}} {label} (%{{text}})",
-            )
-        )
-    chart.update_layout(
-        title=title,
-        yaxis_title=label,
-        xaxis_title="allocations and releases, in order",
-        hovermode="x unified",
-        template="simple_white",
-        margin={"t": 50, "b": 40},
+def _mark_peak(
+    axes: Axes, curve: Curve, budget_bytes: int | None, unit: float, symbol: str
+) -> None:
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=3, foreground="#ffffffc0")]
+    x, y = curve.moments[curve.peak], curve.peak_bytes / unit
+    on_the_left = x > 0.6 * curve.num_changes
+    axes.plot([x], [y], marker="o", ms=5, mfc="white", mec=INK, mew=1.3, zorder=5, clip_on=False)
+    axes.annotate(
+        f"peak {y:,.2f} {symbol}, {curve.phases[curve.peak]}",
+        (x, y),
+        (-8 if on_the_left else 8, 5),
+        textcoords="offset points",
+        ha="right" if on_the_left else "left",
+        color=INK,
+        fontsize=10,
+        fontweight="bold",
+        path_effects=halo,
     )
-    return chart
+    if budget_bytes is not None:
+        axes.axhline(budget_bytes / unit, color=INK, linewidth=1.2, linestyle=(0, (5, 3)))
+        # On the other side than the peak's own text, which may be at the same height.
+        axes.annotate(
+            f"budget {budget_bytes / unit:,.2f} {symbol}",
+            (0 if on_the_left else 1, budget_bytes / unit),
+            (6 if on_the_left else -6, 4),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="left" if on_the_left else "right",
+            color=INK,
+            fontsize=9,
+            path_effects=halo,
+        )
 
 
-def _cells(block: Block) -> tuple[str, ...]:
-    place = block.place
-    assert place is not None
-    size = f"{block.num_bytes / 2**20:,.2f}"
-    return size, block.category, place.operator, place.phase, place.module, place.line
+def _draw_bands(axes: Axes, curve: Curve) -> None:
+    """Tint the background by phase, and name the phases in a ribbon above it."""
+    across = axes.get_xaxis_transform()
+    for phase in curve.all_phases:
+        spans = [(start, end - start) for start, end, name in curve.bands if name == phase]
+        looks: dict[str, Any] = {"color": phase_color(phase), "lw": 0, "transform": across}
+        axes.broken_barh(spans, (0, 1), alpha=0.3, zorder=0, **looks)
+        axes.broken_barh(spans, (1, 0.055), clip_on=False, **looks)
+    for start, end, phase in curve.bands:
+        if end - start > 0.085 * curve.num_changes:
+            color = "white" if phase == "optimizer" else INK
+            place = ((start + end) / 2, 1.0275)
+            axes.text(
+                *place, phase, transform=across, ha="center", va="center", size=8.5, color=color
+            )
+
+
+def _dress(axes: Axes, title: str, symbol: str) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
+    heading = textwrap.fill(title, 84)
+    axes.set_title(heading, loc="left", color=INK, size=11.5, pad=20, parse_math=False)
+    axes.set_ylabel(f"live memory, {symbol}", color=INK, size=10)
+    axes.set_xlabel("allocations and frees, in order", color=INK, size=10)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+
+
+def _add_legends(axes: Axes, curve: Curve) -> None:
+    """Say what the colours are: categories with their size at the peak, and phases."""
+    from matplotlib.patches import Patch
+
+    categories = [
+        Patch(color=color_of(name), label=f"{words(name)}  {size_text(num_bytes)}")
+        for name, num_bytes in reversed(curve.at_peak.items())
+    ]
+    phases = [Patch(color=phase_color(phase), label=phase) for phase in curve.all_phases]
+    _add_legend(axes, categories, "at the peak", loc="upper left", bbox_to_anchor=(1.02, 1.06))
+    _add_legend(axes, phases, "phase", loc="lower left", bbox_to_anchor=(1.02, 0.0))
+
+
+def _add_legend(axes: Axes, handles: Sequence[Patch], title: str, **where: Any) -> None:
+    from matplotlib.legend import Legend
+
+    labels = [str(handle.get_label()) for handle in handles]
+    looks: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
+    looks |= {"alignment": "left", "borderaxespad": 0, "handlelength": 1.1, "handleheight": 1.1}
+    legend = Legend(axes, handles, labels, title=title, **looks, **where)
+    axes.add_artist(legend)
+    legend.set_clip_on(False)
+
+
+def _peak_table(curves: Mapping[str, Curve]) -> str:
+    """The bytes at each curve's peak by category, beside each other, as they are stacked."""
+    names = [*COLORS, *sorted({name for curve in curves.values() for name in curve.sizes})]
+    peaks = [curve.at_peak for curve in curves.values()]
+    rows = []
+    for name in reversed(dict.fromkeys(names)):
+        sizes = [peak.get(name, 0.0) for peak in peaks]
+        if any(sizes):
+            rows.append([_swatch(color_of(name), words(name)), *map(_mib, sizes)])
+    totals = [f"<b>{_mib(curve.peak_bytes)}</b>" for curve in curves.values()]
+    headings = ["category", *(f"{escape(name)}, MiB" for name in curves)]
+    return _table(headings, [*rows, ["<b>total</b>", *totals]], numbers=range(1, len(headings)))
+
+
+def _largest_table(largest: Sequence[Block]) -> str:
+    if not largest:
+        return '<p class="muted">None: all that was alive had been there before the step.</p>'
+    rows = []
+    for block in largest:
+        place = block.place
+        where = ["before the step", "", "", ""]
+        if place is not None:
+            where = [place.operator, place.phase, place.module, place.line]
+        swatch = _swatch(color_of(block.category), words(block.category))
+        rows.append([_mib(block.num_bytes), swatch, *map(_code, where)])
+    headings = ["MiB", "category", "operator", "phase", "module", "line"]
+    return _table(headings, rows, numbers=(0,))
+
+
+def _table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int]
+) -> str:
+    """A table of finished cells; ``numbers`` are the columns that are set flush right."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        opened = [
+            f'<{tag} class="number">' if i in numbers else f"<{tag}>" for i in range(len(cells))
+        ]
+        return "".join(f"{start}{cell}</{tag}>" for start, cell in zip(opened, cells, strict=True))
+
+    body = "\n".join(f"<tr>{line('td', cells)}</tr>" for cells in rows)
+    return (
+        f'<div class="scroll"><table>\n<thead><tr>{line("th", headings)}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
+
+
+def _code(text: str) -> str:
+    return f"<code>{escape(text)}</code>" if text else "–"
+
+
+def _swatch(color: str, text: str) -> str:
+    return f'<span><span class="swatch" style="background: {color}"></span>{escape(text)}</span>'
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.2f}" if num_bytes else "–"
