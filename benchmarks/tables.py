@@ -69,8 +69,8 @@ def mebibytes(num_bytes: float) -> str:
 def memory(result: dict[str, Any]) -> str:
     """Peak over weights of one shape, and how far predictions were off."""
     lines = [
-        "| setting | peak over weights, MiB | loss | activations | workspace | optimizer and adapter "
-        "| predicted / measured |",
+        "| setting | peak over weights, MiB | loss | activations | workspace "
+        "| optimizer and adapter | predicted / measured |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["floor"]:
@@ -110,8 +110,8 @@ def reuse(result: dict[str, Any]) -> str:
         "",
         "Building the stores took "
         + ", ".join(f"{item['build_time_s']:.1f} s" for item in result["results"])
-        + f" for {result['results'][0]['num_batches']} batches each; gradients differ from the plain "
-        f"step's by at most {result['max_grad_rel_error']:.0e}. {record['device']}; torch "
+        + f" for {result['results'][0]['num_batches']} batches each; gradients differ from the "
+        f"plain step's by at most {result['max_grad_rel_error']:.0e}. {record['device']}; torch "
         f"{record['versions']['torch']}; `{record['command']}`.",
         "",
     ]

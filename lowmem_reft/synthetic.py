@@ -58,11 +58,19 @@ def base_on_meta(
     if quantization is not None:
         quantizer = AutoHfQuantizer.from_config(quantization)
         quantizer.preprocess_model(model=base, device_map={"": "cpu"})
+        # PEFT asks for these before it looks at a layer's class.
+        base.hf_quantizer = quantizer
+        base.quantization_method = quantization.quant_method
+        base.is_loaded_in_4bit, base.is_loaded_in_8bit = storage != "int8", storage == "int8"
         for module in base.modules():
             if isinstance(module, Linear4bit):
                 _quantize_4bit_on_meta(module, storage, dtype)
             elif isinstance(module, Linear8bitLt):
                 _quantize_8bit_on_meta(module)
+            else:
+                continue
+            if module.bias is not None:
+                module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
     guard_linear4bit(base)
     freeze(base, task_type)
     base.eval()

@@ -67,6 +67,8 @@ def test_a_name_that_may_be_another_card_is_not_taken_for_one(name):
 def test_an_unknown_card_is_answered_with_near_names_and_the_other_way():
     with pytest.raises(InputError, match=r"got 'A100'.* a100-40, a100-80.*--memory-gib"):
         find_gpu("A100")
+    with pytest.raises(InputError, match=r"got '4091'.* 4090"):
+        find_gpu("4091")
     with pytest.raises(InputError, match=r"such as 4060ti, 4060ti-16"):
         find_gpu("RTX 4060 Ti 32 GB")
 

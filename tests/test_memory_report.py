@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import re
 import subprocess
 import sys
@@ -196,14 +195,8 @@ def test_text_of_users_cannot_become_markup(source, page):
 
 
 def test_the_page_needs_plotly_and_says_how_to_get_it(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_plotly(name, *args, **options):
-        if name.partition(".")[0] == "plotly":
-            raise ImportError(f"No module named {name!r}")
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without_plotly)
+    monkeypatch.setitem(sys.modules, "plotly", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     with pytest.raises(InputError, match=r"pip install 'lowmem-reft\[report\]'"):
         write_page(tmp_path / "t.html", {"measured": step()})
     assert not list(tmp_path.iterdir())

@@ -59,7 +59,7 @@ class Kernels:
         if self.device_type == "cpu" and name in _PRODUCTS and args[-1].dtype == torch.bfloat16:
             return torch.get_num_threads() * BF16_PRODUCT_BYTES
         if self.device_type == "cpu" and name.rstrip("_") in _POINTWISE:
-            return _promoted_bytes(args)
+            return _promoted_bytes(args, in_place=name.endswith("_"))
         if "_scaled_dot_product_" not in name or name.endswith("_math"):
             return 0
         backward = name.endswith("_backward")
@@ -139,13 +139,19 @@ class Kernels:
         return {0: MATH, 1: FLASH, 2: EFFICIENT}.get(int(choice), MATH)
 
 
-def _promoted_bytes(args: Any) -> int:
-    """Return the copies that a pointwise operator on a CPU makes of operands of a smaller dtype."""
+def _promoted_bytes(args: Any, *, in_place: bool) -> int:
+    """Return the copies that a pointwise operator on a CPU makes of operands of a smaller dtype.
+
+    In place the result is one more, before it is cast to the dtype of the first operand.
+    """
     tensors = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg.dim() > 0]
     if len(tensors) < 2 or tensors[0].dtype == tensors[1].dtype:
         return 0
     common = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
-    return sum(t.numel() * common.itemsize for t in tensors if t.dtype != common)
+    copies = [t.numel() for t in tensors if t.dtype != common]
+    if in_place and tensors[0].dtype != common:
+        copies.append(tensors[0].numel())
+    return sum(copies) * common.itemsize
 
 
 def _cpu_flash_workspace(query: Tensor, *, backward: bool) -> int:

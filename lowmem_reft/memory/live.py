@@ -40,7 +40,6 @@ CATEGORIES = (
 )
 """What a live byte can belong to; ``workspace`` is what the backward pass and kernels make."""
 
-_LOSS_FILES = ("lowmem_reft/loss.py", "transformers/loss/loss_utils.py")
 # Frames of these say nothing about which line of a model asked for memory.
 _PLUMBING = ("/torch/", "/lowmem_reft/memory/", "/bitsandbytes/", "/peft/", "/contextlib.py")
 _DEQUANTIZE = ("bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockwise")
@@ -124,7 +123,7 @@ class LiveMemory(TorchDispatchMode):
         self._kernels = kernels
         self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}
         self._lines_of_nodes: dict[int, tuple[str, str]] = {}
-        self._peak_blocks: list[Block] = []
+        self._last_line = ("", "")
 
     @property
     def peak_bytes(self) -> int:
@@ -181,7 +180,6 @@ class LiveMemory(TorchDispatchMode):
     def _note_peak(self, place: Place | None) -> None:
         breakdown = {name: size for name, size in self.by_category.items() if size}
         self.peak = Peak(self.current_bytes, breakdown, place, [])
-        self._peak_blocks = []
 
     def _free(self, key: int, reference: weakref.ref[Any]) -> None:
         known = self._blocks.get(key)
@@ -221,8 +219,7 @@ class LiveMemory(TorchDispatchMode):
     def _record(self, func: Any, tensor: Tensor) -> None:
         if tensor.device.type != self.device_type:
             return
-        storage_is_known = tensor.untyped_storage()._cdata in self._blocks
-        if storage_is_known:
+        if tensor.untyped_storage()._cdata in self._blocks:
             self.add(tensor)
             return
         place = self._place(func)
@@ -252,6 +249,9 @@ class LiveMemory(TorchDispatchMode):
             node = torch._C._current_autograd_node()
             if node is not None:
                 line, module = self._lines_of_nodes.get(node._sequence_nr(), ("", ""))
+            # Gradients of a tensor with several uses are added up between the nodes.
+            line, module = (line, module) if line else self._last_line
+        self._last_line = (line, module)
         return Place(func._schema.name, line, module, phase)
 
 

@@ -7,7 +7,7 @@ that ``train`` uses, so the prediction cannot drift from the code.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,10 @@ class Predictor:
         )
         with torch.device("meta"):
             model: Any = get_peft_model(base, adapter)
-        save_memory(model, setting.memory)
+        memory = setting.memory
+        if not self._on_cuda:  # there is nowhere else to put anything
+            memory = replace(memory, offload_activations=False)
+        save_memory(model, memory)
         if setting.chunked_loss and setting.task_type == "CAUSAL_LM":
             use_chunked_loss(model)
         # After the tuner's own hook, which reads the values of the masks.
@@ -240,7 +243,7 @@ class Predictor:
         memory = LiveMemory("meta", names=names, kernels=kernels, keep_timeline=keep_timeline)
         label_model(memory, self.model)
         for module in self.model.modules():
-            if isinstance(module, HostEmbedding):
+            if isinstance(module, HostEmbedding) and self._on_cuda:
                 memory.discard(module.weight)
         for state in self._optimizer.state.values():
             for value in state.values():

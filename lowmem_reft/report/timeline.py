@@ -48,6 +48,7 @@ _OTHER = "#C8C8C8"
 _MADE_BY_STEP = ("activations", "loss", "workspace")
 _MAX_POINTS = 2000
 _MAX_BANDS = 400
+_ENTRIES_PER_BIN = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,14 +141,14 @@ def _start(timeline: Timeline) -> int:
     return 0
 
 
-def _bands(phases: Sequence[str], max_bands: int = _MAX_BANDS) -> list[tuple[float, float, str]]:
+def _bands(phases: Sequence[str]) -> list[tuple[float, float, str]]:
     """Return the stretches of one phase, each bin of the axis having the phase it mostly is in.
 
     Where blocks are recomputed the phase changes a thousand times, often for a few operators only.
     """
     names = list(dict.fromkeys(phases))
     codes = np.array([names.index(phase) for phase in phases])
-    num_bins = min(len(phases), max_bands)
+    num_bins = min(_MAX_BANDS, max(len(phases) // _ENTRIES_PER_BIN, min(len(phases), 40)))
     bins = np.arange(len(phases)) * num_bins // len(phases)
     counts = np.zeros((num_bins, len(names)), dtype=int)
     np.add.at(counts, (bins, codes), 1)
