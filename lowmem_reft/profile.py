@@ -20,7 +20,7 @@ from lowmem_reft.memory.live import CATEGORIES, LiveMemory, label_model, track
 from lowmem_reft.memory.measure import Measured, measure
 from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
 from lowmem_reft.memory.predict import Setting
-from lowmem_reft.memory.step import make_batch, training_step, warm_up
+from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
 from lowmem_reft.methods import build_peft_config, find_method
 from lowmem_reft.plan import lengths_of
 from lowmem_reft.provenance import device_name, versions
@@ -76,6 +76,8 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
         for value in batch.values():
             live.add(value, "inputs")
         label_model(live, model)
+        for value in optimizer_tensors(optimizer):
+            live.add(value, "optimizer")
         live.reset_peak()
         step(memory=live)
     result = {
@@ -170,10 +172,8 @@ def _measure(
         return measured, 0
     held = LiveMemory(device.type)
     label_model(held, model)
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                held.add(value)
+    for value in optimizer_tensors(optimizer):
+        held.add(value)
     for value in batch.values():
         held.add(value)
     return measured, held.current_bytes

@@ -21,7 +21,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.loss import response_log_likelihood, use_chunked_loss
 from lowmem_reft.memory.kernels import Kernels
 from lowmem_reft.memory.live import LiveMemory, label_gradients, label_model
-from lowmem_reft.memory.step import make_batch, training_step, warm_up
+from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
 from lowmem_reft.methods import build_peft_config
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
 from lowmem_reft.synthetic import base_on_meta
@@ -245,10 +245,8 @@ class Predictor:
         for module in self.model.modules():
             if isinstance(module, HostEmbedding) and self._on_cuda:
                 memory.discard(module.weight)
-        for state in self._optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    memory.add(value, "optimizer")
+        for value in optimizer_tensors(self._optimizer):
+            memory.add(value, "optimizer")
         memory.reset_peak()
         return memory, kernels
 

@@ -74,6 +74,16 @@ def training_step(
     model.zero_grad()
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the tensors of an optimizer's state."""
+    return [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
 def warm_up(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer's state, as after the first step, without changing a parameter."""
     for group in optimizer.param_groups:
