@@ -27,6 +27,7 @@ from lowmem_reft.options import (
     MethodOptions,
     ModelOptions,
     OptimOptions,
+    ReuseOptions,
     RunOptions,
     TrainOptions,
 )
@@ -193,7 +194,9 @@ def _plain(content: object) -> object:
 
 
 def _train_options(content: dict[str, Any]) -> TrainOptions:
-    run = content["run"]
+    run, reuse = content["run"], content["reuse"]
+    directory = reuse["reuse_dir"]
+    reuse = {**reuse, "reuse_dir": Path(directory) if directory else None}
     return TrainOptions(
         model=ModelOptions(**content["model"]),
         data=DataOptions(**content["data"]),
@@ -201,6 +204,7 @@ def _train_options(content: dict[str, Any]) -> TrainOptions:
         method=MethodOptions(**content["method"]),
         optim=OptimOptions(**content["optim"]),
         memory=MemoryOptions(**content["memory"]),
+        reuse=ReuseOptions(**reuse),
         run=RunOptions(**{**run, "output_dir": Path(run["output_dir"])}),
     )
 

@@ -26,6 +26,7 @@ from lowmem_reft.options import (
     MemoryOptions,
     ModelOptions,
     OptimOptions,
+    ReuseOptions,
     RunOptions,
     TrainOptions,
 )
@@ -185,6 +186,7 @@ def _method_cell(options: CompareOptions, sources: Sources, spec: MethodSpec, se
         method=spec.options,
         optim=resolve_learning_rate(spec.options, replace(options.optim, **spec.optim_overrides)),
         memory=options.memory,
+        reuse=ReuseOptions(reuse="off"),  # steps are compared, and not every method can reuse
         run=RunOptions(output_dir=directory / "train", seed=seed, quiet=True),
     )
     command = command_line(options, spec.label, seed)

@@ -264,6 +264,7 @@ def test_a_cell_file_holds_the_whole_cell(options):
     cells = build_cells(options, parse_methods("loreft[rank=2]"), [3], find_sources(options))
     for cell in cells:
         assert read_cell(write_cell(cell)) == cell
+        assert cell.train is None or cell.train.reuse.reuse == "off"
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
