@@ -165,7 +165,7 @@ def fit(
             f"a checkpoint of step {trainer.state.global_step} is in {options.run.output_dir}; "
             "add --resume to go on"
         )
-    peak = _peak(model, collator, encoded.examples, options.optim, device)
+    peak = _peak(model, collator, encoded.examples, options.optim, reuse)
     trainable, total = model.get_nb_trainable_parameters()
     tokens = sum(len(example["input_ids"]) for example in encoded.examples)
     per_step = options.optim.batch_size * options.optim.gradient_accumulation
@@ -328,22 +328,30 @@ def _peak(
     collator: Collator,
     examples: list[dict[str, Any]],
     optim: OptimOptions,
-    device: torch.device,
+    reuse: Reuse | None,
 ) -> dict[str, int | None]:
     """Measure peak memory: on CUDA over the whole run, else one more step on the longest examples.
 
     The extra step changes nothing: its gradients are dropped and no optimizer step is taken.
     """
+    device = device_of(model)
     if device.type == "cuda":
         return {
             "peak_bytes": torch.cuda.max_memory_allocated(device),
             "reserved_bytes": torch.cuda.max_memory_reserved(device),
         }
-    longest = sorted(examples, key=lambda example: -len(example["input_ids"]))[: optim.batch_size]
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
+    longest = order[: optim.batch_size]
+    batch = collator([examples[index] for index in longest])
     model.train()
     model.zero_grad()
     with track(device.type) as memory:
-        model(**{key: value.to(device) for key, value in collator(longest).items()}).loss.backward()
+        if reuse is not None:
+            loss = reuse.loss(longest, batch["labels"])
+        else:
+            loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
+        loss.backward()
+        del loss
     model.zero_grad()
     return {"peak_bytes": memory.peak_bytes, "reserved_bytes": None}
 

@@ -24,6 +24,7 @@ from lowmem_reft.options import (
     MethodOptions,
     ModelOptions,
     OptimOptions,
+    ReuseOptions,
     RunOptions,
     TrainOptions,
 )
@@ -269,7 +270,8 @@ def test_memory_is_measured_on_the_device_of_the_model(monkeypatch: pytest.Monke
     used = {torch.device("cuda", 0): 1, torch.device("cuda", 1): 2}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=0: used[device])
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device=0: used[device] + 5)
-    peak = _peak(None, None, [], OptimOptions(), torch.device("cuda", 1))
+    monkeypatch.setattr("lowmem_reft.train.device_of", lambda model: torch.device("cuda", 1))
+    peak = _peak(None, None, [], OptimOptions(), None)
     assert peak == {"peak_bytes": 2, "reserved_bytes": 7}
 
 
@@ -304,3 +306,22 @@ def test_find_adapter_accepts_the_run_directory_and_refuses_others(
     assert find_adapter(options.run.output_dir) == Path(result["adapter_dir"])
     with pytest.raises(InputError, match="adapter must be a directory"):
         find_adapter(tmp_path)
+
+
+def test_a_run_that_reuses_what_is_constant_ends_in_the_same_adapter(
+    options: TrainOptions, tmp_path: Path
+) -> None:
+    method = MethodOptions(method="loreft", rank=2, layers="1", positions="l1")
+    results = {}
+    for mode in ("off", "prefix"):
+        run = replace(options.run, output_dir=tmp_path / mode)
+        results[mode] = run_training(
+            replace(options, method=method, run=run, reuse=ReuseOptions(reuse=mode))
+        )
+    assert [results[mode]["reuse"] for mode in results] == ["off", "prefix"]
+    assert results["prefix"]["store_bytes"] > 0
+    assert results["prefix"]["build_time_s"] > 0
+    assert results["prefix"]["train_loss"] == pytest.approx(results["off"]["train_loss"], rel=1e-5)
+    plain, reused = (weights(Path(results[mode]["adapter_dir"])) for mode in ("off", "prefix"))
+    for name, values in plain.items():
+        torch.testing.assert_close(reused[name], values, rtol=1e-4, atol=1e-5)
