@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,11 @@ from transformers import AutoConfig
 
 from benchmarks.common import environment
 from lowmem_reft.memory.live import LiveMemory, label_model
-from lowmem_reft.memory.measure import measure
 from lowmem_reft.memory.planner import Lengths, Planner
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.options import MemoryOptions, MethodOptions
-from lowmem_reft.profile import build_model
+from lowmem_reft.profile import build_model, measure_step
 
 LOREFT = MethodOptions(method="loreft", rank=4, positions="f7+l7")
 LOREFT_ALL = MethodOptions(method="loreft", rank=4, positions="all")
@@ -113,14 +113,10 @@ def measured_peak(config: Any, setting: Setting, batch: dict[str, Any]) -> tuple
     held = LiveMemory("cpu")
     label_model(held, model)
     base_bytes = held.by_category["weights"] + held.by_category["quantization_constants"]
-    for state in optimizer.state.values():
-        for value in state.values():
-            held.add(value)
-    for value in batch.values():
-        held.add(value)
-    training_step(model, batch, optimizer)
-    measured = measure(device, lambda: training_step(model, batch, optimizer))
-    return measured.allocated_bytes + held.current_bytes, base_bytes
+    step = partial(training_step, model, batch, optimizer)
+    step()
+    measured, held_bytes = measure_step(device, model, optimizer, batch, step)
+    return measured.allocated_bytes + held_bytes, base_bytes
 
 
 def cell(

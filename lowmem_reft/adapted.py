@@ -14,13 +14,7 @@ if TYPE_CHECKING:
     from lowmem_reft.training_card import TrainingCard
 
 
-def load_frozen(
-    options: ModelOptions,
-    card: TrainingCard,
-    tokenizer: Any,
-    *,
-    activation_checkpointing: bool = False,
-) -> Any:
+def load_frozen(options: ModelOptions, card: TrainingCard, tokenizer: Any) -> Any:
     """Load the base as the card says, with the tokenizer's pad token.
 
     Raises:
@@ -32,7 +26,6 @@ def load_frozen(
         compute_dtype=card.compute_dtype,
         device=options.device,
         task_type=card.task_type,
-        activation_checkpointing=activation_checkpointing,
         num_labels=card.num_classes,
     )
     share_pad_token(base, tokenizer)

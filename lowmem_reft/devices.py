@@ -13,6 +13,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The project's names of the floating-point dtypes."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the project's name of a dtype."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
     """Turn cpu, cuda, cuda:N, auto or None into a device that exists; a CUDA device gets an index.
 

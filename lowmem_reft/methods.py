@@ -6,11 +6,12 @@ To add a method, enter it in ``METHODS``; if it is neither ReFT nor LoRA, add it
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import MethodOptions, OptimOptions, Storage
+from lowmem_reft.options import MemoryOptions, MethodOptions, OptimOptions, Storage
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -233,6 +234,38 @@ def build_peft_config(
             )
         return ReftConfig(task_type=task_type, **method.fixed, **given)
     return _lora_config(task_type, num_layers, given, method.fixed)
+
+
+def attach(
+    base: Any, options: MethodOptions, *, task_type: str, memory: MemoryOptions, chunked_loss: bool
+) -> Any:
+    """Put a method's adapter on a base, switch on what saves memory, and give it our loss.
+
+    Args:
+        base: the frozen base, on its device.
+        options: the method.
+        task_type: PEFT task type, for example CAUSAL_LM.
+        memory: how memory is saved.
+        chunked_loss: whether a causal model's loss is ours; else its own, with all logits.
+
+    Raises:
+        InputError: the base, the method or a way to save memory does not go with the others.
+    """
+    from peft import get_peft_model
+
+    from lowmem_reft.blocks import device_of, find_blocks
+    from lowmem_reft.loss import use_chunked_loss
+    from lowmem_reft.techniques import save_memory
+
+    config = build_peft_config(options, task_type=task_type, num_layers=len(find_blocks(base)[1]))
+    # On the meta device PEFT would otherwise draw an adapter's values on the CPU.
+    device = device_of(base)
+    with device if device.type == "meta" else nullcontext():
+        model: Any = get_peft_model(base, config)
+    save_memory(model, memory)
+    if chunked_loss and task_type == "CAUSAL_LM":
+        use_chunked_loss(model)
+    return model
 
 
 def _lora_config(

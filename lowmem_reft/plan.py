@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.devices import DTYPES, resolve_compute_dtype, resolve_device
+from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.live import CATEGORIES
 from lowmem_reft.memory.planner import (
@@ -107,7 +107,7 @@ def fit_into_memory(
     longest = max(len(example["input_ids"]) for example in examples)
     setting = Setting(
         storage=card.storage,
-        compute_dtype=next(name for name, value in DTYPES.items() if value == dtype),
+        compute_dtype=dtype_name(dtype),
         method=options.method,
         optim=options.optim.optim,
         task_type=card.task_type,

@@ -7,25 +7,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 
 from lowmem_reft.base import load_base
-from lowmem_reft.blocks import base_of, find_blocks
-from lowmem_reft.devices import DTYPES, resolve_compute_dtype, resolve_device
+from lowmem_reft.blocks import base_of
+from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.errors import InputError
-from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.memory.live import CATEGORIES, LiveMemory, label_model, track
 from lowmem_reft.memory.measure import Measured, measure
 from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
-from lowmem_reft.methods import build_peft_config, find_method
+from lowmem_reft.methods import attach, find_method
 from lowmem_reft.plan import lengths_of
 from lowmem_reft.provenance import device_name, versions
 from lowmem_reft.synthetic import base_with_random_weights
-from lowmem_reft.techniques import save_memory
 
 if TYPE_CHECKING:
     from lowmem_reft.options import ProfileOptions
@@ -71,7 +68,7 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
     accumulation = lengths.gradient_accumulation
     step = partial(training_step, model, batch, optimizer, micro_batches=accumulation)
     step()  # kernels are chosen and caches filled in the first one
-    measured, held = _measure(device, model, optimizer, batch, step)
+    measured, held = measure_step(device, model, optimizer, batch, step)
     with track(device.type, model=base_of(model), keep_timeline=True) as live:
         for value in batch.values():
             live.add(value, "inputs")
@@ -108,7 +105,7 @@ def _setting(options: ProfileOptions, device: torch.device) -> Setting:
     dtype = resolve_compute_dtype(plain, device)
     return Setting(
         storage=storage,
-        compute_dtype=next(name for name, value in DTYPES.items() if value == dtype),
+        compute_dtype=dtype_name(dtype),
         method=options.method,
         memory=options.memory,
         chunked_loss=options.loss == "chunked",
@@ -149,17 +146,16 @@ def build_model(model: Any, setting: Setting, device: torch.device, *, random_we
             task_type=setting.task_type,
             attn_implementation=setting.attn_implementation,
         )
-    adapter = build_peft_config(
-        setting.method, task_type=setting.task_type, num_layers=len(find_blocks(base)[1])
+    return attach(
+        base,
+        setting.method,
+        task_type=setting.task_type,
+        memory=setting.memory,
+        chunked_loss=setting.chunked_loss,
     )
-    adapted: Any = get_peft_model(base, adapter)
-    save_memory(adapted, setting.memory)
-    if setting.chunked_loss and setting.task_type == "CAUSAL_LM":
-        use_chunked_loss(adapted)
-    return adapted
 
 
-def _measure(
+def measure_step(
     device: torch.device,
     model: Any,
     optimizer: torch.optim.Optimizer,

@@ -2,7 +2,7 @@
 
 To add one: write a function that changes a model in place and leaves losses and gradients as they
 are, give it an option in ``options.MemoryOptions``, and call it from ``save_memory``. The
-prediction (``memory.plan``) runs the same model, so it knows of it at once.
+prediction (``memory.predict``) runs the same model, so it knows of it at once.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from lowmem_reft.adapted import load_frozen
 from lowmem_reft.base import load_tokenizer
-from lowmem_reft.blocks import device_of, find_blocks
+from lowmem_reft.blocks import device_of
 from lowmem_reft.data import (
     Collator,
     EncodedRows,
@@ -34,12 +34,10 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, check_rows, score
 from lowmem_reft.frozen.reuse import Reuse, prepare
 from lowmem_reft.frozen.trainer import INDEX, IndexCollator, ReuseTrainer
-from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.memory import peak_rss_bytes, track
-from lowmem_reft.methods import build_peft_config, find_method, resolve_learning_rate
+from lowmem_reft.methods import attach, build_peft_config, find_method, resolve_learning_rate
 from lowmem_reft.plan import fit_into_memory
 from lowmem_reft.provenance import versions
-from lowmem_reft.techniques import save_memory
 from lowmem_reft.training_card import TrainingCard, merge_card
 
 if TYPE_CHECKING:
@@ -253,20 +251,20 @@ def _encode(rows: list[Row], tokenizer: Any, card: TrainingCard) -> EncodedRows:
 def _attach(options: TrainOptions, card: TrainingCard, tokenizer: Any) -> PeftModel:
     """Load the base and put the method's adapter on it."""
     base = load_frozen(options.model, card, tokenizer)
-    config = build_peft_config(
-        options.method, task_type=card.task_type, num_layers=len(find_blocks(base)[1])
-    )
     # The adapter's start depends on the seed alone, not on what loading the base drew.
     set_seed(options.run.seed)
-    model = get_peft_model(base, config)
+    model = attach(
+        base,
+        options.method,
+        task_type=card.task_type,
+        memory=options.memory,
+        chunked_loss=True,
+    )
     assert isinstance(model, PeftModel)
     if model.get_nb_trainable_parameters()[0] == 0:
         raise InputError(
             f"method must have something to train, got {options.method.method!r}; choose another"
         )
-    save_memory(model, options.memory)
-    if card.task_type == "CAUSAL_LM":
-        use_chunked_loss(model)
     return model
 
 

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import DynamicCache
 
 from lowmem_reft.base import base_digest
 from lowmem_reft.blocks import base_of, device_of, find_blocks, hidden_size
-from lowmem_reft.devices import DTYPES
+from lowmem_reft.devices import dtype_name
 from lowmem_reft.frozen.split import Feed, TrunkReached, num_constant_blocks
 from lowmem_reft.frozen.store import CorruptShardError, Layout, Record, Shape, Store, key_of
 from lowmem_reft.positions import IGNORED_LABEL
@@ -151,6 +152,7 @@ class Reuse:
         examples: The data set, in the order of the indices that batches name.
         root: Directory of stores.
         prefix: Whether to keep keys and values of constant prefixes.
+        split: What is constant, if ``find_split`` has said so already.
         limit_bytes: Most that the store may take; None for no limit.
         report: Told about progress: (done, total) shards.
 
@@ -165,17 +167,18 @@ class Reuse:
         root: Path,
         *,
         prefix: bool = True,
+        split: Split | None = None,
         limit_bytes: int | None = None,
         report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.model = model
         self.examples = examples
-        self.split = find_split(model, examples, prefix=prefix)
+        self.split = split or find_split(model, examples, prefix=prefix)
         self.base = base_of(model)
         self.feed = Feed(model, self.split.num_blocks)
         self.num_layers = len(find_blocks(self.base)[1])
         self.layout = self._layout()
-        self.store = Store(root, key_of(self._facts()), self.layout, self._facts())
+        self.store = Store(root, key_of(self._facts), self.layout, self._facts)
         self.build_time_s = 0.0
         self._build(limit_bytes, report)
 
@@ -187,7 +190,6 @@ class Reuse:
     def _layout(self) -> Layout:
         config = self.base.config.get_text_config()
         heads = config.num_attention_heads
-        dtype = next(name for name, value in DTYPES.items() if value == self._dtype())
         return Layout(
             shapes=[
                 Shape(first, len(example["input_ids"]) - first)
@@ -197,7 +199,7 @@ class Reuse:
             num_cached_layers=self.num_layers - self.split.num_blocks,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or hidden_size(self.base) // heads,
-            dtype=dtype,
+            dtype=dtype_name(self._dtype()),
         )
 
     def _dtype(self) -> torch.dtype:
@@ -209,21 +211,19 @@ class Reuse:
         ]
         return dtypes[0] if dtypes else torch.float32
 
+    @cached_property
     def _facts(self) -> dict[str, Any]:
         """Return everything that the stored numbers depend on."""
-        if not hasattr(self, "_known_facts"):
-            tokens = [example["input_ids"] for example in self.examples]
-            self._known_facts = {
-                "base": base_digest(self.base, exclude=_belongs_to_an_adapter),
-                "architecture": type(self.base).__name__,
-                "config": key_of({"config": self.base.config.to_json_string(use_diff=False)}),
-                "tokens": key_of({"tokens": tokens}),
-                "num_blocks": self.split.num_blocks,
-                "first_edited": key_of({"first": self.split.first_edited}),
-                "dtype": self.layout.dtype,
-                "attention": str(self.base.config._attn_implementation),
-            }
-        return self._known_facts
+        return {
+            "base": base_digest(self.base, exclude=_belongs_to_an_adapter),
+            "architecture": type(self.base).__name__,
+            "config": key_of({"config": self.base.config.to_json_string(use_diff=False)}),
+            "tokens": key_of({"tokens": [example["input_ids"] for example in self.examples]}),
+            "num_blocks": self.split.num_blocks,
+            "first_edited": key_of({"first": self.split.first_edited}),
+            "dtype": self.layout.dtype,
+            "attention": str(self.base.config._attn_implementation),
+        }
 
     def _build(self, limit_bytes: int | None, report: Callable[[int, int], None]) -> None:
         started = time.perf_counter()
@@ -504,7 +504,7 @@ def prepare(
         share = _estimated_share(model, examples, split, epochs)
         if mode == "auto" and share > WORTHWHILE:
             raise ReuseError(f"it would save only {100 * (1 - share):.0f} % of the arithmetic")
-        reuse = _build(model, examples, mode, root, limit_bytes, report)
+        reuse = _build(model, examples, split, mode, root, limit_bytes, report)
         reuse.prove(list(range(len(batch["labels"]))), batch)
     except ReuseError as error:
         level = logging.INFO if mode == "auto" else logging.WARNING
@@ -520,6 +520,7 @@ WORTHWHILE = 0.9
 def _build(
     model: Any,
     examples: Sequence[Example],
+    split: Split,
     mode: str,
     root: Path,
     limit_bytes: int | None,
@@ -527,9 +528,7 @@ def _build(
 ) -> Reuse:
     """Build the larger store if there is room for it, else the smaller one."""
     try:
-        return Reuse(
-            model, examples, root, prefix=mode != "trunk", limit_bytes=limit_bytes, report=report
-        )
+        return Reuse(model, examples, root, split=split, limit_bytes=limit_bytes, report=report)
     except NoRoomError:
         if mode != "auto":
             raise

@@ -207,28 +207,27 @@ def _read_config_file(path: Path) -> Any:
 
 
 class Planner:
-    """Plans for one model; built models are kept for the settings that were asked for."""
+    """Plans for one model; the model of the last setting and all training peaks are kept."""
 
     def __init__(self, config: Any, card: Card | None = None) -> None:
         self.config = config
         self.card = card
-        self._predictors: dict[str, Predictor] = {}
-        self._peaks: dict[tuple[str, Lengths], int] = {}
+        self._predictor: Predictor | None = None
+        self._peaks: dict[tuple[Setting, Lengths], int] = {}
 
     def predictor(self, setting: Setting) -> Predictor:
-        """Return the predictor of a setting, built once.
+        """Return the predictor of a setting; asked twice in a row, the same one.
 
         Raises:
             InputError: the model, the method or a technique does not go with the others.
         """
-        key = repr(setting)
-        if key not in self._predictors:
-            self._predictors = {key: Predictor(self.config, setting)}
-        return self._predictors[key]
+        if self._predictor is None or self._predictor.setting != setting:
+            self._predictor = Predictor(self.config, setting)
+        return self._predictor
 
     def training_peak_bytes(self, setting: Setting, lengths: Lengths) -> int:
         """Return the predicted peak of a training step, margin included."""
-        key = (repr(setting), lengths)
+        key = (setting, lengths)
         if key not in self._peaks:
             self._peaks[key] = with_margin(self._train(setting, lengths).peak_bytes)
         return self._peaks[key]
@@ -412,10 +411,10 @@ def fit(
     if card is None:
         raise InputError("gpu must be given (or memory_gib) to fit into, got neither; give one")
     best: Candidate | None = None
-    for candidate in _ways(planner.config, setting, lengths, storages):
-        held = planner.predictor(candidate.setting).base_bytes()
+    for way in _ways(planner.config, setting, lengths, storages):
+        held = planner.predictor(way).base_bytes()
         per_example = 0.0  # as far as larger forward passes have shown
-        for option in _split(candidate):
+        for option in _split(way, lengths):
             if best is not None and option.cost >= best.cost:
                 break
             size = option.lengths.batch_size
@@ -432,24 +431,22 @@ def fit(
 
 def _ways(
     config: Any, setting: Setting, lengths: Lengths, storages: tuple[Any, ...]
-) -> Iterator[Candidate]:
+) -> Iterator[Setting]:
+    """Yield the setting with every storage and every way to save memory."""
     ladder = memory_ladder(config, lengths.seq_len, device_type=setting.device_type)
     for storage in storages or (setting.storage,):
         for memory in ladder:
-            way = replace(setting, storage=storage, memory=memory)
-            yield Candidate(setting=way, lengths=lengths, cost=estimated_cost(way, lengths))
+            yield replace(setting, storage=storage, memory=memory)
 
 
-def _split(candidate: Candidate) -> Iterator[Candidate]:
+def _split(setting: Setting, lengths: Lengths) -> Iterator[Candidate]:
     """Yield the batch in ever smaller forward passes, the largest and fastest first."""
-    total = candidate.lengths.batch_size * candidate.lengths.gradient_accumulation
-    for size in range(candidate.lengths.batch_size, 0, -1):
+    total = lengths.batch_size * lengths.gradient_accumulation
+    for size in range(lengths.batch_size, 0, -1):
         if total % size == 0:
-            lengths = replace(
-                candidate.lengths, batch_size=size, gradient_accumulation=total // size
-            )
-            cost = estimated_cost(candidate.setting, lengths)
-            yield replace(candidate, lengths=lengths, cost=cost)
+            part = replace(lengths, batch_size=size, gradient_accumulation=total // size)
+            cost = estimated_cost(setting, part)
+            yield Candidate(setting=setting, lengths=part, cost=cost)
 
 
 def describe(candidate: Candidate) -> str:

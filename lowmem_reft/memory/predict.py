@@ -12,20 +12,19 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model
 from transformers import DynamicCache
 
-from lowmem_reft.blocks import base_of, find_blocks
+from lowmem_reft.blocks import base_of
 from lowmem_reft.devices import DTYPES
 from lowmem_reft.errors import InputError
-from lowmem_reft.loss import response_log_likelihood, use_chunked_loss
+from lowmem_reft.loss import response_log_likelihood
 from lowmem_reft.memory.kernels import Kernels
 from lowmem_reft.memory.live import LiveMemory, label_gradients, label_model
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
-from lowmem_reft.methods import build_peft_config
+from lowmem_reft.methods import attach
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
 from lowmem_reft.synthetic import base_on_meta
-from lowmem_reft.techniques import HostEmbedding, save_memory
+from lowmem_reft.techniques import HostEmbedding
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,17 +95,16 @@ class Predictor:
             num_labels=setting.num_labels,
             attn_implementation=setting.attn_implementation,
         )
-        adapter = build_peft_config(
-            setting.method, task_type=setting.task_type, num_layers=len(find_blocks(base)[1])
-        )
-        with torch.device("meta"):
-            model: Any = get_peft_model(base, adapter)
         memory = setting.memory
         if not self._on_cuda:  # there is nowhere else to put anything
             memory = replace(memory, offload_activations=False)
-        save_memory(model, memory)
-        if setting.chunked_loss and setting.task_type == "CAUSAL_LM":
-            use_chunked_loss(model)
+        model = attach(
+            base,
+            setting.method,
+            task_type=setting.task_type,
+            memory=memory,
+            chunked_loss=setting.chunked_loss,
+        )
         # After the tuner's own hook, which reads the values of the masks.
         base.register_forward_pre_hook(_to_meta, with_kwargs=True)
         return model
