@@ -32,6 +32,7 @@ from transformers import AutoConfig
 from benchmarks.common import environment
 from lowmem_reft import ReftConfig
 from lowmem_reft.checkpointing import enable_activation_checkpointing
+from lowmem_reft.frozen.proof import prove
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.synthetic import base_with_random_weights
@@ -194,14 +195,12 @@ def compare(shape: Shape, options: ReuseBenchmark, directory: Path) -> dict[str,
         if name == REUSED:
             reuse = Reuse(model, examples, directory)
             error = max(
-                reuse.prove(list(range(i * size, (i + 1) * size)), batch)
+                prove(reuse, list(range(i * size, (i + 1) * size)), batch)
                 for i, batch in enumerate(batches)
             )
             steps[name] = stepper(
                 model,
-                lambda i, reuse=reuse: reuse.loss(
-                    list(range(i * size, (i + 1) * size)), batches[i]["labels"]
-                ),
+                lambda i, reuse=reuse: reuse.loss(list(range(i * size, (i + 1) * size))),
             )
         else:
             steps[name] = stepper(model, lambda i, model=model: model(**batches[i])["loss"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.base import load_base, load_tokenizer, share_pad_token
+from lowmem_reft.base import load_base, load_config, load_tokenizer, share_pad_token
 from lowmem_reft.errors import InputError
+from lowmem_reft.frozen.split import find_first_resident
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,12 +15,30 @@ if TYPE_CHECKING:
     from lowmem_reft.training_card import TrainingCard
 
 
-def load_frozen(options: ModelOptions, card: TrainingCard, tokenizer: Any) -> Any:
+def load_frozen(
+    options: ModelOptions, card: TrainingCard, tokenizer: Any, *, upper_for: Any = None
+) -> Any:
     """Load the base as the card says, with the tokenizer's pad token.
+
+    Args:
+        options: Which base, and where to.
+        card: How it is stored, and its task.
+        tokenizer: The base's tokenizer.
+        upper_for: Configuration of an adapter; only the blocks are loaded that it needs, see
+            ``load_base``. None loads all of them.
 
     Raises:
         InputError: the base cannot be loaded.
     """
+    resident: dict[str, Any] = {}
+    if upper_for is not None:
+        first = find_first_resident(
+            load_config(options.model),
+            upper_for,
+            task_type=card.task_type,
+            num_labels=card.num_classes,
+        )
+        resident = {"resident": "upper", "first_resident": first}
     base = load_base(
         options.model,
         storage=card.storage,
@@ -27,25 +46,35 @@ def load_frozen(options: ModelOptions, card: TrainingCard, tokenizer: Any) -> An
         device=options.device,
         task_type=card.task_type,
         num_labels=card.num_classes,
+        **resident,
     )
     share_pad_token(base, tokenizer)
     return base
 
 
 def load_adapted(
-    options: ModelOptions, adapter: Path | None, card: TrainingCard
+    options: ModelOptions, adapter: Path | None, card: TrainingCard, *, resident: str = "all"
 ) -> tuple[Any, Any]:
     """Load base, adapter (or None) and tokenizer, in evaluation mode.
+
+    Args:
+        options: Which base, and where to.
+        adapter: Directory of the adapter.
+        card: How the base is stored, and its task.
+        resident: ``upper`` loads only the blocks that the adapter needs.
 
     Raises:
         InputError: the base, the adapter or the tokenizer cannot be loaded.
     """
+    from peft import PeftConfig, PeftModel
+
     tokenizer = load_tokenizer(options.model)
-    base = load_frozen(options, card, tokenizer)
+    if adapter is None and resident != "all":
+        raise InputError(f"resident must be all without an adapter, got {resident!r}; leave it out")
+    upper_for = PeftConfig.from_pretrained(str(adapter)) if resident == "upper" else None
+    base = load_frozen(options, card, tokenizer, upper_for=upper_for)
     if adapter is None:
         return base.eval(), tokenizer
-    from peft import PeftModel
-
     try:
         return PeftModel.from_pretrained(base, str(adapter)).eval(), tokenizer
     except (RuntimeError, ValueError, OSError) as error:

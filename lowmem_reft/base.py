@@ -6,24 +6,31 @@ section 3); 8-bit storage is LLM.int8() (https://arxiv.org/abs/2208.07339).
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
+import json
 import logging
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import transformers
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.hub import cached_file
 
+from lowmem_reft.blocks import find_blocks
 from lowmem_reft.checkpointing import enable_activation_checkpointing, stop_input_gradients
 from lowmem_reft.devices import DTYPES, resolve_compute_dtype, resolve_device
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import Storage
+from lowmem_reft.residency import EMBEDDING, Checkpoint, Residency, fill_buffers
 
 __all__ = [
     "AUTO_CLASSES",
@@ -63,6 +70,8 @@ def load_base(
     num_labels: int | None = None,
     attn_implementation: str | None = None,
     revision: str = "main",
+    resident: Literal["all", "upper"] = "all",
+    first_resident: int | None = None,
 ) -> PreTrainedModel:
     """Load a pretrained model as a frozen base, quantized on the way in.
 
@@ -86,6 +95,11 @@ def load_base(
         num_labels: Classes of a SEQ_CLS or TOKEN_CLS head; default: as the checkpoint says.
         attn_implementation: eager, sdpa, ...; default: what transformers picks.
         revision: Branch, tag or commit of a hub id.
+        resident: ``upper`` loads the upper blocks only, for training from stored constants: see
+            ``lowmem_reft.frozen``. The others, and an embedding that the head does not share, are
+            on the meta device and are read from the checkpoint when they run
+            (``base.residency``; its ``restore()`` makes the base whole).
+        first_resident: The first block that is loaded with ``upper``; default: half of them.
 
     Raises:
         InputError: an argument is unknown, impossible on this machine or at odds with the model.
@@ -104,15 +118,20 @@ def load_base(
     options = quantization_options(model, config, storage, dtype, task_type)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    base = _from_pretrained(
-        AUTO_CLASSES[task_type],
-        model,
-        config=config,
-        dtype=dtype,
-        device_map={"": str(target)},
-        revision=revision,
-        **options,
-    )
+    if resident == "upper":
+        base = _load_upper(
+            model, config, task_type, dtype, target, revision, options, first_resident
+        )
+    else:
+        base = _from_pretrained(
+            AUTO_CLASSES[task_type],
+            model,
+            config=config,
+            dtype=dtype,
+            device_map={"": str(target)},
+            revision=revision,
+            **options,
+        )
     if storage in QUANTIZED:
         if "quantization_config" not in options:
             _cast_unquantized(base, dtype)
@@ -271,6 +290,130 @@ def _from_pretrained(auto_class: Any, model: str | Path, **options: Any) -> PreT
     return base
 
 
+def _load_upper(
+    model: str | Path,
+    config: Any,
+    task_type: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str,
+    options: dict[str, Any],
+    first_resident: int | None,
+) -> PreTrainedModel:
+    """Load the upper blocks and what is no block; leave the others on the meta device."""
+    held = getattr(config, "quantization_config", None)
+    options = dict(options)
+    quantization = options.pop("quantization_config", held)
+    quantizer = None
+    if quantization is not None:
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=held is not None)
+        config.quantization_config = quantizer.quantization_config
+
+    def empty() -> PreTrainedModel:
+        with torch.device("meta"):
+            made = from_config(copy.deepcopy(config), task_type, dtype=dtype, **options)
+        if quantizer is not None:
+            quantizer.preprocess_model(model=made, dtype=dtype, device_map={"": str(device)})
+        return made
+
+    def finish(part: nn.Module) -> None:
+        if held is not None:
+            _cast_unquantized(part, dtype)
+        guard_linear4bit(part)
+        part.requires_grad_(False)
+
+    base: Any = empty()
+    name, blocks = find_blocks(base)
+    first = len(blocks) // 2 if first_resident is None else first_resident
+    if not 1 <= first <= len(blocks):
+        raise InputError(
+            f"first_resident must be from 1 to {len(blocks)}, got {first_resident!r}; it is the "
+            "block above the lowest edited one"
+        )
+    checkpoint = Checkpoint(
+        _weight_files(model, revision),
+        empty(),
+        dtype=dtype,
+        device=device,
+        quantizer=quantizer,
+        finish=finish,
+    )
+    head = base.get_output_embeddings()
+    # A classifier needs the tokens themselves to find the last one.
+    keep = task_type != "CAUSAL_LM" or head is None or base.config.tie_word_embeddings
+    checkpoint.read(
+        base,
+        lambda part: part is None or part >= first or (part == EMBEDDING and keep),
+        device,
+    )
+    base.tie_weights()
+    _initialize_head(base, task_type, device)
+    lower = {id(module) for block in blocks[:first] for module in block.modules()}
+    for module in base.modules():
+        if id(module) not in lower:
+            fill_buffers(base, module, device, recurse=False)
+        elif isinstance(module, Linear4bit):
+            _count_as_stored(module)
+    for part in (*base.children(), *blocks[first:]):
+        if part is not base.base_model:
+            checkpoint.check(part)
+    if quantizer is not None:
+        base.hf_quantizer = quantizer
+        quantizer.postprocess_model(base)
+    with contextlib.suppress(OSError):
+        base.generation_config = transformers.GenerationConfig.from_pretrained(
+            str(model), revision=revision
+        )
+    base.residency = Residency(base, checkpoint, first_resident=first, has_embedding=keep)
+    # Two devices: the Trainer and accelerate leave such a model where it is.
+    base.hf_device_map = {"": device, name: torch.device("meta")}
+    base.eval()
+    return cast(PreTrainedModel, base)
+
+
+def _weight_files(model: str | Path, revision: str) -> list[Path]:
+    """Return the safetensors files of a hub id or a directory."""
+
+    def find(name: str) -> str | None:
+        found: str | None = cached_file(
+            str(model), name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        return found
+
+    try:
+        index, whole = find("model.safetensors.index.json"), None
+        if index is None:
+            whole = find("model.safetensors")
+            names = [] if whole is None else ["model.safetensors"]
+        else:
+            names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        files = [find(name) for name in names]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"model must have readable safetensors, got {str(model)!r}; check it ({_line(error)})"
+        ) from error
+    if not files or None in files:
+        raise InputError(
+            f"model must have all of its safetensors, got {str(model)!r}; convert or download it"
+        )
+    return [Path(file) for file in files if file is not None]
+
+
+def _initialize_head(base: Any, task_type: str, device: torch.device) -> None:
+    """Give a classifier's head values where the checkpoint has none, as from_pretrained does."""
+    for name in _head_names(base) if _has_head(task_type) else ():
+        for module in base.get_submodule(name).modules():
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                module.to_empty(device=device, recurse=False)
+                base._init_weights(module)
+
+
+def _count_as_stored(module: Linear4bit) -> None:
+    """Give an empty layer the packed shape, by which PEFT counts parameters."""
+    packed = torch.empty(-(-module.weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
+    module.weight = Params4bit(packed, requires_grad=False, bnb_quantized=True)
+
+
 def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
@@ -396,9 +539,11 @@ def _cast_input_to_own_dtype(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[
     )
 
 
-def _cast_unquantized(base: PreTrainedModel, dtype: torch.dtype) -> None:
+def _cast_unquantized(base: nn.Module, dtype: torch.dtype) -> None:
     """Cast what a quantized checkpoint left unquantized, which transformers keeps as it was."""
     for parameter in base.parameters():
+        if parameter.is_meta:
+            continue
         if isinstance(parameter, Params4bit):
             parameter.quant_state.dtype = dtype  # what it is dequantized to in the backward pass
         elif parameter.is_floating_point():

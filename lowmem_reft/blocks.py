@@ -6,6 +6,8 @@ as many modules as the configuration has layers; their attention and MLP go by f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,5 +100,20 @@ def base_of(model: Any) -> Any:
 
 
 def device_of(model: Any) -> torch.device:
-    """Return where the blocks compute; the embedding may be elsewhere."""
-    return next(find_blocks(base_of(model))[1].parameters()).device
+    """Return where the blocks compute; the embedding, and blocks on meta, may be elsewhere."""
+    devices = [p.device for p in find_blocks(base_of(model))[1].parameters()]
+    return next((device for device in devices if device.type != "meta"), devices[0])
+
+
+@contextmanager
+def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let something else run in a module's place for a while; the module's hooks stay."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before

@@ -194,9 +194,7 @@ def _plain(content: object) -> object:
 
 
 def _train_options(content: dict[str, Any]) -> TrainOptions:
-    run, reuse = content["run"], content["reuse"]
-    directory = reuse["reuse_dir"]
-    reuse = {**reuse, "reuse_dir": Path(directory) if directory else None}
+    run = content["run"]
     return TrainOptions(
         model=ModelOptions(**content["model"]),
         data=DataOptions(**content["data"]),
@@ -204,7 +202,7 @@ def _train_options(content: dict[str, Any]) -> TrainOptions:
         method=MethodOptions(**content["method"]),
         optim=OptimOptions(**content["optim"]),
         memory=MemoryOptions(**content["memory"]),
-        reuse=ReuseOptions(**reuse),
+        reuse=_reuse_options(content["reuse"]),
         run=RunOptions(**{**run, "output_dir": Path(run["output_dir"])}),
     )
 
@@ -214,7 +212,13 @@ def _evaluate_options(content: dict[str, Any]) -> EvaluateOptions:
         name: Path(content[name]) if content[name] else None for name in ("adapter", "predictions")
     }
     model, data = ModelOptions(**content["model"]), DataOptions(**content["data"])
-    return EvaluateOptions(**{**content, **paths, "model": model, "data": data})
+    reuse = _reuse_options(content["reuse"])
+    return EvaluateOptions(**{**content, **paths, "model": model, "data": data, "reuse": reuse})
+
+
+def _reuse_options(content: dict[str, Any]) -> ReuseOptions:
+    directory = content["reuse_dir"]
+    return ReuseOptions(**{**content, "reuse_dir": Path(directory) if directory else None})
 
 
 if __name__ == "__main__":

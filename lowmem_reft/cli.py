@@ -1,4 +1,4 @@
-"""The command line: ``lowmem-reft train | evaluate | generate | compare | plan | profile``.
+"""The command line: ``lowmem-reft train | evaluate | generate | compare | plan | profile | cache``.
 
 Parsed by tyro from the dataclasses in ``options.py``, so every flag, default and help text is
 written there. Nothing heavy is imported before the options are known to be well-formed.
@@ -31,6 +31,7 @@ import tyro
 from lowmem_reft import __version__
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import (
+    CacheOptions,
     CompareOptions,
     EvaluateOptions,
     GenerateOptions,
@@ -40,7 +41,13 @@ from lowmem_reft.options import (
 )
 
 Options = (
-    TrainOptions | EvaluateOptions | GenerateOptions | CompareOptions | PlanOptions | ProfileOptions
+    TrainOptions
+    | EvaluateOptions
+    | GenerateOptions
+    | CompareOptions
+    | PlanOptions
+    | ProfileOptions
+    | CacheOptions
 )
 
 _Commands = (
@@ -50,9 +57,10 @@ _Commands = (
     | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
     | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
     | Annotated[ProfileOptions, tyro.conf.subcommand("profile")]
+    | Annotated[CacheOptions, tyro.conf.subcommand("cache")]
 )
 
-# Subcommand and function that runs it: imported when it is called, because each imports torch.
+# Module and function of each: imported when it is called, because all but one import torch.
 _HANDLERS: dict[type, tuple[str, str]] = {
     TrainOptions: ("train", "run_training"),
     EvaluateOptions: ("evaluate", "run_evaluation"),
@@ -60,6 +68,7 @@ _HANDLERS: dict[type, tuple[str, str]] = {
     CompareOptions: ("compare", "run_comparison"),
     PlanOptions: ("plan", "run_plan"),
     ProfileOptions: ("profile", "run_profile"),
+    CacheOptions: ("cache", "run_cache"),
 }
 
 _DESCRIPTION = f"""ReFT, LoRA and QLoRA on a frozen 4- or 8-bit base (version {__version__}).
@@ -147,19 +156,26 @@ def _parse(arguments: list[str]) -> Options:
 
 def _run(options: Options) -> int:
     """Run the handler, print its result and return how many cells of a comparison failed."""
-    as_json = options.run.json if isinstance(options, TrainOptions) else options.json
-    quiet = options.run.quiet if isinstance(options, TrainOptions) else options.quiet
+    as_json, quiet = _as_json_and_quiet(options)
     with _stdout_to_stderr() if as_json else contextlib.nullcontext():
-        _quieten_libraries(no_bars=quiet or not sys.stderr.isatty())
+        if not isinstance(options, CacheOptions):
+            _quieten_libraries(no_bars=quiet or not sys.stderr.isatty())
         result = _handler(options)(options)
     if as_json:
         print(json.dumps(_finite(result), allow_nan=False, default=str))
     elif isinstance(options, GenerateOptions):
         _print_summary(result, to_stderr=True)  # standard output belongs to the generated text
-    elif not isinstance(options, PlanOptions | ProfileOptions):  # they print tables of their own
-        _print_summary(result)
+    elif not isinstance(options, PlanOptions | ProfileOptions | CacheOptions):
+        _print_summary(result)  # those print tables of their own
     sys.stdout.flush()
     return int(result.get("num_failed", 0))
+
+
+def _as_json_and_quiet(options: Options) -> tuple[bool, bool]:
+    if isinstance(options, CacheOptions):
+        return options.action.json, False
+    switches = options.run if isinstance(options, TrainOptions) else options
+    return switches.json, switches.quiet
 
 
 def _quieten_libraries(*, no_bars: bool) -> None:
@@ -257,6 +273,10 @@ def _format(key: str, value: str | float | Path) -> str:
 def _what_is_kept(options: Options) -> str:
     if isinstance(options, CompareOptions):
         return f"finished cells in {options.output_dir} are kept; the same command runs the rest"
+    if isinstance(options, CacheOptions):
+        return (
+            "what is gone is whole again when training builds it; the same command removes the rest"
+        )
     if not isinstance(options, TrainOptions):
         return "nothing was changed but the output file, if one was named"
     directory = options.run.output_dir

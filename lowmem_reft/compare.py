@@ -26,7 +26,6 @@ from lowmem_reft.options import (
     MemoryOptions,
     ModelOptions,
     OptimOptions,
-    ReuseOptions,
     RunOptions,
     TrainOptions,
 )
@@ -186,7 +185,7 @@ def _method_cell(options: CompareOptions, sources: Sources, spec: MethodSpec, se
         method=spec.options,
         optim=resolve_learning_rate(spec.options, replace(options.optim, **spec.optim_overrides)),
         memory=options.memory,
-        reuse=ReuseOptions(reuse="off"),  # steps are compared, and not every method can reuse
+        reuse=evaluate.reuse,
         run=RunOptions(output_dir=directory / "train", seed=seed, quiet=True),
     )
     command = command_line(options, spec.label, seed)
@@ -219,6 +218,10 @@ def _evaluate_options(
         adapter=adapter,
         answer_pattern=options.answer_pattern,
         max_new_tokens=options.max_new_tokens,
+        # Cells share their stores: another seed or rank on the same layers builds nothing.
+        reuse=replace(
+            options.reuse, reuse_dir=options.reuse.reuse_dir or options.output_dir / "reuse"
+        ),
         predictions=directory / "predictions.jsonl",
         quiet=True,
     )

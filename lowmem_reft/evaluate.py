@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowmem_reft.adapted import load_adapted
+from lowmem_reft.blocks import base_of
 from lowmem_reft.data import (
     Collator,
     as_choices,
@@ -21,13 +25,17 @@ from lowmem_reft.data import (
     load_rows,
 )
 from lowmem_reft.errors import InputError
+from lowmem_reft.frozen.prepare import prepare_scoring
 from lowmem_reft.generate import generate_batches
 from lowmem_reft.loss import response_log_likelihood
+from lowmem_reft.options import ReuseOptions
 from lowmem_reft.progress import progress
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
 
     from lowmem_reft.data import Row
     from lowmem_reft.options import EvaluateOptions, Scoring
@@ -47,6 +55,10 @@ class ScoringSettings:
     """Tokens generated per example."""
     quiet: bool = True
     """No progress bar."""
+    reuse: ReuseOptions = field(default_factory=ReuseOptions)
+    """What may be computed once, and how much it may take on the disk."""
+    reuse_dir: Path | None = None
+    """Where that is kept; None computes everything anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +116,21 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     if card.label_names is None and rows[0].kind == "label":
         card = replace(card, label_names=label_names(rows))
     check_rows(rows, card)
-    model, tokenizer = load_adapted(options.model, adapter, card)
-    settings = ScoringSettings(
-        scoring=options.scoring,
-        answer_pattern=options.answer_pattern,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        quiet=options.quiet,
-    )
-    scores = score(model, tokenizer, rows, card, settings)
+    model, tokenizer = load_adapted(options.model, adapter, card, resident=options.reuse.resident)
+    with ExitStack() as stack:
+        directory = options.reuse.reuse_dir
+        if directory is None and options.reuse.resident == "upper":
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        settings = ScoringSettings(
+            scoring=options.scoring,
+            answer_pattern=options.answer_pattern,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            quiet=options.quiet,
+            reuse=options.reuse,
+            reuse_dir=directory,
+        )
+        scores = score(model, tokenizer, rows, card, settings)
     if options.predictions is not None:
         with options.predictions.open("w") as file:
             for row, prediction, correct in zip(
@@ -143,9 +161,25 @@ def score(
     card: TrainingCard,
     settings: ScoringSettings | None = None,
 ) -> Scores:
-    """Score a loaded model on rows; see ``run_evaluation``."""
+    """Score a loaded model on rows; see ``run_evaluation``.
+
+    A base of which only upper blocks are resident is scored from stored constants where rows have
+    choices; otherwise its lower blocks are read again for every forward pass.
+    """
     settings = settings or ScoringSettings()
     model.eval()
+    residency = getattr(base_of(model), "residency", None)
+    with nullcontext() if residency is None else residency.streaming():
+        return _score(model, tokenizer, rows, card, settings)
+
+
+def _score(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    card: TrainingCard,
+    settings: ScoringSettings,
+) -> Scores:
     if card.task_type == "SEQ_CLS":
         return _score_classes(model, tokenizer, rows, card, settings)
     rows = as_choices(rows, card.label_names)
@@ -177,11 +211,11 @@ def _score_choices(
     # Like lengths together: little padding.
     items.sort(key=lambda item: -len(item[2]["input_ids"]))
     totals: list[dict[int, tuple[float, int]]] = [{} for _ in rows]
-    collate = Collator(tokenizer, padding_side="left")
+    likelihoods = _likelihoods(model, tokenizer, [example for _, _, example in items], settings)
     starts = range(0, len(items), settings.batch_size)
     for start in progress(starts, "scoring", quiet=settings.quiet):
         batch = items[start : start + settings.batch_size]
-        sums, counts = response_log_likelihood(model, collate([example for _, _, example in batch]))
+        sums, counts = likelihoods(range(start, start + len(batch)))
         for (index, choice, _), total, count in zip(batch, sums.tolist(), counts, strict=True):
             totals[index][choice] = (total, count)
     predictions, losses = [], []
@@ -196,6 +230,21 @@ def _score_choices(
         predictions=predictions,
         losses=losses,
         num_cut_prompts=sum(by_choice.num_cut_prompts for by_choice in encoded),
+    )
+
+
+def _likelihoods(
+    model: Any, tokenizer: Any, examples: list[dict[str, Any]], settings: ScoringSettings
+) -> Callable[[Sequence[int]], tuple[Tensor, list[int]]]:
+    """Return what scores some of the examples: from stored constants if there are any."""
+    collate = Collator(tokenizer, padding_side="left")
+    if settings.reuse_dir is not None and hasattr(model, "peft_config"):
+        first = collate(examples[: settings.batch_size])
+        reuse = prepare_scoring(model, examples, first, settings.reuse, root=settings.reuse_dir)
+        if reuse is not None:
+            return reuse.log_likelihood
+    return lambda indices: response_log_likelihood(
+        model, collate([examples[index] for index in indices])
     )
 
 

@@ -340,12 +340,9 @@ def response_log_likelihood(
 ) -> tuple[Tensor, list[int]]:
     """Return each example's summed log-likelihood of supervised tokens, (batch,), and their number.
 
-    Only supervised tokens get logits, at most ``chunk_bytes`` of them at once; a model whose head
-    is not recognized gives those of the last positions of the batch, which is left-padded.
-
     Args:
         model: a causal language model in evaluation mode, with or without an adapter.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, seq), left-padded.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, seq).
         chunk_bytes: bytes of fp32 logits that may exist at once.
     """
     labels, base = batch["labels"], base_of(model)
@@ -357,22 +354,43 @@ def response_log_likelihood(
         # Absolute positions (GPT-2) count from the first token, not from the padding.
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     arguments = {**inputs, **prompt_arguments(model, labels), "use_cache": False}
+    return log_likelihood_of(
+        base, labels, lambda **more: model(**arguments, **more), chunk_bytes=chunk_bytes
+    )
+
+
+@torch.no_grad()
+def log_likelihood_of(
+    base: Any, labels: Tensor, run: Callable[..., Any], *, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Tensor, list[int]]:
+    """Return each example's summed log-likelihood of supervised tokens, (batch,), and their number.
+
+    Only supervised tokens get logits, at most ``chunk_bytes`` of them at once; a model whose head
+    is not recognized gives those of all positions that any example supervises.
+
+    Args:
+        base: a causal language model in evaluation mode.
+        labels: (batch, seq), -100 where a token is not supervised.
+        run: makes the forward pass, with the further arguments that it is given.
+        chunk_bytes: bytes of fp32 logits that may exist at once.
+    """
+    device, batch = device_of(base), labels.shape[0]
     supervised = labels[:, 1:] != IGNORED_LABEL
     counts = (labels != IGNORED_LABEL).sum(1).tolist()
     head = find_head(base)
-    if head is None:
-        kept = max(counts)
-        logits = model(**arguments, logits_to_keep=kept + 1).logits
-        # Models that do not know logits_to_keep give all positions.
-        log_probs = logits[:, -kept - 1 : -1].float().log_softmax(-1)
-        targets = labels[:, -kept:].to(logits.device)
-        picked = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        return (picked * (targets != IGNORED_LABEL)).sum(1), counts
     rows, columns = supervised.nonzero(as_tuple=True)
-    hidden = _hidden_before_head(base, lambda: model(**arguments))
-    selected = hidden[rows.to(device), columns.to(device)]
     targets = labels[rows, columns + 1].to(device)
-    sums = torch.zeros(labels.shape[0], dtype=torch.float32, device=device)
+    sums = torch.zeros(batch, dtype=torch.float32, device=device)
+    if head is None:
+        kept = supervised.any(0).nonzero()[:, 0]
+        logits = run(logits_to_keep=kept.to(device)).logits
+        if logits.shape[1] == len(kept):  # else the model does not know logits_to_keep
+            columns = torch.searchsorted(kept, columns)
+        selected = logits[rows.to(device), columns.to(device)].float().log_softmax(-1)
+        picked = selected.gather(-1, targets[:, None])[:, 0]
+        return sums.index_add_(0, rows.to(device), picked), counts
+    hidden = _hidden_before_head(base, run)
+    selected = hidden[rows.to(device), columns.to(device)]
     step = max(1, chunk_bytes // (4 * head.weight.shape[0]))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)

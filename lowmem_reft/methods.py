@@ -236,6 +236,48 @@ def build_peft_config(
     return _lora_config(task_type, num_layers, given, method.fixed)
 
 
+def check_target_modules(options: MethodOptions, model: str, *, task_type: str) -> None:
+    """Refuse ``target_modules`` that the base has not got, before its weights are loaded.
+
+    Args:
+        options: the method; without ``target_modules`` nothing is done.
+        model: hub id or directory of the base.
+        task_type: PEFT task type, for example CAUSAL_LM.
+
+    Raises:
+        InputError: a name is no linear layer's, or there is no configuration.
+    """
+    if options.target_modules is None:
+        return
+    import torch
+
+    from lowmem_reft.base import from_config, load_config
+
+    with torch.device("meta"):
+        _check_targets(options.target_modules, from_config(load_config(model), task_type))
+
+
+def _check_targets(target_modules: str, base: Any) -> None:
+    """Refuse a name that no linear layer has: PEFT would leave it out if another one matches."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    modules = base.named_modules()
+    names = [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
+    for target in _split_targets(target_modules):
+        # By PEFT's rule: a whole name, or the end of one.
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise InputError(
+                f"target_modules must name linear layers of the base, got {target!r}; choose among "
+                f"{', '.join(known)}"
+            )
+
+
+def _split_targets(target_modules: str) -> list[str]:
+    return [target.strip() for target in target_modules.split(",")]
+
+
 def attach(
     base: Any, options: MethodOptions, *, task_type: str, memory: MemoryOptions, chunked_loss: bool
 ) -> Any:
@@ -258,6 +300,8 @@ def attach(
     from lowmem_reft.techniques import save_memory
 
     config = build_peft_config(options, task_type=task_type, num_layers=len(find_blocks(base)[1]))
+    if options.target_modules is not None:
+        _check_targets(options.target_modules, base)
     # On the meta device PEFT would otherwise draw an adapter's values on the CPU.
     device = device_of(base)
     with device if device.type == "meta" else nullcontext():
@@ -283,7 +327,7 @@ def _lora_config(
         r=rank,
         lora_alpha=given.get("alpha", 2 * rank),
         lora_dropout=given.get("dropout", 0.0),
-        target_modules=targets.split(",") if targets else "all-linear",
+        target_modules=_split_targets(targets) if targets else "all-linear",
         **fixed,
     )
     if layers != "all":

@@ -7,8 +7,11 @@ No torch is imported here, so that ``lowmem-reft --help`` answers at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from lowmem_reft.errors import InputError, check_counts, check_not_negative, check_positive
 
@@ -54,6 +57,24 @@ OPTIMIZERS = (
     "sgd",
 )
 """Those of transformers that need no package beside torch and bitsandbytes."""
+
+TRACKERS: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+"""Those of transformers, with the modules of which each needs one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +214,7 @@ class OptimOptions:
 class MemoryOptions:
     """How the run saves memory."""
 
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, tyro.conf.arg(aliases=("--checkpointing",))] = False
     """Recompute blocks above the first intervention in the backward pass."""
     checkpoint_every: int = 1
     """With --activation-checkpointing: recompute blocks 0, n, 2n, ... only."""
@@ -224,6 +245,9 @@ class ReuseOptions:
     """Directory of stores, which runs share; default: reuse in --output-dir."""
     reuse_limit_gib: float | None = 20.0
     """Most that one store may take on the disk."""
+    resident: Literal["all", "upper"] = "all"
+    """upper: only the blocks above the constant ones are ever on the device; the others are read
+    one after the other while the store is built, so that a base larger than the card trains."""
 
     def __post_init__(self) -> None:
         """Check the limit."""
@@ -245,16 +269,20 @@ class RunOptions:
     logging_steps: int = 10
     """Optimizer steps between loss reports."""
     report_to: str = "none"
-    """Trackers, comma-separated, by their transformers names (tensorboard, wandb, ...)."""
+    """Trackers, comma-separated, by their transformers names (tensorboard, wandb, ...); all: those
+    that are installed."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     quiet: bool = False
     """No progress bar."""
 
     def __post_init__(self) -> None:
-        """Check the counts and the seed."""
+        """Check the counts, the seed and the trackers."""
         check_counts(save_steps=self.save_steps, logging_steps=self.logging_steps)
         _check_seed(self.seed)
+        if self.report_to != "all":
+            for name in self.report_to.split(","):
+                _check_tracker(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +316,7 @@ class EvaluateOptions:
     """Sequences per forward pass."""
     max_new_tokens: int = 64
     """Tokens generated per example."""
+    reuse: ReuseOptions = field(default_factory=ReuseOptions)
     predictions: Path | None = None
     """Write one JSON line per example here."""
     json: bool = False
@@ -477,6 +506,7 @@ class CompareOptions:
     """auto, cpu, cuda, ..."""
     optim: OptimOptions = field(default_factory=OptimOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
+    reuse: ReuseOptions = field(default_factory=lambda: ReuseOptions(reuse="off"))
     workers: int = 1
     """Cells that run at the same time."""
     json: bool = False
@@ -495,9 +525,74 @@ class CompareOptions:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheListOptions:
+    """List the stores in a directory: what they hold, their size, when they were last used."""
+
+    reuse_dir: Path
+    """Directory of stores: --reuse-dir of train, or reuse in a run's --output-dir."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheRemoveOptions:
+    """Remove stores; training builds again what it needs. One that is being built is kept."""
+
+    keys: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY ...]")] = ()
+    """Names or keys, as ls shows them, or their beginnings."""
+    reuse_dir: Path
+    """Directory of stores: --reuse-dir of train, or reuse in a run's --output-dir."""
+    all: bool = False
+    """Remove all stores in the directory."""
+    older_than_days: float | None = None
+    """Remove only stores, of those named or else of all, last used more than N days ago."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+
+    def __post_init__(self) -> None:
+        """Check that it is said what to remove, and only once."""
+        check_positive(older_than_days=self.older_than_days)
+        if self.all and self.keys:
+            raise InputError(
+                f"keys must be left out with all, got {' '.join(self.keys)!r}; leave out one of "
+                "the two"
+            )
+        if not (self.all or self.keys or self.older_than_days):
+            raise InputError(
+                "keys must name what to remove, got none; give keys, --older-than-days or --all"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """List or remove what train --reuse has stored."""
+
+    action: (
+        Annotated[CacheListOptions, tyro.conf.subcommand("ls", prefix_name=False)]
+        | Annotated[CacheRemoveOptions, tyro.conf.subcommand("rm", prefix_name=False)]
+    )
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}; choose one")
+
+
+def _check_tracker(name: str) -> None:
+    if name == "none":
+        return
+    if name not in TRACKERS:
+        raise InputError(
+            f"report_to must be none, all or names among {', '.join(TRACKERS)}, got {name!r}; "
+            "change it"
+        )
+    modules = TRACKERS[name]
+    if modules and not any(map(find_spec, modules)):
+        raise InputError(
+            f"report_to must name trackers that are installed, got {name!r}; install "
+            f"{' or '.join(modules)}, or leave it out"
+        )
 
 
 def _check_seed(seed: int) -> None:

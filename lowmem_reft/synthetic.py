@@ -24,6 +24,7 @@ from lowmem_reft.base import (
 )
 from lowmem_reft.devices import DTYPES
 from lowmem_reft.options import Storage
+from lowmem_reft.residency import fill_buffers
 
 
 def base_on_meta(
@@ -153,7 +154,7 @@ def base_with_random_weights(
                 if id(parameter) not in tied:
                     tied[id(parameter)] = _random_parameter(name, parameter, device, generator)
                 module._parameters[name] = tied[id(parameter)]
-    _fill_buffers(base, device)
+    fill_buffers(base, base, device)
     return base
 
 
@@ -166,19 +167,6 @@ def _random_parameter(
     else:  # of a norm, or a bias
         values.fill_(0.0 if name == "bias" else 1.0)
     return nn.Parameter(values, requires_grad=False)
-
-
-def _fill_buffers(base: PreTrainedModel, device: torch.device) -> None:
-    """Compute buffers such as rotary frequencies where they belong, as loading does."""
-    initialize: Any = base._init_weights
-    for module in base.modules():
-        held = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
-        for name, buffer in held.items():
-            if buffer.is_meta:
-                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
-        if held and not any(True for _ in module.parameters(recurse=False)):
-            with torch.no_grad():
-                initialize(module)
 
 
 def _random_bytes(

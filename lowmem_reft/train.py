@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from lowmem_reft.adapted import load_frozen
-from lowmem_reft.base import load_tokenizer
+from lowmem_reft.base import load_config, load_tokenizer
 from lowmem_reft.blocks import device_of
 from lowmem_reft.data import (
     Collator,
@@ -32,7 +32,8 @@ from lowmem_reft.data import (
 )
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, check_rows, score
-from lowmem_reft.frozen.reuse import Reuse, prepare
+from lowmem_reft.frozen.prepare import prepare
+from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.trainer import INDEX, IndexCollator, ReuseTrainer
 from lowmem_reft.memory import peak_rss_bytes, track
 from lowmem_reft.methods import attach, build_peft_config, find_method, resolve_learning_rate
@@ -41,6 +42,8 @@ from lowmem_reft.provenance import versions
 from lowmem_reft.training_card import TrainingCard, merge_card
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lowmem_reft.data import Row
     from lowmem_reft.options import OptimOptions, TrainOptions
 
@@ -82,7 +85,10 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     result = {"adapter_dir": str(adapter_dir), **result, "versions": versions()}
     write_result(options, result)
     if held_out:
-        settings = ScoringSettings(quiet=options.run.quiet)
+        kept = options.reuse.reuse_dir
+        if kept is None and options.reuse.resident == "upper":
+            kept = _reuse_directory(options)
+        settings = ScoringSettings(quiet=options.run.quiet, reuse=options.reuse, reuse_dir=kept)
         result["eval"] = score(model, tokenizer, held_out, card, settings).summary()
         result["eval_accuracy"] = result["eval"]["accuracy"]
         write_result(options, result)
@@ -202,16 +208,13 @@ def _prepare_reuse(
     if optim.max_steps > 0:
         per_step = optim.batch_size * optim.gradient_accumulation
         epochs = optim.max_steps * per_step / len(encoded.examples)
-    limit = chosen.reuse_limit_gib
-    return prepare(
-        model,
-        encoded.examples,
-        {key: value.to(device) for key, value in collator(first).items()},
-        mode=chosen.reuse,
-        root=chosen.reuse_dir or options.run.output_dir / "reuse",
-        limit_bytes=None if limit is None else round(limit * 2**30),
-        epochs=epochs,
-    )
+    batch = {key: value.to(device) for key, value in collator(first).items()}
+    root = _reuse_directory(options)
+    return prepare(model, encoded.examples, batch, chosen, root=root, epochs=epochs)
+
+
+def _reuse_directory(options: TrainOptions) -> Path:
+    return options.reuse.reuse_dir or options.run.output_dir / "reuse"
 
 
 def _training_card(options: TrainOptions, rows: list[Row]) -> TrainingCard:
@@ -250,7 +253,13 @@ def _encode(rows: list[Row], tokenizer: Any, card: TrainingCard) -> EncodedRows:
 
 def _attach(options: TrainOptions, card: TrainingCard, tokenizer: Any) -> PeftModel:
     """Load the base and put the method's adapter on it."""
-    base = load_frozen(options.model, card, tokenizer)
+    upper_for = None
+    if options.reuse.resident == "upper":
+        num_layers = load_config(options.model.model).get_text_config().num_hidden_layers
+        upper_for = build_peft_config(
+            options.method, task_type=card.task_type, num_layers=num_layers
+        )
+    base = load_frozen(options.model, card, tokenizer, upper_for=upper_for)
     # The adapter's start depends on the seed alone, not on what loading the base drew.
     set_seed(options.run.seed)
     model = attach(
@@ -345,7 +354,7 @@ def _peak(
     model.zero_grad()
     with track(device.type) as memory:
         if reuse is not None:
-            loss = reuse.loss(longest, batch["labels"])
+            loss = reuse.loss(longest)
         else:
             loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
         loss.backward()

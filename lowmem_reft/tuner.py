@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowmem_reft.blocks import component_path, find_blocks, hidden_size
+from lowmem_reft.blocks import component_path, device_of, find_blocks, hidden_size
 from lowmem_reft.config import ReftConfig, resolve_layers
 from lowmem_reft.errors import InputError
 from lowmem_reft.interventions import build_intervention
@@ -237,7 +237,10 @@ class ReftModel(BaseTuner):
         existing = getattr(target, SUBMODULE, None)
         layer = existing or ReftLayer(hidden_size(self.model), self.current)
         weights = [p for p in target.parameters() if not p.is_meta]
-        layer.add(adapter_name, peft_config, weights[0].device if weights else torch.device("cpu"))
+        device = weights[0].device if weights else device_of(self.model)
+        layer.add(
+            adapter_name, peft_config, torch.device("cpu") if device.type == "meta" else device
+        )
         if existing is None:
             target.add_module(SUBMODULE, layer)
             # First among the hooks, so that recorded hidden states are the edited ones.

@@ -15,7 +15,15 @@ import pytest
 
 from lowmem_reft import InputError, cli, options
 
-COMMANDS = ["train", "evaluate", "generate", "compare"]
+COMMANDS = {
+    "train": "TrainOptions",
+    "evaluate": "EvaluateOptions",
+    "generate": "GenerateOptions",
+    "compare": "CompareOptions",
+    "plan": "PlanOptions",
+    "profile": "ProfileOptions",
+    "cache ls": "CacheListOptions",
+}
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output-dir", "out"]
 EVALUATE = ["evaluate", "--model", "m", "--data", "d.jsonl"]
 GENERATE = ["generate", "--model", "m", "--prompt", "p"]
@@ -91,10 +99,10 @@ def test_help_answers_within_a_second():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_every_option_with_its_docstring(command, capsys):
     with pytest.raises(SystemExit) as left:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert left.value.code == 0
     words = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    for flag, docstring in option_docstrings(f"{command.capitalize()}Options").items():
+    for flag, docstring in option_docstrings(COMMANDS[command]).items():
         assert flag in words
         assert " ".join(docstring.split()) in words
 
@@ -122,6 +130,25 @@ def test_flags_are_flat_and_reach_the_handler(fake_training):
         memory=options.MemoryOptions(activation_checkpointing=True),
         run=options.RunOptions(output_dir=Path("out"), seed=7, quiet=True),
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        TRAIN,
+        ["plan"],
+        ["profile", "--model", "m"],
+        ["compare"],
+    ],
+)
+def test_activation_checkpointing_has_a_short_name(arguments, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_run", lambda parsed: seen.append(parsed) or 0)
+    for flag in ("--checkpointing", "--activation-checkpointing"):
+        assert cli.main([*arguments, flag]) == 0
+    short, long = seen
+    assert short == long
+    assert short.memory.activation_checkpointing
 
 
 @pytest.mark.parametrize(
@@ -162,6 +189,10 @@ def test_wrong_arguments_exit_with_2_and_are_named(arguments, named, capsys):
             "temperature must be finite and at least 0, got -1.0; 0 is allowed",
         ),
         (["compare", "--workers", "0"], "workers must be at least 1, got 0; raise it"),
+        (
+            ["cache", "rm", "--reuse-dir", "."],
+            "keys must name what to remove, got none; give keys, --older-than-days or --all",
+        ),
     ],
 )
 def test_a_value_that_breaks_its_rule_exits_with_2_and_its_message_alone(

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+from transformers import AutoConfig
 
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import (
     METHODS,
+    attach,
     build_peft_config,
+    check_target_modules,
     find_method,
     parse_methods,
     resolve_learning_rate,
 )
-from lowmem_reft.options import MethodOptions, OptimOptions
+from lowmem_reft.options import MemoryOptions, MethodOptions, OptimOptions
+from lowmem_reft.synthetic import base_with_random_weights
 
 
 def test_overrides_are_split_outside_brackets_only() -> None:
@@ -87,3 +95,50 @@ def test_the_learning_rate_is_the_methods_own_unless_given() -> None:
     options = MethodOptions(method="qlora")
     assert resolve_learning_rate(options, OptimOptions()).lr == find_method("qlora").lr
     assert resolve_learning_rate(options, OptimOptions(lr=0.5)).lr == 0.5
+
+
+def attach_lora(targets: str, architecture: str = "llama", **options: Any) -> Any:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if architecture == "llama":
+        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2}
+    base = base_with_random_weights(
+        AutoConfig.for_model(architecture, **sizes),
+        device=torch.device("cpu"),
+        storage="fp32",
+        compute_dtype=torch.float32,
+    )
+    method = MethodOptions(method="lora", target_modules=targets, **options)
+    return attach(base, method, task_type="CAUSAL_LM", memory=MemoryOptions(), chunked_loss=True)
+
+
+@pytest.mark.parametrize("targets", ["nothing", "q_proj,nothing", "self_attn", "q_proj,"])
+def test_target_modules_that_are_no_linear_layers_are_refused(targets: str) -> None:
+    wrong = targets.rpartition(",")[2]
+    message = rf"^target_modules must name linear layers .*, got '{wrong}'; .* k_proj, .* q_proj"
+    with pytest.raises(InputError, match=message):
+        attach_lora(targets)
+
+
+def test_target_modules_are_those_trained_with_blanks_or_without() -> None:
+    model = attach_lora("q_proj, v_proj")
+    trained = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in trained} == {"q_proj", "v_proj"}
+    assert len(trained) == 4
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT sets it
+def test_target_modules_of_gpt2_are_linear_layers_too() -> None:
+    assert attach_lora("c_attn", "gpt2").get_nb_trainable_parameters()[0] > 0
+
+
+def test_target_modules_are_checked_before_weights_are_loaded(
+    tiny_llama_dir: Path, no_base: None
+) -> None:
+    model = str(tiny_llama_dir)
+    for targets in (None, "q_proj,down_proj"):
+        options = MethodOptions(method="qlora", target_modules=targets)
+        check_target_modules(options, model, task_type="CAUSAL_LM")
+    with pytest.raises(InputError, match="got 'nothing'; choose among down_proj"):
+        check_target_modules(
+            MethodOptions(method="qlora", target_modules="nothing"), model, task_type="SEQ_CLS"
+        )

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.optimization import get_scheduler
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import (
     OPTIMIZERS,
     SCHEDULES,
+    TRACKERS,
+    CacheRemoveOptions,
     CompareOptions,
     DataOptions,
     EvaluateOptions,
@@ -27,6 +30,7 @@ from lowmem_reft.options import (
 REQUIRED = {
     DataOptions: {"data": "d"},
     RunOptions: {"output_dir": Path("out")},
+    CacheRemoveOptions: {"reuse_dir": Path("reuse")},
     EvaluateOptions: {"model": ModelOptions(model="m"), "data": DataOptions(data="d")},
     GenerateOptions: {"model": ModelOptions(model="m")},
 }
@@ -55,6 +59,8 @@ NAN, INFINITY = float("nan"), float("inf")
         (RunOptions, "seed", [-1, 2**32]),
         (RunOptions, "save_steps", [0]),
         (RunOptions, "logging_steps", [0]),
+        (RunOptions, "report_to", ["unknown", ""]),
+        (CacheRemoveOptions, "older_than_days", [0.0, -1.0, NAN]),
         (EvaluateOptions, "batch_size", [0]),
         (EvaluateOptions, "max_new_tokens", [0]),
         (GenerateOptions, "batch_size", [0]),
@@ -93,3 +99,22 @@ def test_every_schedule_that_is_offered_can_be_had(name: str, tmp_path: Path) ->
     TrainingArguments(str(tmp_path), lr_scheduler_type=name, use_cpu=True)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)
+
+
+def test_every_tracker_of_transformers_is_offered_and_no_other() -> None:
+    assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem_reft.options.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"^report_to must .* got 'tensorboard'; install tensorb"):
+        RunOptions(output_dir=Path("out"), report_to="none,tensorboard")
+    RunOptions(output_dir=Path("out"), report_to="none")
+    RunOptions(output_dir=Path("out"), report_to="all")
+
+
+def test_a_tracker_that_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem_reft.options.find_spec", lambda name: name == "tensorboardX")
+    RunOptions(output_dir=Path("out"), report_to="tensorboard")
+    with pytest.raises(InputError, match="got 'wandb'; install wandb"):
+        RunOptions(output_dir=Path("out"), report_to="tensorboard,wandb")

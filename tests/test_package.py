@@ -17,11 +17,11 @@ PACKAGE = ROOT / "lowmem_reft"
 ROWS = (
     ("errors", "options", "progress", "devices", "provenance", "embedded"),
     ("interventions", "positions", "blocks", "registration", "config", "selection", "tuner"),
-    ("checkpointing", "techniques", "base", "synthetic"),
+    ("checkpointing", "techniques", "residency", "base", "synthetic"),
     ("readers", "rows", "data", "loss"),
     ("methods", "memory", "frozen"),
     ("training_card", "adapted", "generate", "evaluate", "plan", "train"),
-    ("sources", "cell", "schedule", "report", "compare", "profile"),
+    ("sources", "cell", "schedule", "report", "compare", "profile", "cache"),
     ("cli",),
 )
 LAYOUT = [module for row in ROWS for module in row]

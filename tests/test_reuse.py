@@ -14,10 +14,14 @@ from transformers import AutoConfig
 
 from lowmem_reft.checkpointing import enable_activation_checkpointing
 from lowmem_reft.config import ReftConfig
-from lowmem_reft.frozen.reuse import NoRoomError, Reuse, ReuseError, find_split, prepare
-from lowmem_reft.frozen.split import num_constant_blocks
-from lowmem_reft.frozen.store import CorruptShardError, Layout, Record, Shape, Store
+from lowmem_reft.frozen.layout import Layout, Shape
+from lowmem_reft.frozen.prepare import prepare
+from lowmem_reft.frozen.proof import prove
+from lowmem_reft.frozen.reuse import NoRoomError, Reuse
+from lowmem_reft.frozen.split import ReuseError, find_split, num_constant_blocks
+from lowmem_reft.frozen.store import CorruptShardError, Record, Store
 from lowmem_reft.loss import use_chunked_loss
+from lowmem_reft.options import ReuseOptions
 from lowmem_reft.synthetic import base_with_random_weights
 
 SIZES = {
@@ -120,8 +124,8 @@ def test_losses_and_gradients_are_those_of_the_plain_step(
     reuse = Reuse(model, examples, tmp_path)
     suffix_only = method in ("l1", "l2") and architecture != "gemma2"
     assert reuse.mode == ("prefix" if suffix_only else "trunk")
-    assert reuse.prove([0, 1, 2, 3], stacked(examples)) <= 1e-5
-    assert reuse.prove([3, 1], stacked([examples[3], examples[1]])) <= 1e-5
+    assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
+    assert prove(reuse, [3, 1], stacked([examples[3], examples[1]])) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -141,17 +145,14 @@ def test_quantized_bases_give_the_plain_gradients_also_after_an_evaluation(
     with torch.no_grad():
         model(**{key: value for key, value in batch.items() if key != "labels"})
     model.train()
-    assert Reuse(model, examples, tmp_path).prove([0, 1, 2, 3], batch) <= tolerance
+    assert prove(Reuse(model, examples, tmp_path), [0, 1, 2, 3], batch) <= tolerance
 
 
 def test_accumulated_batches_divide_by_all_supervised_tokens(tmp_path: Path) -> None:
     model, examples = make_model(), make_examples()
     reuse = Reuse(model, examples, tmp_path)
-    whole = reuse.loss([0, 1, 2, 3], stacked(examples)["labels"], torch.tensor(9))
-    parts = [
-        reuse.loss(part, stacked([examples[i] for i in part])["labels"], torch.tensor(9))
-        for part in ([0, 1], [2, 3])
-    ]
+    whole = reuse.loss([0, 1, 2, 3], torch.tensor(9))
+    parts = [reuse.loss(part, torch.tensor(9)) for part in ([0, 1], [2, 3])]
     assert sum(part.item() for part in parts) == pytest.approx(whole.item(), rel=1e-6)
 
 
@@ -165,7 +166,7 @@ def test_three_epochs_end_in_the_same_adapter(tmp_path: Path) -> None:
         for step in range(6):
             part = [(4 * step + i) % 8 for i in range(4)]
             batch = stacked([examples[i] for i in part])
-            loss = reuse.loss(part, batch["labels"]) if reuse else model(**batch)["loss"]
+            loss = reuse.loss(part) if reuse else model(**batch)["loss"]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -198,39 +199,35 @@ def test_checkpointed_blocks_read_no_cache_so_only_the_trunk_is_reused(tmp_path:
     enable_activation_checkpointing(model)
     reuse = Reuse(model, examples, tmp_path)
     assert reuse.mode == "trunk"
-    assert reuse.prove([0, 1, 2, 3], stacked(examples)) <= 1e-5
+    assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
 
 
 def test_a_wrong_constant_is_found_by_the_proof_and_trains_the_plain_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, examples = make_model(), make_examples()
-    original = Reuse._compute_batch
+    original = Reuse._compute
 
-    def wrong(self: Reuse, indices: Any) -> list[Record]:
+    def wrong(self: Reuse, *args: Any) -> list[Record]:
         return [
             Record(record.hidden * 1.1, record.keys, record.values)
-            for record in original(self, indices)
+            for record in original(self, *args)
         ]
 
-    monkeypatch.setattr(Reuse, "_compute_batch", wrong)
-    arguments: dict[str, Any] = {
-        "mode": "prefix",
-        "root": tmp_path,
-        "limit_bytes": None,
-        "epochs": 3,
-    }
-    assert prepare(model, examples, stacked(examples), **arguments) is None
+    monkeypatch.setattr(Reuse, "_compute", wrong)
+    options = ReuseOptions(reuse="prefix")
+    found = prepare(model, examples, stacked(examples), options, root=tmp_path, epochs=3)
+    assert found is None
     assert "gradients differ" in caplog.text
     assert "reft_phi" in caplog.text
 
 
 def test_auto_does_not_reuse_what_saves_little(tmp_path: Path) -> None:
     examples = make_examples()
-    arguments: dict[str, Any] = {"mode": "auto", "root": tmp_path, "limit_bytes": None}
+    batch, options = stacked(examples), ReuseOptions()
     every = make_model(peft_config=reft("all", layers="all"))
-    assert prepare(every, examples, stacked(examples), epochs=1, **arguments) is None
-    found = prepare(make_model(), examples, stacked(examples), epochs=3, **arguments)
+    assert prepare(every, examples, batch, options, root=tmp_path, epochs=1) is None
+    found = prepare(make_model(), examples, batch, options, root=tmp_path, epochs=3)
     assert found is not None
 
 
@@ -270,7 +267,7 @@ def test_a_flipped_byte_is_found_and_built_again(tmp_path: Path) -> None:
 
 
 def small_store(root: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr("lowmem_reft.frozen.store.SHARD_BYTES", 300)
+    monkeypatch.setattr("lowmem_reft.frozen.layout.SHARD_BYTES", 300)
     layout = Layout(
         shapes=[Shape(2, 3), Shape(0, 4), Shape(5, 1)],
         hidden_size=8,

@@ -1,21 +1,133 @@
-"""Where the constant part of an adapted model ends, and how its output is fed instead of run."""
+"""Where the constant part of an adapted model, and of each example, ends."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lowmem_reft.blocks import base_of, find_blocks
-from lowmem_reft.tuner import SUBMODULE, ReftLayer
+from lowmem_reft.errors import InputError
+from lowmem_reft.positions import IGNORED_LABEL
+from lowmem_reft.synthetic import base_on_meta
+from lowmem_reft.tuner import SUBMODULE, ReftLayer, ReftModel
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+Example = dict[str, Any]
+"""``input_ids`` and ``labels``: lists of integers (labels: an integer for a classifier)."""
+
+
+class ReuseError(Exception):
+    """Why nothing can be reused here, in words that end a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What of each example is constant."""
+
+    num_blocks: int
+    """Blocks whose outputs are constant."""
+    first_edited: list[int]
+    """Per example: tokens before the first one that training can change; 0 without a prefix."""
+
+
+def find_split(model: Any, examples: Sequence[Example], *, prefix: bool) -> Split:
+    """Return what is constant.
+
+    Args:
+        model: A PeftModel.
+        examples: The data set.
+        prefix: Whether keys and values of a constant prefix may be used.
+
+    Raises:
+        ReuseError: nothing is constant.
+    """
+    num_blocks = num_constant_blocks(model)
+    if num_blocks == 0:
+        raise ReuseError("the first block or the embedding is trained")
+    dropout = _dropout(base_of(model))
+    if dropout is not None:
+        raise ReuseError(f"the base drops out activations ({dropout})")
+    first = [0] * len(examples)
+    if prefix and _prefix_is_constant(model):
+        first = [_first_edited(model, example) for example in examples]
+    return Split(num_blocks=num_blocks, first_edited=first)
+
+
+def _dropout(base: Any) -> str | None:
+    """Return the name of something in the base that drops out activations; None if nothing does."""
+    for name, module in base.named_modules():
+        if "lora_" in name or "reft" in name:
+            continue
+        rate = (
+            module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
+        )
+        rate = rate.p if isinstance(rate, nn.Dropout) else rate
+        if isinstance(rate, float) and rate > 0:
+            return f"{name}: {rate}"
+    return None
+
+
+def _prefix_is_constant(model: Any) -> bool:
+    """Whether all that is trained sits in ReFT layers of a causal model without sliding windows.
+
+    Checkpointed blocks read no cache, so with activation checkpointing there is no prefix.
+    """
+    base = base_of(model)
+    if any(getattr(block, "gradient_checkpointing", False) for block in find_blocks(base)[1]):
+        return False
+    if not isinstance(getattr(model, "base_model", None), ReftModel):
+        return False
+    if any("reft_phi" not in name for name, p in model.named_parameters() if p.requires_grad):
+        return False  # a head, say, that is trained on hidden vectors of the prefix
+    text = base.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    return is_causal(base) and kinds == {"full_attention"}
+
+
+def is_causal(base: Any) -> bool:
+    """Whether a hidden vector depends on the tokens before it alone, as in a language model."""
+    return bool(base.can_generate())
+
+
+def _first_edited(model: Any, example: Example) -> int:
+    """Return how many tokens come before the first edited one (and before the first prediction)."""
+    groups = groups_of(model, [example])
+    edited = (groups >= 0).any(0).nonzero()
+    labels = torch.tensor(example["labels"])
+    supervised = (labels != IGNORED_LABEL).nonzero()
+    # The vector before the first supervised token predicts it, so it is needed above.
+    ends = [int(edited[0]) if len(edited) else len(labels) - 1]
+    ends.append(int(supervised[0]) - 1 if len(supervised) else len(labels) - 1)
+    return max(0, min(ends))
+
+
+def groups_of(model: Any, examples: Sequence[Example]) -> Tensor:
+    """Return (batch, seq), right-padded: the index of the φ that edits each token, or -1."""
+    length = max(len(example["input_ids"]) for example in examples)
+    labels = torch.full((len(examples), length), IGNORED_LABEL)
+    mask = torch.zeros(len(examples), length, dtype=torch.long)
+    for row, example in enumerate(examples):
+        size = len(example["input_ids"])
+        labels[row, :size] = torch.tensor(example["labels"])
+        mask[row, :size] = 1
+    call = {"input_ids": labels, "attention_mask": mask, "labels": labels}
+    selector = model.base_model.current.selector
+    groups = torch.full((len(examples), length), -1)
+    selection, _ = selector.select(list(model.base_model.active_adapters), (), call, training=True)
+    for indices in selection.values():
+        for group, (rows, columns) in enumerate(indices):
+            groups[rows, columns] = group
+    return groups
 
 
 def num_constant_blocks(model: Any) -> int:
-    """Return how many blocks, from the first, have outputs that training does not change.
+    """Return how many blocks, from the first, have outputs that no adapter and no training changes.
 
     A block whose output is edited is itself constant: the edit comes after it. 0 means that nothing
     can be reused, for example because the embedding is trained.
@@ -23,22 +135,58 @@ def num_constant_blocks(model: Any) -> int:
     Args:
         model: A PeftModel with any method: ReFT, LoRA on some layers, ...
     """
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        return 0
     base = base_of(model)
     name, blocks = find_blocks(base)
+    changed = {id(parameter) for parameter in _changed_parameters(base)}
     inside = {id(parameter) for parameter in blocks.parameters()}
     above = {id(parameter) for parameter in _parameters_above(base, name)}
-    for parameter in base.parameters():
-        if parameter.requires_grad and id(parameter) not in inside | above:
-            return 0  # an embedding, which comes first of all
+    if changed - inside - above:
+        return 0  # an embedding, which comes first of all
     for index, block in enumerate(blocks):
         layer = getattr(block, SUBMODULE, None)
-        edit = list(layer.parameters()) if isinstance(layer, ReftLayer) else []
-        of_edit = {id(parameter) for parameter in edit}
-        if any(p.requires_grad and id(p) not in of_edit for p in block.parameters()):
+        edit = {id(p) for p in layer.parameters()} if isinstance(layer, ReftLayer) else set()
+        if changed & {id(parameter) for parameter in block.parameters()} - edit:
             return index
-        if any(parameter.requires_grad for parameter in edit):
+        if edit:
             return index + 1
     return len(blocks)
+
+
+def find_first_resident(
+    config: Any, peft_config: Any, *, task_type: str, num_labels: int | None = None
+) -> int:
+    """Return which block is the first that training with an adapter needs on the device.
+
+    Args:
+        config: The base's configuration (transformers).
+        peft_config: The adapter's.
+        task_type: As in ``load_base``.
+        num_labels: As in ``load_base``.
+
+    Raises:
+        InputError: the adapter changes the first block or the embedding: nothing is constant.
+    """
+    base = base_on_meta(config, storage="fp32", task_type=task_type, num_labels=num_labels)
+    first = num_constant_blocks(get_peft_model(base, copy.deepcopy(peft_config)))
+    if first == 0:
+        raise InputError(
+            "resident must be all for a method that changes the first block or the embedding, got "
+            "upper; choose higher layers, for example upper:0.5"
+        )
+    return first
+
+
+def _changed_parameters(base: Any) -> Iterator[nn.Parameter]:
+    """Yield what is trained and what belongs to adapters, trained or not."""
+    yield from (parameter for parameter in base.parameters() if parameter.requires_grad)
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name in module.adapter_layer_names:
+                part = getattr(module, name, None)
+                if isinstance(part, nn.Module):
+                    yield from part.parameters()
 
 
 def _parameters_above(base: nn.Module, name_of_blocks: str) -> list[nn.Parameter]:
@@ -50,64 +198,3 @@ def _parameters_above(base: nn.Module, name_of_blocks: str) -> list[nn.Parameter
         if name != backbone
         for parameter in child.parameters()
     ]
-
-
-class Feed:
-    """Stands in for the first blocks of a model while it is switched on.
-
-    The model's own forward goes on around it: masks, rotary tables and the upper blocks are its
-    own. Whatever it does to its embeddings has no effect, because the last block that is fed
-    returns the stored hidden vectors.
-    """
-
-    def __init__(self, model: Any, num_blocks: int) -> None:
-        self.blocks = list(find_blocks(base_of(model))[1])[:num_blocks]
-        self.hidden: Tensor | None = None
-        """What the last block returns, (batch, seq, hidden)."""
-        self.seen: Tensor | None = None
-        """While recording: what the last block returned."""
-
-    @contextmanager
-    def feeding(self, hidden: Tensor) -> Iterator[None]:
-        """Let the model skip its first blocks and go on from ``hidden``."""
-        last = self.blocks[-1]
-        for block in self.blocks:
-            value = hidden if block is last else None
-            block.__dict__["forward"] = _Skip(value)
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.__dict__["forward"]
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Stop every forward pass after the last of the blocks and keep what it returned."""
-
-        def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-            raise TrunkReached(output[0] if isinstance(output, tuple) else output)
-
-        # Before the edit, which is the first of the hooks otherwise.
-        handle = self.blocks[-1].register_forward_hook(stop, prepend=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-class TrunkReached(BaseException):
-    """Carries the hidden vectors out of a forward pass that has come to the end of the trunk."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-class _Skip:
-    """A block's forward that returns a stored value, or its input."""
-
-    def __init__(self, value: Tensor | None) -> None:
-        self.value = value
-
-    def __call__(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        return hidden if self.value is None else self.value

@@ -10,13 +10,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,11 @@ from lowmem_reft.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-VERSION = 1
+    from lowmem_reft.frozen.layout import Layout, Run
+
+VERSION = 2
 """Raised when the same inputs would be stored otherwise, so that old stores are built again."""
 
-SHARD_BYTES = 2**26
 FREE_BYTES = 2**28
 """Disk space that is left alone."""
 
@@ -43,74 +44,6 @@ class CorruptShardError(RuntimeError):
     def __init__(self, path: Path, shard: int) -> None:
         super().__init__(f"{path} is damaged: its checksum is not the one in the manifest")
         self.shard = shard
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is kept for one example."""
-
-    prefix: int
-    """Tokens whose keys and values are kept."""
-    suffix: int
-    """Tokens whose hidden vectors are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Sizes and order of everything in a store."""
-
-    shapes: Sequence[Shape]
-    """One per example."""
-    hidden_size: int
-    """Width of a hidden vector."""
-    num_cached_layers: int
-    """Blocks whose keys and values are kept."""
-    num_kv_heads: int
-    """Key and value heads of each."""
-    head_dim: int
-    """Width of each."""
-    dtype: str
-    """bf16, fp16 or fp32, as the base computes."""
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per number."""
-        return DTYPES[self.dtype].itemsize
-
-    def num_bytes(self, shape: Shape) -> int:
-        """Return the bytes of one example."""
-        kv = 2 * self.num_cached_layers * self.num_kv_heads * self.head_dim * shape.prefix
-        return self.itemsize * (shape.suffix * self.hidden_size + kv)
-
-    @cached_property
-    def shards(self) -> list[list[int]]:
-        """Examples of each shard."""
-        shards: list[list[int]] = [[]]
-        filled = 0
-        for index, shape in enumerate(self.shapes):
-            size = self.num_bytes(shape)
-            if shards[-1] and filled + size > SHARD_BYTES:
-                shards.append([])
-                filled = 0
-            shards[-1].append(index)
-            filled += size
-        return shards
-
-    @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        """Return (shard, offset in bytes) of each example."""
-        places = [(0, 0)] * len(self.shapes)
-        for shard, examples in enumerate(self.shards):
-            offset = 0
-            for index in examples:
-                places[index] = (shard, offset)
-                offset += self.num_bytes(self.shapes[index])
-        return places
-
-    @cached_property
-    def total_bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(self.num_bytes(shape) for shape in self.shapes)
 
 
 @dataclass(frozen=True)
@@ -177,6 +110,12 @@ class Store:
         except (OSError, ValueError, KeyError, AssertionError, TypeError):
             self._manifest = {**self._facts, "version": VERSION, "shards": {}}
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything is there; reads the manifest."""
+        self._read_manifest()
+        return not self.missing_shards()
+
     def missing_shards(self) -> list[int]:
         """Return the shards that are not there whole."""
         return [
@@ -188,8 +127,7 @@ class Store:
         ]
 
     def _size(self, shard: int) -> int:
-        examples = self.layout.shards[shard]
-        return sum(self.layout.num_bytes(self.layout.shapes[index]) for index in examples)
+        return sum(map(self.layout.num_bytes, self.layout.shards[shard]))
 
     def _path(self, shard: int) -> Path:
         return self.directory / f"shard-{shard:05d}.bin"
@@ -212,13 +150,18 @@ class Store:
         return None
 
     def write(self, shard: int, records: Sequence[Record]) -> None:
-        """Write one shard; it counts from when this returns."""
+        """Write one shard; it counts from when this returns.
+
+        Args:
+            shard: Which.
+            records: The whole constants of its examples, in the layout's order.
+        """
         path, crc = self._path(shard), 0
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as file:
-                for record in records:
-                    for part in (record.hidden, record.keys, record.values):
+                for index, record in zip(self.layout.shards[shard], records, strict=True):
+                    for part in self._own(index, record):
                         content = _bytes(part)
                         crc = zlib.crc32(content, crc)
                         file.write(content)
@@ -233,39 +176,76 @@ class Store:
         manifest.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
         manifest.replace(self.directory / "manifest.json")
 
+    def _own(self, index: int, record: Record) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what of a record no example before it holds."""
+        prefix = self.layout.shapes[index].prefix
+        hidden, kv = self.layout.own_hidden(index), self.layout.own_kv(index)
+        return (
+            record.hidden[hidden.start - prefix : hidden.stop - prefix],
+            record.keys[:, :, kv.start : kv.stop],
+            record.values[:, :, kv.start : kv.stop],
+        )
+
     def forget(self, shard: int) -> None:
         """Make a shard count as missing."""
         self._manifest["shards"].pop(str(shard), None)
         self._maps.pop(shard, None)
 
+    def remove(self) -> None:
+        """Delete the store; maps of it that are open stay valid."""
+        self._maps.clear()
+        # The manifest first: what a kill leaves behind counts as missing.
+        (self.directory / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
     def read(self, index: int) -> Record:
         """Return the constants of an example, on the CPU.
 
         Raises:
-            CorruptShardError: the shard does not hold what was written to it.
+            CorruptShardError: a shard does not hold what was written to it.
         """
-        layout, shape = self.layout, self.layout.shapes[index]
-        shard, offset = layout.places[index]
+        layout = self.layout
+        hidden = [self._hidden(run) for run in layout.hidden_runs(index)]
+        kv = [self._keys_and_values(run) for run in layout.kv_runs(index)]
+        nothing = torch.empty(
+            (layout.num_cached_layers, layout.num_kv_heads, 0, layout.head_dim),
+            dtype=DTYPES[layout.dtype],
+        )
+        return Record(
+            _joined(hidden, 0) if hidden else nothing.new_empty(0, layout.hidden_size),
+            _joined([part[0] for part in kv], 2) if kv else nothing,
+            _joined([part[1] for part in kv], 2) if kv else nothing,
+        )
+
+    def _hidden(self, run: Run) -> Tensor:
+        """Return hidden vectors that stand together, (tokens, hidden)."""
+        layout, own = self.layout, self.layout.own_hidden(run.owner)
+        size = (run.stop - run.start, layout.hidden_size)
+        return self._numbers(run.owner, (run.start - own.start) * layout.hidden_bytes, size)
+
+    def _keys_and_values(self, run: Run) -> tuple[Tensor, Tensor]:
+        """Return keys and values that stand together, (layers, heads, tokens, head_dim) each."""
+        layout, own = self.layout, self.layout.own_kv(run.owner)
+        hidden = layout.own_hidden(run.owner)
+        tokens = own.stop - own.start
+        size = (layout.num_cached_layers, layout.num_kv_heads, tokens, layout.head_dim)
+        offset = (hidden.stop - hidden.start) * layout.hidden_bytes
+        kept = slice(run.start - own.start, run.stop - own.start)
+        keys = self._numbers(run.owner, offset, size)
+        values = self._numbers(run.owner, offset + tokens * layout.kv_bytes // 2, size)
+        return keys[:, :, kept], values[:, :, kept]
+
+    def _numbers(self, owner: int, offset: int, size: tuple[int, ...]) -> Tensor:
+        """Return a tensor on the mapped file, from a byte of what an example owns."""
+        shard, start = self.layout.places[owner]
         if shard not in self._maps:
             self._maps[shard] = self._open(shard)
-        dtype = DTYPES[layout.dtype]
-        sizes = (
-            (shape.suffix, layout.hidden_size),
-            (layout.num_cached_layers, layout.num_kv_heads, shape.prefix, layout.head_dim),
-            (layout.num_cached_layers, layout.num_kv_heads, shape.prefix, layout.head_dim),
-        )
-        parts = []
-        for size in sizes:
-            count = 1
-            for length in size:
-                count *= length
-            if count:
-                flat = torch.frombuffer(self._maps[shard], dtype=dtype, count=count, offset=offset)
-                parts.append(flat.view(size))
-            else:
-                parts.append(torch.empty(size, dtype=dtype))
-            offset += count * layout.itemsize
-        return Record(*parts)
+        return torch.frombuffer(
+            self._maps[shard],
+            dtype=DTYPES[self.layout.dtype],
+            count=math.prod(size),
+            offset=start + offset,
+        ).view(size)
 
     def _open(self, shard: int) -> mmap.mmap:
         path = self._path(shard)
@@ -285,3 +265,7 @@ class Store:
 def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().contiguous().cpu().flatten()
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -45,5 +45,5 @@ class ReuseTrainer(Trainer):
     ) -> Any:
         """Return the loss of the batch's examples; see ``transformers.Trainer``."""
         indices = inputs[INDEX].tolist()
-        loss = self.reuse.loss(indices, inputs["labels"], num_items_in_batch)
+        loss = self.reuse.loss(indices, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss

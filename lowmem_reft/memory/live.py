@@ -12,17 +12,19 @@ import weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem_reft.memory.outputs import KnownOutputs
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from types import FrameType
+    from types import CodeType, FrameType
 
     from lowmem_reft.memory.kernels import Kernels
 
@@ -121,6 +123,7 @@ class LiveMemory(TorchDispatchMode):
         self._keep_timeline = keep_timeline
         self._names = {id(module): name for module, name in (names or {}).items()}
         self._kernels = kernels
+        self._outputs = KnownOutputs()
         self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}
         self._lines_of_nodes: dict[int, tuple[str, str]] = {}
         self._last_line = ("", "")
@@ -203,7 +206,7 @@ class LiveMemory(TorchDispatchMode):
         if substitute is not None:
             with self:
                 return substitute(*args, **kwargs)
-        out = func(*args, **kwargs)
+        out = self._outputs.call(func, args, kwargs) if self._kernels else func(*args, **kwargs)
         extra = self._kernels.workspace_bytes(func, args) if self._kernels else 0
         if extra:
             workspace = torch.empty(extra, dtype=torch.uint8, device=self.device_type)
@@ -259,19 +262,39 @@ def _caller(frame: FrameType | None, names: dict[int, str]) -> tuple[str, str]:
     """Return the innermost line outside torch and its kind, and the innermost named module."""
     line = module = ""
     while frame is not None and not (line and module):
-        path = frame.f_code.co_filename
-        plumbing = any(part in path for part in _PLUMBING)
-        if not line and not plumbing:
-            line = f"{path.rpartition('/')[2]}:{frame.f_lineno}"
+        source = _source(frame.f_code)
+        if not line and not source.is_plumbing:
+            line = f"{source.file}:{frame.f_lineno}"
             if not names:
                 break
-        if names and frame.f_code.co_varnames[:1] == ("self",):
+        if names and source.is_method:
             owner = frame.f_locals.get("self")
             module = names.get(id(owner), "")
-        if path.endswith(("/memory/step.py", "/memory/planner.py")):
+        if source.begins_step:
             break
         frame = frame.f_back
     return line, module
+
+
+class _Source(NamedTuple):
+    """What the code of a frame says about who asked for memory."""
+
+    file: str
+    is_plumbing: bool
+    is_method: bool
+    begins_step: bool
+    """Frames further out are none of the model's."""
+
+
+@cache
+def _source(code: CodeType) -> _Source:
+    path = code.co_filename
+    return _Source(
+        file=path.rpartition("/")[2],
+        is_plumbing=any(part in path for part in _PLUMBING),
+        is_method=code.co_varnames[:1] == ("self",),
+        begins_step=path.endswith(("/memory/step.py", "/memory/planner.py")),
+    )
 
 
 def label_model(memory: LiveMemory, model: nn.Module) -> None:

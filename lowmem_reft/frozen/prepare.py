@@ -1,0 +1,156 @@
+"""Decides what a run reuses, builds it and proves it, or says why nothing is reused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowmem_reft.blocks import base_of
+from lowmem_reft.errors import InputError
+from lowmem_reft.frozen.feed import blocks_of
+from lowmem_reft.frozen.proof import prove, prove_scores
+from lowmem_reft.frozen.reuse import NoRoomError, Report, Reuse
+from lowmem_reft.frozen.split import Example, ReuseError, Split, find_split
+from lowmem_reft.options import ReuseOptions
+
+logger = logging.getLogger(__name__)
+
+WORTHWHILE = 0.9
+"""``auto`` reuses if the arithmetic of the whole run shrinks to at most this share."""
+
+
+def prepare(
+    model: Any,
+    examples: Sequence[Example],
+    batch: dict[str, Tensor],
+    options: ReuseOptions,
+    *,
+    root: Path,
+    epochs: float,
+    report: Report = lambda done, total: None,
+) -> Reuse | None:
+    """Build what a training run can reuse, and prove it on a batch; None trains the plain way.
+
+    Args:
+        model: A PeftModel on its device.
+        examples: The data set.
+        batch: The first of the examples as the plain step gets them.
+        options: What may be reused, and how much it may take.
+        root: Directory of stores.
+        epochs: Passes over the data that will be made.
+        report: Told about progress.
+
+    Returns:
+        What to train from. If nothing can be reused, None; the reason is logged.
+
+    Raises:
+        InputError: nothing can be reused, and only upper blocks of the base are resident.
+    """
+
+    def build() -> Reuse:
+        split = find_split(model, examples, prefix=options.reuse != "trunk")
+        share = _estimated_share(model, examples, split, epochs)
+        if options.reuse == "auto" and not _is_partial(model) and share > WORTHWHILE:
+            raise ReuseError(f"it would save only {100 * (1 - share):.0f} % of the arithmetic")
+        reuse = _build(model, examples, split, options, root, report, training=True)
+        prove(reuse, range(len(batch["labels"])), batch)
+        return reuse
+
+    return _attempt(model, options, build)
+
+
+def prepare_scoring(
+    model: Any,
+    examples: Sequence[Example],
+    batch: dict[str, Tensor],
+    options: ReuseOptions,
+    *,
+    root: Path | None,
+    report: Report = lambda done, total: None,
+) -> Reuse | None:
+    """Build what scoring by likelihood can reuse; None scores the plain way.
+
+    One pass over the data costs as much as a store, so ``auto`` makes one only where it is kept for
+    the next time.
+
+    Args:
+        model: A PeftModel on its device, in evaluation mode.
+        examples: What is scored, with labels.
+        batch: The first of the examples, as ``loss.response_log_likelihood`` gets them.
+        options: What may be reused, and how much it may take.
+        root: Directory of stores; None if they would not be kept.
+        report: Told about progress.
+
+    Raises:
+        InputError: nothing can be reused, and only upper blocks of the base are resident.
+    """
+    if root is None:
+        return None
+
+    def build() -> Reuse:
+        split = find_split(model, examples, prefix=options.reuse != "trunk")
+        reuse = _build(model, examples, split, options, root, report, training=False)
+        prove_scores(reuse, range(len(batch["labels"])), batch)
+        return reuse
+
+    return _attempt(model, options, build)
+
+
+def _attempt(model: Any, options: ReuseOptions, build: Callable[[], Reuse]) -> Reuse | None:
+    if options.reuse == "off" and not _is_partial(model):
+        return None
+    try:
+        return build()
+    except ReuseError as error:
+        if _is_partial(model):
+            raise InputError(
+                f"resident must be all here, got upper: no frozen computation can be reused "
+                f"({error}); load the whole base"
+            ) from error
+        level = logging.INFO if options.reuse == "auto" else logging.WARNING
+        logger.log(level, "no frozen computation is reused: %s", error)
+        return None
+
+
+def _is_partial(model: Any) -> bool:
+    return getattr(base_of(model), "residency", None) is not None
+
+
+def _build(
+    model: Any,
+    examples: Sequence[Example],
+    split: Split,
+    options: ReuseOptions,
+    root: Path,
+    report: Report,
+    *,
+    training: bool,
+) -> Reuse:
+    """Build the larger store if there is room for it, else the smaller one."""
+    limit = options.reuse_limit_gib
+    rest: dict[str, Any] = {
+        "training": training,
+        "limit_bytes": None if limit is None else round(limit * 2**30),
+        "report": report,
+    }
+    try:
+        return Reuse(model, examples, root, split=split, **rest)
+    except NoRoomError:
+        if options.reuse == "prefix" or not any(split.first_edited):
+            raise
+        return Reuse(model, examples, root, prefix=False, **rest)
+
+
+def _estimated_share(model: Any, examples: Sequence[Example], split: Split, epochs: float) -> float:
+    """Return the arithmetic of a reused run over that of a plain one, in blocks times tokens."""
+    layers = len(blocks_of(model))
+    upper = layers - split.num_blocks
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    kept = tokens - sum(split.first_edited)
+    plain = epochs * (layers + upper) * tokens
+    reused = layers * tokens + epochs * 2 * upper * kept
+    return reused / plain

@@ -1,0 +1,108 @@
+"""Compares a reused step with the plain one, so that a wrong constant is never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowmem_reft.frozen.reuse import Reuse
+from lowmem_reft.frozen.split import ReuseError
+from lowmem_reft.loss import response_log_likelihood
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+"""Largest relative difference, in L2, between the gradients of the reused and the plain step."""
+
+_CANNOT_BE_FED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+"""What a model's forward raises when it does not take what is fed."""
+
+
+def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
+    """Compare the reused step with the plain one; return the relative gradient difference.
+
+    Args:
+        reuse: What is to be proved.
+        indices: Examples of the batch.
+        batch: What the plain step gets: ``input_ids``, ``attention_mask``, ``labels``.
+
+    Raises:
+        ReuseError: losses or gradients differ by more than rounding; the message names the
+            module whose gradient is furthest off.
+    """
+    model = reuse.model
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    was_training = model.training
+    model.train()
+    state = torch.get_rng_state()
+    try:
+        with reuse.whole():
+            plain_loss = model(**batch)["loss"]
+            plain = torch.autograd.grad(plain_loss, list(trained.values()), allow_unused=True)
+        torch.set_rng_state(state)
+        try:
+            loss = reuse.loss(indices)
+            reused = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        except _CANNOT_BE_FED as error:
+            raise _not_fed(reuse, error) from error
+    finally:
+        torch.set_rng_state(state)
+        model.train(was_training)
+    tolerance = TOLERANCE[reuse.layout.dtype]
+    worst, total = _largest_difference(list(trained), plain, reused)
+    before, after = plain_loss.item(), loss.item()
+    off = abs(after - before) / max(abs(before), 1e-12)
+    if not (total <= tolerance and off <= tolerance):
+        raise ReuseError(
+            f"gradients differ by {total:.1e} and the loss by {off:.1e} (at most "
+            f"{tolerance:.0e} would be rounding), most of all in {worst}"
+        )
+    return total
+
+
+def prove_scores(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
+    """Compare scores from stored constants with plain ones; return the relative difference.
+
+    Args:
+        reuse: What is to be proved; its model is in evaluation mode.
+        indices: Examples of the batch.
+        batch: What ``loss.response_log_likelihood`` gets.
+
+    Raises:
+        ReuseError: log-likelihoods differ by more than rounding.
+    """
+    with reuse.whole():
+        plain, _ = response_log_likelihood(reuse.model, batch)
+    try:
+        reused, _ = reuse.log_likelihood(indices)
+    except _CANNOT_BE_FED as error:
+        raise _not_fed(reuse, error) from error
+    off = float((plain - reused).norm() / plain.norm().clamp(min=1e-12))
+    tolerance = TOLERANCE[reuse.layout.dtype]
+    if not off <= tolerance:
+        raise ReuseError(
+            f"log-likelihoods differ by {off:.1e} (at most {tolerance:.0e} would be rounding)"
+        )
+    return off
+
+
+def _not_fed(reuse: Reuse, error: Exception) -> ReuseError:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return ReuseError(f"{type(reuse.base).__name__} cannot be fed stored hidden vectors ({reason})")
+
+
+def _largest_difference(
+    names: list[str], plain: Sequence[Tensor | None], reused: Sequence[Tensor | None]
+) -> tuple[str, float]:
+    """Return the parameter that differs most, and the relative L2 difference of all."""
+    squares: dict[str, float] = {}
+    norm = 0.0
+    for name, first, second in zip(names, plain, reused, strict=True):
+        if first is None and second is None:
+            continue
+        a = torch.zeros(()) if first is None else first.double()
+        b = torch.zeros(()) if second is None else second.double()
+        squares[name] = float((a - b).square().sum())
+        norm += float(a.square().sum())
+    worst = max(squares, key=lambda name: squares[name], default="")
+    return worst, (sum(squares.values()) / norm) ** 0.5 if norm else 0.0

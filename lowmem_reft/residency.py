@@ -1,0 +1,293 @@
+"""A base of which only the upper blocks are on the device: the others are read when they run.
+
+The checkpoint is read in parts by transformers' own loader (renaming, conversion and quantization
+as in ``from_pretrained``), so a block that is read alone has the bytes that it has in the whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.modeling_utils import LoadStateDictConfig
+
+from lowmem_reft.blocks import find_blocks, standing_in
+from lowmem_reft.errors import InputError
+
+EMBEDDING = -1
+"""Stands for the input embedding among indices of blocks."""
+
+
+class Checkpoint:
+    """The weights of a model on disk, read in parts.
+
+    Args:
+        files: Its safetensors files.
+        empty: The model on the meta device, prepared for quantization.
+        dtype: What unquantized weights are cast to.
+        device: Where weights go.
+        quantizer: What quantizes them (transformers); None leaves them as they are.
+        finish: Called with each part that was read: freezes and guards it.
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        empty: Any,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantizer: Any,
+        finish: Callable[[nn.Module], None],
+    ) -> None:
+        self.files = files
+        self.empty = empty
+        self.dtype = dtype
+        self.device = device
+        self.quantizer = quantizer
+        self.finish = finish
+        self._blocks = find_blocks(empty)[0]
+        self._embedding = _name_of(empty, empty.get_input_embeddings())
+        self._digest: str | None = None
+
+    def read(self, model: Any, wanted: Callable[[int | None], bool], device: torch.device) -> None:
+        """Fill parts of a model that is like ``empty``.
+
+        Args:
+            model: The model.
+            wanted: Told the index of a block, ``EMBEDDING`` or, for all else, None.
+            device: Where the weights go.
+        """
+        with ExitStack() as stack:
+            weights: dict[str, Any] = {}
+            for path in self.files:
+                # Not memory-mapped: a private map counts as memory, whole, while a tensor lives.
+                file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+                names = [name for name in file.keys() if wanted(self._part(name))]  # noqa: SIM118
+                weights.update((name, file.get_slice(name)) for name in names)
+            mapping: Any = get_model_conversion_mapping(model, None, self.quantizer)
+            config = LoadStateDictConfig(
+                device_map={"": device},
+                dtype=self.dtype,
+                dtype_plan=model._get_dtype_plan(self.dtype),
+                hf_quantizer=self.quantizer,
+                weight_mapping=mapping,
+            )
+            model._load_pretrained_model(model, weights, None, config, expected_keys=[])
+
+    def _part(self, name: str) -> int | None:
+        """Return the index of the block that a tensor belongs to, ``EMBEDDING``, or None."""
+        short = self._short(name)
+        if short.startswith(self._short(self._embedding) + "."):
+            return EMBEDDING
+        start = self._short(self._blocks) + "."
+        if short.startswith(start):
+            index = short.removeprefix(start).partition(".")[0]
+            return int(index) if index.isdecimal() else None
+        return None
+
+    def _short(self, name: str) -> str:
+        """Leave out the backbone's name, which checkpoints may have or not."""
+        return name.removeprefix(f"{self.empty.base_model_prefix}.")
+
+    def block(self, index: int) -> nn.Module:
+        """Read one block.
+
+        Raises:
+            InputError: the checkpoint has not all of its weights under names that are understood.
+        """
+        blocks = find_blocks(self.empty)[1]
+        empty = blocks[index]
+        blocks[index] = _empty_copy(empty)
+        try:
+            self.read(self.empty, lambda part: part == index, self.device)
+            fill_buffers(self.empty, blocks[index], self.device)
+            self.check(blocks[index])
+            return blocks[index]
+        finally:
+            blocks[index] = empty
+
+    def embedding(self) -> nn.Module:
+        """Read the input embedding, into host memory.
+
+        Raises:
+            InputError: the checkpoint has none under a name that is understood.
+        """
+        empty = self.empty.get_input_embeddings()
+        self.empty.set_input_embeddings(_empty_copy(empty))
+        try:
+            self.read(self.empty, lambda part: part == EMBEDDING, torch.device("cpu"))
+            read: nn.Module = self.empty.get_input_embeddings()
+            fill_buffers(self.empty, read, torch.device("cpu"))
+            self.check(read)
+            return read
+        finally:
+            self.empty.set_input_embeddings(empty)
+
+    def check(self, module: nn.Module) -> None:
+        """Finish a part, or refuse it if it was not read whole.
+
+        Raises:
+            InputError: a weight is still missing.
+        """
+        missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+        if missing:
+            raise InputError(
+                f"resident must be all for {type(self.empty).__name__}, got upper: its checkpoint "
+                f"cannot be read in parts ({missing[0]} was not found); load the whole base"
+            )
+        self.finish(module)
+
+    def digest(self) -> str:
+        """Return the SHA-256 over the files and how they are stored when loaded."""
+        if self._digest is None:
+            digest = hashlib.sha256()
+            quantization = getattr(self.quantizer, "quantization_config", None)
+            stored = None if quantization is None else quantization.to_dict()
+            digest.update(json.dumps([str(self.dtype), stored], default=str).encode())
+            for path in self.files:
+                digest.update(path.name.encode())
+                with path.open("rb") as file:
+                    while chunk := file.read(2**24):
+                        digest.update(chunk)
+            self._digest = digest.hexdigest()
+        return self._digest
+
+
+class Residency:
+    """Which blocks of a base are on its device, and how the others come there.
+
+    Args:
+        base: The base; blocks below ``first_resident`` are on the meta device.
+        checkpoint: Where they are read from.
+        first_resident: The first block that is there.
+        has_embedding: Whether the input embedding is there.
+    """
+
+    def __init__(
+        self, base: Any, checkpoint: Checkpoint, *, first_resident: int, has_embedding: bool
+    ) -> None:
+        self.base = base
+        self.checkpoint = checkpoint
+        self.first_resident = first_resident
+        self.has_embedding = has_embedding
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        """Read a block, and for the first one the embedding, and let it run in its place."""
+        with ExitStack() as stack:
+            if index == 0:
+                stack.enter_context(self._embedding())
+            block = self.checkpoint.block(index)
+            stack.enter_context(standing_in(self._blocks()[index], block.train()))
+            yield
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Read every missing block anew whenever it runs: slow, and within the same memory."""
+
+        def read(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                block = self.checkpoint.block(index).train(self.base.training)
+                return block(*args, **kwargs)
+
+            return forward
+
+        with ExitStack() as stack:
+            stack.enter_context(self._embedding())
+            for index, block in enumerate(self._blocks()[: self.first_resident]):
+                stack.enter_context(standing_in(block, read(index)))
+            yield
+
+    def restore(self) -> None:
+        """Read everything that is missing into its place: the base is whole again.
+
+        Raises:
+            InputError: the checkpoint has not all weights under names that are understood.
+        """
+        for index, block in enumerate(self._blocks()[: self.first_resident]):
+            _move_into(block, self.checkpoint.block(index))
+        if not self.has_embedding:
+            self.base.set_input_embeddings(self.checkpoint.embedding().to(self.checkpoint.device))
+        self.first_resident, self.has_embedding = 0, True
+        del self.base.residency, self.base.hf_device_map
+
+    def _blocks(self) -> list[nn.Module]:
+        return list(find_blocks(self.base)[1])
+
+    @contextmanager
+    def _embedding(self) -> Iterator[None]:
+        if self.has_embedding:
+            yield
+            return
+        table = self.checkpoint.embedding()
+        device = self.checkpoint.device
+
+        def look_up(input_ids: Tensor) -> Tensor:
+            rows: Tensor = table(input_ids.to("cpu"))
+            return rows.to(device)
+
+        with standing_in(self.base.get_input_embeddings(), look_up):
+            yield
+
+
+def _move_into(module: nn.Module, read: nn.Module) -> None:
+    """Give a module on the meta device what was read, and keep its hooks and its adapters."""
+    for name, child in read.named_children():
+        module._modules[name] = child
+    module._parameters.update(read._parameters)
+    module._buffers.update(read._buffers)
+    module.train(module.training)
+
+
+def fill_buffers(
+    model: Any, part: nn.Module, device: torch.device, *, recurse: bool = True
+) -> None:
+    """Compute buffers on the meta device, such as rotary frequencies, as loading does.
+
+    Args:
+        model: A transformers model.
+        part: It, or a module of it; weights that are not on the meta device stay as they are.
+        device: Where the buffers go.
+        recurse: Whether to go through the modules below ``part``.
+    """
+    for module in part.modules() if recurse else (part,):
+        empty = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
+        if not empty:
+            continue
+        for name, buffer in empty.items():
+            module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps its values
+        with torch.no_grad():
+            model._init_weights(module)
+
+
+def _empty_copy(module: nn.Module) -> nn.Module:
+    """Copy a module on the meta device; bitsandbytes' parameters cannot be copied there."""
+    memo: dict[int, Any] = {
+        id(parameter): type(parameter)(
+            torch.empty_like(parameter.data), requires_grad=False, **vars(parameter)
+        )
+        for parameter in module.parameters()
+    }
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
+        for parameter in part.parameters(recurse=False):
+            if hasattr(parameter, "module"):
+                parameter.module = part
+    return copied
+
+
+def _name_of(model: Any, wanted: nn.Module) -> str:
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[wanted]

@@ -1,0 +1,195 @@
+"""A base of which only upper blocks are loaded, against the whole base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lowmem_reft.base import base_digest, load_base, save_base
+from lowmem_reft.blocks import find_blocks
+from lowmem_reft.config import ReftConfig
+from lowmem_reft.errors import InputError
+from lowmem_reft.frozen.proof import prove
+from lowmem_reft.frozen.reuse import Reuse
+from lowmem_reft.loss import use_chunked_loss
+from tests.test_reuse import ARCHITECTURES, SIZES, make_examples, stacked
+
+NUM_BLOCKS = 5
+FIRST = 3
+
+
+def saved(directory: Path, architecture: str = "llama", **changes: Any) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(directory, max_shard_size="100KB")
+    return directory
+
+
+def adapted(base: Any, layers: str = "2;4", positions: str = "l1") -> Any:
+    torch.manual_seed(0)
+    config = ReftConfig(
+        task_type="CAUSAL_LM", rank=2, layers=layers, positions=positions, init="paper"
+    )
+    model: Any = get_peft_model(base, config)
+    use_chunked_loss(model)
+    return model.train()
+
+
+def load(directory: Path, resident: Any, storage: Any = "fp32") -> Any:
+    options: dict[str, Any] = {} if resident == "all" else {"first_resident": FIRST}
+    return load_base(
+        directory,
+        storage=storage,
+        compute_dtype="fp32",
+        device="cpu",
+        resident=resident,
+        **options,
+    )
+
+
+def gradients(model: Any, reuse: Reuse) -> list[torch.Tensor]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(reuse.loss([0, 1, 2, 3]), trained))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_from_upper_blocks_gives_the_gradients_of_the_whole_base(
+    tmp_path: Path, architecture: str
+) -> None:
+    directory, examples = saved(tmp_path / "model", architecture), make_examples()
+    whole = adapted(load(directory, "all"))
+    upper = adapted(load(directory, "upper"))
+    one = gradients(whole, Reuse(whole, examples, tmp_path / "one"))
+    reuse = Reuse(upper, examples, tmp_path / "two")
+    for a, b in zip(one, gradients(upper, reuse), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8", "fp32"])
+def test_lower_blocks_are_never_there_and_restored_ones_are_those_of_the_checkpoint(
+    tmp_path: Path, storage: str
+) -> None:
+    directory = saved(tmp_path / "model")
+    base = load(directory, "upper", storage)
+    blocks = find_blocks(base)[1]
+    assert all(p.is_meta for block in blocks[:FIRST] for p in block.parameters())
+    assert base.get_input_embeddings().weight.is_meta
+    assert not any(p.is_meta for block in blocks[FIRST:] for p in block.parameters())
+    base.residency.restore()
+    assert base_digest(base) == base_digest(load(directory, "all", storage))
+    assert not any(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_quantized_checkpoints_are_read_in_parts_too(tmp_path: Path, storage: Any) -> None:
+    save_base(load(saved(tmp_path / "model"), "all", storage), tmp_path / "quantized")
+    examples = make_examples()
+    whole = adapted(load(tmp_path / "quantized", "all", storage))
+    upper = adapted(load(tmp_path / "quantized", "upper", storage))
+    one = gradients(whole, Reuse(whole, examples, tmp_path / "one"))
+    two = gradients(upper, Reuse(upper, examples, tmp_path / "two"))
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_streamed_blocks_give_the_logits_of_the_whole_base(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "model")
+    whole, upper = load(directory, "all", "nf4"), load(directory, "upper", "nf4")
+    ids = torch.randint(3, 256, (2, 9))
+    with torch.no_grad():
+        wanted = whole(input_ids=ids).logits
+        with upper.residency.streaming():
+            assert torch.equal(upper(input_ids=ids).logits, wanted)
+            text = upper.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(text, whole.generate(ids, max_new_tokens=4, do_sample=False))
+    assert all(p.is_meta for p in find_blocks(upper)[1][0].parameters())
+
+
+def test_a_head_tied_to_the_embedding_keeps_it(tmp_path: Path) -> None:
+    base = load(saved(tmp_path / "model", tie_word_embeddings=True), "upper")
+    assert base.lm_head.weight is base.get_input_embeddings().weight
+    assert not base.lm_head.weight.is_meta
+
+
+def test_parameters_are_counted_as_if_they_were_there(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "model")
+    counts = [
+        adapted(load(directory, resident, "nf4")).get_nb_trainable_parameters()
+        for resident in ("all", "upper")
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_lora_above_the_trunk_trains_from_upper_blocks(tmp_path: Path) -> None:
+    directory, examples = saved(tmp_path / "model"), make_examples()
+    base = load(directory, "upper", "nf4")
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    config.layers_to_transform = [3, 4]
+    model: Any = get_peft_model(base, config)
+    use_chunked_loss(model)
+    reuse = Reuse(model.train(), examples, tmp_path / "reuse")
+    assert reuse.mode == "trunk"
+    assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
+
+
+def test_a_killed_layer_by_layer_build_goes_on_with_the_block_it_had_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, examples = saved(tmp_path / "model"), make_examples()
+    upper = adapted(load(directory, "upper"))
+    checkpoint = upper.get_base_model().residency.checkpoint
+    read, original = [], checkpoint.block
+
+    def block(index: int) -> Any:
+        read.append(index)
+        if index == 2 and read.count(2) == 1:
+            raise KeyboardInterrupt
+        return original(index)
+
+    monkeypatch.setattr(checkpoint, "block", block)
+    with pytest.raises(KeyboardInterrupt):
+        Reuse(upper, examples, tmp_path / "reuse")
+    reuse = Reuse(upper, examples, tmp_path / "reuse")
+    assert read == [0, 1, 2, 2]
+    assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
+    assert len(list((tmp_path / "reuse").glob("trunk-*"))) == 1  # those of lower blocks are gone
+
+
+def test_a_classifier_keeps_its_embedding_and_gets_a_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SIZES)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
+    base = load_base(
+        tmp_path / "model",
+        storage="nf4",
+        compute_dtype="fp32",
+        device="cpu",
+        task_type="SEQ_CLS",
+        resident="upper",
+        first_resident=FIRST,
+    )
+    assert not base.get_input_embeddings().weight.is_meta
+    config = ReftConfig(task_type="SEQ_CLS", rank=2, layers="2;4", positions="all", init="paper")
+    model: Any = get_peft_model(base, config)
+    examples = [{**example, "labels": i % 2} for i, example in enumerate(make_examples())]
+    reuse = Reuse(model.train(), examples, tmp_path / "reuse")
+    batch = stacked([{**example, "labels": [0]} for example in examples])
+    batch["labels"] = torch.tensor([0, 1, 0, 1])
+    assert prove(reuse, [0, 1, 2, 3], batch) <= 1e-5
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "model")
+    for wrong in (0, NUM_BLOCKS + 1):
+        with pytest.raises(InputError, match="first_resident must be from 1 to 5"):
+            load_base(directory, storage="fp32", resident="upper", first_resident=wrong)
+    (directory / "model.safetensors.index.json").unlink()
+    with pytest.raises(InputError, match="model must have all of its safetensors"):
+        load(directory, "upper")
