@@ -16,11 +16,11 @@ from lowmem_reft.checkpointing import enable_activation_checkpointing
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.prepare import prepare
-from lowmem_reft.frozen.proof import prove
+from lowmem_reft.frozen.proof import prove, prove_scores
 from lowmem_reft.frozen.reuse import NoRoomError, Reuse
 from lowmem_reft.frozen.split import ReuseError, find_split, num_constant_blocks
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store
-from lowmem_reft.loss import use_chunked_loss
+from lowmem_reft.loss import response_log_likelihood, use_chunked_loss
 from lowmem_reft.options import ReuseOptions
 from lowmem_reft.synthetic import base_with_random_weights
 
@@ -126,6 +126,126 @@ def test_losses_and_gradients_are_those_of_the_plain_step(
     assert reuse.mode == ("prefix" if suffix_only else "trunk")
     assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
     assert prove(reuse, [3, 1], stacked([examples[3], examples[1]])) <= 1e-5
+
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ENCODERS = {
+    "bert": {**NEOX, **NO_DROPOUT},
+    "roberta": {**NEOX, **NO_DROPOUT},
+    "modernbert": {**NEOX, "cls_token_id": 1, "sep_token_id": 2, "reference_compile": False},
+}
+
+
+@pytest.mark.parametrize("architecture", ENCODERS)
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+@pytest.mark.parametrize("storage", ["fp32", "nf4"])
+def test_encoders_start_from_their_trunk(
+    tmp_path: Path, architecture: str, task_type: str, storage: Any
+) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **ENCODERS[architecture])
+    base: Any = base_with_random_weights(
+        config,
+        device=torch.device("cpu"),
+        storage=storage,
+        compute_dtype=torch.float32,
+        task_type=task_type,
+        num_labels=3,
+    )
+    peft_config = ReftConfig(
+        task_type=task_type, rank=2, layers="2;4", positions="f2", init="paper"
+    )
+    model: Any = get_peft_model(base, peft_config).train()
+    examples = make_examples()
+    for number, example in enumerate(examples):
+        labels = [token % 3 for token in example["input_ids"]]
+        example["labels"] = number % 3 if task_type == "SEQ_CLS" else labels
+    whole = task_type == "SEQ_CLS"
+    batch = stacked([{**e, "labels": [0]} if whole else e for e in examples])
+    if whole:
+        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+    reuse = Reuse(model, examples, tmp_path)
+    assert reuse.mode == "trunk"
+    assert prove(reuse, [0, 1, 2, 3], batch) <= 1e-5
+
+
+def test_blocks_that_return_more_than_hidden_vectors_train_the_plain_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("deberta-v2", **NEOX, **NO_DROPOUT, relative_attention=True)
+    base: Any = base_with_random_weights(
+        config,
+        device=torch.device("cpu"),
+        storage="fp32",
+        compute_dtype=torch.float32,
+        task_type="TOKEN_CLS",
+        num_labels=3,
+    )
+    peft_config = ReftConfig(task_type="TOKEN_CLS", rank=2, layers="4", positions="all")
+    model: Any = get_peft_model(base, peft_config).train()
+    examples = make_examples()
+    for example in examples:
+        example["labels"] = [token % 3 for token in example["input_ids"]]
+    options = ReuseOptions(reuse="trunk")
+    found = prepare(model, examples, stacked(examples), options, root=tmp_path, epochs=3)
+    assert found is None
+    assert "DebertaV2ForTokenClassification cannot be fed stored hidden vectors" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_batch_padded_on_the_left_gives_the_same_gradients(
+    tmp_path: Path, architecture: str
+) -> None:
+    model, examples = make_model(architecture), make_examples()
+    right = stacked(examples)
+    left = {name: torch.zeros_like(value) for name, value in right.items()}
+    left["labels"] += -100
+    for row, example in enumerate(examples):
+        size = len(example["input_ids"])
+        for name in right:
+            left[name][row, -size:] = right[name][row, :size]
+    left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    assert prove(Reuse(model, examples, tmp_path), [0, 1, 2, 3], left) <= 1e-5
+
+
+def test_examples_that_begin_alike_share_what_is_stored(tmp_path: Path) -> None:
+    examples = make_examples()
+    system = list(range(10, 40))
+    for example in examples:
+        example["input_ids"] = system + example["input_ids"]
+        example["labels"] = [-100] * len(system) + example["labels"]
+    examples.append(dict(examples[0]))
+    for method in ("l1", "all"):
+        model = make_model(peft_config=reft(method))
+        reuse = Reuse(model, examples, tmp_path)
+        apart = sum(
+            reuse.layout.hidden_bytes * shape.suffix + reuse.layout.kv_bytes * shape.prefix
+            for shape in reuse.layout.shapes
+        )
+        saved = (reuse.layout.kv_bytes if method == "l1" else reuse.layout.hidden_bytes) * 30 * 3
+        assert reuse.layout.total_bytes <= apart - saved
+        written = sum(path.stat().st_size for path in reuse.store.directory.glob("shard-*"))
+        assert written == reuse.layout.total_bytes
+        assert prove(reuse, [0, 1, 2, 3, 4], stacked(examples)) <= 1e-5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["l1", "all", "lora"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_scores_are_those_of_the_plain_pass(tmp_path: Path, architecture: str, method: str) -> None:
+    model = make_model(
+        architecture, peft_config=lora([2, 3, 4]) if method == "lora" else reft(method)
+    )
+    model.requires_grad_(False).eval()  # as PeftModel.from_pretrained loads it
+    examples = make_examples()
+    reuse = Reuse(model, examples, tmp_path, training=False)
+    assert reuse.split.num_blocks == (2 if method == "lora" else 3)
+    assert prove_scores(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
+    plain, counts = response_log_likelihood(model, stacked(examples))
+    scores, again = reuse.log_likelihood([0, 1, 2, 3])
+    torch.testing.assert_close(scores, plain, rtol=1e-5, atol=1e-5)
+    assert counts == again
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,9 @@ def find_first_resident(
     Raises:
         InputError: the adapter changes the first block or the embedding: nothing is constant.
     """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # which weights there are does not depend on their storage
     base = base_on_meta(config, storage="fp32", task_type=task_type, num_labels=num_labels)
     first = num_constant_blocks(get_peft_model(base, copy.deepcopy(peft_config)))
     if first == 0:
