@@ -13,12 +13,13 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import transformers
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,7 +28,12 @@ from transformers.utils.hub import cached_file
 
 from lowmem_reft.blocks import find_blocks
 from lowmem_reft.checkpointing import enable_activation_checkpointing, stop_input_gradients
-from lowmem_reft.devices import DTYPES, resolve_compute_dtype, resolve_device
+from lowmem_reft.devices import (
+    DTYPES,
+    resolve_compute_dtype,
+    resolve_device,
+    return_freed_memory,
+)
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import Storage
 from lowmem_reft.residency import EMBEDDING, Checkpoint, Residency, fill_buffers
@@ -140,6 +146,7 @@ def load_base(
     freeze(base, task_type)
     if activation_checkpointing:
         enable_activation_checkpointing(base)
+    return_freed_memory()
     return base
 
 
@@ -209,6 +216,41 @@ def guard_linear4bit(model: nn.Module) -> None:
                     "load it again and call guard_linear4bit before its first forward pass"
                 )
             module.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def dequantized(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[int]:
+    """Keep 4-bit layers dequantized for a while, so that no step pays for it; yield the bytes.
+
+    The numbers are those that a step would compute, so results are the same. The quantized layers
+    are put back at the end as they were.
+
+    Args:
+        modules: Where to look for 4-bit layers, at any depth.
+        dtype: What the base computes in.
+    """
+    places = [
+        (parent, name, child)
+        for module in modules
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Linear4bit)
+    ]
+    size = 0
+    try:
+        for parent, name, child in places:
+            stored: Any = child.weight
+            weight = dequantize_4bit(stored.data, stored.quant_state).to(dtype)
+            layer = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            if child.bias is not None:
+                layer.bias = nn.Parameter(child.bias.data.to(dtype), requires_grad=False)
+            parent._modules[name] = layer.train(child.training)
+            size += weight.numel() * weight.element_size()
+        yield size
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
 
 
 def base_digest(model: nn.Module, exclude: Callable[[str], bool] | None = None) -> str:

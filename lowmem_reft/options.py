@@ -248,6 +248,9 @@ class ReuseOptions:
     resident: Literal["all", "upper"] = "all"
     """upper: only the blocks above the constant ones are ever on the device; the others are read
     one after the other while the store is built, so that a base larger than the card trains."""
+    dequantize_upper: bool = False
+    """Keep the 4-bit blocks above the constant ones dequantized while training from a store: the
+    same numbers, faster steps, four (16-bit) or eight times their memory."""
 
     def __post_init__(self) -> None:
         """Check the limit."""
@@ -439,10 +442,16 @@ class PlanOptions:
     """Print the longest context of models and methods on cards of 8 to 80 GB."""
     methods: str = "loreft,qlora"
     """Methods of the table."""
+    num_examples: int = 1000
+    """Examples of the data set, all of --seq-len tokens, for what training could reuse."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     quiet: bool = False
     """Say nothing about what is being tried."""
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        check_counts(num_examples=self.num_examples)
 
 
 @dataclass(frozen=True, kw_only=True)

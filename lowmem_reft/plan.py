@@ -45,10 +45,10 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
     """Predict, and with ``fit`` search; print the result on standard output.
 
     Returns:
-        ``peak_bytes``, ``breakdown_bytes``, ``fits`` (None without a card) and what else
-        ``memory.planner.Plan.as_json`` gives; with ``fit`` also ``longest_seq_len`` and
-        ``train_flags`` (None if nothing fits); with ``table`` instead ``table``: a list with
-        ``model``, ``method`` and ``longest_seq_len`` by card size.
+        ``peak_bytes``, ``breakdown_bytes``, ``fits`` (None without a card), ``reuse`` (None if
+        nothing is constant) and what else ``memory.planner.Plan.as_json`` gives; with ``fit`` also
+        ``longest_seq_len`` and ``train_flags`` (None if nothing fits); with ``table`` instead
+        ``table``: a list with ``model``, ``method`` and ``longest_seq_len`` by card size.
 
     Raises:
         InputError: the model, the card or the setting is not known or impossible.
@@ -68,7 +68,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
         chosen = fit(planner, setting, lengths, report=report)
         if chosen is not None:
             setting, lengths = chosen.setting, chosen.lengths
-    plan = planner.plan(setting, lengths)
+    plan = planner.plan(setting, lengths, num_examples=options.num_examples)
     result = plan.as_json()
     console = Console(soft_wrap=True, highlight=False)
     if not options.json:
@@ -236,8 +236,31 @@ def _print_plan(console: Console, model: str, plan: Plan) -> None:
     console.print("peaks elsewhere: " + ", ".join(f"{n} {gib(v)}" for n, v in peaks.items()))
     if plan.host_bytes:
         console.print(f"host memory for what was moved there: {gib(plan.host_bytes)}")
+    _print_reuse(console, plan)
     if plan.card is not None:
         console.print(_verdict(plan, plan.card), style="bold green" if plan.fits else "bold red")
+
+
+def _print_reuse(console: Console, plan: Plan) -> None:
+    reuse = plan.reuse
+    if reuse is None:
+        console.print("--reuse has nothing to store: no block's output is constant")
+        return
+    what = "what leaves the first block"
+    if reuse.num_constant_blocks > 1:
+        what = f"what leaves the first {reuse.num_constant_blocks} blocks"
+    if reuse.mode == "prefix":
+        what += ", and keys and values above them of tokens before the first edit"
+    console.print(f"--reuse {reuse.mode} would store {what}, for {reuse.num_examples:,} examples:")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("store per example", f"{reuse.store_bytes_per_example / 2**20:,.2f} MiB")
+    table.add_row("store", gib(reuse.store_bytes))
+    table.add_row("building it", f"{reuse.build_steps:,.1f} ordinary steps")
+    table.add_row("weights of the base that a step needs", gib(reuse.resident_bytes))
+    table.add_row("an epoch, by its arithmetic", f"{reuse.speedup_per_epoch:.2f} × faster")
+    console.print(table)
 
 
 def _verdict(plan: Plan, card: Card) -> str:

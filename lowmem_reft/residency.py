@@ -187,7 +187,7 @@ class Residency:
         with ExitStack() as stack:
             if index == 0:
                 stack.enter_context(self._embedding())
-            block = self.checkpoint.block(index)
+            block = stack.enter_context(self._borrowed(index))
             stack.enter_context(standing_in(self._blocks()[index], block.train()))
             yield
 
@@ -197,8 +197,8 @@ class Residency:
 
         def read(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                block = self.checkpoint.block(index).train(self.base.training)
-                return block(*args, **kwargs)
+                with self._borrowed(index) as block:
+                    return block.train(self.base.training)(*args, **kwargs)
 
             return forward
 
@@ -207,6 +207,19 @@ class Residency:
             for index, block in enumerate(self._blocks()[: self.first_resident]):
                 stack.enter_context(standing_in(block, read(index)))
             yield
+
+    @contextmanager
+    def _borrowed(self, index: int) -> Iterator[nn.Module]:
+        """Read a block and let go of all of it at once afterwards."""
+        block = self.checkpoint.block(index)
+        try:
+            yield block
+        finally:
+            # bitsandbytes' weights point back at their layers: a cycle that would wait for the
+            # garbage collector.
+            for parameter in block.parameters():
+                if hasattr(parameter, "module"):
+                    parameter.module = None
 
     def restore(self) -> None:
         """Read everything that is missing into its place: the base is whole again.

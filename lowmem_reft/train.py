@@ -10,6 +10,7 @@ import statistics
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,13 @@ from lowmem_reft.frozen.prepare import prepare
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.trainer import INDEX, IndexCollator, ReuseTrainer
 from lowmem_reft.memory import peak_rss_bytes, track
-from lowmem_reft.methods import attach, build_peft_config, find_method, resolve_learning_rate
+from lowmem_reft.methods import (
+    attach,
+    build_peft_config,
+    check_target_modules,
+    find_method,
+    resolve_learning_rate,
+)
 from lowmem_reft.plan import fit_into_memory
 from lowmem_reft.provenance import versions
 from lowmem_reft.training_card import TrainingCard, merge_card
@@ -72,6 +79,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     card = _training_card(options, rows)
     # Refuses wrong options of the method before the base is loaded.
     build_peft_config(options.method, task_type=card.task_type, num_layers=None)
+    check_target_modules(options.method, options.model.model, task_type=card.task_type)
     tokenizer = load_tokenizer(options.model.model)
     encoded = _encode(rows, tokenizer, card)
     held_out = _held_out(options, card)
@@ -160,16 +168,19 @@ def fit(
         arguments["train_dataset"] = [
             {**example, INDEX: index} for index, example in enumerate(encoded.examples)
         ]
-        arguments["data_collator"] = IndexCollator(collator)
+        arguments["data_collator"] = IndexCollator(collator, reuse.announce)
         trainer = ReuseTrainer(**arguments, reuse=reuse)
-    with _stop_at_a_step(watch):
+    with ExitStack() as stack:
+        stack.enter_context(_stop_at_a_step(watch))
+        if reuse is not None and options.reuse.dequantize_upper:
+            stack.enter_context(reuse.dequantized())
         outcome = trainer.train(resume_from_checkpoint=_checkpoint(options))
+        peak = _peak(model, collator, encoded.examples, options.optim, reuse)
     if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(
             f"a checkpoint of step {trainer.state.global_step} is in {options.run.output_dir}; "
             "add --resume to go on"
         )
-    peak = _peak(model, collator, encoded.examples, options.optim, reuse)
     trainable, total = model.get_nb_trainable_parameters()
     tokens = sum(len(example["input_ids"]) for example in encoded.examples)
     per_step = options.optim.batch_size * options.optim.gradient_accumulation

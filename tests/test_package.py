@@ -19,7 +19,7 @@ ROWS = (
     ("interventions", "positions", "blocks", "registration", "config", "selection", "tuner"),
     ("checkpointing", "techniques", "residency", "base", "synthetic"),
     ("readers", "rows", "data", "loss"),
-    ("methods", "memory", "frozen"),
+    ("methods", "frozen", "memory"),
     ("training_card", "adapted", "generate", "evaluate", "plan", "train"),
     ("sources", "cell", "schedule", "report", "compare", "profile", "cache"),
     ("cli",),

@@ -22,6 +22,7 @@ from lowmem_reft.memory.planner import (
     read_config,
 )
 from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.reuse import ReusePlan
 from lowmem_reft.memory.shapes import config_of
 from lowmem_reft.options import (
     DataOptions,
@@ -139,6 +140,98 @@ def test_generation_keeps_keys_and_values_of_every_token(config_file: Path) -> N
     assert (peak(4096) - peak(2048)) / (2048 * per_token) == pytest.approx(1, abs=0.3)
 
 
+def reuse_of(
+    model: str | Path, lengths: Lengths, num_examples: int = 1000, **method: str
+) -> ReusePlan | None:
+    options = MethodOptions(**{"method": "loreft", **method})
+    return plan(model, lengths=lengths, method=options, num_examples=num_examples).reuse
+
+
+def test_a_store_of_llama_8b_holds_the_vectors_keys_and_values_of_a_sum_by_hand() -> None:
+    found = reuse_of(
+        "llama-3.1-8b", Lengths(seq_len=512, response_len=128), 500, layers="15", positions="l1"
+    )
+    assert found is not None
+    assert (found.mode, found.num_constant_blocks) == ("prefix", 16)
+    prefix = 512 - 128 - 1  # all of the prompt but its last token, which is edited
+    vectors = (512 - prefix) * 4096
+    keys_and_values = prefix * 2 * (32 - 16) * 8 * 128
+    assert found.store_bytes_per_example == 2 * (vectors + keys_and_values)
+    assert found.store_bytes == 500 * found.store_bytes_per_example
+
+
+def test_a_reused_step_needs_the_upper_blocks_norms_and_head_of_llama_8b() -> None:
+    found = reuse_of("llama-3.1-8b", Lengths(seq_len=256), layers="15", positions="l1")
+    assert found is not None
+    per_block = 4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336
+    quantized = 16 * per_block * (1 / 2 + 1 / 64 * (1 + 4 / 256))
+    plain = 2 * (128256 * 4096 + (2 * 16 + 1) * 4096)
+    assert abs(found.resident_bytes / (quantized + plain) - 1) < 0.001
+
+
+def test_an_embedding_that_the_head_shares_stays(tmp_path: Path) -> None:
+    def resident(tied: bool) -> int:
+        path = tmp_path / f"{tied}.json"
+        path.write_text(json.dumps({**LLAMA, "tie_word_embeddings": tied}))
+        found = reuse_of(path, Lengths(seq_len=64), layers="2")
+        assert found is not None
+        return found.resident_bytes
+
+    assert resident(tied=True) == resident(tied=False)
+
+
+def test_the_arithmetic_of_a_prefix_is_that_of_a_sum_by_hand(config_file: Path) -> None:
+    lengths = Lengths(seq_len=512, response_len=128, batch_size=4, gradient_accumulation=2)
+    found = reuse_of(config_file, lengths, 800, layers="1", positions="l1")
+    assert found is not None
+    attention = 2 * 256 * 256 + 2 * 256 * 128
+    block = attention + 3 * 256 * 688 + 2 * 256
+    head = 128 * 2048 * 256 / block  # supervised tokens, as blocks times tokens
+    plain = 4 * 512 + 2 * 512 + 2 * head  # forward, backward above the trunk, head
+    reused = 2 * 2 * (512 - 383) + 2 * head
+    assert found.speedup_per_epoch == pytest.approx(plain / reused)
+    # Keys and values of the upper blocks are stored, so the build runs all four.
+    assert found.build_steps == pytest.approx(800 / 8 * 4 * 512 / plain)
+
+
+def test_checkpointed_blocks_read_no_prefix_and_are_run_once_more(config_file: Path) -> None:
+    found = plan(
+        config_file,
+        lengths=Lengths(seq_len=512, batch_size=8),
+        method=MethodOptions(method="loreft", layers="1", positions="l1"),
+        memory=MemoryOptions(activation_checkpointing=True),
+        chunked_loss=False,
+        task_type="SEQ_CLS",
+        num_labels=2,
+    ).reuse
+    assert found is not None
+    assert (found.mode, found.store_bytes_per_example) == ("trunk", 2 * 512 * 256)
+    # The head of a classifier is next to nothing: 2 x 256 weights, and one token.
+    assert found.speedup_per_epoch == pytest.approx((4 + 2 + 2) / (2 + 2 + 2), rel=1e-4)
+    assert found.build_steps == pytest.approx(1000 / 8 * 2 / (4 + 2 + 2), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "mode", "num_constant_blocks"),
+    [
+        ({"positions": "all"}, "trunk", 1),  # the output of block 0, before its edit
+        ({"positions": "l3"}, "prefix", 1),
+        ({"positions": "f1+l1", "layers": "3"}, "trunk", 4),
+        ({"method": "qlora", "layers": "2;3"}, "trunk", 2),
+    ],
+)
+def test_what_is_constant_decides_what_is_stored(
+    config_file: Path, method: dict[str, str], mode: str, num_constant_blocks: int
+) -> None:
+    found = reuse_of(config_file, Lengths(seq_len=64), **method)
+    assert found is not None
+    assert (found.mode, found.num_constant_blocks) == (mode, num_constant_blocks)
+
+
+def test_there_is_nothing_to_reuse_where_the_first_block_is_trained(config_file: Path) -> None:
+    assert reuse_of(config_file, Lengths(seq_len=64), method="qlora") is None
+
+
 def test_fit_finds_the_fastest_setting_that_the_card_holds(config_file: Path) -> None:
     planner = Planner(read_config(config_file), None)
     setting, lengths = Setting(method=LOREFT), Lengths(seq_len=1024, batch_size=8)
@@ -220,12 +313,24 @@ def test_json_has_the_names_that_scripts_rely_on(
     result = json.loads(out.splitlines()[-1])
     assert code == 0
     assert result["fits"] is None
+    assert set(result["reuse"]) == {
+        "mode",
+        "num_constant_blocks",
+        "num_examples",
+        "store_bytes_per_example",
+        "store_bytes",
+        "build_steps",
+        "resident_bytes",
+        "speedup_per_epoch",
+    }
     assert sum(result["breakdown_bytes"].values()) == result["peak_bytes"]
     code, out, _ = run(capsys, *common, "--memory-gib", "1", "--fit")
     result = json.loads(out.splitlines()[-1])
     assert code == 0
     assert result["fits"] is True
     assert result["longest_seq_len"] > 128
+    code, out, _ = run(capsys, *common, "--method", "qlora")
+    assert json.loads(out.splitlines()[-1])["reuse"] is None
     code, out, _ = run(capsys, *common, "--gpu", "a10")
     assert json.loads(out.splitlines()[-1])["fits"] is True
 
@@ -240,6 +345,7 @@ def test_people_get_a_table_the_line_of_the_peak_and_a_verdict(
         "activations",
         ".py:",
         "fits: RTX 4090",
+        "--reuse trunk would store what leaves the first block, for 1,000 examples:",
         "lowmem-reft train --model",
     ):
         assert words in out
@@ -265,6 +371,7 @@ def test_the_table_has_a_row_per_model_and_method(
         (("--memory-gib", "-1"), "memory_gib must be"),
         (("--fit",), "gpu must be given with fit"),
         (("--seq-len", "0"), "seq_len must be at least 1"),
+        (("--num-examples", "0"), "num_examples must be at least 1"),
         (("--optim", "adafactor"), "optim must be one of adamw_torch"),
         (("--positions", "x3"), "positions"),
         (("--model", "/nonexistent/config.json"), "model must be a config.json"),

@@ -21,6 +21,7 @@ import lowmem_reft as lr
 from lowmem_reft import InputError
 from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.memory.live import CATEGORIES
+from lowmem_reft.memory.outputs import KnownOutputs
 from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.methods import build_peft_config
@@ -351,6 +352,89 @@ def test_the_peaks_place_names_a_module_and_a_line(case: Case) -> None:
     for block in peak.largest[:5]:
         assert block.place is not None
         assert re.fullmatch(r"\w+\.py:\d+", block.place.line)
+
+
+def test_a_full_sliding_window_takes_no_more_memory_with_more_new_tokens() -> None:
+    def peak(sliding_window: int | None, num_new_tokens: int) -> int:
+        config = transformers.MistralConfig(**COMMON, sliding_window=sliding_window)
+        predictor = Predictor(config, Setting(method=METHODS["f7+l7"], device_type="cpu"))
+        memory = predictor.generation(prompt_len=8, num_new_tokens=num_new_tokens, batch_size=1)
+        return memory.peak_bytes
+
+    assert peak(32, 40) < peak(None, 40)
+    windowed, full = (peak(window, 512) - peak(window, 256) for window in (32, None))
+    per_token = 2 * NUM_LAYERS * 4 * 32 * 2  # keys and values, blocks, heads, width, bytes
+    assert windowed < 256 * per_token / 8  # masks and positions
+    assert full >= 256 * per_token
+
+
+# Answers from memory.
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+ATEN = torch.ops.aten
+CALLS = [
+    (ATEN.mm.default, (meta(2, 3), meta(3, 4))),
+    (ATEN.mm.default, (meta(2, 3), meta(4, 3).t())),
+    (ATEN.add.Tensor, (meta(2, 3), 1)),
+    (ATEN.add.Tensor, (meta(2, 3, dtype=torch.int64), 1)),
+    (ATEN.add.Tensor, (meta(2, 3, dtype=torch.int64), 1.0)),
+    (ATEN.add.Tensor, (meta(2, 3, dtype=torch.bfloat16), torch.tensor(1.0, dtype=torch.float64))),
+    (ATEN.add.Tensor, (meta(2, 3, dtype=torch.bfloat16), meta(1, dtype=torch.float64))),
+    (ATEN.add.Tensor, (meta(2, 3, dtype=torch.bfloat16), meta(dtype=torch.float64))),
+    (ATEN.neg.default, (meta(3, 2).t(),)),
+    (ATEN.cat.default, ([meta(2, 3), meta(2, 1)], 1)),
+    (ATEN.cat.default, ([meta(2, 3), meta(2, 3)], 0)),
+    (ATEN.sum.dim_IntList, (meta(2, 3), [1])),
+    (ATEN.sum.dim_IntList, (meta(2, 3), [1], True)),
+]
+
+
+def test_a_like_call_is_answered_as_the_operator_answers() -> None:
+    known = KnownOutputs()
+    for _ in range(3):
+        for operator, args in CALLS:
+            plain, out = operator(*args), known.call(operator, args, {})
+            assert (out.shape, out.stride(), out.dtype, out.device) == (
+                plain.shape,
+                plain.stride(),
+                plain.dtype,
+                plain.device,
+            ), operator
+            assert out.untyped_storage().nbytes() == plain.untyped_storage().nbytes()
+
+
+def test_like_calls_do_not_share_a_storage_and_views_do() -> None:
+    known, tensor = KnownOutputs(), meta(2, 3)
+
+    def storages(operator: Any, *args: Any) -> set[int]:
+        outputs = [known.call(operator, (tensor, *args), {}) for _ in range(3)]
+        return {out.untyped_storage()._cdata for out in (tensor, *outputs)}
+
+    assert len(storages(ATEN.neg.default)) == 4
+    for view in (
+        (ATEN.t.default,),
+        (ATEN._unsafe_view.default, [6]),
+        (ATEN.add_.Tensor, 1),
+        (ATEN.alias.default,),
+    ):
+        assert len(storages(*view)) == 1
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_answers_from_memory_change_no_byte_at_any_moment(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timeline() -> Any:
+        sizes = {"seq_len": case.seq_len, "batch_size": case.batch_size}
+        return case.predictor().training(**sizes, keep_timeline=True).timeline
+
+    answered = timeline()
+    monkeypatch.setattr(KnownOutputs, "call", lambda _, function, args, kw: function(*args, **kw))
+    assert timeline() == answered
 
 
 PREDICT_8B = """

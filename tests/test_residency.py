@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,27 @@ def test_streamed_blocks_give_the_logits_of_the_whole_base(tmp_path: Path) -> No
     assert all(p.is_meta for p in find_blocks(upper)[1][0].parameters())
 
 
+@pytest.mark.parametrize("storage", ["nf4", "int8", "fp32"])
+def test_a_block_that_has_run_is_gone_at_once(tmp_path: Path, storage: str) -> None:
+    residency = load(saved(tmp_path / "model"), "upper", storage).residency
+    gc.collect()
+    gc.disable()  # a cycle would keep the block until the next collection
+    try:
+        before = live_weights()
+        with residency.loaded(1):
+            assert live_weights() > before
+        assert live_weights() == before
+    finally:
+        gc.enable()
+
+
+def live_weights() -> int:
+    return sum(
+        issubclass(type(thing), torch.nn.Parameter) and not thing.is_meta
+        for thing in gc.get_objects()
+    )
+
+
 def test_a_head_tied_to_the_embedding_keeps_it(tmp_path: Path) -> None:
     base = load(saved(tmp_path / "model", tie_word_embeddings=True), "upper")
     assert base.lm_head.weight is base.get_input_embeddings().weight
@@ -183,6 +205,17 @@ def test_a_classifier_keeps_its_embedding_and_gets_a_head(tmp_path: Path) -> Non
     batch = stacked([{**example, "labels": [0]} for example in examples])
     batch["labels"] = torch.tensor([0, 1, 0, 1])
     assert prove(reuse, [0, 1, 2, 3], batch) <= 1e-5
+
+
+def test_dequantized_blocks_give_the_same_losses_and_are_put_back(tmp_path: Path) -> None:
+    model = adapted(load(saved(tmp_path / "model"), "all", "nf4"))
+    reuse = Reuse(model, make_examples(), tmp_path / "reuse")
+    before, digest = gradients(model, reuse), base_digest(model)
+    with reuse.dequantized() as size:
+        assert size == 2 * 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176)
+        for a, b in zip(before, gradients(model, reuse), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert base_digest(model) == digest
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -276,6 +276,28 @@ def test_accumulated_batches_divide_by_all_supervised_tokens(tmp_path: Path) -> 
     assert sum(part.item() for part in parts) == pytest.approx(whole.item(), rel=1e-6)
 
 
+def test_batches_that_were_read_ahead_give_the_same_loss(tmp_path: Path) -> None:
+    reuse = Reuse(make_model(), make_examples(), tmp_path)
+    wanted = reuse.loss([0, 2]).item()
+    for number in range(20):  # most are never asked for
+        reuse.announce([number % 4, 1])
+    reuse.announce([0, 2])
+    assert reuse.loss([0, 2]).item() == wanted
+    assert reuse.loss([0, 2]).item() == wanted  # it was taken, so it is read again
+
+
+def test_a_damaged_shard_is_built_again_by_the_thread_that_trains(tmp_path: Path) -> None:
+    model, examples = make_model(), make_examples()
+    wanted = Reuse(model, examples, tmp_path).loss([0, 2]).item()
+    again = Reuse(model, examples, tmp_path)
+    shard = next(again.store.directory.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    again.announce([0, 2])
+    assert again.loss([0, 2]).item() == wanted
+
+
 def test_three_epochs_end_in_the_same_adapter(tmp_path: Path) -> None:
     examples = make_examples(8)
     finals = []

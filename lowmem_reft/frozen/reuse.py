@@ -16,7 +16,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lowmem_reft.base import base_digest
+from lowmem_reft.base import base_digest, dequantized
 from lowmem_reft.blocks import base_of, device_of, hidden_size
 from lowmem_reft.devices import dtype_name
+from lowmem_reft.frozen.batch import ReadAhead, Stacked, stack
 from lowmem_reft.frozen.build import Below, compute
 from lowmem_reft.frozen.feed import blocks_of, feeding
 from lowmem_reft.frozen.layout import Layout, Shape, in_common
@@ -93,6 +94,9 @@ class Reuse:
         self._common = in_common(self._tokens, causal=is_causal(self.base))
         self.layout, self.store = self._store(self.split)
         self._build(limit_bytes, report)
+        self._ahead = ReadAhead(
+            lambda indices: self._stack([self.store.read(index) for index in indices])
+        )
         self.build_time_s = time.perf_counter() - started
 
     @property
@@ -178,7 +182,11 @@ class Reuse:
         done = next((i for i in range(last, -1, -1) if stores[i].is_complete), -1)
         for index in range(done + 1, last + 1):
             below = Below(store=stores[index - 1], num_blocks=index) if index else None
-            with self._unless_ours(stores[index]), residency.loaded(index):
+            with ExitStack() as stack:
+                if below is not None:  # nobody may remove it meanwhile
+                    stack.enter_context(below.store.locked())
+                stack.enter_context(self._unless_ours(stores[index]))
+                stack.enter_context(residency.loaded(index))
                 self._fill(stores[index], index + 1, below, limit_bytes, lambda done, total: None)
             if below is not None:
                 below.store.remove()
@@ -228,6 +236,10 @@ class Reuse:
     def whole(self) -> AbstractContextManager[None]:
         """Let the whole model run, for as long as the context lasts, wherever its blocks are."""
         return nullcontext() if self.residency is None else self.residency.streaming()
+
+    def dequantized(self) -> AbstractContextManager[int]:
+        """Keep the blocks that training runs dequantized; see ``base.dequantized``."""
+        return dequantized(blocks_of(self.model)[self.split.num_blocks :], self._dtype)
 
     def read(self, index: int) -> Record:
         """Return the constants of an example; damaged shards are built again."""
@@ -283,43 +295,48 @@ class Reuse:
             indices: Which examples.
             arguments: Further ones of the model's forward, such as ``labels``.
         """
-        records = [self.read(int(index)) for index in indices]
+        indices = [int(index) for index in indices]
+        stacked = self._stacked(indices)
         device = device_of(self.base)
-        suffix, prefix = (max(sizes) for sizes in zip(*map(_sizes, records), strict=True))
-        batch, dtype = len(records), self._dtype
-        hidden = torch.zeros(batch, suffix, self.layout.hidden_size, dtype=dtype)
+        batch, suffix, prefix = len(indices), stacked.suffix, stacked.prefix
         mask = torch.zeros(batch, prefix + suffix, dtype=torch.long)
         positions = torch.zeros(batch, suffix, dtype=torch.long)
-        for row, record in enumerate(records):
-            size, before = _sizes(record)
-            hidden[row, :size] = record.hidden
-            mask[row, prefix - before : prefix + size] = 1
-            positions[row] = torch.arange(before, before + suffix)
-        trunk = hidden.to(device)
+        for row, shape in enumerate(stacked.shapes):
+            mask[row, prefix - shape.prefix : prefix + shape.suffix] = 1
+            positions[row] = torch.arange(shape.prefix, shape.prefix + suffix)
+        trunk = stacked.hidden.to(device, non_blocking=True)
         arguments["attention_mask"] = mask.to(device)
-        if not is_causal(self.base):
+        if is_causal(self.base):
+            arguments["inputs_embeds"] = trunk  # what the blocks below would get plays no part
+        else:
             # A decoder's classifier looks for the last token that is not padding.
             pad = getattr(self.base.config.get_text_config(), "pad_token_id", None) or 0
-            arguments["input_ids"] = self._aligned(indices, self._tokens_of(indices), pad).to(
-                device
-            )
-        else:
-            arguments["inputs_embeds"] = trunk  # what the blocks below would get plays no part
+            tokens = [self._tokens[index] for index in indices]
+            arguments["input_ids"] = self._aligned(indices, tokens, pad).to(device)
         arguments["use_cache"] = bool(prefix)
         if prefix:
-            groups = groups_of(self.model, [self.examples[int(index)] for index in indices])
+            groups = groups_of(self.model, [self.examples[index] for index in indices])
             edited = torch.full((batch, suffix), -1)
-            for row, record in enumerate(records):
-                size, before = _sizes(record)
-                edited[row, :size] = groups[row, before : before + size]
+            for row, shape in enumerate(stacked.shapes):
+                edited[row, : shape.suffix] = groups[row, shape.prefix : shape.length]
             arguments["intervention_mask"] = edited.to(device)
             arguments["position_ids"] = positions.to(device)
-            arguments["past_key_values"] = self._cache(records, prefix, device, dtype)
+            arguments["past_key_values"] = self._cache(stacked, device)
         with feeding(self.model, self.split.num_blocks, trunk):
             return self.model(**arguments)
 
-    def _tokens_of(self, indices: Sequence[int]) -> list[list[int]]:
-        return [self._tokens[int(index)] for index in indices]
+    def announce(self, indices: Sequence[int]) -> None:
+        """Begin to read the constants of a batch that will be asked for."""
+        self._ahead.announce([int(index) for index in indices])
+
+    def _stacked(self, indices: Sequence[int]) -> Stacked:
+        ready = self._ahead.take(indices)
+        if ready is not None:
+            return ready
+        return self._stack([self.read(index) for index in indices])
+
+    def _stack(self, records: Sequence[Record]) -> Stacked:
+        return stack(records, self.layout, pinned=device_of(self.base).type == "cuda")
 
     def _aligned(
         self, indices: Sequence[int], values: Sequence[Sequence[int]], fill: int
@@ -331,32 +348,19 @@ class Reuse:
             aligned[row, : shape.suffix] = torch.tensor(numbers[shape.prefix :])
         return aligned
 
-    def _cache(
-        self, records: Sequence[Record], length: int, device: torch.device, dtype: torch.dtype
-    ) -> DynamicCache:
-        """Return a cache with the prefixes' keys and values, padded on the left to ``length``."""
-        layout, cache = self.layout, DynamicCache(config=self.base.config)
-        batch = len(records)
+    def _cache(self, stacked: Stacked, device: torch.device) -> DynamicCache:
+        """Return a cache with the keys and values of the prefixes."""
+        cache = DynamicCache(config=self.base.config)
+        batch, length = len(stacked.shapes), stacked.prefix
         # Masks are sized by the first layer, which is fed and has no keys of its own.
-        nothing = torch.zeros(batch, 1, length, 1, dtype=dtype, device=device)
+        nothing = torch.zeros(batch, 1, length, 1, dtype=stacked.keys.dtype, device=device)
         for layer in range(self.split.num_blocks):
             cache.update(nothing, nothing, layer)
-        shape = (layout.num_cached_layers, batch, layout.num_kv_heads, length, layout.head_dim)
-        keys, values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-        for row, record in enumerate(records):
-            before = record.keys.shape[2]
-            if before:
-                keys[:, row, :, length - before :] = record.keys
-                values[:, row, :, length - before :] = record.values
-        keys, values = keys.to(device), values.to(device)
-        for layer in range(layout.num_cached_layers):
+        keys = stacked.keys.to(device, non_blocking=True)
+        values = stacked.values.to(device, non_blocking=True)
+        for layer in range(self.layout.num_cached_layers):
             cache.update(keys[layer], values[layer], self.split.num_blocks + layer)
         return cache
-
-
-def _sizes(record: Record) -> tuple[int, int]:
-    """Return (suffix, prefix) tokens of a record."""
-    return record.hidden.shape[0], record.keys.shape[2]
 
 
 def _belongs_to_an_adapter(name: str) -> bool:

@@ -15,10 +15,10 @@ import mmap
 import os
 import shutil
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -89,17 +89,29 @@ class Store:
             InputError: the directory cannot be written to.
         """
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            handle = (self.directory / "lock").open("w")
+            handle = self._lock()
         except OSError as error:
             raise InputError(
                 f"reuse_dir must be a directory that can be written to, got "
                 f"{str(self.directory.parent)!r}; choose another ({error.strerror})"
             ) from error
         with handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            for path in self.directory.glob("*.tmp"):
+                path.unlink(missing_ok=True)  # of a killed build: one that runs holds the lock
             self._read_manifest()
             yield
+
+    def _lock(self) -> IO[str]:
+        """Wait for the lock on the file that other processes find under its name."""
+        path = self.directory / "lock"
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as stack, suppress(FileNotFoundError):  # the store is being removed
+                handle = stack.enter_context(path.open("w"))
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                    stack.pop_all()
+                    return handle
 
     def _read_manifest(self) -> None:
         path = self.directory / "manifest.json"
@@ -107,6 +119,7 @@ class Store:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             assert isinstance(manifest["shards"], dict)
             self._manifest = manifest
+            os.utime(path)  # "last used", for those who make room
         except (OSError, ValueError, KeyError, AssertionError, TypeError):
             self._manifest = {**self._facts, "version": VERSION, "shards": {}}
 
@@ -173,8 +186,11 @@ class Store:
         self._maps.pop(shard, None)
         self._manifest["shards"][str(shard)] = crc
         manifest = self.directory / f"manifest.{os.getpid()}.tmp"
-        manifest.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
-        manifest.replace(self.directory / "manifest.json")
+        try:
+            manifest.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
+            manifest.replace(self.directory / "manifest.json")
+        finally:
+            manifest.unlink(missing_ok=True)
 
     def _own(self, index: int, record: Record) -> tuple[Tensor, Tensor, Tensor]:
         """Return what of a record no example before it holds."""
@@ -192,11 +208,19 @@ class Store:
         self._maps.pop(shard, None)
 
     def remove(self) -> None:
-        """Delete the store; maps of it that are open stay valid."""
+        """Delete the store, unless a process builds it; maps of it that are open stay valid."""
         self._maps.clear()
-        # The manifest first: what a kill leaves behind counts as missing.
-        (self.directory / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        lock = self.directory / "lock"
+        with suppress(OSError), lock.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The manifest first: what a kill leaves behind counts as missing. The lock last: who
+            # gets it then sees that it has no name any more.
+            (self.directory / "manifest.json").unlink(missing_ok=True)
+            for path in self.directory.iterdir():
+                if path != lock:
+                    path.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+            self.directory.rmdir()
 
     def read(self, index: int) -> Record:
         """Return the constants of an example, on the CPU.

@@ -18,14 +18,22 @@ INDEX = "example_index"
 
 @dataclass(frozen=True)
 class IndexCollator:
-    """Collates with ``collate`` and adds which examples the batch holds."""
+    """Collates with ``collate`` and adds which examples the batch holds.
+
+    Data loaders of accelerate collate a batch before the one before it is trained on, so its
+    constants are read meanwhile.
+    """
 
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
     """Pads and stacks ``input_ids`` and ``labels``."""
+    announce: Callable[[Sequence[int]], None] = lambda indices: None
+    """Told which examples will be asked for."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch with ``example_index``, (batch,)."""
-        indices = torch.tensor([example[INDEX] for example in examples])
+        numbers = [example[INDEX] for example in examples]
+        self.announce(numbers)
+        indices = torch.tensor(numbers)
         return {**self.collate(examples), INDEX: indices}
 
 

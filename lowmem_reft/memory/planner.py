@@ -16,6 +16,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.memory.gpus import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.live import LiveMemory
 from lowmem_reft.memory.predict import Predictor, Setting
+from lowmem_reft.memory.reuse import ReusePlan, plan_reuse
 from lowmem_reft.memory.shapes import config_of
 from lowmem_reft.options import MemoryOptions
 
@@ -104,6 +105,8 @@ class Plan:
     """Host memory for what was moved there: embedding and offloaded inputs of blocks."""
     num_trainable_params: int
     """Trained parameters."""
+    reuse: ReusePlan | None
+    """What ``train --reuse`` would store and save; None if nothing is constant."""
     card: Card | None
     """The card asked about."""
     setting: Setting
@@ -147,6 +150,7 @@ class Plan:
             "generation_peak_bytes": self.generation_peak_bytes,
             "host_bytes": self.host_bytes,
             "num_trainable_params": self.num_trainable_params,
+            "reuse": None if self.reuse is None else self.reuse.as_json(),
         }
 
 
@@ -247,9 +251,16 @@ class Planner:
         memory: LiveMemory = self._train(setting, lengths, keep_timeline=True)
         return memory
 
-    def plan(self, setting: Setting, lengths: Lengths) -> Plan:
-        """Predict loading, training, evaluation and generation."""
+    def plan(self, setting: Setting, lengths: Lengths, *, num_examples: int = 1000) -> Plan:
+        """Predict loading, training, evaluation and generation, and what could be reused.
+
+        Args:
+            setting: What is trained and how.
+            lengths: How much goes through at once.
+            num_examples: Examples of the data set, for what could be reused.
+        """
         predictor = self.predictor(setting)
+        response_len = lengths.response_len or max(1, lengths.seq_len // 2)
         peak = self._train(setting, lengths).peak
         peak_bytes = with_margin(peak.num_bytes)
         breakdown = dict(peak.breakdown_bytes)
@@ -257,7 +268,7 @@ class Planner:
         evaluation = predictor.evaluation(
             seq_len=lengths.seq_len,
             batch_size=lengths.batch_size,
-            response_len=lengths.response_len or max(1, lengths.seq_len // 2),
+            response_len=response_len,
             padded=lengths.batch_size > 1 if lengths.padded is None else lengths.padded,
         )
         generation = None
@@ -282,6 +293,13 @@ class Planner:
             generation_peak_bytes=generation,
             host_bytes=predictor.host_bytes(lengths.batch_size * lengths.seq_len),
             num_trainable_params=predictor.trainable_parameters,
+            reuse=plan_reuse(
+                predictor,
+                num_examples=num_examples,
+                seq_len=lengths.seq_len,
+                response_len=response_len,
+                examples_per_step=lengths.batch_size * lengths.gradient_accumulation,
+            ),
             card=self.card,
             setting=setting,
             lengths=lengths,
@@ -314,6 +332,7 @@ def plan(
     gpu: str | None = None,
     memory_gib: float | None = None,
     lengths: Lengths | None = None,
+    num_examples: int = 1000,
     **setting: Any,
 ) -> Plan:
     """Predict the memory of fine-tuning a model; nothing is loaded and no GPU is needed.
@@ -323,6 +342,7 @@ def plan(
         gpu: A card's name (``gpus.GPUS``).
         memory_gib: The memory of a card in GiB instead.
         lengths: Tokens and examples; default: one example of 2,048 tokens.
+        num_examples: Examples of the data set, for what could be reused.
         setting: Fields of ``Setting``: storage, method, memory, ...
 
     Raises:
@@ -332,7 +352,7 @@ def plan(
     if card is not None:
         setting = {"bf16": card.bf16, **setting}
     planner = Planner(read_config(model), card)
-    return planner.plan(Setting(**setting), lengths or Lengths())
+    return planner.plan(Setting(**setting), lengths or Lengths(), num_examples=num_examples)
 
 
 @dataclass(frozen=True, kw_only=True)

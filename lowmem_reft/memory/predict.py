@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from lowmem_reft.blocks import base_of
 from lowmem_reft.devices import DTYPES
@@ -27,6 +27,8 @@ from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.techniques import HostEmbedding
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
@@ -128,7 +130,12 @@ class Predictor:
 
     def base_bytes(self) -> int:
         """Return the bytes of the base on the device: weights and quantization constants."""
-        memory, _ = self._count(padded=False)
+        return self.held_bytes([self.model])
+
+    def held_bytes(self, modules: Iterable[nn.Module]) -> int:
+        """Return the bytes that parts of the base have on the device: weights and constants."""
+        memory = LiveMemory("meta", kernels=self._kernels(padded=False))
+        self._hold(memory, modules)
         held = memory.by_category
         return held["weights"] + held["quantization_constants"]
 
@@ -216,9 +223,13 @@ class Predictor:
             mask = torch.ones_like(ids)
             self.model(input_ids=ids, attention_mask=mask, **arguments)
             for layer in cache.layers:
+                num_kept = prompt_len + num_new_tokens - 1
+                if isinstance(layer, DynamicSlidingWindowLayer):
+                    layer.cumulative_length = num_kept
+                    num_kept = min(num_kept, layer.sliding_window - 1)
                 for name in ("keys", "values"):
                     held = getattr(layer, name)
-                    shape = (*held.shape[:2], num_new_tokens - 1, held.shape[3])
+                    shape = (*held.shape[:2], num_kept - held.shape[2], held.shape[3])
                     grown = torch.cat([held, held.new_empty(shape)], dim=2)
                     setattr(layer, name, grown)
                     del held, grown
@@ -236,17 +247,25 @@ class Predictor:
         return batch
 
     def _count(self, padded: bool, keep_timeline: bool = False) -> tuple[LiveMemory, Kernels]:
-        kernels = Kernels.of(self.setting.device_type, bf16=self.setting.bf16, padded=padded)
+        kernels = self._kernels(padded)
         names = {module: name for name, module in base_of(self.model).named_modules()}
         memory = LiveMemory("meta", names=names, kernels=kernels, keep_timeline=keep_timeline)
-        label_model(memory, self.model)
-        for module in self.model.modules():
-            if isinstance(module, HostEmbedding) and self._on_cuda:
-                memory.discard(module.weight)
+        self._hold(memory, [self.model])
         for value in optimizer_tensors(self._optimizer):
             memory.add(value, "optimizer")
         memory.reset_peak()
         return memory, kernels
+
+    def _kernels(self, padded: bool) -> Kernels:
+        return Kernels.of(self.setting.device_type, bf16=self.setting.bf16, padded=padded)
+
+    def _hold(self, memory: LiveMemory, modules: Iterable[nn.Module]) -> None:
+        """Count what modules hold on the device."""
+        for module in modules:
+            label_model(memory, module)
+            for part in module.modules():
+                if isinstance(part, HostEmbedding) and self._on_cuda:
+                    memory.discard(part.weight)
 
 
 def _to_meta(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
