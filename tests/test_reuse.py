@@ -276,6 +276,40 @@ def test_accumulated_batches_divide_by_all_supervised_tokens(tmp_path: Path) -> 
     assert sum(part.item() for part in parts) == pytest.approx(whole.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("method", ["l1", "l2"])
+def test_prefixes_can_be_recomputed_where_there_is_no_room_for_keys_and_values(
+    tmp_path: Path, architecture: str, method: str
+) -> None:
+    model, examples = make_model(architecture, peft_config=reft(method)), make_examples()
+    stored = Reuse(model, examples, tmp_path / "stored")
+    reuse = Reuse(model, examples, tmp_path / "recomputed", recompute=True)
+    assert reuse.mode == "prefix"
+    trunk = Reuse(model, examples, tmp_path / "trunk", prefix=False)
+    assert reuse.layout.total_bytes == trunk.layout.total_bytes
+    assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
+    assert prove(reuse, [3, 1], stacked([examples[3], examples[1]])) <= 1e-5
+    model.eval()
+    for wanted, found in zip(
+        stored.log_likelihood([0, 3]), reuse.log_likelihood([0, 3]), strict=True
+    ):
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(wanted))
+
+
+def test_a_limit_that_only_hidden_vectors_fit_recomputes_prefixes(tmp_path: Path) -> None:
+    model, examples = make_model(peft_config=reft("l1", "1;4")), make_examples()
+    for example in examples:
+        example["input_ids"] = [9] * 100 + example["input_ids"]
+        example["labels"] = [-100] * 100 + example["labels"]
+        example["input_ids"][0] = 10 + example["labels"][-1] % 7  # nothing in common
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    options = ReuseOptions(reuse_limit_gib=(tokens * 64 * 4 + 1) / 2**30)
+    found = prepare(model, examples, stacked(examples), options, root=tmp_path, epochs=3)
+    assert found is not None
+    assert found.recompute
+    assert found.mode == "prefix"
+
+
 def test_batches_that_were_read_ahead_give_the_same_loss(tmp_path: Path) -> None:
     reuse = Reuse(make_model(), make_examples(), tmp_path)
     wanted = reuse.loss([0, 2]).item()

@@ -130,7 +130,11 @@ def _build(
     *,
     training: bool,
 ) -> Reuse:
-    """Build the larger store if there is room for it, else the smaller one."""
+    """Build the larger store if there is room for it, else the smaller one.
+
+    Keys and values of prefixes take most of the room; where there is not enough, they are computed
+    in every step from hidden vectors.
+    """
     limit = options.reuse_limit_gib
     rest: dict[str, Any] = {
         "training": training,
@@ -140,9 +144,9 @@ def _build(
     try:
         return Reuse(model, examples, root, split=split, **rest)
     except NoRoomError:
-        if options.reuse == "prefix" or not any(split.first_edited):
+        if not any(split.first_edited):
             raise
-        return Reuse(model, examples, root, prefix=False, **rest)
+        return Reuse(model, examples, root, split=split, recompute=True, **rest)
 
 
 def _estimated_share(model: Any, examples: Sequence[Example], split: Split, epochs: float) -> float:

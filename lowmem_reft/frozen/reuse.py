@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from lowmem_reft.blocks import base_of, device_of, hidden_size
 from lowmem_reft.devices import dtype_name
 from lowmem_reft.frozen.batch import ReadAhead, Stacked, stack
 from lowmem_reft.frozen.build import Below, compute
-from lowmem_reft.frozen.feed import blocks_of, feeding
+from lowmem_reft.frozen.feed import blocks_of, feeding, keys_and_values
 from lowmem_reft.frozen.layout import Layout, Shape, in_common
 from lowmem_reft.frozen.split import Example, ReuseError, Split, find_split, groups_of, is_causal
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store, key_of
@@ -61,6 +62,8 @@ class Reuse:
         root: Directory of stores.
         prefix: Whether to keep keys and values of constant prefixes.
         split: What is constant, if ``find_split`` has said so already.
+        recompute: Whether to compute the prefixes' keys and values from their hidden vectors in
+            every step, without a graph, instead of storing them: less space, more time.
         training: Whether it is for training, or for scoring.
         limit_bytes: Most that the store may take; None for no limit.
         report: Told about progress: (done, total) shards.
@@ -77,6 +80,7 @@ class Reuse:
         *,
         prefix: bool = True,
         split: Split | None = None,
+        recompute: bool = False,
         training: bool = True,
         limit_bytes: int | None = None,
         report: Report = lambda done, total: None,
@@ -92,7 +96,13 @@ class Reuse:
         self.root = root
         self._tokens = [example["input_ids"] for example in examples]
         self._common = in_common(self._tokens, causal=is_causal(self.base))
-        self.layout, self.store = self._store(self.split)
+        self.recompute = recompute and any(self.split.first_edited)
+        self.shapes = [
+            Shape(first, len(tokens) - first)
+            for first, tokens in zip(self.split.first_edited, self._tokens, strict=True)
+        ]
+        stored = replace(self.split, first_edited=[0] * len(examples)) if recompute else self.split
+        self.layout, self.store = self._store(stored)
         self._build(limit_bytes, report)
         self._ahead = ReadAhead(
             lambda indices: self._stack([self.store.read(index) for index in indices])
@@ -296,8 +306,10 @@ class Reuse:
             arguments: Further ones of the model's forward, such as ``labels``.
         """
         indices = [int(index) for index in indices]
-        stacked = self._stacked(indices)
         device = device_of(self.base)
+        stacked = self._stacked(indices)
+        if self.recompute:
+            stacked = self._with_prefixes(indices, stacked, device)
         batch, suffix, prefix = len(indices), stacked.suffix, stacked.prefix
         mask = torch.zeros(batch, prefix + suffix, dtype=torch.long)
         positions = torch.zeros(batch, suffix, dtype=torch.long)
@@ -342,11 +354,34 @@ class Reuse:
         self, indices: Sequence[int], values: Sequence[Sequence[int]], fill: int
     ) -> Tensor:
         """Return one number per token, (batch, suffix): without prefixes, padded on the right."""
-        shapes = [self.layout.shapes[int(index)] for index in indices]
+        shapes = [self.shapes[int(index)] for index in indices]
         aligned = torch.full((len(shapes), max(shape.suffix for shape in shapes)), fill)
         for row, (shape, numbers) in enumerate(zip(shapes, values, strict=True)):
             aligned[row, : shape.suffix] = torch.tensor(numbers[shape.prefix :])
         return aligned
+
+    @torch.no_grad()
+    def _with_prefixes(
+        self, indices: Sequence[int], stacked: Stacked, device: torch.device
+    ) -> Stacked:
+        """Run the prefixes through the upper blocks; keep their keys and values."""
+        shapes = [self.shapes[index] for index in indices]
+        prefix, suffix = (max(s.prefix for s in shapes), max(s.suffix for s in shapes))
+        whole = stacked.hidden.to(device, non_blocking=True)
+        mask = torch.zeros(len(shapes), prefix, dtype=torch.long)
+        hidden = whole.new_zeros(len(shapes), suffix, whole.shape[2])
+        for row, shape in enumerate(shapes):
+            mask[row, : shape.prefix] = 1
+            hidden[row, : shape.suffix] = whole[row, shape.prefix : shape.length]
+        before = whole[:, :prefix]
+        inputs = {"inputs_embeds": before, "attention_mask": mask.to(device)}
+        with self.model.disable_adapter(), feeding(self.model, self.split.num_blocks, before):
+            pairs = keys_and_values(self.model, self.split.num_blocks, inputs)
+        keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
+        for row, shape in enumerate(shapes):  # padded on the left, as a cache is
+            for part in (keys, values):
+                part[:, row] = part[:, row].roll(prefix - shape.prefix, dims=2)
+        return Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values)
 
     def _cache(self, stacked: Stacked, device: torch.device) -> DynamicCache:
         """Return a cache with the keys and values of the prefixes."""
