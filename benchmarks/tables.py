@@ -118,6 +118,33 @@ def reuse(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def larger_than_memory(result: dict[str, Any]) -> str:
+    """Training under a hard limit of memory beside the run without one."""
+
+    def gibibytes(num_bytes: float) -> str:
+        return f"{num_bytes / 2**30:.2f}"
+
+    lines = [
+        "| run | limit, GiB | most held, GiB | build s | step s | whole run s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in (("upper blocks", result["limited"]), ("whole base", result["whole"])):
+        limit = row["limit_bytes"]
+        held = [gibibytes(limit) if limit else "none", gibibytes(row["peak_data_bytes"])]
+        times = [figure(row[key]) for key in ("build_time_s", "step_time_s", "wall_s")]
+        lines.append(f"| {name} | {' | '.join([*held, *times])} |")
+    record = result["environment"]
+    lines += [
+        "",
+        f"Base as stored: {gibibytes(result['quantized_bytes'])} GiB; the command alone: "
+        f"{gibibytes(result['footprint_bytes'])} GiB. Relative difference of the two adapters: "
+        f"{result['adapter_relative_difference']:g}. {record['device']}; torch "
+        f"{record['versions']['torch']}; `{record['command']}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "embedded": comparison,
     "trec": comparison,
@@ -127,6 +154,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "orthonormal": timings,
     "memory": memory,
     "reuse": reuse,
+    "larger_than_memory": larger_than_memory,
 }
 
 

@@ -29,7 +29,7 @@ from lowmem_reft.frozen.prepare import prepare_scoring
 from lowmem_reft.generate import generate_batches
 from lowmem_reft.loss import response_log_likelihood
 from lowmem_reft.options import ReuseOptions
-from lowmem_reft.progress import progress
+from lowmem_reft.progress import counter, progress
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
 
 if TYPE_CHECKING:
@@ -240,7 +240,15 @@ def _likelihoods(
     collate = Collator(tokenizer, padding_side="left")
     if settings.reuse_dir is not None and hasattr(model, "peft_config"):
         first = collate(examples[: settings.batch_size])
-        reuse = prepare_scoring(model, examples, first, settings.reuse, root=settings.reuse_dir)
+        with counter("computing what is constant", quiet=settings.quiet) as report:
+            reuse = prepare_scoring(
+                model,
+                examples,
+                first,
+                settings.reuse,
+                root=settings.reuse_dir,
+                report=report,
+            )
         if reuse is not None:
             return reuse.log_likelihood
     return lambda indices: response_log_likelihood(

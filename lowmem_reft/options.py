@@ -253,8 +253,13 @@ class ReuseOptions:
     same numbers, faster steps, four (16-bit) or eight times their memory."""
 
     def __post_init__(self) -> None:
-        """Check the limit."""
+        """Check the limit, and that a part of the base has something to train from."""
         check_positive(reuse_limit_gib=self.reuse_limit_gib)
+        if self.resident == "upper" and self.reuse == "off":
+            raise InputError(
+                "reuse must be auto, prefix or trunk with --resident upper, got 'off'; the upper "
+                "blocks train from what is stored of the lower ones"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 T = TypeVar("T")
 
@@ -21,3 +22,18 @@ def _bar(items: Sequence[T], what: str) -> Iterator[T]:
 
     console = Console(stderr=True)
     yield from track(items, what, console=console, disable=not console.is_terminal, transient=True)
+
+
+@contextmanager
+def counter(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield what shows a bar when it is told how much of how much is done."""
+    if quiet:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)

@@ -45,6 +45,7 @@ from lowmem_reft.methods import (
     resolve_learning_rate,
 )
 from lowmem_reft.plan import fit_into_memory
+from lowmem_reft.progress import counter
 from lowmem_reft.provenance import versions
 from lowmem_reft.training_card import TrainingCard, merge_card
 
@@ -221,7 +222,10 @@ def _prepare_reuse(
         epochs = optim.max_steps * per_step / len(encoded.examples)
     batch = {key: value.to(device) for key, value in collator(first).items()}
     root = _reuse_directory(options)
-    return prepare(model, encoded.examples, batch, chosen, root=root, epochs=epochs)
+    with counter("computing what is constant", quiet=options.run.quiet) as report:
+        return prepare(
+            model, encoded.examples, batch, chosen, root=root, epochs=epochs, report=report
+        )
 
 
 def _reuse_directory(options: TrainOptions) -> Path:

@@ -276,6 +276,17 @@ def test_accumulated_batches_divide_by_all_supervised_tokens(tmp_path: Path) -> 
     assert sum(part.item() for part in parts) == pytest.approx(whole.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_edit_of_the_last_block_alone_leaves_the_head_to_run(
+    tmp_path: Path, architecture: str, recompute: bool
+) -> None:
+    model, examples = make_model(architecture, peft_config=reft("l1", "4")), make_examples()
+    reuse = Reuse(model, examples, tmp_path, recompute=recompute)
+    assert reuse.split.num_blocks == 5
+    assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("method", ["l1", "l2"])
 def test_prefixes_can_be_recomputed_where_there_is_no_room_for_keys_and_values(

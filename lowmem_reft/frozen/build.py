@@ -112,16 +112,12 @@ class _Batch:
         hidden = self._hidden(model, num_blocks)
         shapes = [layout.shapes[index] for index in self.indices]
         prefix = max(shape.prefix for shape in shapes)
-        upper = self._keys_and_values(model, num_blocks, hidden, prefix) if prefix else []
-        empty = hidden.new_empty(layout.num_cached_layers, layout.num_kv_heads, 0, layout.head_dim)
+        keys, values = self._keys_and_values(model, layout, num_blocks, hidden, prefix)
         records = []
         for row, shape in enumerate(shapes):
-            keys = values = empty
-            if upper and shape.prefix:
-                keys = torch.stack([layer[row, :, : shape.prefix] for layer, _ in upper])
-                values = torch.stack([layer[row, :, : shape.prefix] for _, layer in upper])
             kept = hidden[row, shape.prefix : shape.length]
-            records.append(Record(kept.cpu(), keys.cpu(), values.cpu()))
+            before = (part[:, row, :, : shape.prefix].cpu() for part in (keys, values))
+            records.append(Record(kept.cpu(), *before))
         return records
 
     def _hidden(self, model: Any, num_blocks: int) -> Tensor:
@@ -135,13 +131,21 @@ class _Batch:
             return run_up_to(model, num_blocks, self.inputs)
 
     def _keys_and_values(
-        self, model: Any, num_blocks: int, hidden: Tensor, length: int
-    ) -> Sequence[tuple[Tensor, Tensor]]:
-        """Return keys and values of the blocks above, for the first tokens alone."""
+        self, model: Any, layout: Layout, num_blocks: int, hidden: Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the blocks above for the first tokens.
+
+        Each is (layers, batch, heads, length, head_dim).
+        """
+        if length == 0 or layout.num_cached_layers == 0:
+            size = (layout.num_kv_heads, length, layout.head_dim)
+            empty = hidden.new_empty(layout.num_cached_layers, len(hidden), *size)
+            return empty, empty
         hidden = hidden[:, :length]
-        inputs = {
-            "inputs_embeds": hidden,
-            "attention_mask": self.inputs["attention_mask"][:, :length],
-        }
+        mask = self.inputs["attention_mask"][:, :length]
         with feeding(model, num_blocks, hidden):
-            return keys_and_values(model, num_blocks, inputs)
+            pairs = keys_and_values(
+                model, num_blocks, {"inputs_embeds": hidden, "attention_mask": mask}
+            )
+        keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
+        return keys, values

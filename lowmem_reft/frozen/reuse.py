@@ -375,9 +375,12 @@ class Reuse:
             hidden[row, : shape.suffix] = whole[row, shape.prefix : shape.length]
         before = whole[:, :prefix]
         inputs = {"inputs_embeds": before, "attention_mask": mask.to(device)}
-        with self.model.disable_adapter(), feeding(self.model, self.split.num_blocks, before):
-            pairs = keys_and_values(self.model, self.split.num_blocks, inputs)
-        keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
+        size = (self.layout.num_kv_heads, prefix, self.layout.head_dim)
+        keys = values = whole.new_empty(0, len(shapes), *size)
+        if self.layout.num_cached_layers:
+            with self.model.disable_adapter(), feeding(self.model, self.split.num_blocks, before):
+                pairs = keys_and_values(self.model, self.split.num_blocks, inputs)
+            keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
         for row, shape in enumerate(shapes):  # padded on the left, as a cache is
             for part in (keys, values):
                 part[:, row] = part[:, row].roll(prefix - shape.prefix, dims=2)

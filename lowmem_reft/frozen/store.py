@@ -262,11 +262,14 @@ class Store:
     def _numbers(self, owner: int, offset: int, size: tuple[int, ...]) -> Tensor:
         """Return a tensor on the mapped file, from a byte of what an example owns."""
         shard, start = self.layout.places[owner]
+        dtype = DTYPES[self.layout.dtype]
+        if 0 in size:  # no block is above the last edited one
+            return torch.empty(size, dtype=dtype)
         if shard not in self._maps:
             self._maps[shard] = self._open(shard)
         return torch.frombuffer(
             self._maps[shard],
-            dtype=DTYPES[self.layout.dtype],
+            dtype=dtype,
             count=math.prod(size),
             offset=start + offset,
         ).view(size)
