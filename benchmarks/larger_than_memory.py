@@ -192,9 +192,7 @@ def run(options: LargerThanMemory, directory: Path) -> dict[str, Any]:
     difference = float(sum(a for a, _ in squares) / sum(b for _, b in squares)) ** 0.5
     return {
         "benchmark": "larger_than_memory",
-        "options": {
-            k: v for k, v in asdict(options).items() if k not in ("output", "directory")
-        },
+        "options": {k: v for k, v in asdict(options).items() if k not in ("output", "directory")},
         "environment": facts,
         "quantized_bytes": quantized,
         "footprint_bytes": tiny["peak_data_bytes"],

@@ -1,86 +1,90 @@
 """Training from stored constants beside the plain step and PEFT's QLoRA.
 
-Run ``python -m benchmarks.reuse``. A randomly initialised NF4 Llama (d = 1024, 16 layers, 246 M
-parameters); every method trains on the same examples with AdamW; one warm-up step, then rounds in
-which every method takes one step, forwards and backwards in turn. All methods compute the loss with
-``lowmem_reft.loss`` except "PEFT QLoRA", which forms all logits, as PEFT does.
+Run ``python -m benchmarks.reuse`` (``--curves`` adds the curves and the plot). A randomly
+initialised NF4 Llama (d = 1024, 16 layers, 246 M parameters); every method trains on the same
+examples with AdamW; one warm-up round, then rounds in which the methods take turns, forwards and
+backwards. All methods compute the loss with ``lowmem_reft.loss`` except "PEFT QLoRA", which forms
+all logits, as PEFT does.
+
+In training the steps of one method follow each other, so in its turn a method goes on for a second
+(a slow one takes one step), and the turn's time is the median of its steps: a reused step of 0.25 s
+that comes once after 10 s of other methods would read all its weights from cold caches.
 
 Shapes: batch 4 x (192 prompt + 64 response), LoReFT r4 at layer 8, ``l1``; the upper half with
-``all``; batch 1 x (960 + 64) at layer 12, ``l1``. The arithmetic ratio beside each counts blocks
-times tokens: a QLoRA step is one forward and one backward pass of all blocks, with checkpointing
-one more forward.
+``all``; batch 1 x (960 + 64) at layer 12, ``l1``. Beside each speed-up stand two ratios of
+arithmetic, forward and backward (``reuse_steps`` says what is counted): ``arithmetic_ratio`` of
+blocks times tokens (9.0 for the first shape without checkpointing, 84 for the last), and ``limit``
+with the head, which PEFT's QLoRA step runs on all tokens and a reused step on the supervised ones
+(7.6 and 51). ``share_of_limit`` is the speed-up over the latter. Stores are built ``repeats`` times
+too, and the median counts.
+
+``peak``: the most memory of one step of the first shape by the allocator's own events, weights and
+a batch that was read ahead included; also with only the blocks above the edited one loaded. The
+store is mapped from the page cache and not counted.
+
+Curves: speed-up of the reused step over PEFT QLoRA's, in the same rounds, against prompt tokens of
+1,024, edited layer (768 + 256 tokens), examples per step (192 + 64 tokens each); and, computed from
+the first shape's build and steps, against epochs.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.common import environment
-from lowmem_reft import ReftConfig
-from lowmem_reft.checkpointing import enable_activation_checkpointing
+from benchmarks.common import environment, summarize
+from benchmarks.reuse_steps import (
+    PLAIN,
+    PLAIN_CHECKPOINTED,
+    QLORA,
+    QLORA_CHECKPOINTED,
+    QLORA_OURS,
+    REUSED,
+    Shape,
+    Stepper,
+    adapted,
+    arithmetic,
+    build_arithmetic,
+    gain,
+    make_examples,
+    plain_stepper,
+    reused_stepper,
+    split,
+    stacked,
+    take_turns,
+)
+from lowmem_reft import load_base
+from lowmem_reft.base import save_base
 from lowmem_reft.frozen.proof import prove
 from lowmem_reft.frozen.reuse import Reuse
-from lowmem_reft.loss import use_chunked_loss
+from lowmem_reft.memory.live import LiveMemory, label_model
+from lowmem_reft.profile import measure_step
 from lowmem_reft.synthetic import base_with_random_weights
 
-QLORA, QLORA_OURS = "PEFT QLoRA r16", "QLoRA r16, our loss"
-QLORA_CHECKPOINTED = "PEFT QLoRA r16, checkpointing"
-PLAIN, REUSED = "LoReFT, plain", "LoReFT, reused"
+CPU = torch.device("cpu")
+METHODS = (QLORA, QLORA_OURS, QLORA_CHECKPOINTED, PLAIN, REUSED)
+UPPER = "LoReFT, reused, upper blocks resident"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """One comparison."""
-
-    name: str
-    """For people."""
-    prompt: int
-    """Prompt tokens per example."""
-    response: int
-    """Supervised tokens per example."""
-    batch_size: int
-    """Examples per step."""
-    layers: str
-    """Blocks that LoReFT edits."""
-    positions: str
-    """Tokens that it edits."""
-    lowest: int
-    """The lowest edited block."""
-
-
+FIRST = Shape(
+    name="layer 8, l1", prompt=192, response=64, batch_size=4, layers="8", positions="l1", lowest=8
+)
 SHAPES = (
-    Shape(
-        name="layer 8, l1",
-        prompt=192,
-        response=64,
-        batch_size=4,
-        layers="8",
-        positions="l1",
-        lowest=8,
-    ),
-    Shape(
-        name="upper half, all",
-        prompt=192,
-        response=64,
-        batch_size=4,
-        layers="upper:0.5",
-        positions="all",
-        lowest=8,
-    ),
+    FIRST,
+    replace(FIRST, name="upper half, all", layers="upper:0.5", positions="all"),
     Shape(
         name="long prompt, layer 12, l1",
         prompt=960,
@@ -91,6 +95,13 @@ SHAPES = (
         lowest=12,
     ),
 )
+PROMPTS = (64, 384, 768, 960)
+"""Prompt tokens of 1,024 (layer 8)."""
+LAYERS = (2, 8, 12, 14)
+"""Edited layers (768 + 256 tokens)."""
+MICRO_BATCHES = (1, 2, 4, 8)
+"""Examples per step (192 + 64 tokens, layer 8)."""
+EPOCHS = (1, 2, 3, 4, 6, 8, 12, 16, 20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +109,30 @@ class ReuseBenchmark:
     """Time the reused step."""
 
     repeats: int = 3
-    """Timed rounds after one that is not counted."""
+    """Timed rounds after one that is not counted, and builds of each store."""
+    curve_repeats: int = 2
+    """The same for points of curves."""
     batches: int = 2
     """Batches of examples in the data set."""
     threads: int = 2
     """Threads."""
+    curves: bool = False
+    """Measure the curves too (about 5 minutes on two cores) and, with --output, plot them."""
     small: bool = False
-    """A tiny shape that only shows that the benchmark works."""
+    """A tiny base and short examples, which only show that the benchmark works."""
     json: bool = False
     """Keep standard output to the JSON line."""
     output: Path | None = None
-    """Write the result here too (benchmarks/results/reuse.json)."""
+    """Write the result here too (benchmarks/results/reuse.json); the plot goes beside it."""
+
+    @property
+    def turn_s(self) -> float:
+        """How long a method goes on in its turn, in seconds."""
+        return 0.02 if self.small else 1.0
+
+    def sized(self, shape: Shape) -> Shape:
+        """Return the shape, or a smaller one of the same proportions."""
+        return shape.smaller(16) if self.small else shape
 
 
 def config_of(*, small: bool) -> Any:
@@ -125,134 +149,311 @@ def config_of(*, small: bool) -> Any:
     )
 
 
-def make_examples(shape: Shape, vocab: int, count: int) -> list[dict[str, Any]]:
-    """Return random examples of one length."""
-    generator = torch.Generator().manual_seed(0)
-    examples = []
-    for _ in range(count):
-        ids = torch.randint(
-            3, vocab, (shape.prompt + shape.response,), generator=generator
-        ).tolist()
-        examples.append({"input_ids": ids, "labels": [-100] * shape.prompt + ids[shape.prompt :]})
-    return examples
-
-
-def stacked(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return a batch."""
-    ids = torch.tensor([example["input_ids"] for example in examples])
-    labels = torch.tensor([example["labels"] for example in examples])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def adapted(config: Any, peft_config: Any, *, our_loss: bool, checkpointing: bool = False) -> Any:
-    """Return the same random base with an adapter."""
-    base: Any = base_with_random_weights(
-        config, device=torch.device("cpu"), storage="nf4", compute_dtype=torch.float32
-    )
-    torch.manual_seed(0)
-    model: Any = get_peft_model(base, peft_config)
-    if checkpointing:
-        enable_activation_checkpointing(model)
-    if our_loss:
-        use_chunked_loss(model)
-    return model.train()
-
-
-def stepper(model: Any, loss: Callable[[int], torch.Tensor]) -> Callable[[int], float]:
-    """Return what takes one optimizer step on a batch and says how long it took."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def step(batch: int) -> float:
-        started = time.perf_counter()
-        loss(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - started
-
-    return step
+def random_base(config: Any) -> Any:
+    """Return the same random NF4 base every time, computing in fp32."""
+    return base_with_random_weights(config, device=CPU, storage="nf4", compute_dtype=torch.float32)
 
 
 def compare(shape: Shape, options: ReuseBenchmark, directory: Path) -> dict[str, Any]:
     """Measure every method on one shape."""
     config = config_of(small=options.small)
-    examples = make_examples(shape, config.vocab_size, shape.batch_size * options.batches)
-    size = shape.batch_size
-    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-    batches = [stacked(part) for part in parts]
-    lora = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
-    reft = ReftConfig(
-        task_type="CAUSAL_LM", rank=4, layers=shape.layers, positions=shape.positions, init="paper"
+    examples = make_examples(
+        shape.prompt,
+        shape.response,
+        vocab=config.vocab_size,
+        count=shape.batch_size * options.batches,
     )
-    steps: dict[str, Callable[[int], float]] = {}
-    for name, peft_config, our_loss, checkpointing in (
-        (QLORA, lora, False, False),
-        (QLORA_OURS, lora, True, False),
-        (QLORA_CHECKPOINTED, lora, False, True),
-        (PLAIN, reft, True, False),
-        (REUSED, reft, True, False),
-    ):
-        model = adapted(config, peft_config, our_loss=our_loss, checkpointing=checkpointing)
-        if name == REUSED:
-            reuse = Reuse(model, examples, directory)
-            error = max(
-                prove(reuse, list(range(i * size, (i + 1) * size)), batch)
-                for i, batch in enumerate(batches)
-            )
-            steps[name] = stepper(
-                model,
-                lambda i, reuse=reuse: reuse.loss(list(range(i * size, (i + 1) * size))),
-            )
+    indices = split(examples, shape.batch_size)
+    batches = [stacked([examples[i] for i in part]) for part in indices]
+    steps = {}
+    for method in METHODS:
+        model = adapted(random_base(config), method, shape)
+        if method.reused:
+            builds = [Reuse(model, examples, directory / f"{i}") for i in range(options.repeats)]
+            reuse = builds[-1]
+            error = max(map(partial(prove, reuse), indices, batches))
+            steps[method.label] = reused_stepper(reuse, indices)
         else:
-            steps[name] = stepper(model, lambda i, model=model: model(**batches[i])["loss"])
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(options.repeats + 1):
-        names = list(steps) if number % 2 else list(reversed(steps))
-        for name in names:
-            taken = steps[name](number % len(batches))
-            if number:
-                seconds[name].append(taken)
-    rows = {
-        name: {"median_s": statistics.median(v), "min_s": min(v), "max_s": max(v)}
-        for name, v in seconds.items()
-    }
-    layers, tokens = config.num_hidden_layers, shape.prompt + shape.response
-    upper = layers - shape.lowest - 1
-    kept = shape.response + 1 if shape.positions == "l1" else tokens
-    for name, row in rows.items():
-        _say(f"{shape.name:26} {name:30} {row['median_s']:8.3f} s")
+            steps[method.label] = plain_stepper(model, batches)
+    seconds = take_turns(steps, rounds=options.repeats, turn_s=options.turn_s)
+    build = summarize([each.build_time_s for each in builds])
     return {
         "shape": asdict(shape),
-        "rows": rows,
+        "rows": rows_of(config, shape, seconds),
         "mode": reuse.mode,
         "store_bytes": reuse.layout.total_bytes,
-        "build_time_s": reuse.build_time_s,
+        "build_time_s": build["median_s"],
+        "build": build,
         "num_batches": len(batches),
         "max_grad_rel_error": error,
-        "arithmetic_ratio": layers * tokens / (upper * kept),
     }
 
 
-def ratio(result: dict[str, Any], slower: str, faster: str = REUSED) -> float:
-    """Return the ratio of two medians."""
-    rows = result["rows"]
-    return float(rows[slower]["median_s"] / rows[faster]["median_s"])
+def rows_of(config: Any, shape: Shape, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Return times per method, and what the reused step gains over it beside what it could."""
+    fastest = statistics.median(seconds[REUSED.label])
+    rows = {}
+    for method in METHODS:
+        row = summarize(seconds[method.label])
+        rows[method.label] = row | gain(config, shape, method, row["median_s"] / fastest)
+    return rows
 
 
-def ratios_of(results: list[dict[str, Any]]) -> dict[str, float]:
+def ratio(result: dict[str, Any], slower: Method) -> float:
+    """Return how many times longer a method's median step takes than the reused one."""
+    return float(result["rows"][slower.label]["speed_up"])
+
+
+def over_epochs(result: dict[str, Any], epochs: int) -> float:
+    """Return the time of PEFT QLoRA's epochs over that of reused ones with the build."""
+    steps = result["num_batches"] * epochs
+    slow, fast = (result["rows"][m.label]["median_s"] * steps for m in (QLORA, REUSED))
+    return float(slow / (fast + result["build_time_s"]))
+
+
+def ratios_of(results: list[dict[str, Any]], peak: dict[str, Any]) -> dict[str, float]:
     """Return the contract's ratios."""
     first, upper, long = results
-    epochs = 6
-    plain = first["rows"][QLORA]["median_s"] * first["num_batches"] * epochs
-    reused = first["rows"][REUSED]["median_s"] * first["num_batches"] * epochs
     return {
         "reuse_vs_qlora": ratio(first, QLORA),
         "reuse_vs_qlora_our_loss": ratio(first, QLORA_OURS),
         "reuse_vs_qlora_checkpointing": ratio(first, QLORA_CHECKPOINTED),
         "reuse_vs_plain_loreft": ratio(first, PLAIN),
-        "six_epochs_vs_qlora": plain / (reused + first["build_time_s"]),
+        "six_epochs_vs_qlora": over_epochs(first, 6),
         "upper_all_vs_qlora_checkpointing": ratio(upper, QLORA_CHECKPOINTED),
         "long_prompt_vs_qlora": ratio(long, QLORA),
+        "upper_resident_share": peak["upper_resident_share"],
+        "max_grad_rel_error": max(item["max_grad_rel_error"] for item in (*results, peak)),
     }
+
+
+def peak_of(stepper: Stepper, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Return the peak of one step, which is not the first, and the base's share of it."""
+    stepper(0)
+    base = LiveMemory("cpu")
+    label_model(base, stepper.model)
+    sizes = base.by_category
+    measured, held = measure_step(CPU, stepper.model, stepper.optimizer, batch, partial(stepper, 0))
+    return {
+        "peak_bytes": measured.allocated_bytes + held,
+        "base_bytes": sizes["weights"] + sizes["quantization_constants"],
+    }
+
+
+def peak_of_reused(reuse: Reuse) -> dict[str, int]:
+    """Return the peak of a step on the whole data set, and the batch that is read meanwhile."""
+    batch = list(range(len(reuse.examples)))
+    row = peak_of(reused_stepper(reuse, [batch], ahead=False), {})
+    ahead = reuse.layout.total_bytes
+    return row | {"peak_bytes": row["peak_bytes"] + ahead, "read_ahead_bytes": ahead}
+
+
+def peaks(shape: Shape, options: ReuseBenchmark, directory: Path) -> dict[str, Any]:
+    """Measure the memory of a plain step, a reused one, and one with upper blocks only."""
+    config = config_of(small=options.small)
+    examples = make_examples(
+        shape.prompt, shape.response, vocab=config.vocab_size, count=shape.batch_size
+    )
+    batch, rows = stacked(examples), {}
+    for method in (PLAIN, PLAIN_CHECKPOINTED):
+        model = adapted(random_base(config), method, shape)
+        rows[method.label] = peak_of(plain_stepper(model, [batch]), batch)
+    base = random_base(config)
+    # A base that was made, not loaded, says only in its quantizer how it is stored.
+    save_base(base, directory / "base")
+    rows[REUSED.label] = peak_of_reused(
+        Reuse(adapted(base, REUSED, shape), examples, directory / "whole")
+    )
+    base = load_base(
+        directory / "base",
+        storage="nf4",
+        compute_dtype="fp32",
+        device="cpu",
+        resident="upper",
+        first_resident=shape.lowest + 1,
+    )
+    upper = Reuse(adapted(base, REUSED, shape), examples, directory / "upper")
+    error = prove(upper, list(range(len(examples))), batch)
+    rows[UPPER] = peak_of_reused(upper)
+    return {
+        "shape": asdict(shape),
+        "rows": rows,
+        "upper_resident_share": rows[UPPER]["peak_bytes"] / rows[PLAIN.label]["peak_bytes"],
+        "max_grad_rel_error": error,
+    }
+
+
+def curves_of(
+    options: ReuseBenchmark, first: dict[str, Any], directory: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the points of each curve: what stands on the axis as ``x``, seconds, and the gain."""
+    shape = options.sized(FIRST)
+    long = options.sized(replace(FIRST, prompt=768, response=256, batch_size=1))
+    total = long.prompt + long.response
+    prompts = [total * prompt // 1024 for prompt in PROMPTS]
+    by_prompt = [replace(long, prompt=prompt, response=total - prompt) for prompt in prompts]
+    by_layer = [replace(long, name=f"layer {k}, l1", layers=f"{k}", lowest=k) for k in LAYERS]
+    shapes = dict.fromkeys([*by_prompt, *by_layer])
+    points = against_one_qlora(shapes, options, directory / "long")
+    return {
+        "prompt": [{"x": each.prompt, **points[each]} for each in by_prompt],
+        "layer": [{"x": each.lowest, **points[each]} for each in by_layer],
+        "micro_batch": by_micro_batch(shape, options, directory / "micro"),
+        "epochs": [by_epochs(shape, options, first, epochs) for epochs in EPOCHS],
+    }
+
+
+def against_one_qlora(
+    shapes: Iterable[Shape], options: ReuseBenchmark, directory: Path
+) -> dict[Shape, dict[str, Any]]:
+    """Measure shapes of equally many tokens.
+
+    A step of PEFT QLoRA is the same whatever the prompt's share of them and whatever LoReFT edits,
+    so one takes turns with the reused steps of all shapes.
+    """
+    config = config_of(small=options.small)
+    steps: dict[Any, Stepper] = {}
+    for number, shape in enumerate(shapes):
+        examples = make_examples(shape.prompt, shape.response, vocab=config.vocab_size, count=1)
+        batch = stacked(examples)
+        if not steps:
+            steps[QLORA] = plain_stepper(adapted(random_base(config), QLORA, shape), [batch])
+        model = adapted(random_base(config), REUSED, shape)
+        reuse = Reuse(model, examples, directory / f"{number}")
+        prove(reuse, [0], batch)
+        steps[shape] = reused_stepper(reuse, [[0]])
+    seconds = take_turns(steps, rounds=options.curve_repeats, turn_s=options.turn_s)
+    slow = seconds.pop(QLORA)
+    return {shape: point(config, shape, slow, fast) for shape, fast in seconds.items()}
+
+
+def by_micro_batch(shape: Shape, options: ReuseBenchmark, directory: Path) -> list[dict[str, Any]]:
+    """Measure steps with different numbers of the same examples."""
+    config = config_of(small=options.small)
+    examples = make_examples(
+        shape.prompt, shape.response, vocab=config.vocab_size, count=max(MICRO_BATCHES)
+    )
+    qlora = adapted(random_base(config), QLORA, shape)
+    reuse = Reuse(adapted(random_base(config), REUSED, shape), examples, directory)
+    prove(reuse, [0], stacked(examples[:1]))
+    steps: dict[Any, Stepper] = {}
+    for size in MICRO_BATCHES:
+        steps[size, QLORA] = plain_stepper(qlora, [stacked(examples[:size])])
+        steps[size, REUSED] = reused_stepper(reuse, [list(range(size))])
+    seconds = take_turns(steps, rounds=options.curve_repeats, turn_s=options.turn_s)
+    shapes = {size: replace(shape, batch_size=size) for size in MICRO_BATCHES}
+    return [
+        {"x": size, **point(config, each, seconds[size, QLORA], seconds[size, REUSED])}
+        for size, each in shapes.items()
+    ]
+
+
+def point(config: Any, shape: Shape, slow: list[float], fast: list[float]) -> dict[str, Any]:
+    """Return one point of a curve from the seconds of steps."""
+    slow_s, fast_s = statistics.median(slow), statistics.median(fast)
+    return {"qlora_s": slow_s, "reused_s": fast_s, **gain(config, shape, QLORA, slow_s / fast_s)}
+
+
+def by_epochs(
+    shape: Shape, options: ReuseBenchmark, first: dict[str, Any], epochs: int
+) -> dict[str, Any]:
+    """Compute the point of so many passes over the data, the build counted, and its limit."""
+    config = config_of(small=options.small)
+    slow, fast = (epochs * arithmetic(config, shape, method) for method in (QLORA, REUSED))
+    limit = slow / (fast + build_arithmetic(config, shape))
+    speed_up = over_epochs(first, epochs)
+    return {"x": epochs, "speed_up": speed_up, "limit": limit, "share_of_limit": speed_up / limit}
+
+
+def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> Path:
+    """Plot the speed-up and its limit, a panel per curve."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    tokens = curves["prompt"][-1]["x"] + curves["prompt"][0]["x"]
+    labels = {
+        "prompt": f"prompt, tokens of {tokens:,} (layer 8)",
+        "layer": "edited layer, of 16 (75 % prompt)",
+        "micro_batch": "examples per step (layer 8, 75 % prompt)",
+        "epochs": "epochs, the build counted (layer 8, 75 % prompt)",
+    }
+    figure = Figure(figsize=(8.5, 6.5), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):
+        places = [each["x"] for each in points]
+        speed_ups, limits = ([each[key] for each in points] for key in ("speed_up", "limit"))
+        marker = None if name == "epochs" else "o"
+        axes.plot(places, speed_ups, marker=marker, label="measured" if marker else "from medians")
+        axes.plot(places, limits, color="grey", linestyle="--", label="limit of the arithmetic")
+        for each in points if marker else points[::4]:
+            share, place = f"{100 * each['share_of_limit']:.0f} %", (each["x"], each["speed_up"])
+            axes.annotate(share, place, (0, -14), textcoords="offset points", ha="center")
+        axes.margins(x=0.1)
+        axes.set_yscale("log")
+        axes.set_ylim(min(1, *speed_ups), 1.3 * max(limits + speed_ups))
+        axes.set_yticks([tick for tick in (1, 2, 5, 10, 20, 50, 100) if tick <= axes.get_ylim()[1]])
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(places)
+        axes.set_xlabel(labels[name])
+        axes.set_ylabel("times faster than PEFT QLoRA")
+        axes.legend(frameon=False, loc="lower right")
+    figure.suptitle("LoReFT l1 from stored constants; percentages are shares of the limit")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def show(result: dict[str, Any], *, json_only: bool) -> None:
+    """Print tables of times, peaks and ratios."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=json_only, width=130)
+    table = Table("shape", "method", title="seconds per step", box=None, pad_edge=False)
+    for column in ("median", "min", "max", "reused is faster", "limit", "share of it"):
+        table.add_column(column, justify="right")
+    for item in result["results"]:
+        for label, row in item["rows"].items():
+            times = [f"{row[key]:.3f}" for key in ("median_s", "min_s", "max_s")]
+            gains = [f"{row[key]:.1f}x" for key in ("speed_up", "limit")]
+            share = f"{100 * row['share_of_limit']:.0f} %"
+            table.add_row(item["shape"]["name"], label, *times, *gains, share)
+    console.print(table)
+    table = Table("method", "peak MiB", "of it base", title="one step", box=None, pad_edge=False)
+    for label, row in result["peak"]["rows"].items():
+        table.add_row(label, *(f"{row[key] / 2**20:.1f}" for key in ("peak_bytes", "base_bytes")))
+    console.print(table)
+    for name, points in result.get("curves", {}).items():
+        values = ", ".join(
+            f"{each['x']}: {each['speed_up']:.1f} of {each['limit']:.1f}" for each in points
+        )
+        console.print(f"{name}: {values}")
+    for name, value in result["ratios"].items():
+        console.print(f"{name:36} {value:8.3g}")
+
+
+def run(options: ReuseBenchmark, directory: Path) -> dict[str, Any]:
+    """Measure shapes, memory and, if they are asked for, curves."""
+    facts = environment("cpu")
+    results = []
+    for number, shape in enumerate(SHAPES):
+        _say(f"{shape.name} ...")
+        results.append(compare(options.sized(shape), options, directory / f"{number}"))
+        gc.collect()
+    _say("memory ...")
+    peak = peaks(options.sized(FIRST), options, directory / "peak")
+    result = {
+        "benchmark": "reuse",
+        "options": {k: v for k, v in asdict(options).items() if k != "output"},
+        "environment": facts,
+        "ratios": ratios_of(results, peak),
+        "max_grad_rel_error": max(item["max_grad_rel_error"] for item in (*results, peak)),
+        "results": results,
+        "peak": peak,
+    }
+    if options.curves:
+        _say("curves ...")
+        result["curves"] = curves_of(options, results[0], directory / "curves")
+    return result
 
 
 def _say(line: str) -> None:
@@ -260,28 +461,21 @@ def _say(line: str) -> None:
 
 
 def main(options: ReuseBenchmark) -> int:
-    """Print the times and one JSON line."""
+    """Print what was measured and one JSON line."""
     # Small operators on two threads take turns waiting when anything else runs.
     torch.set_num_threads(1 if options.small else options.threads)
-    facts = environment("cpu")
+    disable_progress_bar()  # one for every block that is read
     directory = Path(tempfile.mkdtemp(prefix="lowmem-reft-reuse-"))
     try:
-        results = [compare(shape, options, directory) for shape in SHAPES]
+        result = run(options, directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    result = {
-        "benchmark": "reuse",
-        "options": {k: v for k, v in asdict(options).items() if k != "output"},
-        "environment": facts,
-        "ratios": ratios_of(results),
-        "max_grad_rel_error": max(item["max_grad_rel_error"] for item in results),
-        "results": results,
-    }
-    for name, value in result["ratios"].items():
-        _say(f"{name:36} {value:6.2f}")
+    show(result, json_only=options.json)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if options.curves:
+            draw(result["curves"], options.output.with_suffix(".png"))
     print(json.dumps(result))
     return 0
 

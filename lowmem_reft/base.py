@@ -185,13 +185,21 @@ def save_base(base: PreTrainedModel, directory: str | Path, tokenizer: Any = Non
     """Save the base as it is stored, quantized bytes included; `load_base` gives the same logits.
 
     Raises:
-        InputError: the model carries an adapter.
+        InputError: the model carries an adapter, or only its upper blocks are resident.
     """
     if hasattr(base, "peft_config"):
         raise InputError(
             f"base must be a model without an adapter, got {type(base).__name__!r}; "
             "save the base before get_peft_model and the adapter with save_pretrained"
         )
+    if hasattr(base, "residency"):
+        raise InputError(
+            "base must be loaded whole to be saved, got one of which only upper blocks are "
+            "resident; call base.residency.restore() first"
+        )
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is not None and getattr(base.config, "quantization_config", None) is None:
+        base.config.quantization_config = quantizer.quantization_config  # of a made-up base
     base.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

@@ -16,7 +16,17 @@ from lowmem_reft.options import MemoryOptions, MethodOptions, OptimOptions, Stor
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_REFT_OPTIONS = {"rank", "layers", "positions", "tie", "component", "act", "dropout", "init"}
+_REFT_OPTIONS = {
+    "profile",
+    "rank",
+    "layers",
+    "positions",
+    "tie",
+    "component",
+    "act",
+    "dropout",
+    "init",
+}
 _LORA_OPTIONS = {"rank", "layers", "dropout", "alpha", "target_modules"}
 
 
@@ -74,6 +84,15 @@ METHODS: dict[str, Method] = {
         fixed={"use_dora": True},
     ),
 }
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "fast": {"layers": "upper:0.5", "positions": "l3", "rank": 16},
+    "balanced": {"layers": "upper:0.5", "positions": "all", "rank": 16},
+    "paper": {"layers": "all", "positions": "f7+l7", "rank": 8},
+}
+"""Name to what ``--profile`` stands for: the less is edited, the more is computed once. Accuracy
+and cost of each are in the README."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +205,8 @@ def _convert(cls: type, key: str, value: str, entry: str) -> Any:
 
 def _given(options: MethodOptions) -> dict[str, Any]:
     values = {item.name: getattr(options, item.name) for item in fields(options)}
-    return {key: value for key, value in values.items() if value is not None and key != "method"}
+    del values["method"]
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _check_options(options: MethodOptions) -> None:
@@ -220,12 +240,17 @@ def build_peft_config(
     """
     method = find_method(options.method)
     _check_options(options)
-    given = {**method.defaults, **_given(options)}
+    user = _given(options)
+    profile = PROFILES.get(user.pop("profile", ""), {})
+    given = {**method.defaults, **user}
     if method.family == "reft":
         from lowmem_reft.config import ReftConfig
         from lowmem_reft.interventions import intervention_options
 
         name = method.fixed["intervention"]
+        read = {"layers", "positions", *intervention_options(name)}
+        profile = {key: value for key, value in profile.items() if key in read}
+        given = {**method.defaults, **profile, **user}
         unread = {"rank", "act", "init"} & set(given) - set(intervention_options(name))
         if unread:
             raise InputError(

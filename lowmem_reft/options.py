@@ -138,6 +138,9 @@ class MethodOptions:
 
     method: str = "loreft"
     """Name in the method table, for example loreft, noreft, direft, red, lora, qlora."""
+    profile: Literal["fast", "balanced", "paper"] | None = None
+    """Where ReFT edits, unless --layers, --positions or --rank say otherwise. fast: upper half, l3,
+    rank 16; balanced: upper half, all, rank 16; paper: all layers, f7+l7, rank 8."""
     rank: int | None = None
     """Rank of the intervention (default 4) or of the LoRA update (default 16)."""
     layers: str | None = None
@@ -162,6 +165,8 @@ class MethodOptions:
     def __post_init__(self) -> None:
         """Check the numbers; what depends on the method is checked where it is built."""
         check_counts(rank=self.rank)
+        if self.profile is not None:
+            _check_choice("profile", self.profile, ("fast", "balanced", "paper"))
         check_positive(alpha=self.alpha)
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout!r}; for example 0.05")

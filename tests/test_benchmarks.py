@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks import gpu_reuse, reuse_steps
 from benchmarks.common import Worker, alternate, ratio, summarize
+from benchmarks.gpu_reuse import GpuReuse, RandomCheckpoint, upper_base
+from benchmarks.reuse import SHAPES, config_of
 from benchmarks.step import check_comparable
+from lowmem_reft.base import base_digest
+from lowmem_reft.blocks import find_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,3 +103,131 @@ def test_methods_on_different_bases_are_not_compared() -> None:
 def test_method_without_effect_is_not_compared() -> None:
     with pytest.raises(RuntimeError, match="no effect"):
         check_comparable([{"method": "a", "base_loss": 6.0, "loss": 6.0}])
+
+
+def test_reuse_benchmark_reports_every_ratio_the_peaks_and_the_curves(tmp_path: Path) -> None:
+    output = tmp_path / "reuse.json"
+    result = run_benchmark(
+        "reuse", "--curves", "--repeats", "1", "--curve-repeats", "1", "--output", str(output)
+    )
+    assert json.loads(output.read_text()) == result
+    assert output.with_suffix(".png").stat().st_size > 0
+    ratios = result["ratios"]
+    assert {
+        "reuse_vs_qlora",
+        "reuse_vs_qlora_checkpointing",
+        "reuse_vs_plain_loreft",
+        "six_epochs_vs_qlora",
+        "upper_all_vs_qlora_checkpointing",
+        "long_prompt_vs_qlora",
+    } <= ratios.keys()
+    assert min(ratios.values()) > 0
+    assert ratios["max_grad_rel_error"] == result["max_grad_rel_error"] <= 1e-4
+    assert ratios["upper_resident_share"] == result["peak"]["upper_resident_share"] < 1
+    for item in result["results"]:
+        for row in item["rows"].values():
+            assert row["share_of_limit"] == pytest.approx(row["speed_up"] / row["limit"])
+        assert item["rows"]["LoReFT, reused"]["limit"] == 1
+    assert {name: len(points) for name, points in result["curves"].items()} == {
+        "prompt": 4,
+        "layer": 4,
+        "micro_batch": 4,
+        "epochs": 9,
+    }
+
+
+def test_the_limit_counts_blocks_and_the_head_on_the_tokens_they_run_on() -> None:
+    config = config_of(small=False)
+    gains = [reuse_steps.gain(config, shape, reuse_steps.QLORA, 1.0) for shape in SHAPES]
+    assert [each["arithmetic_ratio"] for each in gains] == pytest.approx(
+        [9.0, 2.29, 84.0], rel=0.01
+    )
+    assert [each["limit"] for each in gains] == pytest.approx([7.55, 2.45, 50.8], rel=0.01)
+    again = reuse_steps.gain(config, SHAPES[0], reuse_steps.QLORA_CHECKPOINTED, 1.0)
+    assert again["arithmetic_ratio"] == pytest.approx(1.5 * gains[0]["arithmetic_ratio"])
+
+
+def test_a_fast_method_goes_on_for_its_whole_turn_and_a_slow_one_takes_a_step() -> None:
+    taken: list[tuple[str, int]] = []
+
+    def step(name: str, number: int) -> float:
+        taken.append((name, number))
+        return 2.0 if name == "slow" else 0.25 * len(taken)
+
+    seconds = reuse_steps.take_turns(
+        {name: lambda number, name=name: step(name, number) for name in ("slow", "fast")},
+        rounds=1,
+        turn_s=1.0,
+    )
+    warm_up = [("fast", 0), ("fast", 1), ("fast", 2), ("slow", 0)]
+    assert taken == [*warm_up, ("slow", 1), ("fast", 1)]
+    assert seconds == {"slow": [2.0], "fast": [1.5]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "methods"),
+    [
+        (
+            "llama-3.1-8b",
+            {"PEFT QLoRA r16", "PEFT QLoRA r16, checkpointing", "QLoRA r16, our loss"}
+            | {"LoReFT, plain"},
+        ),
+        ("llama-3.3-70b", {"PEFT QLoRA r16, checkpointing"}),
+    ],
+)
+def test_gpu_reuse_benchmark_measures_every_row_on_a_tiny_base(
+    tmp_path: Path, shape: str, methods: set[str]
+) -> None:
+    output = tmp_path / "gpu_reuse.json"
+    result = run_benchmark("gpu_reuse", "--shape", shape, "--repeats", "1", "--output", str(output))
+    assert json.loads(output.read_text()) == result
+    for row in result["rows"]:
+        assert "error" not in row, row
+        assert row["tokens_per_s"] > 0
+        assert row["peak_bytes"] > 0
+        if "reused" in row["method"]:
+            assert row["max_grad_rel_error"] <= 5e-2
+            assert row["build_time_s"] > 0
+            assert row["store_bytes"] > 0
+    for gains in result["gains"].values():
+        assert gains.keys() == methods
+    limited = [row for row in result["rows"] if row["limit_gib"] is not None]
+    assert len(limited) == (2 if shape == "llama-3.3-70b" else 0)
+    assert all(row["predicted_bytes"] > 0 for row in limited if "QLoRA" in row["method"])
+
+
+def test_gpu_rows_without_memory_or_time_are_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 40 GiB.")
+
+    monkeypatch.setattr(gpu_reuse, "measured", measured)
+    options = GpuReuse(shape="llama-3.3-70b", small=True)
+    started = gpu_reuse.time.perf_counter()
+    rows = gpu_reuse.measure_rows(options, torch.device("cpu"), tmp_path, started)
+    assert {row["error"] for row in rows} == {"out of memory: CUDA out of memory."}
+    assert gpu_reuse.gains_of(options, rows) == {}
+    late = gpu_reuse.measure_rows(options, torch.device("cpu"), tmp_path, started - 1000)
+    assert {row["error"] for row in late} == {"left out after 480 s"}
+
+
+def test_blocks_of_a_random_checkpoint_are_drawn_alike_every_time() -> None:
+    config = gpu_reuse.config_of(GpuReuse(small=True))
+    checkpoint = RandomCheckpoint(config, torch.device("cpu"))
+    first, again, other = (checkpoint.block(index) for index in (1, 1, 2))
+    assert base_digest(first) == base_digest(again) != base_digest(other)
+    assert torch.equal(checkpoint.embedding().weight, checkpoint.embedding().weight)
+
+
+def test_only_upper_blocks_of_a_random_upper_base_are_there() -> None:
+    base = upper_base(gpu_reuse.config_of(GpuReuse(small=True)), 3, torch.device("cpu"))
+    blocks = find_blocks(base)[1]
+    lower = {id(part) for block in blocks[:3] for part in block.modules()}
+    lower.add(id(base.get_input_embeddings()))
+    for module in base.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            assert tensor is None or tensor.is_meta == (id(module) in lower)
+    ids = torch.randint(3, 256, (2, 9))
+    with torch.no_grad(), base.residency.streaming():
+        assert torch.isfinite(base(input_ids=ids).logits).all()

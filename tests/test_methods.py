@@ -13,6 +13,7 @@ from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import (
     METHODS,
+    PROFILES,
     attach,
     build_peft_config,
     check_target_modules,
@@ -142,3 +143,23 @@ def test_target_modules_are_checked_before_weights_are_loaded(
         check_target_modules(
             MethodOptions(method="qlora", target_modules="nothing"), model, task_type="SEQ_CLS"
         )
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_says_where_to_edit_unless_the_user_does(profile: Any) -> None:
+    def build(**options: Any) -> Any:
+        chosen = MethodOptions(profile=profile, **options)
+        return build_peft_config(chosen, task_type="CAUSAL_LM", num_layers=4)
+
+    config = build()
+    assert {name: getattr(config, name) for name in PROFILES[profile]} == PROFILES[profile]
+    assert build(positions="f2").positions == "f2"
+    assert build(rank=3).rank == 3
+    assert build(method="red").positions == PROFILES[profile]["positions"]  # which has no rank
+    with pytest.raises(InputError, match="profile must not be given with method 'qlora'"):
+        build(method="qlora")
+
+
+def test_an_unknown_profile_is_refused() -> None:
+    with pytest.raises(InputError, match="profile must be one of fast, balanced, paper, got 'x'"):
+        parse_methods("loreft[profile=x]")

@@ -18,6 +18,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.proof import prove
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.loss import use_chunked_loss
+from lowmem_reft.synthetic import base_with_random_weights
 from tests.test_reuse import ARCHITECTURES, SIZES, make_examples, stacked
 
 NUM_BLOCKS = 5
@@ -216,6 +217,29 @@ def test_dequantized_blocks_give_the_same_losses_and_are_put_back(tmp_path: Path
         for a, b in zip(before, gradients(model, reuse), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
     assert base_digest(model) == digest
+
+
+def test_a_part_of_a_base_is_not_saved_as_a_base(tmp_path: Path) -> None:
+    base = load(saved(tmp_path / "model"), "upper", "nf4")
+    with pytest.raises(InputError, match=r"call base.residency.restore\(\) first"):
+        save_base(base, tmp_path / "saved")
+    base.residency.restore()
+    save_base(base, tmp_path / "saved")
+    again = load(tmp_path / "saved", "all", "nf4")
+    assert base_digest(again) == base_digest(base)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_a_made_up_base_can_be_saved_and_loaded(tmp_path: Path, storage: Any) -> None:
+    config = AutoConfig.for_model("llama", **SIZES)
+    base: Any = base_with_random_weights(
+        config, device=torch.device("cpu"), storage=storage, compute_dtype=torch.float32
+    )
+    save_base(base, tmp_path / "saved")
+    again = load(tmp_path / "saved", "all", storage)
+    ids = torch.randint(3, 256, (1, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, base.eval()(ids).logits)
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

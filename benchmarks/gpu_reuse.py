@@ -1,0 +1,495 @@
+"""Training from stored constants beside PEFT's QLoRA on a CUDA card, at the shapes of real models.
+
+Run ``python -m benchmarks.gpu_reuse --shape llama-3.1-8b`` (or ``llama-3.3-70b``). Weights are
+random and drawn as they are stored, so there is no checkpoint. Examples have 1,536 prompt and 512
+supervised tokens, AdamW, bf16; tokens per second are all tokens of the examples over the median
+step. Methods run one after the other, each alone on the card; out of memory is a row.
+
+- 8B, batch 4: PEFT QLoRA r16 with its own loss, and with ours; LoReFT r4 at layer 15 ``l1`` and on
+  the upper half ``all``, plain and reused; layer 15 also with only the blocks above it on the card.
+- 70B, batch 2: LoReFT r4 at layer 60 ``l1`` under a hard limit of 24 GiB
+  (``torch.cuda.set_per_process_memory_fraction``) with only the blocks above 60 on the card; PEFT
+  QLoRA under the same limit, beside the memory predicted for it, and on the whole card.
+
+PEFT keeps its adapters in fp32 and, without autocast, computes them so: QLoRA is measured with bf16
+autocast too, as the Trainer runs it with ``bf16=True``, and the faster of the two is the peer.
+Blocks that are not on the card are drawn anew whenever they are to be read, so ``build_time_s`` has
+the arithmetic and the store but no reading of a checkpoint; otherwise it has the base's digest.
+``max_grad_rel_error`` is of one example, reused against plain, in bf16. ``--seconds`` bounds the
+whole command.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import nn
+from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.common import environment, summarize
+from benchmarks.reuse_steps import (
+    PLAIN,
+    QLORA,
+    QLORA_CHECKPOINTED,
+    QLORA_OURS,
+    REUSED,
+    Method,
+    Shape,
+    Stepper,
+    adapted,
+    gain,
+    make_examples,
+    plain_stepper,
+    reused_stepper,
+    split,
+    stacked,
+)
+from lowmem_reft.blocks import find_blocks
+from lowmem_reft.frozen.proof import prove
+from lowmem_reft.frozen.reuse import Reuse
+from lowmem_reft.frozen.split import ReuseError
+from lowmem_reft.memory.planner import GIB, Lengths, Planner, read_config
+from lowmem_reft.memory.predict import Setting
+from lowmem_reft.options import MemoryOptions, MethodOptions
+from lowmem_reft.profile import measure_step
+from lowmem_reft.residency import Residency
+from lowmem_reft.synthetic import base_on_meta, base_with_random_weights
+
+DTYPE = torch.bfloat16
+EIGHT, SEVENTY = "llama-3.1-8b", "llama-3.3-70b"
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuReuse:
+    """Measure one model's shape."""
+
+    shape: Literal["llama-3.1-8b", "llama-3.3-70b"] = EIGHT
+    """Which."""
+    prompt: int = 1536
+    """Prompt tokens per example."""
+    response: int = 512
+    """Supervised tokens per example."""
+    batch_size: int | None = None
+    """Examples per step; default: 4 for 8B, 2 for 70B."""
+    batches: int = 2
+    """Batches of examples in the data set."""
+    repeats: int = 5
+    """Timed steps after three that are not counted."""
+    limit_gib: float = 24
+    """Device memory of the 70B rows that have a limit."""
+    methods: str | None = None
+    """Only rows whose method contains this."""
+    seconds: float = 480
+    """Rows that would start later than this are left out, and named."""
+    small: bool = False
+    """A tiny base on the CPU and short examples, which only show that the benchmark works."""
+    json: bool = False
+    """Keep standard output to the JSON line."""
+    output: Path | None = None
+    """Write the result here too (benchmarks/results/gpu_reuse-SHAPE.json)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement."""
+
+    method: Method
+    """How its steps train."""
+    shape: Shape
+    """On what."""
+    autocast: bool = False
+    """Whether it runs in bf16 autocast."""
+    upper: bool = False
+    """Whether only the blocks above the edited one are on the device."""
+    limit_gib: float | None = None
+    """Device memory that it may take."""
+
+    @property
+    def label(self) -> str:
+        """Say it in words."""
+        parts = [self.method.label]
+        if self.autocast:
+            parts.append("autocast")
+        if self.upper:
+            parts.append("upper blocks resident")
+        if self.limit_gib is not None:
+            parts.append(f"{self.limit_gib:g} GiB")
+        return ", ".join(parts)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is, for the result."""
+        return {
+            "method": self.label,
+            "shape": self.shape.name,
+            "autocast": self.autocast,
+            "resident": "upper" if self.upper else "all",
+            "limit_gib": self.limit_gib,
+        }
+
+
+def config_of(options: GpuReuse) -> Any:
+    """Return the shape of the base."""
+    if not options.small:
+        return read_config(options.shape)
+    return AutoConfig.for_model(
+        "llama",
+        hidden_size=64,
+        num_hidden_layers=4 if options.shape == EIGHT else 5,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    )
+
+
+def rows_of(options: GpuReuse, config: Any) -> list[Row]:
+    """Return what is measured, in order."""
+    layers = config.num_hidden_layers
+    edited = layers // 2 - 1 if options.shape == EIGHT else layers * 3 // 4
+    divisor = 64 if options.small else 1
+    one = Shape(
+        name=f"layer {edited}, l1",
+        prompt=options.prompt // divisor,
+        response=options.response // divisor,
+        batch_size=options.batch_size or (4 if options.shape == EIGHT else 2),
+        layers=f"{edited}",
+        positions="l1",
+        lowest=edited,
+    )
+    if options.shape == SEVENTY:
+        limit = options.limit_gib
+        return [
+            Row(method=REUSED, shape=one, upper=True, limit_gib=limit),
+            Row(method=QLORA_CHECKPOINTED, shape=one, limit_gib=limit),
+            Row(method=QLORA_CHECKPOINTED, shape=one),
+            Row(method=QLORA_CHECKPOINTED, shape=one, autocast=True),
+        ]
+    half = replace(
+        one, name="upper half, all", layers="upper:0.5", positions="all", lowest=layers // 2
+    )
+    peers = [
+        Row(method=method, shape=one, autocast=autocast)
+        for method in (QLORA, QLORA_CHECKPOINTED)
+        for autocast in (False, True)
+    ]
+    return [
+        *peers,
+        Row(method=QLORA_OURS, shape=one),
+        *(Row(method=method, shape=shape) for shape in (one, half) for method in (PLAIN, REUSED)),
+        Row(method=REUSED, shape=one, upper=True),
+    ]
+
+
+class RandomCheckpoint:
+    """Stands for a checkpoint of random weights that is read in parts, and is nowhere.
+
+    Args:
+        config: Of the whole base.
+        device: Where blocks go.
+    """
+
+    def __init__(self, config: Any, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+
+    def block(self, index: int) -> nn.Module:
+        """Draw a block as it is stored, the same one every time."""
+        made = self._base(num_layers=1, vocab_size=8, seed=index + 1)
+        block: nn.Module = find_blocks(made)[1][0]
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+        return block
+
+    def embedding(self) -> nn.Module:
+        """Draw the input embedding, into host memory."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        size = (self.config.vocab_size, self.config.hidden_size)
+        table = torch.empty(size, dtype=DTYPE, device=self.device)
+        return nn.Embedding.from_pretrained(table.normal_(std=0.02, generator=generator).cpu())
+
+    def digest(self) -> str:
+        """Say what it is."""
+        return "random"
+
+    def rest(self) -> Any:
+        """Draw a base of one block, for what is neither a block nor the embedding."""
+        return self._base(num_layers=1, vocab_size=self.config.vocab_size, seed=0)
+
+    def _base(self, *, num_layers: int, vocab_size: int, seed: int) -> Any:
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers, config.vocab_size = num_layers, vocab_size
+        return base_with_random_weights(
+            config, device=self.device, seed=seed, storage="nf4", compute_dtype=DTYPE
+        )
+
+
+def upper_base(config: Any, first: int, device: torch.device) -> Any:
+    """Return a random base whose blocks from ``first`` on are there, as ``load_base`` leaves it."""
+    base: Any = base_on_meta(copy.deepcopy(config), storage="nf4", compute_dtype=DTYPE)
+    checkpoint: Any = RandomCheckpoint(config, device)
+    name, blocks = find_blocks(base)
+    for index in range(first, len(blocks)):
+        blocks[index] = checkpoint.block(index)
+    drawn = checkpoint.rest()
+    for mine, other in ((base, drawn), (base.base_model, drawn.base_model)):
+        for child, module in other.named_children():
+            if module not in (
+                drawn.base_model,
+                find_blocks(drawn)[1],
+                drawn.get_input_embeddings(),
+            ):
+                setattr(mine, child, module)
+    base.residency = Residency(base, checkpoint, first_resident=first, has_embedding=False)
+    base.hf_device_map = {"": device, name: torch.device("meta")}
+    return base.eval()
+
+
+def base_for(row: Row, config: Any, device: torch.device) -> Any:
+    """Return the base that a row trains on."""
+    if row.upper:
+        return upper_base(config, row.shape.lowest + 1, device)
+    return base_with_random_weights(
+        copy.deepcopy(config), device=device, storage="nf4", compute_dtype=DTYPE
+    )
+
+
+def measured(row: Row, options: GpuReuse, device: torch.device, directory: Path) -> dict[str, Any]:
+    """Measure one row, alone on the device."""
+    config, shape = config_of(options), row.shape
+    model = adapted(base_for(row, config, device), row.method, shape)
+    examples = make_examples(
+        shape.prompt,
+        shape.response,
+        vocab=config.vocab_size,
+        count=shape.batch_size * options.batches,
+    )
+    indices = split(examples, shape.batch_size)
+    facts: dict[str, Any] = {}
+    batch: dict[str, torch.Tensor] = {}
+    if row.method.reused:
+        built, facts = build(model, examples, directory, device)
+        step = reused_stepper(built, indices)
+    else:
+        batches = [stacked([examples[i] for i in part], device) for part in indices]
+        batch, step = batches[0], plain_stepper(model, batches)
+    if row.autocast:
+        step = replace(step, loss=partial(in_autocast, step.loss, device))
+    return facts | timed(step, shape, batch, repeats=options.repeats)
+
+
+def in_autocast(
+    loss: Callable[[int], torch.Tensor], device: torch.device, number: int
+) -> torch.Tensor:
+    """Return the loss of a batch, computed in bf16 autocast."""
+    with torch.autocast(device.type, DTYPE):
+        return loss(number)
+
+
+def build(
+    model: Any, examples: Sequence[Any], directory: Path, device: torch.device
+) -> tuple[Reuse, dict[str, Any]]:
+    """Store what is constant, and compare a step from it with the plain one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    reuse = Reuse(model, examples, directory)
+    facts: dict[str, Any] = {
+        "mode": reuse.mode,
+        "build_time_s": reuse.build_time_s,
+        "build_tokens": sum(len(example["input_ids"]) for example in examples),
+        "store_bytes": reuse.layout.total_bytes,
+    }
+    if device.type == "cuda":
+        facts["build_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    try:
+        facts["max_grad_rel_error"] = prove(reuse, [0], stacked([examples[0]], device))
+    except (ReuseError, torch.OutOfMemoryError) as error:  # the times are worth knowing still
+        facts["proof_error"] = str(error).splitlines()[0]
+    free(device)
+    return reuse, facts
+
+
+def timed(
+    step: Stepper, shape: Shape, batch: dict[str, torch.Tensor], *, repeats: int
+) -> dict[str, Any]:
+    """Return memory and times of a stepper's steps."""
+    for number in range(WARM_UP_STEPS):
+        step(number)
+    peak, held = measure_step(step.device, step.model, step.optimizer, batch, partial(step, 0))
+    seconds = summarize([step(number) for number in range(repeats)])
+    return {
+        "peak_bytes": peak.allocated_bytes + held,
+        "reserved_bytes": peak.reserved_bytes,
+        **seconds,
+        "tokens_per_s": shape.tokens / seconds["median_s"],
+    }
+
+
+def predicted_bytes(row: Row, config: Any, device: torch.device) -> int:
+    """Return the predicted peak of a QLoRA row's step, in bytes."""
+    setting = Setting(
+        method=MethodOptions(method="qlora", rank=16),
+        memory=MemoryOptions(activation_checkpointing=row.method.checkpointing),
+        chunked_loss=row.method.our_loss,
+        device_type=device.type,
+    )
+    shape = row.shape
+    lengths = Lengths(
+        seq_len=shape.prompt + shape.response,
+        response_len=shape.response,
+        batch_size=shape.batch_size,
+        padded=False,
+    )
+    return Planner(config).training_peak_bytes(setting, lengths)
+
+
+@contextmanager
+def at_most(limit_gib: float | None, device: torch.device) -> Iterator[None]:
+    """Let the allocator take so much of the card, and no more."""
+    if limit_gib is None or device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * GIB / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def free(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure_rows(
+    options: GpuReuse, device: torch.device, directory: Path, started: float
+) -> list[dict[str, Any]]:
+    """Measure every row; out of memory is a row, and so is what there was no time for."""
+    config = config_of(options)
+    results = []
+    for number, row in enumerate(rows_of(options, config)):
+        if options.methods is not None and options.methods not in row.label:
+            continue
+        facts = row.facts
+        if time.perf_counter() - started > options.seconds:
+            facts["error"] = f"left out after {options.seconds:g} s"
+        else:
+            if row.method.trains == "qlora" and row.limit_gib is not None:
+                facts["predicted_bytes"] = predicted_bytes(row, config, device)
+            try:
+                with at_most(row.limit_gib, device):
+                    facts |= measured(row, options, device, directory / f"{number}")
+            except torch.OutOfMemoryError as error:
+                facts["error"] = f"out of memory: {str(error).splitlines()[0]}"
+        free(device)
+        shutil.rmtree(directory / f"{number}", ignore_errors=True)
+        results.append(facts)
+        say(facts)
+    return results
+
+
+def say(facts: dict[str, Any]) -> None:
+    """Print a row."""
+    line = facts.get("error")
+    if line is None:
+        reserved = facts["reserved_bytes"] or 0
+        line = (
+            f"{facts['tokens_per_s']:9,.0f} tokens/s, peak {facts['peak_bytes'] / GIB:7.3f} GiB, "
+            f"reserved {reserved / GIB:7.3f}"
+        )
+        if "build_time_s" in facts:
+            error = facts.get("max_grad_rel_error", facts.get("proof_error"))
+            line += f", built in {facts['build_time_s']:.1f} s, gradients {error}"
+    if "predicted_bytes" in facts:
+        line += f" (predicted {facts['predicted_bytes'] / GIB:.3f} GiB)"
+    print(f"{facts['shape']:16} {facts['method']:44} {line}", file=sys.stderr, flush=True)
+
+
+def gains_of(
+    options: GpuReuse, results: list[dict[str, Any]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return, by shape and method, how many times more tokens per second reused steps train on.
+
+    Of rows that differ in autocast, or in where blocks are, the fastest counts. QLoRA trains all
+    blocks on all tokens, so its step is the same for every shape.
+    """
+    config = config_of(options)
+    speeds: dict[Shape, dict[Method, float]] = {}
+    rows = {row.label + row.shape.name: row for row in rows_of(options, config)}
+    shapes = dict.fromkeys(row.shape for row in rows.values())
+    for facts in results:
+        row = rows[facts["method"] + facts["shape"]]
+        for shape in shapes if row.method.trains == "qlora" else (row.shape,):
+            known = speeds.setdefault(shape, {})
+            speed = facts.get("tokens_per_s", 0.0)
+            known[row.method] = max(speed, known.get(row.method, 0.0))
+    return {
+        shape.name: {
+            method.label: gain(config, shape, method, known[REUSED] / speed)
+            for method, speed in known.items()
+            if speed and method != REUSED
+        }
+        for shape, known in speeds.items()
+        if known.get(REUSED)
+    }
+
+
+def main(options: GpuReuse) -> int:
+    """Print the rows and one JSON line; 2 without a CUDA device."""
+    if not (options.small or torch.cuda.is_available()):
+        print("benchmarks.gpu_reuse: a CUDA device is needed, found none", file=sys.stderr)
+        return 2
+    started = time.perf_counter()
+    disable_progress_bar()
+    device = torch.device("cpu" if options.small else "cuda")
+    facts = environment(device.type)
+    directory = Path(tempfile.mkdtemp(prefix="lowmem-reft-gpu-reuse-"))
+    try:
+        rows = measure_rows(options, device, directory, started)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    gains = gains_of(options, rows)
+    result = {
+        "benchmark": "gpu_reuse",
+        "options": {k: v for k, v in asdict(options).items() if k != "output"},
+        "environment": facts,
+        "model": options.shape,
+        "rows": rows,
+        "gains": gains,
+        "wall_s": time.perf_counter() - started,
+    }
+    for shape, methods in gains.items():
+        for method, each in methods.items():
+            print(
+                f"{shape}: {each['speed_up']:.2f} times {method}, of {each['limit']:.1f} possible",
+                file=sys.stderr,
+            )
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(GpuReuse, description=__doc__)))
