@@ -101,8 +101,11 @@ def base_of(model: Any) -> Any:
 
 def device_of(model: Any) -> torch.device:
     """Return where the blocks compute; the embedding, and blocks on meta, may be elsewhere."""
-    devices = [p.device for p in find_blocks(base_of(model))[1].parameters()]
-    return next((device for device in devices if device.type != "meta"), devices[0])
+    parameters = find_blocks(base_of(model))[1].parameters()
+    first = next(parameters).device
+    if first.type != "meta":
+        return first
+    return next((p.device for p in parameters if not p.is_meta), first)
 
 
 @contextmanager

@@ -200,6 +200,8 @@ class ReftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        found = device_of(model)  # for blocks that are not there; there may be none at all
+        self._device = torch.device("cpu") if found.type == "meta" else found
         existing = next((m for m in model.modules() if isinstance(m, ReftLayer)), None)
         if existing is not None:  # a second tuner, as transformers' add_adapter makes
             self.current = existing.current
@@ -236,11 +238,8 @@ class ReftModel(BaseTuner):
     ) -> None:
         existing = getattr(target, SUBMODULE, None)
         layer = existing or ReftLayer(hidden_size(self.model), self.current)
-        weights = [p for p in target.parameters() if not p.is_meta]
-        device = weights[0].device if weights else device_of(self.model)
-        layer.add(
-            adapter_name, peft_config, torch.device("cpu") if device.type == "meta" else device
-        )
+        weights = (p.device for p in target.parameters() if not p.is_meta)
+        layer.add(adapter_name, peft_config, next(weights, self._device))
         if existing is None:
             target.add_module(SUBMODULE, layer)
             # First among the hooks, so that recorded hidden states are the edited ones.
