@@ -440,6 +440,10 @@ class PlanOptions:
     method: MethodOptions = field(default_factory=MethodOptions)
     lengths: LengthOptions = field(default_factory=LengthOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
+    reuse: Literal["auto", "off", "prefix", "trunk"] = "off"
+    """Predict the step that trains from a store (see train --reuse); off: the plain step."""
+    resident: Literal["all", "upper"] = "all"
+    """upper: without the blocks below the constant ones (see train --resident)."""
     gpu: str | None = None
     """A card to fit into, by name (a10, 4090, 3060, t4, ...); or give --memory-gib."""
     optim: str = "adamw_torch"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -112,6 +112,9 @@ def fit_into_memory(
         optim=options.optim.optim,
         task_type=card.task_type,
         num_labels=card.num_classes,
+        # With all blocks there, the plain step must fit too: training may fall back to it.
+        reuse=stored_as(options.reuse.reuse if options.reuse.resident == "upper" else "off", "all"),
+        resident=options.reuse.resident,
         device_type=device.type,
         bf16=device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0),
     )
@@ -185,9 +188,18 @@ def setting_of(options: PlanOptions, card: Card | None) -> Setting:
         task_type=shape.task_type,
         num_labels=2 if shape.task_type == "SEQ_CLS" else None,
         attn_implementation=shape.attn_implementation,
+        reuse=stored_as(options.reuse, options.resident),
+        resident=options.resident,
         device_type=shape.device,
         bf16=bf16,
     )
+
+
+def stored_as(reuse: str, resident: str) -> Literal["off", "trunk", "prefix"]:
+    """Return what a step is predicted to read: ``auto`` takes prefixes where there are any."""
+    if reuse == "trunk":
+        return "trunk"
+    return "off" if reuse == "off" and resident == "all" else "prefix"
 
 
 def lengths_of(options: LengthOptions) -> Lengths:

@@ -215,7 +215,9 @@ def _prepare_reuse(
     """Store what is constant, or say why nothing is."""
     chosen, optim = options.reuse, options.optim
     device = device_of(model)
-    first = encoded.examples[: optim.batch_size]
+    # A plain step of a whole batch may need more memory than upper blocks leave.
+    num_proved = optim.batch_size if chosen.resident == "all" else min(2, optim.batch_size)
+    first = encoded.examples[:num_proved]
     epochs = optim.epochs
     if optim.max_steps > 0:
         per_step = optim.batch_size * optim.gradient_accumulation

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 
 import lowmem_reft as lr
 from lowmem_reft import InputError
+from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.memory.live import CATEGORIES
+from lowmem_reft.memory.measure import measure
 from lowmem_reft.memory.outputs import KnownOutputs
+from lowmem_reft.memory.planner import with_margin
 from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.methods import build_peft_config
@@ -480,3 +484,86 @@ def test_a_model_of_8_billion_parameters_is_predicted_without_memory_for_it() ->
 def test_an_optimizer_that_is_not_known_is_refused() -> None:
     with pytest.raises(InputError, match=r"optim must be one of adamw_torch, .* got 'adafactor'"):
         Predictor(CONFIGS["llama"](), Setting(optim="adafactor"))
+
+
+# Steps from stored constants.
+
+
+@pytest.mark.parametrize(
+    ("name", "storage", "compute_dtype", "method", "layers", "shape", "reuse", "resident"),
+    [
+        ("llama", "nf4", "fp32", "l1", "1", (1, 512), "prefix", "all"),
+        ("llama", "nf4", "bf16", "l1", "2", (4, 128), "prefix", "upper"),
+        ("gpt2", "nf4", "fp32", "l1", "2", (4, 128), "prefix", "all"),
+        ("llama", "int8", "fp32", "all", "upper:0.5", (4, 128), "trunk", "upper"),
+        ("gemma2", "nf4", "bf16", "all", "upper:0.5", (4, 128), "trunk", "all"),
+        ("llama", "nf4", "fp32", "qlora", "3", (4, 128), "trunk", "upper"),
+    ],
+)
+def test_a_reused_step_takes_what_is_predicted(
+    tmp_path: Path,
+    checkpoints: dict[str, Path],
+    name: str,
+    storage: Any,
+    compute_dtype: str,
+    method: str,
+    layers: str,
+    shape: tuple[int, int],
+    reuse: Any,
+    resident: Any,
+) -> None:
+    options = MethodOptions(method="loreft", positions=method, layers=layers)
+    if method == "qlora":
+        options = MethodOptions(method="qlora", layers=layers)
+    setting = Setting(
+        storage=storage,
+        compute_dtype=compute_dtype,
+        method=options,
+        device_type="cpu",
+        reuse=reuse,
+        resident=resident,
+    )
+    (batch_size, seq_len), upper = shape, {"resident": resident, "first_resident": 3}
+    predicted = with_margin(
+        Predictor(CONFIGS[name](), setting)
+        .training(seq_len=seq_len, batch_size=batch_size, response_len=RESPONSE)
+        .peak_bytes
+    )
+    base: Any = lr.load_base(
+        checkpoints[name],
+        storage=storage,
+        compute_dtype=compute_dtype,
+        device="cpu",
+        **(upper if resident == "upper" else {}),  # type: ignore[arg-type]
+    )
+    adapter = build_peft_config(options, task_type="CAUSAL_LM", num_layers=NUM_LAYERS)
+    model = get_peft_model(base, adapter).train()
+    use_chunked_loss(model)
+    batch = make_batch(batch_size, seq_len, RESPONSE, padded=batch_size > 1, vocab_size=VOCAB)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    stored = Reuse(
+        model,
+        [
+            {"input_ids": ids[:length].tolist(), "labels": labels[:length].tolist()}
+            for ids, labels, length in zip(
+                batch["input_ids"], batch["labels"], lengths, strict=True
+            )
+        ],
+        tmp_path,
+        prefix=reuse == "prefix",
+    )
+    assert stored.mode == reuse
+
+    def forward() -> Any:
+        return SimpleNamespace(loss=stored.loss(range(batch_size)))
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    warm_up(model, optimizer)
+    training_step(model, batch, optimizer, forward=forward)  # opens the store
+    attached = [tensor for tensor in attached_tensors(model, optimizer) if not tensor.is_meta]
+    held = storage_bytes([*attached, *batch.values()])
+    measured = measure(
+        torch.device("cpu"), lambda: training_step(model, batch, optimizer, forward=forward)
+    )
+    ratio = predicted / (held + measured.allocated_bytes)
+    assert 1 <= ratio <= 1.03

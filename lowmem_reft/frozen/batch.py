@@ -1,4 +1,4 @@
-"""Stacks the constants of a batch, also ahead of time in a thread while the last batch trains."""
+"""A batch of constants: stacked, also ahead of time in a thread, and run through upper blocks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from lowmem_reft.blocks import base_of, device_of
+from lowmem_reft.frozen.feed import feeding
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.store import CorruptShardError, Record
 
@@ -62,6 +66,69 @@ def stack(records: Sequence[Record], layout: Layout, *, pinned: bool) -> Stacked
             keys[:, row, :, prefix - shape.prefix :] = record.keys
             values[:, row, :, prefix - shape.prefix :] = record.values
     return Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values)
+
+
+def run_stacked(
+    model: Any,
+    num_blocks: int,
+    stacked: Stacked,
+    *,
+    groups: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    **arguments: Any,
+) -> Any:
+    """Return what a model returns for a batch, from its constants.
+
+    Args:
+        model: A PeftModel.
+        num_blocks: Blocks that the hidden vectors have passed.
+        stacked: The batch.
+        groups: (batch, suffix): the index of the φ that edits each token, or -1; with prefixes,
+            where the model cannot tell the prompt from what it sees.
+        input_ids: (batch, suffix): for models that look at them, such as classifiers.
+        arguments: Further ones of the model's forward, such as ``labels``.
+    """
+    device = device_of(base_of(model))
+    # A prediction on the meta device needs the values of the masks as well.
+    there = torch.device("cpu") if device.type == "meta" else device
+    batch, suffix, prefix = len(stacked.shapes), stacked.suffix, stacked.prefix
+    mask = torch.zeros(batch, prefix + suffix, dtype=torch.long)
+    positions = torch.zeros(batch, suffix, dtype=torch.long)
+    for row, shape in enumerate(stacked.shapes):
+        mask[row, prefix - shape.prefix : prefix + shape.suffix] = 1
+        positions[row] = torch.arange(shape.prefix, shape.prefix + suffix)
+    hidden = stacked.hidden.to(device, non_blocking=True)
+    arguments["attention_mask"] = mask.to(there)
+    arguments["use_cache"] = bool(prefix)
+    if input_ids is None:
+        arguments["inputs_embeds"] = hidden  # what the blocks below would get plays no part
+    else:
+        arguments["input_ids"] = input_ids.to(there)
+    if prefix:
+        assert groups is not None
+        arguments["intervention_mask"] = groups.to(there)
+        arguments["position_ids"] = positions.to(there)
+        arguments["past_key_values"] = _cache(base_of(model).config, num_blocks, stacked, device)
+    with feeding(model, num_blocks, hidden):
+        return model(**arguments)
+
+
+def _cache(config: Any, num_blocks: int, stacked: Stacked, device: torch.device) -> DynamicCache:
+    """Return a cache with the keys and values of the prefixes."""
+    cache = DynamicCache(config=config)
+    batch, length = len(stacked.shapes), stacked.prefix
+    # Masks are sized by the first layer, which is fed and has no keys of its own.
+    nothing = torch.zeros(batch, 1, length, 1, dtype=stacked.keys.dtype, device=device)
+    for layer in range(num_blocks):
+        cache.update(nothing, nothing, layer)
+    keys = stacked.keys.to(device, non_blocking=True)
+    values = stacked.values.to(device, non_blocking=True)
+    for layer in range(len(keys)):
+        # With nothing first: what is given to update is copied.
+        cache.update(keys[layer, :, :, :0], values[layer, :, :, :0], num_blocks + layer)
+        held: Any = cache.layers[num_blocks + layer]
+        held.keys, held.values = keys[layer], values[layer]
+    return cache
 
 
 class ReadAhead:

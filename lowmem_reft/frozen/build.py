@@ -16,8 +16,8 @@ from lowmem_reft.frozen.layout import Layout
 from lowmem_reft.frozen.split import Example
 from lowmem_reft.frozen.store import Record, Store
 
-BATCH_SIZE = 16
-"""Examples that run together."""
+BATCH_TOKENS = 4096
+"""Tokens, padding included, that run together; an example that is longer runs alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,9 @@ def compute(
     order = sorted(indices, key=lambda index: -layout.shapes[index].length)
     records: dict[int, Record] = {}
     with _bare(model, training=training):
-        for start in range(0, len(order), BATCH_SIZE):
-            part = order[start : start + BATCH_SIZE]
+        while order:  # the longest first, so that it sets the length of its batch
+            size = max(1, BATCH_TOKENS // max(1, layout.shapes[order[0]].length))
+            part, order = order[:size], order[size:]
             batch = _Batch.of(model, examples, part, below)
             records.update(zip(part, batch.records(model, layout, num_blocks), strict=True))
     return [records[index] for index in indices]

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lowmem_reft.devices import DTYPES
+import torch
+
+from lowmem_reft.blocks import find_blocks, hidden_size
+from lowmem_reft.devices import DTYPES, dtype_name
 
 SHARD_BYTES = 2**26
 MIN_SHARED_TOKENS = 8
@@ -70,6 +73,40 @@ class Layout:
     """Examples as they stand in the store; default: as they come."""
     shared: Sequence[int] = field(default=())
     """Per place in that order: leading tokens in common with the example just before it."""
+
+    @classmethod
+    def of(
+        cls,
+        base: Any,
+        num_blocks: int,
+        shapes: Sequence[Shape],
+        dtype: torch.dtype,
+        *,
+        order: Sequence[int] = (),
+        shared: Sequence[int] = (),
+    ) -> Layout:
+        """Return the layout of a base's constants.
+
+        Args:
+            base: A transformers model.
+            num_blocks: Blocks whose outputs are constant.
+            shapes: One per example.
+            dtype: What the base computes in.
+            order: See ``in_common``.
+            shared: See ``in_common``.
+        """
+        config, width = base.config.get_text_config(), hidden_size(base)
+        heads = config.num_attention_heads
+        return cls(
+            shapes=shapes,
+            hidden_size=width,
+            num_cached_layers=len(find_blocks(base)[1]) - num_blocks,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or width // heads,
+            dtype=dtype_name(dtype),
+            order=order,
+            shared=shared,
+        )
 
     @property
     def itemsize(self) -> int:

@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from lowmem_reft.base import base_digest, dequantized
-from lowmem_reft.blocks import base_of, device_of, hidden_size
+from lowmem_reft.blocks import base_of, device_of
 from lowmem_reft.devices import dtype_name
-from lowmem_reft.frozen.batch import ReadAhead, Stacked, stack
+from lowmem_reft.frozen.batch import ReadAhead, Stacked, run_stacked, stack
 from lowmem_reft.frozen.build import Below, compute
 from lowmem_reft.frozen.feed import blocks_of, feeding, keys_and_values
 from lowmem_reft.frozen.layout import Layout, Shape, in_common
@@ -116,20 +115,13 @@ class Reuse:
 
     def _store(self, split: Split) -> tuple[Layout, Store]:
         """Return the store of what is constant, as it is or is to be."""
-        config = self.base.config.get_text_config()
-        heads = config.num_attention_heads
-        layout = Layout(
-            shapes=[
-                Shape(first, len(tokens) - first)
-                for first, tokens in zip(split.first_edited, self._tokens, strict=True)
-            ],
-            hidden_size=hidden_size(self.base),
-            num_cached_layers=self.num_layers - split.num_blocks,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or hidden_size(self.base) // heads,
-            dtype=dtype_name(self._dtype),
-            order=self._common[0],
-            shared=self._common[1],
+        shapes = [
+            Shape(first, len(tokens) - first)
+            for first, tokens in zip(split.first_edited, self._tokens, strict=True)
+        ]
+        order, shared = self._common
+        layout = Layout.of(
+            self.base, split.num_blocks, shapes, self._dtype, order=order, shared=shared
         )
         facts = {
             **self._facts,
@@ -306,36 +298,17 @@ class Reuse:
             arguments: Further ones of the model's forward, such as ``labels``.
         """
         indices = [int(index) for index in indices]
-        device = device_of(self.base)
         stacked = self._stacked(indices)
         if self.recompute:
-            stacked = self._with_prefixes(indices, stacked, device)
-        batch, suffix, prefix = len(indices), stacked.suffix, stacked.prefix
-        mask = torch.zeros(batch, prefix + suffix, dtype=torch.long)
-        positions = torch.zeros(batch, suffix, dtype=torch.long)
-        for row, shape in enumerate(stacked.shapes):
-            mask[row, prefix - shape.prefix : prefix + shape.suffix] = 1
-            positions[row] = torch.arange(shape.prefix, shape.prefix + suffix)
-        trunk = stacked.hidden.to(device, non_blocking=True)
-        arguments["attention_mask"] = mask.to(device)
-        if is_causal(self.base):
-            arguments["inputs_embeds"] = trunk  # what the blocks below would get plays no part
-        else:
-            # A decoder's classifier looks for the last token that is not padding.
+            stacked = self._with_prefixes(indices, stacked, device_of(self.base))
+        if not is_causal(self.base):
             pad = getattr(self.base.config.get_text_config(), "pad_token_id", None) or 0
             tokens = [self._tokens[index] for index in indices]
-            arguments["input_ids"] = self._aligned(indices, tokens, pad).to(device)
-        arguments["use_cache"] = bool(prefix)
-        if prefix:
+            arguments["input_ids"] = self._aligned(indices, tokens, pad)
+        if stacked.prefix:
             groups = groups_of(self.model, [self.examples[index] for index in indices])
-            edited = torch.full((batch, suffix), -1)
-            for row, shape in enumerate(stacked.shapes):
-                edited[row, : shape.suffix] = groups[row, shape.prefix : shape.length]
-            arguments["intervention_mask"] = edited.to(device)
-            arguments["position_ids"] = positions.to(device)
-            arguments["past_key_values"] = self._cache(stacked, device)
-        with feeding(self.model, self.split.num_blocks, trunk):
-            return self.model(**arguments)
+            arguments["groups"] = self._aligned(indices, groups.tolist(), -1)
+        return run_stacked(self.model, self.split.num_blocks, stacked, **arguments)
 
     def announce(self, indices: Sequence[int]) -> None:
         """Begin to read the constants of a batch that will be asked for."""
@@ -357,7 +330,7 @@ class Reuse:
         shapes = [self.shapes[int(index)] for index in indices]
         aligned = torch.full((len(shapes), max(shape.suffix for shape in shapes)), fill)
         for row, (shape, numbers) in enumerate(zip(shapes, values, strict=True)):
-            aligned[row, : shape.suffix] = torch.tensor(numbers[shape.prefix :])
+            aligned[row, : shape.suffix] = torch.tensor(numbers[shape.prefix : shape.length])
         return aligned
 
     @torch.no_grad()
@@ -385,20 +358,6 @@ class Reuse:
             for part in (keys, values):
                 part[:, row] = part[:, row].roll(prefix - shape.prefix, dims=2)
         return Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values)
-
-    def _cache(self, stacked: Stacked, device: torch.device) -> DynamicCache:
-        """Return a cache with the keys and values of the prefixes."""
-        cache = DynamicCache(config=self.base.config)
-        batch, length = len(stacked.shapes), stacked.prefix
-        # Masks are sized by the first layer, which is fed and has no keys of its own.
-        nothing = torch.zeros(batch, 1, length, 1, dtype=stacked.keys.dtype, device=device)
-        for layer in range(self.split.num_blocks):
-            cache.update(nothing, nothing, layer)
-        keys = stacked.keys.to(device, non_blocking=True)
-        values = stacked.values.to(device, non_blocking=True)
-        for layer in range(self.layout.num_cached_layers):
-            cache.update(keys[layer], values[layer], self.split.num_blocks + layer)
-        return cache
 
 
 def _belongs_to_an_adapter(name: str) -> bool:

@@ -154,6 +154,19 @@ def num_constant_blocks(model: Any) -> int:
     return len(blocks)
 
 
+def lower_part(base: Any, num_blocks: int) -> list[nn.Module]:
+    """Return what a step from stored constants does not need: lower blocks and the embedding.
+
+    The embedding stays where the head shares it, and in a classifier, which looks for the last
+    token (``load_base(resident="upper")`` keeps it as well).
+    """
+    part: list[nn.Module] = list(find_blocks(base)[1][:num_blocks])
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        part.append(embedding)
+    return part
+
+
 def find_first_resident(
     config: Any, peft_config: Any, *, task_type: str, num_labels: int | None = None
 ) -> int:

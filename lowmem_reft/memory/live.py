@@ -125,6 +125,7 @@ class LiveMemory(TorchDispatchMode):
         self._kernels = kernels
         self._outputs = KnownOutputs()
         self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}
+        self._elsewhere: set[int] = set()
         self._lines_of_nodes: dict[int, tuple[str, str]] = {}
         self._last_line = ("", "")
 
@@ -142,6 +143,8 @@ class LiveMemory(TorchDispatchMode):
         except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
             return
         key, size = storage._cdata, self._rounded(storage.nbytes())
+        if key in self._elsewhere:
+            return
         known = self._blocks.get(key)
         if known is not None:
             block = known[1]
@@ -160,7 +163,9 @@ class LiveMemory(TorchDispatchMode):
 
     def discard(self, tensor: Tensor) -> None:
         """Stop counting the storage of ``tensor``: it is on the host, whatever its device says."""
-        known = self._blocks.pop(tensor.untyped_storage()._cdata, None)
+        key = tensor.untyped_storage()._cdata
+        self._elsewhere.add(key)  # views of it come up whenever it is used
+        known = self._blocks.pop(key, None)
         if known is not None:
             self._count(known[1], -known[1].num_bytes)
 

@@ -271,6 +271,7 @@ class Planner:
             response_len=response_len,
             padded=lengths.batch_size > 1 if lengths.padded is None else lengths.padded,
         )
+        streamed = predictor.streamed_bytes()
         generation = None
         if setting.task_type == "CAUSAL_LM":
             generation = with_margin(
@@ -279,6 +280,7 @@ class Planner:
                     num_new_tokens=lengths.max_new_tokens,
                     batch_size=lengths.batch_size,
                 ).peak_bytes
+                + streamed
             )
         return Plan(
             peak_bytes=peak_bytes,
@@ -289,7 +291,7 @@ class Planner:
                 for block in peak.largest
             ],
             loading_peak_bytes=with_margin(loading_peak_bytes(predictor)),
-            evaluation_peak_bytes=with_margin(evaluation.peak_bytes),
+            evaluation_peak_bytes=with_margin(evaluation.peak_bytes + streamed),
             generation_peak_bytes=generation,
             host_bytes=predictor.host_bytes(lengths.batch_size * lengths.seq_len),
             num_trainable_params=predictor.trainable_parameters,
@@ -317,7 +319,7 @@ def loading_peak_bytes(predictor: Predictor) -> int:
     Matrices are read and quantized one after the other; the one at hand is there as it was stored
     (16 bit) and as a copy on the device.
     """
-    held = predictor.base_bytes()
+    held = predictor.base_bytes() + predictor.streamed_bytes()
     widest = 0
     for module in predictor.model.modules():
         weight = module._parameters.get("weight")

@@ -9,27 +9,46 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from lowmem_reft.blocks import base_of
+from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.devices import DTYPES
 from lowmem_reft.errors import InputError
+from lowmem_reft.frozen.batch import Stacked, run_stacked
+from lowmem_reft.frozen.layout import Layout, Shape
+from lowmem_reft.frozen.split import (
+    ReuseError,
+    find_split,
+    groups_of,
+    is_causal,
+    lower_part,
+    num_constant_blocks,
+)
 from lowmem_reft.loss import response_log_likelihood
 from lowmem_reft.memory.kernels import Kernels
-from lowmem_reft.memory.live import LiveMemory, label_gradients, label_model
+from lowmem_reft.memory.live import (
+    LiveMemory,
+    int8_constants,
+    label_gradients,
+    label_model,
+    quantization_constants,
+)
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
 from lowmem_reft.methods import attach
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
+from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.techniques import HostEmbedding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
+
+    from lowmem_reft.frozen.split import Example, Split
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Optimizers whose memory is predicted."""
@@ -57,6 +76,10 @@ class Setting:
     """Classes of a SEQ_CLS head."""
     attn_implementation: str | None = None
     """eager, sdpa, ...; default: what transformers picks."""
+    reuse: Literal["off", "trunk", "prefix"] = "off"
+    """What a training step reads from a store: see ``options.ReuseOptions``."""
+    resident: Literal["all", "upper"] = "all"
+    """Whether the blocks below the constants are on the device too."""
     device_type: str = "cuda"
     """``cuda`` or ``cpu``."""
     bf16: bool = True
@@ -130,7 +153,18 @@ class Predictor:
 
     def base_bytes(self) -> int:
         """Return the bytes of the base on the device: weights and quantization constants."""
-        return self.held_bytes([self.model])
+        everything = self.held_bytes([self.model])
+        if self.setting.resident == "all":
+            return everything
+        lower = lower_part(base_of(self.model), num_constant_blocks(self.model))
+        return everything - self.held_bytes(lower)
+
+    def streamed_bytes(self) -> int:
+        """Return the bytes of the block that is read while it runs; 0 if all are resident."""
+        if self.setting.resident == "all":
+            return 0
+        blocks = find_blocks(base_of(self.model))[1]
+        return max(self.held_bytes([block]) for block in blocks[: num_constant_blocks(self.model)])
 
     def held_bytes(self, modules: Iterable[nn.Module]) -> int:
         """Return the bytes that parts of the base have on the device: weights and constants."""
@@ -189,7 +223,12 @@ class Predictor:
         try:
             with kernels.imitated(), memory:
                 training_step(
-                    self.model, batch, self._optimizer, memory=memory, micro_batches=micro_batches
+                    self.model,
+                    batch,
+                    self._optimizer,
+                    memory=memory,
+                    micro_batches=micro_batches,
+                    forward=self._reused_forward(batch, memory),
                 )
         finally:
             for handle in handles:
@@ -237,6 +276,77 @@ class Predictor:
             self.model(input_ids=ids[:, :1], attention_mask=mask, **arguments)
         return memory
 
+    def _reused_forward(
+        self, batch: dict[str, Tensor], memory: LiveMemory
+    ) -> Callable[[], Any] | None:
+        """Return a forward pass from stored constants; None if the setting stores none.
+
+        Raises:
+            InputError: nothing is constant.
+        """
+        if self.setting.reuse == "off":
+            return None
+        base, labels = base_of(self.model), batch["labels"]
+        lengths = batch["attention_mask"].sum(1).tolist()
+        classes = labels.ndim == 1
+        examples = [
+            {
+                "input_ids": [0] * length,
+                "labels": int(row) if classes else row[:length].tolist(),
+            }
+            for row, length in zip(labels, lengths, strict=True)
+        ]
+        split = self.find_split(examples)
+        shapes = [
+            Shape(first, length - first)
+            for first, length in zip(split.first_edited, lengths, strict=True)
+        ]
+        dtype = base.get_input_embeddings().weight.dtype
+        layout = Layout.of(base, split.num_blocks, shapes, dtype)
+        prefix, suffix = (max(s.prefix for s in shapes), max(s.suffix for s in shapes))
+        arguments: dict[str, Any] = {"labels": labels}
+        if not classes:
+            aligned = torch.full((len(shapes), suffix), IGNORED_LABEL)
+            groups = torch.full((len(shapes), suffix), -1)
+            found = groups_of(self.model, examples) if prefix else None
+            for row, shape in enumerate(shapes):
+                aligned[row, : shape.suffix] = labels[row, shape.prefix : shape.length]
+                if found is not None:
+                    groups[row, : shape.suffix] = found[row, shape.prefix : shape.length]
+            arguments = {"labels": aligned, "groups": groups}
+        if not is_causal(base):
+            arguments["input_ids"] = torch.zeros(len(shapes), suffix, dtype=torch.long)
+
+        def forward() -> Any:
+            size = (layout.num_cached_layers, len(shapes), layout.num_kv_heads)
+            kv = (*size, prefix, layout.head_dim)
+            stacked = Stacked(
+                shapes=shapes,
+                hidden=torch.empty(
+                    len(shapes), suffix, layout.hidden_size, dtype=dtype, device="meta"
+                ),
+                keys=torch.empty(kv, dtype=dtype, device="meta"),
+                values=torch.empty(kv, dtype=dtype, device="meta"),
+            )
+            for part in (stacked.hidden, stacked.keys, stacked.values):
+                memory.add(part, "store")
+            return run_stacked(self.model, split.num_blocks, stacked, **arguments)
+
+        return forward
+
+    def find_split(self, examples: Sequence[Example]) -> Split:
+        """Return what of examples is constant in this setting.
+
+        Raises:
+            InputError: nothing is.
+        """
+        try:
+            return find_split(self.model, examples, prefix=self.setting.reuse == "prefix")
+        except ReuseError as error:
+            raise InputError(
+                f"reuse must be off in this setting, got {self.setting.reuse!r}: {error}"
+            ) from error
+
     def _batch(
         self, batch_size: int, seq_len: int, response_len: int, padded: bool
     ) -> dict[str, Tensor]:
@@ -251,6 +361,8 @@ class Predictor:
         names = {module: name for name, module in base_of(self.model).named_modules()}
         memory = LiveMemory("meta", names=names, kernels=kernels, keep_timeline=keep_timeline)
         self._hold(memory, [self.model])
+        if self.setting.resident == "upper":
+            self._discard_lower(memory)
         for value in optimizer_tensors(self._optimizer):
             memory.add(value, "optimizer")
         memory.reset_peak()
@@ -258,6 +370,18 @@ class Predictor:
 
     def _kernels(self, padded: bool) -> Kernels:
         return Kernels.of(self.setting.device_type, bf16=self.setting.bf16, padded=padded)
+
+    def _discard_lower(self, memory: LiveMemory) -> None:
+        """Stop counting what ``--resident upper`` leaves out."""
+        base = base_of(self.model)
+        for part in lower_part(base, num_constant_blocks(self.model)):
+            for module in part.modules():
+                for constant in int8_constants(module):
+                    memory.discard(constant)
+            for parameter in part.parameters():
+                if not parameter.requires_grad:  # else an edit of the last of the blocks
+                    for tensor in (parameter, *quantization_constants(parameter)):
+                        memory.discard(tensor)
 
     def _hold(self, memory: LiveMemory, modules: Iterable[nn.Module]) -> None:
         """Count what modules hold on the device."""

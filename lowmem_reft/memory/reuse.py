@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem_reft.blocks import base_of, find_blocks, hidden_size
-from lowmem_reft.devices import dtype_name
+from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.frozen.layout import Layout, Shape
-from lowmem_reft.frozen.split import Example, ReuseError, find_split
+from lowmem_reft.frozen.split import Example, ReuseError, find_split, lower_part
 from lowmem_reft.positions import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -133,7 +132,8 @@ def plan_reuse(
     shape = Shape(split.first_edited[0], seq_len - split.first_edited[0])
     base = base_of(model)
     blocks = find_blocks(base)[1]
-    layout = _layout(base, split.num_blocks, shape)
+    dtype = base.get_input_embeddings().weight.dtype
+    layout = Layout.of(base, split.num_blocks, [shape], dtype)
     scored = response_len if causal else 1
     chunked = setting.chunked_loss or not causal  # else logits of all tokens
     head = len(blocks) * _num_weights(_above_the_backbone(base)) / _num_weights([blocks])
@@ -154,36 +154,10 @@ def plan_reuse(
         store_bytes_per_example=layout.num_bytes(0),
         store_bytes=num_examples * layout.num_bytes(0),
         build_steps=work.build_steps(num_examples, examples_per_step),
-        resident_bytes=_resident_bytes(predictor, base, blocks[: split.num_blocks]),
+        resident_bytes=predictor.held_bytes([model])
+        - predictor.held_bytes(lower_part(base, split.num_blocks)),
         speedup_per_epoch=work.speedup,
     )
-
-
-def _layout(base: Any, num_constant_blocks: int, shape: Shape) -> Layout:
-    """Return the layout of one example's constants."""
-    config = base.config.get_text_config()
-    heads = config.num_attention_heads
-    return Layout(
-        shapes=[shape],
-        hidden_size=hidden_size(base),
-        num_cached_layers=len(find_blocks(base)[1]) - num_constant_blocks,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or hidden_size(base) // heads,
-        dtype=dtype_name(base.get_input_embeddings().weight.dtype),
-    )
-
-
-def _resident_bytes(predictor: Predictor, base: Any, lower: Iterable[nn.Module]) -> int:
-    """Return the bytes of the base without its lower blocks and its embedding.
-
-    The embedding stays where the head shares it, and in a classifier, which looks for the last
-    token.
-    """
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    leaving = list(lower)
-    if head is not None and head.weight is not embedding.weight:
-        leaving.append(embedding)
-    return predictor.base_bytes() - predictor.held_bytes(leaving)
 
 
 def _above_the_backbone(base: Any) -> list[nn.Module]:

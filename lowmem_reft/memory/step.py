@@ -9,6 +9,8 @@ import torch
 from lowmem_reft.positions import IGNORED_LABEL
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
     from lowmem_reft.memory.live import LiveMemory
@@ -48,6 +50,7 @@ def training_step(
     memory: LiveMemory | None = None,
     micro_batches: int = 1,
     max_grad_norm: float = 1.0,
+    forward: Callable[[], Any] | None = None,
 ) -> None:
     """Run one optimizer step as the Trainer does, telling ``memory``, if it counts, the phase.
 
@@ -59,11 +62,14 @@ def training_step(
         micro_batches: forward and backward passes before the optimizer's step; each sees the same
             batch, and two show all there is to see.
         max_grad_norm: gradients are clipped to this norm.
+        forward: makes the forward pass instead, for example from stored constants.
     """
     for _ in range(min(2, micro_batches)):
         if memory is not None:
             memory.phase = "forward"
-        loss = model(**batch).loss / micro_batches
+        outputs = model(**batch) if forward is None else forward()
+        loss = outputs.loss / micro_batches
+        del outputs
         loss.backward()
         del loss
     if memory is not None:
