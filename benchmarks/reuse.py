@@ -259,7 +259,6 @@ def peaks(shape: Shape, options: ReuseBenchmark, directory: Path) -> dict[str, A
         model = adapted(random_base(config), method, shape)
         rows[method.label] = peak_of(plain_stepper(model, [batch]), batch)
     base = random_base(config)
-    # A base that was made, not loaded, says only in its quantizer how it is stored.
     save_base(base, directory / "base")
     rows[REUSED.label] = peak_of_reused(
         Reuse(adapted(base, REUSED, shape), examples, directory / "whole")

@@ -117,6 +117,13 @@ def load_base(
             f"task_type must be one of {', '.join(AUTO_CLASSES)}, got {task_type!r}; use CAUSAL_LM "
             "for a language model"
         )
+    if resident not in ("all", "upper"):
+        raise InputError(f"resident must be all or upper, got {resident!r}; use all")
+    if resident == "upper" and task_type == "FEATURE_EXTRACTION":
+        raise InputError(
+            "resident must be all with task_type FEATURE_EXTRACTION, got 'upper'; nothing is "
+            "trained from stored constants there"
+        )
     target = resolve_device(device)
     dtype = _resolve_dtype(storage, compute_dtype, target)
     config = load_config(model, revision)

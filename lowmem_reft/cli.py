@@ -30,7 +30,7 @@ from unittest import mock
 import tyro
 
 from lowmem_reft import __version__
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.options import (
     CacheOptions,
     CompareOptions,
@@ -310,10 +310,8 @@ def _what_is_kept(options: Options) -> str:
 def _explain(error: Exception) -> tuple[str, str]:
     """What went wrong and what to do, for a failure that is not simply bad input."""
     message = str(error) or type(error).__name__
-    # By their words: torch raises these as plain RuntimeErrors too, safetensors as its own class.
     lowered = message.lower()
-    memory_words = ("out of memory", "can't allocate memory", "not enough memory")
-    if isinstance(error, MemoryError) or any(words in lowered for words in memory_words):
+    if is_out_of_memory(error):
         return f"error: out of memory: {message}", _OUT_OF_MEMORY_ADVICE
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in lowered:
         return f"error: the disk is full: {message}", "free some space and run the command again"

@@ -42,3 +42,10 @@ def check_not_negative(**numbers: float) -> None:
     for name, number in numbers.items():
         if not 0 <= number < math.inf:
             raise InputError(f"{name} must be finite and at least 0, got {number!r}; 0 is allowed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, on the device or on the host."""
+    # By their words: torch raises these as plain RuntimeErrors too, safetensors as its own class.
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)

@@ -238,22 +238,24 @@ def _likelihoods(
 ) -> Callable[[Sequence[int]], tuple[Tensor, list[int]]]:
     """Return what scores some of the examples: from stored constants if there are any."""
     collate = Collator(tokenizer, padding_side="left")
+
+    def batch_of(indices: Sequence[int]) -> dict[str, Tensor]:
+        return collate([examples[index] for index in indices])
+
     if settings.reuse_dir is not None and hasattr(model, "peft_config"):
-        first = collate(examples[: settings.batch_size])
         with counter("computing what is constant", quiet=settings.quiet) as report:
             reuse = prepare_scoring(
                 model,
                 examples,
-                first,
+                batch_of,
                 settings.reuse,
                 root=settings.reuse_dir,
+                batch_size=settings.batch_size,
                 report=report,
             )
         if reuse is not None:
             return reuse.log_likelihood
-    return lambda indices: response_log_likelihood(
-        model, collate([examples[index] for index in indices])
-    )
+    return lambda indices: response_log_likelihood(model, batch_of(indices))
 
 
 @torch.no_grad()

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
 
 from lowmem_reft.blocks import find_blocks, standing_in
 from lowmem_reft.errors import InputError
+from lowmem_reft.tuner import SUBMODULE
 
 EMBEDDING = -1
 """Stands for the input embedding among indices of blocks."""
@@ -82,7 +85,8 @@ class Checkpoint:
                 hf_quantizer=self.quantizer,
                 weight_mapping=mapping,
             )
-            model._load_pretrained_model(model, weights, None, config, expected_keys=[])
+            with _no_bar():  # one per block says nothing
+                model._load_pretrained_model(model, weights, None, config, expected_keys=[])
 
     def _part(self, name: str) -> int | None:
         """Return the index of the block that a tensor belongs to, ``EMBEDDING``, or None."""
@@ -182,13 +186,13 @@ class Residency:
         self.has_embedding = has_embedding
 
     @contextmanager
-    def loaded(self, index: int) -> Iterator[None]:
+    def loaded(self, index: int, *, training: bool = True) -> Iterator[None]:
         """Read a block, and for the first one the embedding, and let it run in its place."""
         with ExitStack() as stack:
             if index == 0:
                 stack.enter_context(self._embedding())
             block = stack.enter_context(self._borrowed(index))
-            stack.enter_context(standing_in(self._blocks()[index], block.train()))
+            stack.enter_context(standing_in(self._blocks()[index], block.train(training)))
             yield
 
     @contextmanager
@@ -225,9 +229,18 @@ class Residency:
         """Read everything that is missing into its place: the base is whole again.
 
         Raises:
-            InputError: the checkpoint has not all weights under names that are understood.
+            InputError: the checkpoint has not all weights under names that are understood, or an
+                adapter sits inside a block that is missing.
         """
-        for index, block in enumerate(self._blocks()[: self.first_resident]):
+        lower = self._blocks()[: self.first_resident]
+        for block in lower:
+            inside = (child for name, child in block.named_children() if name != SUBMODULE)
+            if any(isinstance(m, BaseTunerLayer) for child in inside for m in child.modules()):
+                raise InputError(
+                    "base must carry no adapter inside blocks that are missing, got one; restore "
+                    "before get_peft_model"
+                )
+        for index, block in enumerate(lower):
             _move_into(block, self.checkpoint.block(index))
         if not self.has_embedding:
             self.base.set_input_embeddings(self.checkpoint.embedding().to(self.checkpoint.device))
@@ -283,6 +296,17 @@ def fill_buffers(
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps its values
         with torch.no_grad():
             model._init_weights(module)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _empty_copy(module: nn.Module) -> nn.Module:

@@ -50,6 +50,7 @@ from lowmem_reft.provenance import versions
 from lowmem_reft.training_card import TrainingCard, merge_card
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from lowmem_reft.data import Row
@@ -215,18 +216,26 @@ def _prepare_reuse(
     """Store what is constant, or say why nothing is."""
     chosen, optim = options.reuse, options.optim
     device = device_of(model)
-    # A plain step of a whole batch may need more memory than upper blocks leave.
-    num_proved = optim.batch_size if chosen.resident == "all" else min(2, optim.batch_size)
-    first = encoded.examples[:num_proved]
     epochs = optim.epochs
     if optim.max_steps > 0:
         per_step = optim.batch_size * optim.gradient_accumulation
         epochs = optim.max_steps * per_step / len(encoded.examples)
-    batch = {key: value.to(device) for key, value in collator(first).items()}
     root = _reuse_directory(options)
+
+    def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        batch = collator([encoded.examples[index] for index in indices])
+        return {key: value.to(device) for key, value in batch.items()}
+
     with counter("computing what is constant", quiet=options.run.quiet) as report:
         return prepare(
-            model, encoded.examples, batch, chosen, root=root, epochs=epochs, report=report
+            model,
+            encoded.examples,
+            batch_of,
+            chosen,
+            root=root,
+            batch_size=optim.batch_size,
+            epochs=epochs,
+            report=report,
         )
 
 

@@ -70,6 +70,14 @@ def test_means_and_standard_deviations_are_numpys(results):
     assert row.peak_bytes == 32 * 2**20  # the largest
 
 
+def test_the_build_of_a_store_stands_apart_from_the_steps():
+    [built] = aggregate([result(seed=i, build_time_s=t) for i, t in enumerate((3.0, 0.0, 0.1))])
+    assert built.build_time_s == 3.0  # later seeds find the store
+    assert "build s" in [column.title for column in columns([built])]
+    [plain] = aggregate([result(build_time_s=0.0)])
+    assert "build s" not in [column.title for column in columns([plain])]
+
+
 def test_one_seed_has_no_standard_deviation():
     [row] = aggregate([result()])
     assert (row.value_mean, row.value_sd) == (0.8, None)

@@ -17,6 +17,7 @@ from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.proof import prove
 from lowmem_reft.frozen.reuse import Reuse
+from lowmem_reft.frozen.split import find_first_resident
 from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.synthetic import base_with_random_weights
 from tests.test_reuse import ARCHITECTURES, SIZES, make_examples, stacked
@@ -217,6 +218,22 @@ def test_dequantized_blocks_give_the_same_losses_and_are_put_back(tmp_path: Path
         for a, b in zip(before, gradients(model, reuse), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
     assert base_digest(model) == digest
+
+
+def test_a_saved_embedding_keeps_the_base_whole(tmp_path: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, modules_to_save=["embed_tokens"])
+    config.layers_to_transform = [3, 4]
+    shape = AutoConfig.for_model("llama", **SIZES)
+    with pytest.raises(InputError, match="resident must be all for a method that changes"):
+        find_first_resident(shape, config, task_type="CAUSAL_LM")
+
+
+def test_adapters_inside_missing_blocks_are_not_thrown_away(tmp_path: Path) -> None:
+    base = load(saved(tmp_path / "model"), "upper", "nf4")
+    config = ReftConfig(task_type="CAUSAL_LM", layers="1", component="mlp_output", positions="l1")
+    get_peft_model(base, config)
+    with pytest.raises(InputError, match="no adapter inside blocks that are missing"):
+        base.residency.restore()
 
 
 def test_a_part_of_a_base_is_not_saved_as_a_base(tmp_path: Path) -> None:

@@ -111,6 +111,11 @@ def stacked(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
+def batches(examples: list[dict[str, Any]]) -> Any:
+    """Return what makes a plain batch of some of the examples."""
+    return lambda indices: stacked([examples[index] for index in indices])
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("method", ["l1", "l2", "f2+l2", "all", "lora"])
@@ -188,7 +193,9 @@ def test_blocks_that_return_more_than_hidden_vectors_train_the_plain_way(
     for example in examples:
         example["labels"] = [token % 3 for token in example["input_ids"]]
     options = ReuseOptions(reuse="trunk")
-    found = prepare(model, examples, stacked(examples), options, root=tmp_path, epochs=3)
+    found = prepare(
+        model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
+    )
     assert found is None
     assert "DebertaV2ForTokenClassification cannot be fed stored hidden vectors" in caplog.text
 
@@ -315,7 +322,9 @@ def test_a_limit_that_only_hidden_vectors_fit_recomputes_prefixes(tmp_path: Path
         example["input_ids"][0] = 10 + example["labels"][-1] % 7  # nothing in common
     tokens = sum(len(example["input_ids"]) for example in examples)
     options = ReuseOptions(reuse_limit_gib=(tokens * 64 * 4 + 1) / 2**30)
-    found = prepare(model, examples, stacked(examples), options, root=tmp_path, epochs=3)
+    found = prepare(
+        model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
+    )
     assert found is not None
     assert found.recompute
     assert found.mode == "prefix"
@@ -403,7 +412,9 @@ def test_a_wrong_constant_is_found_by_the_proof_and_trains_the_plain_way(
 
     monkeypatch.setattr(Reuse, "_compute", wrong)
     options = ReuseOptions(reuse="prefix")
-    found = prepare(model, examples, stacked(examples), options, root=tmp_path, epochs=3)
+    found = prepare(
+        model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
+    )
     assert found is None
     assert "gradients differ" in caplog.text
     assert "reft_phi" in caplog.text
@@ -411,10 +422,14 @@ def test_a_wrong_constant_is_found_by_the_proof_and_trains_the_plain_way(
 
 def test_auto_does_not_reuse_what_saves_little(tmp_path: Path) -> None:
     examples = make_examples()
-    batch, options = stacked(examples), ReuseOptions()
+    batch_of, options = batches(examples), ReuseOptions()
     every = make_model(peft_config=reft("all", layers="all"))
-    assert prepare(every, examples, batch, options, root=tmp_path, epochs=1) is None
-    found = prepare(make_model(), examples, batch, options, root=tmp_path, epochs=3)
+    assert (
+        prepare(every, examples, batch_of, options, root=tmp_path, batch_size=4, epochs=1) is None
+    )
+    found = prepare(
+        make_model(), examples, batch_of, options, root=tmp_path, batch_size=4, epochs=3
+    )
     assert found is not None
 
 
@@ -562,3 +577,140 @@ def test_the_manifest_says_what_a_store_was_made_from(tmp_path: Path) -> None:
     manifest = json.loads((reuse.store.directory / "manifest.json").read_text())
     assert manifest["num_blocks"] == 3
     assert manifest["architecture"] == "LlamaForCausalLM"
+
+
+def example_of(prompt: int, response: int, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 256, (prompt + response,), generator=generator).tolist()
+    return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("indices", [[0, 1], [0, 2], [2, 3], [2]])
+def test_prompts_without_a_prefix_come_out_right_beside_others_and_alone(
+    tmp_path: Path, recompute: bool, indices: list[int]
+) -> None:
+    model = make_model(peft_config=reft("l4"))
+    examples = [example_of(*sizes) for sizes in ((20, 3, 1), (15, 3, 2), (3, 2, 3), (2, 4, 4))]
+    batch = stacked([examples[index] for index in indices])
+    reuse = Reuse(model, examples, tmp_path, recompute=recompute)
+    assert prove(reuse, indices, batch) <= 1e-5
+    model.eval()
+    scoring = Reuse(model, examples, tmp_path, recompute=recompute, training=False)
+    assert prove_scores(scoring, indices, batch) <= 1e-5
+
+
+def test_positions_of_padding_stay_inside_the_table(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", **{**GPT2, "n_positions": 40})
+    base: Any = base_with_random_weights(
+        config, device=torch.device("cpu"), storage="fp32", compute_dtype=torch.float32
+    )
+    model: Any = get_peft_model(base, reft("l1"))
+    use_chunked_loss(model)
+    examples = [example_of(36, 3, 1), example_of(2, 30, 2)]
+    assert prove(Reuse(model.train(), examples, tmp_path), [0, 1], stacked(examples)) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_embedding_that_an_adapter_changes_is_not_constant() -> None:
+    tied = {**SIZES, "tie_word_embeddings": True}
+    for changes, options in (
+        (tied, {"trainable_token_indices": [2]}),
+        (tied, {"modules_to_save": ["embed_tokens"], "inference_mode": True}),
+        (SIZES, {"modules_to_save": ["embed_tokens"], "inference_mode": True}),
+    ):
+        torch.manual_seed(0)
+        base: Any = base_with_random_weights(
+            AutoConfig.for_model("llama", **changes),
+            device=torch.device("cpu"),
+            storage="fp32",
+            compute_dtype=torch.float32,
+        )
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **options)
+        config.layers_to_transform = [3, 4]
+        assert num_constant_blocks(get_peft_model(base, config)) == 0
+
+
+def test_edits_without_parameters_count(tmp_path: Path) -> None:
+    config = ReftConfig(task_type="CAUSAL_LM", intervention="steering", layers="2", positions="l1")
+    model = make_model(peft_config=config).eval()
+    for name, buffer in model.named_buffers():
+        if "vector" in name:
+            buffer.add_(torch.randn_like(buffer))
+    assert num_constant_blocks(model) == 3
+    examples = make_examples()
+    reuse = Reuse(model, examples, tmp_path, training=False)
+    assert prove_scores(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
+
+
+def test_blocks_that_return_tuples_train_the_plain_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 256, "n_embd": 64, "n_layer": 5, "n_head": 4, "rotary_dim": 8}
+    base: Any = base_with_random_weights(
+        AutoConfig.for_model("gptj", **shape),
+        device=torch.device("cpu"),
+        storage="fp32",
+        compute_dtype=torch.float32,
+    )
+    model: Any = get_peft_model(base, reft("l1")).train()
+    examples, options = make_examples(), ReuseOptions(reuse="prefix")
+    found = prepare(
+        model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
+    )
+    assert found is None
+    assert "GPTJForCausalLM cannot be fed" in caplog.text
+
+
+def test_lengths_that_change_constants_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [example_of(30, 3, 1)]
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = make_model()
+    text = model.get_base_model().config
+    text.rope_parameters, text.max_position_embeddings = rope, 32
+    with pytest.raises(ReuseError, match="dynamic rotary scaling"):
+        find_split(model, examples, prefix=True)
+    find_split(model, [example_of(20, 3, 1)], prefix=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ReuseError, match="several processes"):
+        find_split(make_model(), examples, prefix=True)
+
+
+def test_a_window_shorter_than_the_examples_keeps_no_prefix(tmp_path: Path) -> None:
+    model, examples = make_model(), [example_of(30, 3, 1), example_of(9, 2, 2)]
+    model.get_base_model().config.sliding_window = 16
+    assert not any(find_split(model, examples, prefix=True).first_edited)
+
+
+def test_what_was_frozen_stays_frozen_after_a_build(tmp_path: Path) -> None:
+    model, examples = make_model(), make_examples()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained[0].requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    Reuse(model, examples, tmp_path)
+    assert [p.requires_grad for p in model.parameters()] == before
+
+
+def test_few_shards_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem_reft.frozen.store.MOST_OPEN", 1)
+    store = small_store(tmp_path, monkeypatch)
+    with store.locked():
+        for shard, examples in enumerate(store.layout.shards):
+            store.write(shard, [record_of(store, index) for index in examples])
+    kept = [store.read(index) for index in (0, 1, 2, 0)]
+    assert len(store._maps) == 1
+    assert torch.equal(kept[0].hidden, record_of(store, 0).hidden)
+    assert torch.equal(kept[3].keys, record_of(store, 0).keys)
+
+
+def test_constants_of_another_size_than_planned_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = small_store(tmp_path, monkeypatch)
+    records = [record_of(store, index) for index in store.layout.shards[0]]
+    wrong = Record(records[0].hidden[:-1], records[0].keys, records[0].values)
+    with store.locked(), pytest.raises(ValueError, match="constants have sizes"):
+        store.write(0, [wrong, *records[1:]])
+    assert not list(store.directory.glob("shard-*"))

@@ -18,7 +18,7 @@ from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.store import CorruptShardError, Record
 
 MOST_AHEAD = 8
-"""Batches that may wait; those that nobody asked for make room for newer ones."""
+"""Batches that may wait; further ones are read when they are needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,9 @@ def run_stacked(
     positions = torch.zeros(batch, suffix, dtype=torch.long)
     for row, shape in enumerate(stacked.shapes):
         mask[row, prefix - shape.prefix : prefix + shape.suffix] = 1
-        positions[row] = torch.arange(shape.prefix, shape.prefix + suffix)
+        # Padding repeats the last position: a table of positions may end there.
+        numbers = torch.arange(shape.prefix, shape.prefix + suffix)
+        positions[row] = numbers.clamp(max=shape.length - 1)
     hidden = stacked.hidden.to(device, non_blocking=True)
     arguments["attention_mask"] = mask.to(there)
     arguments["use_cache"] = bool(prefix)
@@ -146,16 +148,18 @@ class ReadAhead:
     def announce(self, indices: Sequence[int]) -> None:
         """Begin to read a batch."""
         key = tuple(indices)
-        if key not in self._waiting:
+        if key not in self._waiting and len(self._waiting) < MOST_AHEAD:
             self._waiting[key] = self._thread.submit(self.make, key)
-        while len(self._waiting) > MOST_AHEAD:
-            self._waiting.popitem(last=False)[1].cancel()
 
     def take(self, indices: Sequence[int]) -> Stacked | None:
         """Return a batch that was announced; None if it was not, or if a shard is damaged."""
-        future = self._waiting.pop(tuple(indices), None)
-        if future is None:
+        key = tuple(indices)
+        if key not in self._waiting:
             return None
+        while True:  # batches come in the order of their announcement; others were left out
+            announced, future = self._waiting.popitem(last=False)
+            if announced == key:
+                break
         try:
             return future.result()
         except CorruptShardError:

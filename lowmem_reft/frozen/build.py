@@ -71,10 +71,22 @@ def _bare(model: Any, *, training: bool) -> Iterator[None]:
     was_training = base.training
     base.train(training)
     try:
-        with model.disable_adapter():
+        with without_adapters(model):
             yield
     finally:
         base.train(was_training)
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Run the base alone; what required a gradient does so again afterwards, and nothing else."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 @dataclass(frozen=True, kw_only=True)

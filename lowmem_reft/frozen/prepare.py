@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from lowmem_reft.options import ReuseOptions
 
 logger = logging.getLogger(__name__)
 
+BatchOf = Callable[[Sequence[int]], dict[str, Tensor]]
+"""Returns a plain batch of the examples of some indices."""
+
 WORTHWHILE = 0.9
 """``auto`` reuses if the arithmetic of the whole run shrinks to at most this share."""
 
@@ -26,21 +29,23 @@ WORTHWHILE = 0.9
 def prepare(
     model: Any,
     examples: Sequence[Example],
-    batch: dict[str, Tensor],
+    batch_of: BatchOf,
     options: ReuseOptions,
     *,
     root: Path,
+    batch_size: int,
     epochs: float,
     report: Report = lambda done, total: None,
 ) -> Reuse | None:
-    """Build what a training run can reuse, and prove it on a batch; None trains the plain way.
+    """Build what a training run can reuse, and prove it on batches; None trains the plain way.
 
     Args:
         model: A PeftModel on its device.
         examples: The data set.
-        batch: The first of the examples as the plain step gets them.
+        batch_of: Returns some of the examples as the plain step gets them, on the model's device.
         options: What may be reused, and how much it may take.
         root: Directory of stores.
+        batch_size: Examples per forward pass.
         epochs: Passes over the data that will be made.
         report: Told about progress.
 
@@ -57,7 +62,8 @@ def prepare(
         if options.reuse == "auto" and not _is_partial(model) and share > WORTHWHILE:
             raise ReuseError(f"it would save only {100 * (1 - share):.0f} % of the arithmetic")
         reuse = _build(model, examples, split, options, root, report, training=True)
-        prove(reuse, range(len(batch["labels"])), batch)
+        for indices in _samples(examples, batch_size, partial=_is_partial(model)):
+            prove(reuse, indices, batch_of(indices))
         return reuse
 
     return _attempt(model, options, build)
@@ -66,10 +72,11 @@ def prepare(
 def prepare_scoring(
     model: Any,
     examples: Sequence[Example],
-    batch: dict[str, Tensor],
+    batch_of: BatchOf,
     options: ReuseOptions,
     *,
     root: Path | None,
+    batch_size: int,
     report: Report = lambda done, total: None,
 ) -> Reuse | None:
     """Build what scoring by likelihood can reuse; None scores the plain way.
@@ -80,9 +87,10 @@ def prepare_scoring(
     Args:
         model: A PeftModel on its device, in evaluation mode.
         examples: What is scored, with labels.
-        batch: The first of the examples, as ``loss.response_log_likelihood`` gets them.
+        batch_of: Returns some of the examples as ``loss.response_log_likelihood`` gets them.
         options: What may be reused, and how much it may take.
         root: Directory of stores; None if they would not be kept.
+        batch_size: Examples per forward pass.
         report: Told about progress.
 
     Raises:
@@ -94,7 +102,8 @@ def prepare_scoring(
     def build() -> Reuse:
         split = find_split(model, examples, prefix=options.reuse != "trunk")
         reuse = _build(model, examples, split, options, root, report, training=False)
-        prove_scores(reuse, range(len(batch["labels"])), batch)
+        for indices in _samples(examples, batch_size, partial=_is_partial(model)):
+            prove_scores(reuse, indices, batch_of(indices))
         return reuse
 
     return _attempt(model, options, build)
@@ -114,6 +123,24 @@ def _attempt(model: Any, options: ReuseOptions, build: Callable[[], Reuse]) -> R
         level = logging.INFO if options.reuse == "auto" else logging.WARNING
         logger.log(level, "no frozen computation is reused: %s", error)
         return None
+
+
+def _samples(
+    examples: Sequence[Example], batch_size: int, *, partial: bool
+) -> Iterator[Sequence[int]]:
+    """Yield batches to prove: the first one, the shortest example, and it beside the longest.
+
+    A plain step of a partial base reads all of its lower blocks, and may need more memory than the
+    upper ones leave: there, only the shortest and the longest example.
+    """
+    lengths = [len(example["input_ids"]) for example in examples]
+    shortest = min(range(len(examples)), key=lengths.__getitem__)
+    longest = max(range(len(examples)), key=lengths.__getitem__)
+    both = sorted({shortest, longest})
+    if not partial:
+        yield range(min(batch_size, len(examples)))
+        yield [shortest]
+    yield both
 
 
 def _is_partial(model: Any) -> bool:

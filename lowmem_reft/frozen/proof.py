@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowmem_reft.blocks import device_of
 from lowmem_reft.frozen.reuse import Reuse
-from lowmem_reft.frozen.split import ReuseError
+from lowmem_reft.frozen.split import ReuseError, feeding_errors
 from lowmem_reft.loss import response_log_likelihood
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Largest relative difference, in L2, between the gradients of the reused and the plain step."""
-
-_CANNOT_BE_FED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
-"""What a model's forward raises when it does not take what is fed."""
 
 
 def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
@@ -34,19 +32,16 @@ def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> flo
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     was_training = model.training
     model.train()
-    state = torch.get_rng_state()
+    device = device_of(reuse.base)
+    generators = [device] if device.type == "cuda" else []
     try:
-        with reuse.whole():
+        with reuse.whole(), torch.random.fork_rng(generators):
             plain_loss = model(**batch)["loss"]
             plain = torch.autograd.grad(plain_loss, list(trained.values()), allow_unused=True)
-        torch.set_rng_state(state)
-        try:
+        with feeding_errors(reuse.base), torch.random.fork_rng(generators):
             loss = reuse.loss(indices)
             reused = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        except _CANNOT_BE_FED as error:
-            raise _not_fed(reuse, error) from error
     finally:
-        torch.set_rng_state(state)
         model.train(was_training)
     tolerance = TOLERANCE[reuse.layout.dtype]
     worst, total = _largest_difference(list(trained), plain, reused)
@@ -73,10 +68,8 @@ def prove_scores(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor])
     """
     with reuse.whole():
         plain, _ = response_log_likelihood(reuse.model, batch)
-    try:
+    with feeding_errors(reuse.base):
         reused, _ = reuse.log_likelihood(indices)
-    except _CANNOT_BE_FED as error:
-        raise _not_fed(reuse, error) from error
     off = float((plain - reused).norm() / plain.norm().clamp(min=1e-12))
     tolerance = TOLERANCE[reuse.layout.dtype]
     if not off <= tolerance:
@@ -84,11 +77,6 @@ def prove_scores(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor])
             f"log-likelihoods differ by {off:.1e} (at most {tolerance:.0e} would be rounding)"
         )
     return off
-
-
-def _not_fed(reuse: Reuse, error: Exception) -> ReuseError:
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return ReuseError(f"{type(reuse.base).__name__} cannot be fed stored hidden vectors ({reason})")
 
 
 def _largest_difference(
@@ -105,4 +93,7 @@ def _largest_difference(
         squares[name] = float((a - b).square().sum())
         norm += float(a.square().sum())
     worst = max(squares, key=lambda name: squares[name], default="")
-    return worst, (sum(squares.values()) / norm) ** 0.5 if norm else 0.0
+    total = sum(squares.values())
+    if norm == 0:
+        return worst, 0.0 if total == 0 else float("inf")
+    return worst, (total / norm) ** 0.5

@@ -29,10 +29,18 @@ from lowmem_reft.base import base_digest, dequantized
 from lowmem_reft.blocks import base_of, device_of
 from lowmem_reft.devices import dtype_name
 from lowmem_reft.frozen.batch import ReadAhead, Stacked, run_stacked, stack
-from lowmem_reft.frozen.build import Below, compute
+from lowmem_reft.frozen.build import Below, compute, without_adapters
 from lowmem_reft.frozen.feed import blocks_of, feeding, keys_and_values
 from lowmem_reft.frozen.layout import Layout, Shape, in_common
-from lowmem_reft.frozen.split import Example, ReuseError, Split, find_split, groups_of, is_causal
+from lowmem_reft.frozen.split import (
+    Example,
+    ReuseError,
+    Split,
+    feeding_errors,
+    find_split,
+    groups_of,
+    is_causal,
+)
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store, key_of
 from lowmem_reft.loss import log_likelihood_of
 from lowmem_reft.positions import IGNORED_LABEL
@@ -164,7 +172,7 @@ class Reuse:
             below = None
             if self.residency is not None:
                 below = self._stream(self.residency, limit_bytes, report)
-            if self.store.missing_shards():  # else the last of the streamed stores is this one
+            if not self.store.is_complete:  # else the last of the streamed stores is this one
                 self._fill(self.store, self.split.num_blocks, below, limit_bytes, report)
                 if below is not None:
                     below.store.remove()
@@ -188,7 +196,7 @@ class Reuse:
                 if below is not None:  # nobody may remove it meanwhile
                     stack.enter_context(below.store.locked())
                 stack.enter_context(self._unless_ours(stores[index]))
-                stack.enter_context(residency.loaded(index))
+                stack.enter_context(residency.loaded(index, training=self.training))
                 self._fill(stores[index], index + 1, below, limit_bytes, lambda done, total: None)
             if below is not None:
                 below.store.remove()
@@ -214,9 +222,16 @@ class Reuse:
         missing = store.missing_shards()
         for done, shard in enumerate(missing):
             report(done, len(missing))
-            records = self._compute(store.layout.shards[shard], store.layout, num_blocks, below)
+            examples = store.layout.shards[shard]
             try:
-                store.write(shard, records)
+                records = self._compute(examples, store.layout, num_blocks, below)
+            except CorruptShardError as error:  # of the blocks below: from the tokens again
+                logger.warning("%s; what it held is computed again", error)
+                with self.whole():
+                    records = self._compute(examples, store.layout, num_blocks, None)
+            try:
+                with feeding_errors(self.base):
+                    store.write(shard, records)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -225,15 +240,16 @@ class Reuse:
     def _compute(
         self, indices: Sequence[int], layout: Layout, num_blocks: int, below: Below | None
     ) -> list[Record]:
-        return compute(
-            self.model,
-            self.examples,
-            indices,
-            layout,
-            num_blocks,
-            below,
-            training=self.training,
-        )
+        with feeding_errors(self.base):
+            return compute(
+                self.model,
+                self.examples,
+                indices,
+                layout,
+                num_blocks,
+                below,
+                training=self.training,
+            )
 
     def whole(self) -> AbstractContextManager[None]:
         """Let the whole model run, for as long as the context lasts, wherever its blocks are."""
@@ -245,7 +261,7 @@ class Reuse:
 
     def read(self, index: int) -> Record:
         """Return the constants of an example; damaged shards are built again."""
-        while True:
+        for _ in self.layout.shards:  # a record may span several
             try:
                 return self.store.read(index)
             except CorruptShardError as error:
@@ -255,6 +271,7 @@ class Reuse:
                     self.store.forget(error.shard)
                     records = self._compute(examples, self.layout, self.split.num_blocks, None)
                     self.store.write(error.shard, records)
+        return self.store.read(index)
 
     def loss(self, indices: Sequence[int], num_items_in_batch: Any = None) -> Tensor:
         """Return the training loss of examples, with gradients for what is trained.
@@ -283,7 +300,9 @@ class Reuse:
         labels = self._aligned(
             indices, [self.examples[int(index)]["labels"] for index in indices], IGNORED_LABEL
         )
-        arguments = {} if self.mode == "prefix" else prompt_arguments(self.model, labels)
+        # With a prefix the edited tokens are passed; without one the model has to find the prompt.
+        has_prefix = any(self.shapes[int(index)].prefix for index in indices)
+        arguments = {} if has_prefix else prompt_arguments(self.model, labels)
         return log_likelihood_of(
             self.base, labels, lambda **more: self.forward(indices, **arguments, **more)
         )
@@ -340,6 +359,8 @@ class Reuse:
         """Run the prefixes through the upper blocks; keep their keys and values."""
         shapes = [self.shapes[index] for index in indices]
         prefix, suffix = (max(s.prefix for s in shapes), max(s.suffix for s in shapes))
+        if not prefix:
+            return stacked
         whole = stacked.hidden.to(device, non_blocking=True)
         mask = torch.zeros(len(shapes), prefix, dtype=torch.long)
         hidden = whole.new_zeros(len(shapes), suffix, whole.shape[2])
@@ -351,7 +372,7 @@ class Reuse:
         size = (self.layout.num_kv_heads, prefix, self.layout.head_dim)
         keys = values = whole.new_empty(0, len(shapes), *size)
         if self.layout.num_cached_layers:
-            with self.model.disable_adapter(), feeding(self.model, self.split.num_blocks, before):
+            with without_adapters(self.model), feeding(self.model, self.split.num_blocks, before):
                 pairs = keys_and_values(self.model, self.split.num_blocks, inputs)
             keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
         for row, shape in enumerate(shapes):  # padded on the left, as a cache is

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lowmem_reft.blocks import base_of, find_blocks
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.tuner import SUBMODULE, ReftLayer, ReftModel
@@ -24,6 +27,29 @@ Example = dict[str, Any]
 
 class ReuseError(Exception):
     """Why nothing can be reused here, in words that end a sentence."""
+
+
+CANNOT_BE_FED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+"""What a model's forward raises when it does not take what is fed."""
+
+
+@contextmanager
+def feeding_errors(base: Any) -> Iterator[None]:
+    """Turn what a model raises when it is fed into a reason not to reuse.
+
+    Raises:
+        ReuseError: something was raised, but for a lack of memory.
+    """
+    try:
+        yield
+    except CANNOT_BE_FED as error:
+        lines = str(error).splitlines() or [""]
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        raise ReuseError(
+            f"{type(base).__name__} cannot be fed stored hidden vectors ({type(error).__name__}: "
+            f"{lines[0]})"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +76,16 @@ def find_split(model: Any, examples: Sequence[Example], *, prefix: bool) -> Spli
     num_blocks = num_constant_blocks(model)
     if num_blocks == 0:
         raise ReuseError("the first block or the embedding is trained")
-    dropout = _dropout(base_of(model))
+    base = base_of(model)
+    dropout = _dropout(base)
     if dropout is not None:
         raise ReuseError(f"the base drops out activations ({dropout})")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ReuseError("several processes train together")
+    longest = max((len(example["input_ids"]) for example in examples), default=0)
+    _refuse_length_dependent_rotation(base, longest)
     first = [0] * len(examples)
-    if prefix and _prefix_is_constant(model):
+    if prefix and _prefix_is_constant(model, longest):
         first = [_first_edited(model, example) for example in examples]
     return Split(num_blocks=num_blocks, first_edited=first)
 
@@ -73,7 +104,26 @@ def _dropout(base: Any) -> str | None:
     return None
 
 
-def _prefix_is_constant(model: Any) -> bool:
+def _refuse_length_dependent_rotation(base: Any, longest: int) -> None:
+    """Refuse rotary scaling that depends on the longest example of a batch.
+
+    Raises:
+        ReuseError: an example is longer than what it starts at.
+    """
+    text = base.config.get_text_config()
+    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    starts = {
+        "dynamic": getattr(text, "max_position_embeddings", None),
+        "longrope": scaling.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None),
+    }
+    start = starts.get(str(kind))
+    if str(kind) in starts and (start is None or longest > start):
+        raise ReuseError(f"{kind} rotary scaling depends on what else is in a batch")
+
+
+def _prefix_is_constant(model: Any, longest: int) -> bool:
     """Whether all that is trained sits in ReFT layers of a causal model without sliding windows.
 
     Checkpointed blocks read no cache, so with activation checkpointing there is no prefix.
@@ -85,14 +135,24 @@ def _prefix_is_constant(model: Any) -> bool:
         return False
     if any("reft_phi" not in name for name, p in model.named_parameters() if p.requires_grad):
         return False  # a head, say, that is trained on hidden vectors of the prefix
+    if any(isinstance(module, ModulesToSaveWrapper) for module in base.modules()):
+        return False
     text = base.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None)
+    default = "full_attention" if window is None or longest <= window else "sliding_attention"
+    kinds = set(getattr(text, "layer_types", None) or [default])
     return is_causal(base) and kinds == {"full_attention"}
 
 
 def is_causal(base: Any) -> bool:
     """Whether a hidden vector depends on the tokens before it alone, as in a language model."""
-    return bool(base.can_generate())
+    text = base.config.get_text_config()
+    both_ways = getattr(text, "use_bidirectional_attention", None)
+    return (
+        bool(base.can_generate())
+        and not both_ways
+        and getattr(text, "is_causal", True) is not False
+    )
 
 
 def _first_edited(model: Any, example: Example) -> int:
@@ -140,16 +200,19 @@ def num_constant_blocks(model: Any) -> int:
     base = base_of(model)
     name, blocks = find_blocks(base)
     changed = {id(parameter) for parameter in _changed_parameters(base)}
-    inside = {id(parameter) for parameter in blocks.parameters()}
-    above = {id(parameter) for parameter in _parameters_above(base, name)}
-    if changed - inside - above:
-        return 0  # an embedding, which comes first of all
+    backbone = name.partition(".")[0]
+    # All names: an embedding that the head shares is trained in both places.
+    for path, parameter in base.named_parameters(remove_duplicate=False):
+        below = path.startswith(f"{backbone}.") and not path.startswith(f"{name}.")
+        if below and id(parameter) in changed:
+            return 0
     for index, block in enumerate(blocks):
         layer = getattr(block, SUBMODULE, None)
+        is_edited = isinstance(layer, ReftLayer) and len(layer.reft_phi) > 0
         edit = {id(p) for p in layer.parameters()} if isinstance(layer, ReftLayer) else set()
         if changed & {id(parameter) for parameter in block.parameters()} - edit:
             return index
-        if edit:
+        if is_edited:
             return index + 1
     return len(blocks)
 
@@ -203,14 +266,5 @@ def _changed_parameters(base: Any) -> Iterator[nn.Parameter]:
                 part = getattr(module, name, None)
                 if isinstance(part, nn.Module):
                     yield from part.parameters()
-
-
-def _parameters_above(base: nn.Module, name_of_blocks: str) -> list[nn.Parameter]:
-    """Return the parameters of what runs after the blocks: classification and language heads."""
-    backbone = name_of_blocks.partition(".")[0]
-    return [
-        parameter
-        for name, child in base.named_children()
-        if name != backbone
-        for parameter in child.parameters()
-    ]
+        elif isinstance(module, ModulesToSaveWrapper):
+            yield from module.modules_to_save.parameters()

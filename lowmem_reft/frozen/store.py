@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 VERSION = 2
 """Raised when the same inputs would be stored otherwise, so that old stores are built again."""
 
+MOST_OPEN = 128
+"""Shards that are mapped at once: each holds a file descriptor."""
 FREE_BYTES = 2**28
 """Disk space that is left alone."""
 
@@ -79,6 +81,7 @@ class Store:
         self.layout = layout
         self._facts = facts
         self._maps: dict[int, mmap.mmap] = {}
+        self._verified: set[int] = set()
         self._manifest: dict[str, Any] = {"shards": {}}
 
     @contextmanager
@@ -168,7 +171,11 @@ class Store:
         Args:
             shard: Which.
             records: The whole constants of its examples, in the layout's order.
+
+        Raises:
+            ValueError: they have not the sizes that the layout says.
         """
+        self._check(shard, records)
         path, crc = self._path(shard), 0
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -184,6 +191,7 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
         self._maps.pop(shard, None)
+        self._verified.discard(shard)
         self._manifest["shards"][str(shard)] = crc
         manifest = self.directory / f"manifest.{os.getpid()}.tmp"
         try:
@@ -191,6 +199,19 @@ class Store:
             manifest.replace(self.directory / "manifest.json")
         finally:
             manifest.unlink(missing_ok=True)
+
+    def _check(self, shard: int, records: Sequence[Record]) -> None:
+        layout = self.layout
+        for index, record in zip(layout.shards[shard], records, strict=True):
+            shape = layout.shapes[index]
+            kv = (layout.num_cached_layers, layout.num_kv_heads, shape.prefix, layout.head_dim)
+            wanted = ((shape.suffix, layout.hidden_size), kv, kv)
+            found = tuple(tuple(part.shape) for part in (record.hidden, record.keys, record.values))
+            if found != wanted or record.hidden.dtype != DTYPES[layout.dtype]:
+                raise ValueError(
+                    f"constants have sizes {found} and dtype {record.hidden.dtype}, not {wanted} "
+                    f"and {layout.dtype}"
+                )
 
     def _own(self, index: int, record: Record) -> tuple[Tensor, Tensor, Tensor]:
         """Return what of a record no example before it holds."""
@@ -265,10 +286,13 @@ class Store:
         dtype = DTYPES[self.layout.dtype]
         if 0 in size:  # no block is above the last edited one
             return torch.empty(size, dtype=dtype)
-        if shard not in self._maps:
-            self._maps[shard] = self._open(shard)
+        content = self._maps.get(shard)
+        if content is None:
+            content = self._maps[shard] = self._open(shard)
+            for other in list(self._maps)[:-MOST_OPEN]:
+                self._maps.pop(other, None)
         return torch.frombuffer(
-            self._maps[shard],
+            content,
             dtype=dtype,
             count=math.prod(size),
             offset=start + offset,
@@ -280,12 +304,15 @@ class Store:
             with path.open("rb") as file:
                 # Copy-on-write: torch wants writable memory, and the file stays as it is.
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise CorruptShardError(path, shard) from error
         whole = len(content) == self._size(shard)
+        if whole and shard in self._verified:
+            return content
         if not whole or zlib.crc32(content) != self._manifest["shards"].get(str(shard)):
             content.close()
             raise CorruptShardError(path, shard)
+        self._verified.add(shard)
         return content
 
 

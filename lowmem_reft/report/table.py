@@ -33,6 +33,8 @@ class Row:
     reserved_bytes: int | None
     rss_bytes: int | None
     step_time_s: float | None
+    build_time_s: float | None
+    """Longest over the seeds: others find the store that the first one built. None without one."""
     tokens_per_s: float | None
 
 
@@ -77,6 +79,7 @@ _COLUMNS = (
     Column("reserved MiB", "reserved_bytes", 2**-20, 1),
     Column("RSS MiB", "rss_bytes", 2**-20),
     Column("step ms", "step_time_s", 1e3, 1),
+    Column("build s", "build_time_s", 1.0, 1),
     Column("tokens/s", "tokens_per_s"),
 )
 
@@ -155,5 +158,6 @@ def _row(method: str, task: str, cells: Sequence[dict[str, Any]]) -> Row:
         reserved_bytes=largest("reserved_bytes"),
         rss_bytes=largest("rss_bytes"),
         step_time_s=mean("step_time_s"),
+        build_time_s=max(numbers("build_time_s"), default=0.0) or None,
         tokens_per_s=mean("tokens_per_s"),
     )
