@@ -186,6 +186,24 @@ def test_a_killed_layer_by_layer_build_goes_on_with_the_block_it_had_begun(
     assert len(list((tmp_path / "reuse").glob("trunk-*"))) == 1  # those of lower blocks are gone
 
 
+def test_changed_weights_of_either_part_are_another_store(tmp_path: Path) -> None:
+    directory, examples = saved(tmp_path / "model"), make_examples()
+    first = Reuse(adapted(load(directory, "upper")), examples, tmp_path / "reuse")
+    again = Reuse(adapted(load(directory, "upper")), examples, tmp_path / "reuse")
+    assert again.store.directory == first.store.directory
+    changed = adapted(load(directory, "upper"))
+    with torch.no_grad():
+        find_blocks(changed.get_base_model())[1][4].mlp.up_proj.weight.mul_(1.001)
+    other = Reuse(changed, examples, tmp_path / "reuse")
+    assert other.store.directory != first.store.directory
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.001)
+        model.save_pretrained(directory, max_shard_size="100KB")
+    below = Reuse(adapted(load(directory, "upper")), examples, tmp_path / "reuse")
+    assert below.store.directory not in (first.store.directory, other.store.directory)
+
+
 def test_a_classifier_keeps_its_embedding_and_gets_a_head(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SIZES)

@@ -154,9 +154,8 @@ class Reuse:
     def _facts(self) -> dict[str, Any]:
         """Everything that the stored numbers depend on, but for what is constant."""
         return {
-            "base": self.residency.checkpoint.digest()
-            if self.residency is not None
-            else base_digest(self.base, exclude=_belongs_to_an_adapter),
+            "base": base_digest(self.base, exclude=_belongs_to_an_adapter),
+            "missing": None if self.residency is None else self.residency.checkpoint.digest(),
             "architecture": type(self.base).__name__,
             "config": key_of({"config": self.base.config.to_json_string(use_diff=False)}),
             "tokens": key_of({"tokens": self._tokens}),
