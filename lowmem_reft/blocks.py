@@ -101,10 +101,14 @@ def base_of(model: Any) -> Any:
 
 def device_of(model: Any) -> torch.device:
     """Return where the blocks compute; the embedding, and blocks on meta, may be elsewhere."""
-    parameters = find_blocks(base_of(model))[1].parameters()
+    base = base_of(model)
+    parameters = find_blocks(base)[1].parameters()
     first = next(parameters).device
     if first.type != "meta":
         return first
+    residency = getattr(base, "residency", None)  # there may be no block at all
+    if residency is not None:
+        first = residency.checkpoint.device
     return next((p.device for p in parameters if not p.is_meta), first)
 
 

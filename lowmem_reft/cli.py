@@ -304,7 +304,11 @@ def _what_is_kept(options: Options) -> str:
     directory = options.run.output_dir
     if any(directory.glob("checkpoint-*")):
         return f"checkpoints in {directory} are kept; add --resume to go on from the last one"
-    return f"no checkpoint had been written to {directory}; --save-steps N writes one every N steps"
+    kept = f"no checkpoint had been written to {directory}; --save-steps N writes one every N steps"
+    stores = options.reuse.reuse_dir or directory / "reuse"
+    if any(stores.glob("*/manifest.json")):
+        kept += f"; what is constant is kept in {stores}, and the same command goes on with it"
+    return kept
 
 
 def _explain(error: Exception) -> tuple[str, str]:

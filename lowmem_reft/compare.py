@@ -26,6 +26,7 @@ from lowmem_reft.options import (
     MemoryOptions,
     ModelOptions,
     OptimOptions,
+    ReuseOptions,
     RunOptions,
     TrainOptions,
 )
@@ -137,11 +138,13 @@ def build_cells(
 def command_line(options: CompareOptions, method: str, seed: int) -> str:
     """The command that runs one cell again (and scores the base beside it)."""
     words = ["lowmem-reft", "compare", "--methods", method, "--seeds", str(seed)]
-    apart = {"methods", "seeds", "output_dir", "optim", "memory", "workers", "json", "quiet"}
+    apart = {"methods", "seeds", "output_dir", "workers", "json", "quiet"}
+    apart |= {"optim", "memory", "reuse"}
     groups = (
         (options, CompareOptions()),
         (options.memory, MemoryOptions()),
         (options.optim, OptimOptions()),
+        (options.reuse, CompareOptions().reuse),
     )
     for group, defaults in groups:
         for field in fields(group):
@@ -164,6 +167,7 @@ def _base_cell(options: CompareOptions, sources: Sources, storage: str, method: 
     label = f"base[storage={storage}]"
     directory = _cell_directory(options, label, 0)
     evaluate = _evaluate_options(options, sources, storage, directory, adapter=None)
+    evaluate = replace(evaluate, reuse=ReuseOptions(reuse="off"))
     command = command_line(options, method, 0)
     return Cell(
         directory=directory,

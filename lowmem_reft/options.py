@@ -260,6 +260,7 @@ class ReuseOptions:
     def __post_init__(self) -> None:
         """Check the limit, and that a part of the base has something to train from."""
         check_positive(reuse_limit_gib=self.reuse_limit_gib)
+        _check_directory("reuse_dir", self.reuse_dir)
         if self.resident == "upper" and self.reuse == "off":
             raise InputError(
                 "reuse must be auto, prefix or trunk with --resident upper, got 'off'; the upper "
@@ -292,6 +293,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         """Check the counts, the seed and the trackers."""
         check_counts(save_steps=self.save_steps, logging_steps=self.logging_steps)
+        _check_directory("output_dir", self.output_dir)
         _check_seed(self.seed)
         if self.report_to != "all":
             for name in self.report_to.split(","):
@@ -616,6 +618,11 @@ def _check_tracker(name: str) -> None:
             f"report_to must name trackers that are installed, got {name!r}; install "
             f"{' or '.join(modules)}, or leave it out"
         )
+
+
+def _check_directory(name: str, path: Path | None) -> None:
+    if path is not None and path.exists() and not path.is_dir():
+        raise InputError(f"{name} must be a directory, got the file {str(path)!r}; choose another")
 
 
 def _check_seed(seed: int) -> None:

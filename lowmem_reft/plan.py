@@ -29,6 +29,7 @@ from lowmem_reft.memory.planner import (
 )
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.methods import find_method, parse_methods
+from lowmem_reft.options import ReuseOptions
 from lowmem_reft.positions import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -268,7 +269,10 @@ def _print_reuse(console: Console, plan: Plan) -> None:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("store per example", f"{reuse.store_bytes_per_example / 2**20:,.2f} MiB")
-    table.add_row("store", gib(reuse.store_bytes))
+    limit, size = ReuseOptions().reuse_limit_gib, gib(reuse.store_bytes)
+    if limit is not None and reuse.store_bytes > limit * GIB:
+        size += f", above the default of --reuse-limit-gib ({limit:g})"
+    table.add_row("store", size)
     table.add_row("building it", f"{reuse.build_steps:,.1f} ordinary steps")
     table.add_row("weights of the base that a step needs", gib(reuse.resident_bytes))
     table.add_row("an epoch, by its arithmetic", f"{reuse.speedup_per_epoch:.2f} × faster")

@@ -227,7 +227,7 @@ def _prepare_reuse(
         return {key: value.to(device) for key, value in batch.items()}
 
     with counter("computing what is constant", quiet=options.run.quiet) as report:
-        return prepare(
+        reuse = prepare(
             model,
             encoded.examples,
             batch_of,
@@ -237,6 +237,9 @@ def _prepare_reuse(
             epochs=epochs,
             report=report,
         )
+    if reuse is not None and not options.run.quiet:
+        print(f"reuse: {reuse.describe()}", file=sys.stderr)
+    return reuse
 
 
 def _reuse_directory(options: TrainOptions) -> Path:

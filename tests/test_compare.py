@@ -23,7 +23,7 @@ from lowmem_reft.cell import EMPTY_RESULT, read_cell, run_cell, write_cell, writ
 from lowmem_reft.compare import CSV_FIELDS, build_cells, command_line, parse_seeds, run_comparison
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import parse_methods
-from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions
+from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions, ReuseOptions
 from lowmem_reft.sources import Sources, find_sources, task_name
 
 ROOT = Path(__file__).parent.parent
@@ -302,11 +302,12 @@ def test_the_command_line_names_what_is_not_the_default():
         data="a b.jsonl",
         memory=MemoryOptions(activation_checkpointing=True),
         optim=OptimOptions(epochs=1.5),
+        reuse=ReuseOptions(reuse="trunk", reuse_limit_gib=5),
         workers=4,
     )
     assert command_line(options, "loreft[rank=8]", 2) == (
         "lowmem-reft compare --methods 'loreft[rank=8]' --seeds 2 --data 'a b.jsonl' "
-        "--activation-checkpointing --epochs 1.5"
+        "--activation-checkpointing --epochs 1.5 --reuse trunk --reuse-limit-gib 5"
     )
 
 

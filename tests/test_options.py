@@ -24,6 +24,7 @@ from lowmem_reft.options import (
     MethodOptions,
     ModelOptions,
     OptimOptions,
+    ReuseOptions,
     RunOptions,
 )
 
@@ -118,3 +119,14 @@ def test_a_tracker_that_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch) -
     RunOptions(output_dir=Path("out"), report_to="tensorboard")
     with pytest.raises(InputError, match="got 'wandb'; install wandb"):
         RunOptions(output_dir=Path("out"), report_to="tensorboard,wandb")
+
+
+def test_directories_that_are_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(InputError, match="reuse_dir must be a directory, got the file"):
+        ReuseOptions(reuse_dir=file)
+    with pytest.raises(InputError, match="output_dir must be a directory, got the file"):
+        RunOptions(output_dir=file)
+    with pytest.raises(InputError, match="reuse must be auto, prefix or trunk"):
+        ReuseOptions(resident="upper", reuse="off")

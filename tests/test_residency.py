@@ -151,6 +151,22 @@ def test_parameters_are_counted_as_if_they_were_there(tmp_path: Path) -> None:
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("positions", ["l1", "all"])
+def test_an_edit_of_the_last_block_needs_no_block_at_all(tmp_path: Path, positions: str) -> None:
+    base = load_base(
+        saved(tmp_path / "model"),
+        storage="nf4",
+        compute_dtype="fp32",
+        device="cpu",
+        resident="upper",
+        first_resident=NUM_BLOCKS,
+    )
+    model, examples = adapted(base, "4", positions), make_examples()
+    reuse = Reuse(model, examples, tmp_path / "reuse")
+    assert all(p.is_meta for p in find_blocks(base)[1].parameters() if not p.requires_grad)
+    assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
+
+
 def test_lora_above_the_trunk_trains_from_upper_blocks(tmp_path: Path) -> None:
     directory, examples = saved(tmp_path / "model"), make_examples()
     base = load(directory, "upper", "nf4")

@@ -14,7 +14,13 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.feed import blocks_of
 from lowmem_reft.frozen.proof import prove, prove_scores
 from lowmem_reft.frozen.reuse import NoRoomError, Report, Reuse
-from lowmem_reft.frozen.split import Example, ReuseError, Split, find_split
+from lowmem_reft.frozen.split import (
+    Example,
+    NothingToReuseError,
+    ReuseError,
+    Split,
+    find_split,
+)
 from lowmem_reft.options import ReuseOptions
 
 logger = logging.getLogger(__name__)
@@ -60,7 +66,9 @@ def prepare(
         split = find_split(model, examples, prefix=options.reuse != "trunk")
         share = _estimated_share(model, examples, split, epochs)
         if options.reuse == "auto" and not _is_partial(model) and share > WORTHWHILE:
-            raise ReuseError(f"it would save only {100 * (1 - share):.0f} % of the arithmetic")
+            raise NothingToReuseError(
+                f"it would save only {100 * (1 - share):.0f} % of the arithmetic"
+            )
         reuse = _build(model, examples, split, options, root, report, training=True)
         for indices in _samples(examples, batch_size, partial=_is_partial(model)):
             prove(reuse, indices, batch_of(indices))
@@ -120,7 +128,8 @@ def _attempt(model: Any, options: ReuseOptions, build: Callable[[], Reuse]) -> R
                 f"resident must be all here, got upper: no frozen computation can be reused "
                 f"({error}); load the whole base"
             ) from error
-        level = logging.INFO if options.reuse == "auto" else logging.WARNING
+        expected = options.reuse == "auto" and isinstance(error, NothingToReuseError)
+        level = logging.INFO if expected else logging.WARNING
         logger.log(level, "no frozen computation is reused: %s", error)
         return None
 

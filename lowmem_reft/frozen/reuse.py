@@ -110,6 +110,7 @@ class Reuse:
         ]
         stored = replace(self.split, first_edited=[0] * len(examples)) if recompute else self.split
         self.layout, self.store = self._store(stored)
+        self.was_built = False
         self._build(limit_bytes, report)
         self._ahead = ReadAhead(
             lambda indices: self._stack([self.store.read(index) for index in indices])
@@ -121,8 +122,15 @@ class Reuse:
         """Return ``prefix`` if keys and values are stored as well, else ``trunk``."""
         return "prefix" if any(self.split.first_edited) else "trunk"
 
-    def _store(self, split: Split) -> tuple[Layout, Store]:
-        """Return the store of what is constant, as it is or is to be."""
+    def describe(self) -> str:
+        """Say what is reused, in one line."""
+        what = f"{self.mode}, {self.split.num_blocks} of {self.num_layers} blocks are constant"
+        size = f"{self.layout.total_bytes / 2**20:,.1f} MiB in {self.store.directory}"
+        took = f"built in {self.build_time_s:.1f} s" if self.was_built else "found"
+        return f"{what}; {size}, {took}"
+
+    def _store(self, split: Split, **more: Any) -> tuple[Layout, Store]:
+        """Return the store of what is constant, as it is or is to be; ``more`` facts name it."""
         shapes = [
             Shape(first, len(tokens) - first)
             for first, tokens in zip(split.first_edited, self._tokens, strict=True)
@@ -135,6 +143,7 @@ class Reuse:
             **self._facts,
             "num_blocks": split.num_blocks,
             "first_edited": key_of({"first": split.first_edited}),
+            **more,
         }
         return layout, Store(self.root, key_of(facts), layout, facts)
 
@@ -167,11 +176,15 @@ class Reuse:
     def _build(self, limit_bytes: int | None, report: Report) -> None:
         with self.store.locked():
             if not self.store.missing_shards():
+                for stage in self._stages():  # of a build that was killed at its very end
+                    if stage is not self.store:
+                        stage.remove()
                 return
+            self.was_built = True
             below = None
             if self.residency is not None:
                 below = self._stream(self.residency, limit_bytes, report)
-            if not self.store.is_complete:  # else the last of the streamed stores is this one
+            if not self.store.is_complete:  # else the last of the stages is this one
                 self._fill(self.store, self.split.num_blocks, below, limit_bytes, report)
                 if below is not None:
                     below.store.remove()
@@ -179,32 +192,41 @@ class Reuse:
     def _stream(self, residency: Residency, limit_bytes: int | None, report: Report) -> Below:
         """Run the blocks that are not resident, one after the other, over the whole data set.
 
-        The store of each block's output, which is that of a trunk that ends there, is removed once
-        the next one is complete; a killed build goes on from the last that was begun.
+        Each has a stage, the store of its output, which is removed once the next one is complete;
+        a killed build goes on from the last that was begun. Stages belong to this store alone.
         """
-        everything = [0] * len(self.examples)
-        stores = []
-        for index in range(residency.first_resident):
-            split = Split(num_blocks=index + 1, first_edited=everything)
-            stores.append(self._store(split)[1])
-        last = len(stores) - 1
-        done = next((i for i in range(last, -1, -1) if stores[i].is_complete), -1)
+        stages = self._stages()
+        last = len(stages) - 1
+        done = next((i for i in range(last, -1, -1) if stages[i].is_complete), -1)
+        for index in range(done):
+            stages[index].remove()  # of a build that was killed just before it did so
         for index in range(done + 1, last + 1):
-            below = Below(store=stores[index - 1], num_blocks=index) if index else None
+            below = Below(store=stages[index - 1], num_blocks=index) if index else None
             with ExitStack() as stack:
-                if below is not None:  # nobody may remove it meanwhile
-                    stack.enter_context(below.store.locked())
-                stack.enter_context(self._unless_ours(stores[index]))
+                for stage in stages[max(0, index - 1) : index + 1]:
+                    if stage is not self.store:
+                        stack.enter_context(stage.locked())  # nobody may remove it meanwhile
                 stack.enter_context(residency.loaded(index, training=self.training))
-                self._fill(stores[index], index + 1, below, limit_bytes, lambda done, total: None)
+                self._fill(stages[index], index + 1, below, limit_bytes, lambda done, total: None)
             if below is not None:
                 below.store.remove()
             report(index + 1, last + 1)
-        return Below(store=stores[last], num_blocks=last + 1)
+        return Below(store=stages[last], num_blocks=last + 1)
 
-    def _unless_ours(self, store: Store) -> AbstractContextManager[None]:
-        """Lock another store than the one that is locked already."""
-        return nullcontext() if store.directory == self.store.directory else store.locked()
+    def _stages(self) -> list[Store]:
+        """Return the stores of missing blocks' outputs; the last may be the final one."""
+        num_blocks = 0 if self.residency is None else self.residency.first_resident
+        everything = [0] * len(self.examples)
+        stages = [
+            self._store(
+                Split(num_blocks=index + 1, first_edited=everything), stage_of=self.store.key
+            )[1]
+            for index in range(num_blocks)
+        ]
+        stores_hidden_alone = not any(shape.prefix for shape in self.layout.shapes)
+        if stages and num_blocks == self.split.num_blocks and stores_hidden_alone:
+            stages[-1] = self.store
+        return stages
 
     def _fill(
         self,
@@ -267,6 +289,8 @@ class Reuse:
                 logger.warning("%s; it is built again", error)
                 examples = self.layout.shards[error.shard]
                 with self.store.locked(), self.whole():
+                    if self.store.is_sound(error.shard):  # another process has mended it
+                        continue
                     self.store.forget(error.shard)
                     records = self._compute(examples, self.layout, self.split.num_blocks, None)
                     self.store.write(error.shard, records)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.errors import InputError, is_out_of_memory
+from lowmem_reft.frozen.store import CorruptShardError
 from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.tuner import SUBMODULE, ReftLayer, ReftModel
@@ -27,6 +28,10 @@ Example = dict[str, Any]
 
 class ReuseError(Exception):
     """Why nothing can be reused here, in words that end a sentence."""
+
+
+class NothingToReuseError(ReuseError):
+    """Nothing is constant, or too little to be worth a store: nothing went wrong."""
 
 
 CANNOT_BE_FED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
@@ -44,7 +49,7 @@ def feeding_errors(base: Any) -> Iterator[None]:
         yield
     except CANNOT_BE_FED as error:
         lines = str(error).splitlines() or [""]
-        if isinstance(error, InputError) or is_out_of_memory(error):
+        if isinstance(error, (InputError, CorruptShardError)) or is_out_of_memory(error):
             raise
         raise ReuseError(
             f"{type(base).__name__} cannot be fed stored hidden vectors ({type(error).__name__}: "
@@ -75,7 +80,7 @@ def find_split(model: Any, examples: Sequence[Example], *, prefix: bool) -> Spli
     """
     num_blocks = num_constant_blocks(model)
     if num_blocks == 0:
-        raise ReuseError("the first block or the embedding is trained")
+        raise NothingToReuseError("the first block or the embedding is trained")
     base = base_of(model)
     dropout = _dropout(base)
     if dropout is not None:

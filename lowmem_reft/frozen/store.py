@@ -77,6 +77,7 @@ class Store:
     """
 
     def __init__(self, root: Path, key: str, layout: Layout, facts: dict[str, Any]) -> None:
+        self.key = key
         self.directory = root / f"trunk-{key}"
         self.layout = layout
         self._facts = facts
@@ -222,6 +223,16 @@ class Store:
             record.keys[:, :, kv.start : kv.stop],
             record.values[:, :, kv.start : kv.stop],
         )
+
+    def is_sound(self, shard: int) -> bool:
+        """Whether a shard holds what was written to it, read anew."""
+        self._maps.pop(shard, None)
+        self._verified.discard(shard)
+        try:
+            self._maps[shard] = self._open(shard)
+        except CorruptShardError:
+            return False
+        return True
 
     def forget(self, shard: int) -> None:
         """Make a shard count as missing."""

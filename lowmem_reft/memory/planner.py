@@ -164,6 +164,8 @@ def read_config(model: str | Path) -> Any:
     if named is not None:
         return named
     path = Path(model)
+    if (path / "config.json").is_file():
+        path = path / "config.json"
     config = _read_config_file(path) if path.suffix == ".json" else load_config(model)
     text = config.get_text_config()
     missing = [
