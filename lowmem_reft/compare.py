@@ -149,7 +149,9 @@ def command_line(options: CompareOptions, method: str, seed: int) -> str:
     for group, defaults in groups:
         for field in fields(group):
             value = getattr(group, field.name)
-            if field.name not in apart and value != getattr(defaults, field.name):
+            if (group is not options or field.name not in apart) and value != getattr(
+                defaults, field.name
+            ):
                 flag = f"--{field.name.replace('_', '-')}"
                 words += [flag] if value is True else [flag, str(value)]
     return shlex.join(words)
