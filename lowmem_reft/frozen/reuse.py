@@ -181,13 +181,22 @@ class Reuse:
                         stage.remove()
                 return
             self.was_built = True
-            below = None
-            if self.residency is not None:
-                below = self._stream(self.residency, limit_bytes, report)
-            if not self.store.is_complete:  # else the last of the stages is this one
-                self._fill(self.store, self.split.num_blocks, below, limit_bytes, report)
-                if below is not None:
-                    below.store.remove()
+            reason = self.store.check_space(limit_bytes)
+            if reason is not None:  # before lower blocks run for nothing
+                raise NoRoomError(reason)
+            try:
+                below = None
+                if self.residency is not None:
+                    below = self._stream(self.residency, limit_bytes, report)
+                if not self.store.is_complete:  # else the last of the stages is this one
+                    self._fill(self.store, self.split.num_blocks, below, limit_bytes, report)
+                    if below is not None:
+                        below.store.remove()
+            except NoRoomError:
+                for stage in self._stages():  # a smaller store has stages of its own
+                    if stage is not self.store:
+                        stage.remove()
+                raise
 
     def _stream(self, residency: Residency, limit_bytes: int | None, report: Report) -> Below:
         """Run the blocks that are not resident, one after the other, over the whole data set.
