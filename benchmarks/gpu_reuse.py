@@ -37,6 +37,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
@@ -59,6 +60,7 @@ from benchmarks.reuse_steps import (
     split,
     stacked,
 )
+from lowmem_reft.base import count_as_stored
 from lowmem_reft.blocks import find_blocks
 from lowmem_reft.frozen.proof import prove
 from lowmem_reft.frozen.reuse import Reuse
@@ -246,8 +248,13 @@ def upper_base(config: Any, first: int, device: torch.device) -> Any:
     base: Any = base_on_meta(copy.deepcopy(config), storage="nf4", compute_dtype=DTYPE)
     checkpoint: Any = RandomCheckpoint(config, device)
     name, blocks = find_blocks(base)
-    for index in range(first, len(blocks)):
-        blocks[index] = checkpoint.block(index)
+    for index, block in enumerate(blocks):
+        if index >= first:
+            blocks[index] = checkpoint.block(index)
+            continue
+        for module in block.modules():
+            if isinstance(module, Linear4bit):
+                count_as_stored(module)
     drawn = checkpoint.rest()
     for mine, other in ((base, drawn), (base.base_model, drawn.base_model)):
         for child, module in other.named_children():

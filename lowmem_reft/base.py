@@ -412,7 +412,7 @@ def _load_upper(
         if id(module) not in lower:
             fill_buffers(base, module, device, recurse=False)
         elif isinstance(module, Linear4bit):
-            _count_as_stored(module)
+            count_as_stored(module)
     for part in (*base.children(), *blocks[first:]):
         if part is not base.base_model:
             checkpoint.check(part)
@@ -467,7 +467,7 @@ def _initialize_head(base: Any, task_type: str, device: torch.device) -> None:
                 base._init_weights(module)
 
 
-def _count_as_stored(module: Linear4bit) -> None:
+def count_as_stored(module: Linear4bit) -> None:
     """Give an empty layer the packed shape, by which PEFT counts parameters."""
     packed = torch.empty(-(-module.weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
     module.weight = Params4bit(packed, requires_grad=False, bnb_quantized=True)
