@@ -68,6 +68,20 @@ def stack(records: Sequence[Record], layout: Layout, *, pinned: bool) -> Stacked
     return Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values)
 
 
+def aligned(shapes: Sequence[Shape], values: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Return one number per token, (batch, suffix): without prefixes, padded on the right.
+
+    Args:
+        shapes: Of the examples.
+        values: One number for each token of each example, or more.
+        fill: What padding gets.
+    """
+    rows = torch.full((len(shapes), max(shape.suffix for shape in shapes)), fill)
+    for row, shape, numbers in zip(rows, shapes, values, strict=True):
+        row[: shape.suffix] = torch.tensor(numbers[shape.prefix : shape.length])
+    return rows
+
+
 def run_stacked(
     model: Any,
     num_blocks: int,

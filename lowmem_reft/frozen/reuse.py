@@ -28,7 +28,7 @@ from torch import Tensor
 from lowmem_reft.base import base_digest, dequantized
 from lowmem_reft.blocks import base_of, device_of
 from lowmem_reft.devices import dtype_name
-from lowmem_reft.frozen.batch import ReadAhead, Stacked, run_stacked, stack
+from lowmem_reft.frozen.batch import ReadAhead, Stacked, aligned, run_stacked, stack
 from lowmem_reft.frozen.build import Below, compute, without_adapters
 from lowmem_reft.frozen.feed import blocks_of, feeding, keys_and_values
 from lowmem_reft.frozen.layout import Layout, Shape, in_common
@@ -104,10 +104,7 @@ class Reuse:
         self._tokens = [example["input_ids"] for example in examples]
         self._common = in_common(self._tokens, causal=is_causal(self.base))
         self.recompute = recompute and any(self.split.first_edited)
-        self.shapes = [
-            Shape(first, len(tokens) - first)
-            for first, tokens in zip(self.split.first_edited, self._tokens, strict=True)
-        ]
+        self.shapes = self._shapes(self.split)
         stored = replace(self.split, first_edited=[0] * len(examples)) if recompute else self.split
         self.layout, self.store = self._store(stored)
         self.was_built = False
@@ -129,15 +126,22 @@ class Reuse:
         took = f"built in {self.build_time_s:.1f} s" if self.was_built else "found"
         return f"{what}; {size}, {took}"
 
-    def _store(self, split: Split, **more: Any) -> tuple[Layout, Store]:
-        """Return the store of what is constant, as it is or is to be; ``more`` facts name it."""
-        shapes = [
+    def _shapes(self, split: Split) -> list[Shape]:
+        return [
             Shape(first, len(tokens) - first)
             for first, tokens in zip(split.first_edited, self._tokens, strict=True)
         ]
+
+    def _store(self, split: Split, **more: Any) -> tuple[Layout, Store]:
+        """Return the store of what is constant, as it is or is to be; ``more`` facts name it."""
         order, shared = self._common
         layout = Layout.of(
-            self.base, split.num_blocks, shapes, self._dtype, order=order, shared=shared
+            self.base,
+            split.num_blocks,
+            self._shapes(split),
+            self._dtype,
+            order=order,
+            shared=shared,
         )
         facts = {
             **self._facts,
@@ -176,14 +180,10 @@ class Reuse:
     def _build(self, limit_bytes: int | None, report: Report) -> None:
         with self.store.locked():
             if not self.store.missing_shards():
-                for stage in self._stages():  # of a build that was killed at its very end
-                    if stage is not self.store:
-                        stage.remove()
+                self._remove_stages()  # of a build that was killed at its very end
                 return
             self.was_built = True
-            reason = self.store.check_space(limit_bytes)
-            if reason is not None:  # before lower blocks run for nothing
-                raise NoRoomError(reason)
+            _check_room(self.store, limit_bytes)  # before lower blocks run for nothing
             try:
                 below = None
                 if self.residency is not None:
@@ -193,9 +193,7 @@ class Reuse:
                     if below is not None:
                         below.store.remove()
             except NoRoomError:
-                for stage in self._stages():  # a smaller store has stages of its own
-                    if stage is not self.store:
-                        stage.remove()
+                self._remove_stages()  # a smaller store has stages of its own
                 raise
 
     def _stream(self, residency: Residency, limit_bytes: int | None, report: Report) -> Below:
@@ -237,6 +235,11 @@ class Reuse:
             stages[-1] = self.store
         return stages
 
+    def _remove_stages(self) -> None:
+        for stage in self._stages():
+            if stage is not self.store:
+                stage.remove()
+
     def _fill(
         self,
         store: Store,
@@ -246,9 +249,7 @@ class Reuse:
         report: Report,
     ) -> None:
         """Compute and write what is missing from a locked store."""
-        reason = store.check_space(limit_bytes)
-        if reason is not None:
-            raise NoRoomError(reason)
+        _check_room(store, limit_bytes)
         missing = store.missing_shards()
         for done, shard in enumerate(missing):
             report(done, len(missing))
@@ -312,11 +313,11 @@ class Reuse:
             indices: Which examples.
             num_items_in_batch: As the Trainer passes it.
         """
-        with_labels = [self.examples[int(index)]["labels"] for index in indices]
-        if isinstance(with_labels[0], int):
-            labels = torch.tensor(with_labels)
+        of_each = self._labels(indices)
+        if isinstance(of_each[0], int):
+            labels = torch.tensor(of_each)
         else:
-            labels = self._aligned(indices, with_labels, IGNORED_LABEL)
+            labels = self._aligned(indices, of_each, IGNORED_LABEL)
         arguments: dict[str, Any] = {"labels": labels.to(device_of(self.base))}
         if num_items_in_batch is not None:
             arguments["num_items_in_batch"] = num_items_in_batch
@@ -329,9 +330,7 @@ class Reuse:
         Args:
             indices: Which examples.
         """
-        labels = self._aligned(
-            indices, [self.examples[int(index)]["labels"] for index in indices], IGNORED_LABEL
-        )
+        labels = self._aligned(indices, self._labels(indices), IGNORED_LABEL)
         # With a prefix the edited tokens are passed; without one the model has to find the prompt.
         has_prefix = any(self.shapes[int(index)].prefix for index in indices)
         arguments = {} if has_prefix else prompt_arguments(self.model, labels)
@@ -374,15 +373,13 @@ class Reuse:
     def _stack(self, records: Sequence[Record]) -> Stacked:
         return stack(records, self.layout, pinned=device_of(self.base).type == "cuda")
 
+    def _labels(self, indices: Sequence[int]) -> list[Any]:
+        return [self.examples[int(index)]["labels"] for index in indices]
+
     def _aligned(
         self, indices: Sequence[int], values: Sequence[Sequence[int]], fill: int
     ) -> Tensor:
-        """Return one number per token, (batch, suffix): without prefixes, padded on the right."""
-        shapes = [self.shapes[int(index)] for index in indices]
-        aligned = torch.full((len(shapes), max(shape.suffix for shape in shapes)), fill)
-        for row, (shape, numbers) in enumerate(zip(shapes, values, strict=True)):
-            aligned[row, : shape.suffix] = torch.tensor(numbers[shape.prefix : shape.length])
-        return aligned
+        return aligned([self.shapes[int(index)] for index in indices], values, fill)
 
     @torch.no_grad()
     def _with_prefixes(
@@ -411,6 +408,12 @@ class Reuse:
             for part in (keys, values):
                 part[:, row] = part[:, row].roll(prefix - shape.prefix, dims=2)
         return Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values)
+
+
+def _check_room(store: Store, limit_bytes: int | None) -> None:
+    reason = store.check_space(limit_bytes)
+    if reason is not None:
+        raise NoRoomError(reason)
 
 
 def _belongs_to_an_adapter(name: str) -> bool:

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.devices import DTYPES
 from lowmem_reft.errors import InputError
-from lowmem_reft.frozen.batch import Stacked, run_stacked
+from lowmem_reft.frozen.batch import Stacked, aligned, run_stacked
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.split import (
     ReuseError,
@@ -306,14 +306,10 @@ class Predictor:
         prefix, suffix = (max(s.prefix for s in shapes), max(s.suffix for s in shapes))
         arguments: dict[str, Any] = {"labels": labels}
         if not classes:
-            aligned = torch.full((len(shapes), suffix), IGNORED_LABEL)
-            groups = torch.full((len(shapes), suffix), -1)
-            found = groups_of(self.model, examples) if prefix else None
-            for row, shape in enumerate(shapes):
-                aligned[row, : shape.suffix] = labels[row, shape.prefix : shape.length]
-                if found is not None:
-                    groups[row, : shape.suffix] = found[row, shape.prefix : shape.length]
-            arguments = {"labels": aligned, "groups": groups}
+            arguments = {"labels": aligned(shapes, labels.tolist(), IGNORED_LABEL)}
+            if prefix:
+                groups = groups_of(self.model, examples)
+                arguments["groups"] = aligned(shapes, groups.tolist(), -1)
         if not is_causal(base):
             arguments["input_ids"] = torch.zeros(len(shapes), suffix, dtype=torch.long)
 
