@@ -289,9 +289,14 @@ def report(
         spread = f"{entry['min_ratio']:.3g} to {entry['max_ratio']:.3g}"
         console.print(f"{entry['ours']} / {entry['theirs']}", style="bold")
         console.print(f"  {entry['ratio']:.3g} ({spread}), goal {entry['goal']:g}: {verdict}")
+    finish(result, output)
+
+
+def finish(result: Mapping[str, Any], output: Path | None) -> None:
+    """Write the file, if one is named, and end with the result as one JSON line."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 

@@ -10,7 +10,6 @@ whole command.
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.common import environment
+from benchmarks.common import environment, finish
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.measure import measure
 from lowmem_reft.memory.planner import Lengths, Planner, read_config
@@ -162,10 +161,7 @@ def main(options: GpuMemory) -> int:
         "model": options.model,
         "rows": rows_of(options, config, started),
     }
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, options.output)
     return 0
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import shutil
 import sys
 import tempfile
@@ -42,7 +41,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.common import environment, summarize
+from benchmarks.common import environment, finish, summarize
 from benchmarks.reuse_steps import (
     PLAIN,
     QLORA,
@@ -491,10 +490,7 @@ def main(options: GpuReuse) -> int:
                 f"{shape}: {each['speed_up']:.2f} times {method}, of {each['limit']:.1f} possible",
                 file=sys.stderr,
             )
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, options.output)
     return 0
 
 

@@ -28,7 +28,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
-from benchmarks.common import environment
+from benchmarks.common import environment, finish
 from lowmem_reft import embedded
 from lowmem_reft.synthetic import base_with_random_weights
 
@@ -214,10 +214,7 @@ def main(options: LargerThanMemory) -> int:
     finally:
         if options.directory is None:
             shutil.rmtree(directory, ignore_errors=True)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, options.output)
     return 0
 
 
