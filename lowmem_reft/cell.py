@@ -29,6 +29,7 @@ from lowmem_reft.options import (
     OptimOptions,
     ReuseOptions,
     RunOptions,
+    ScoringOptions,
     TrainOptions,
 )
 
@@ -45,21 +46,27 @@ EMPTY_RESULT: Result = {
     "trainable_percent": None,
     "adapter_bytes": None,
     "peak_bytes": None,
+    "breakdown_bytes": None,
     "reserved_bytes": None,
     "rss_bytes": None,
     "step_time_s": None,
     "build_time_s": None,
     "tokens_per_s": None,
     "reuse": None,
+    "best_epoch": None,
+    "validation_value": None,
+    "validation": None,
     "train_loss": None,
     "loss": None,
     "num_examples": None,
     "num_steps": None,
+    "train_time_s": None,
     "wall_time_s": None,
     "error": None,
     "storage": None,
     "model": None,
     "command": None,
+    "predictions": None,
     "device": None,
     "commit": None,
     "versions": None,
@@ -139,8 +146,8 @@ def run_cell(cell: Cell) -> Result:
     scored = run_evaluation(cell.evaluate)
     measured = {
         **trained,
-        "metric": scored.get("metric", "accuracy"),
-        "value": scored["value"] if "value" in scored else scored["accuracy"],
+        "metric": scored["metric"],
+        "value": scored["value"],
         "loss": scored.get("loss"),
         "num_examples": scored["num_examples"],
         "wall_time_s": time.perf_counter() - start,
@@ -201,6 +208,7 @@ def _train_options(content: dict[str, Any]) -> TrainOptions:
         model=ModelOptions(**content["model"]),
         data=DataOptions(**content["data"]),
         held_out=HeldOutOptions(**content["held_out"]),
+        scoring=ScoringOptions(**content["scoring"]),
         method=MethodOptions(**content["method"]),
         optim=OptimOptions(**content["optim"]),
         memory=MemoryOptions(**content["memory"]),
@@ -213,9 +221,13 @@ def _evaluate_options(content: dict[str, Any]) -> EvaluateOptions:
     paths = {
         name: Path(content[name]) if content[name] else None for name in ("adapter", "predictions")
     }
-    model, data = ModelOptions(**content["model"]), DataOptions(**content["data"])
-    reuse = _reuse_options(content["reuse"])
-    return EvaluateOptions(**{**content, **paths, "model": model, "data": data, "reuse": reuse})
+    groups = {
+        "model": ModelOptions(**content["model"]),
+        "data": DataOptions(**content["data"]),
+        "scoring": ScoringOptions(**content["scoring"]),
+        "reuse": _reuse_options(content["reuse"]),
+    }
+    return EvaluateOptions(**{**content, **paths, **groups})
 
 
 def _reuse_options(content: dict[str, Any]) -> ReuseOptions:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -23,15 +24,17 @@ from lowmem_reft.options import (
     CompareOptions,
     DataOptions,
     EvaluateOptions,
+    HeldOutOptions,
     MemoryOptions,
     ModelOptions,
     OptimOptions,
     ReuseOptions,
     RunOptions,
+    ScoringOptions,
     TrainOptions,
 )
 from lowmem_reft.schedule import CHILD_COMMAND, run_cells
-from lowmem_reft.sources import Sources, find_sources
+from lowmem_reft.sources import Sources, find_all_sources
 
 if TYPE_CHECKING:
     from lowmem_reft.methods import MethodSpec
@@ -43,7 +46,9 @@ EMBEDDED_METHODS = (
 )
 
 CSV_FIELDS = tuple(
-    name for name in EMPTY_RESULT if name not in ("config", "versions", "loss_history")
+    name
+    for name in EMPTY_RESULT
+    if name not in ("config", "versions", "loss_history", "validation", "breakdown_bytes")
 )
 """Columns of results.csv: every field of a result that is one value."""
 
@@ -51,7 +56,7 @@ CSV_FIELDS = tuple(
 def run_comparison(
     options: CompareOptions, *, child_command: Sequence[str] = CHILD_COMMAND
 ) -> dict[str, Any]:
-    """Run the matrix method x seed, with the untuned base as the first rows, and write the report.
+    """Run the matrix task x method x seed, the untuned base first, and write the report.
 
     Args:
         options: What to compare; finished cells in ``options.output_dir`` are not run again.
@@ -71,7 +76,11 @@ def run_comparison(
 
     options = replace(options, methods=options.methods or default_methods(options))
     specs, seeds = parse_methods(options.methods or ""), parse_seeds(options.seeds)
-    cells = build_cells(options, specs, seeds, find_sources(options))
+    cells = [
+        cell
+        for sources in find_all_sources(options)
+        for cell in build_cells(options, specs, seeds, sources)
+    ]
     with Progress(len(cells), quiet=options.quiet) as progress:
         results = run_cells(
             cells, observer=progress, workers=options.workers, child_command=child_command
@@ -117,7 +126,9 @@ def parse_seeds(text: str) -> list[int]:
 def build_cells(
     options: CompareOptions, specs: Sequence[MethodSpec], seeds: Sequence[int], sources: Sources
 ) -> list[Cell]:
-    """The untuned base once per storage, then every method with every seed.
+    """The untuned base once per storage, then every method with every seed, on one task.
+
+    A base under an untrained classification head says nothing, so it has no row there.
 
     Raises:
         InputError: Two methods are the same, or would share a directory.
@@ -126,6 +137,7 @@ def build_cells(
     cells = [
         _base_cell(options, sources, storage, storages[storage])
         for storage in dict.fromkeys(spec.storage for spec in specs)
+        if options.task_type == "CAUSAL_LM"
     ]
     cells += [_method_cell(options, sources, spec, seed) for spec in specs for seed in seeds]
     if len({cell.directory for cell in cells}) < len(cells):
@@ -139,12 +151,13 @@ def command_line(options: CompareOptions, method: str, seed: int) -> str:
     """The command that runs one cell again (and scores the base beside it)."""
     words = ["lowmem-reft", "compare", "--methods", method, "--seeds", str(seed)]
     apart = {"methods", "seeds", "output_dir", "workers", "json", "quiet"}
-    apart |= {"optim", "memory", "reuse"}
+    apart |= {"optim", "memory", "reuse", "scoring"}
     groups = (
         (options, CompareOptions()),
         (options.memory, MemoryOptions()),
         (options.optim, OptimOptions()),
         (options.reuse, CompareOptions().reuse),
+        (options.scoring, ScoringOptions()),
     )
     for group, defaults in groups:
         for field in fields(group):
@@ -167,39 +180,45 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
 
 def _base_cell(options: CompareOptions, sources: Sources, storage: str, method: str) -> Cell:
     label = f"base[storage={storage}]"
-    directory = _cell_directory(options, label, 0)
+    directory = _cell_directory(options, sources, label, 0)
     evaluate = _evaluate_options(options, sources, storage, directory, adapter=None)
     evaluate = replace(evaluate, reuse=ReuseOptions(reuse="off"))
-    command = command_line(options, method, 0)
+    command = _command(options, sources, method, 0)
     return Cell(
         directory=directory,
         train=None,
         evaluate=evaluate,
-        record=_record(sources, label, 0, command, None, evaluate),
+        record=_record(options, sources, label, 0, command, None, evaluate),
     )
 
 
 def _method_cell(options: CompareOptions, sources: Sources, spec: MethodSpec, seed: int) -> Cell:
     from lowmem_reft.methods import resolve_learning_rate
 
-    directory = _cell_directory(options, spec.label, seed)
+    directory = _cell_directory(options, sources, spec.label, seed)
     adapter = directory / "train" / "adapter"
     evaluate = _evaluate_options(options, sources, spec.storage, directory, adapter=adapter)
     train = TrainOptions(
         model=evaluate.model,
         data=replace(evaluate.data, data=sources.train, split=options.split, limit=options.limit),
+        held_out=HeldOutOptions(
+            validation_data=sources.validation,
+            validation_split=options.validation_split,
+            validation_limit=options.validation_limit,
+        ),
+        scoring=sources.scoring,
         method=spec.options,
         optim=resolve_learning_rate(spec.options, replace(options.optim, **spec.optim_overrides)),
         memory=options.memory,
         reuse=evaluate.reuse,
         run=RunOptions(output_dir=directory / "train", seed=seed, quiet=True),
     )
-    command = command_line(options, spec.label, seed)
+    command = _command(options, sources, spec.label, seed)
     return Cell(
         directory=directory,
         train=train,
         evaluate=evaluate,
-        record=_record(sources, spec.label, seed, command, train, evaluate),
+        record=_record(options, sources, spec.label, seed, command, train, evaluate),
     )
 
 
@@ -213,17 +232,17 @@ def _evaluate_options(
             # 16- and 32-bit weights are computed in their own dtype.
             compute_dtype=options.compute_dtype if storage in ("nf4", "fp4", "int8") else "auto",
             device=options.device,
+            task_type=options.task_type,
         ),
         data=DataOptions(
             data=sources.evaluate,
             split=options.eval_split,
-            template=options.template,
+            template=sources.template,
             max_length=options.max_length,
             limit=options.eval_limit,
         ),
         adapter=adapter,
-        answer_pattern=options.answer_pattern,
-        max_new_tokens=options.max_new_tokens,
+        scoring=sources.scoring,
         # Cells share their stores: another seed or rank on the same layers builds nothing.
         reuse=replace(
             options.reuse, reuse_dir=options.reuse.reuse_dir or options.output_dir / "reuse"
@@ -243,6 +262,7 @@ def _method_config(train: TrainOptions) -> dict[str, Any]:
 
 
 def _record(
+    options: CompareOptions,
     sources: Sources,
     label: str,
     seed: int,
@@ -254,16 +274,17 @@ def _record(
     config: dict[str, Any] = {
         "model": {**asdict(evaluate.model), "model": sources.model_digest},
         "eval_data": {**asdict(evaluate.data), "data": sources.evaluate_digest},
-        "scoring": {
-            name: getattr(evaluate, name)
-            for name in ("scoring", "answer_pattern", "batch_size", "max_new_tokens")
-        },
+        "scoring": {**asdict(evaluate.scoring), "batch_size": evaluate.batch_size},
     }
     if train is not None:
         config["data"] = {**asdict(train.data), "data": sources.train_digest}
         config["method"] = _method_config(train)
         config["optim"] = asdict(train.optim)
         config["memory"] = asdict(train.memory)
+        config["validation_data"] = {
+            **asdict(train.held_out),
+            "validation_data": sources.validation_digest,
+        }
         config["seed"] = seed
     canonical = json.dumps(config, sort_keys=True)
     return {
@@ -273,11 +294,18 @@ def _record(
         "storage": evaluate.model.storage,
         "model": sources.model_name,
         "command": command,
+        "predictions": os.path.relpath(evaluate.predictions or "", options.output_dir),
         "config": config,
         "key": hashlib.sha256(canonical.encode()).hexdigest(),
     }
 
 
-def _cell_directory(options: CompareOptions, label: str, seed: int) -> Path:
+def _command(options: CompareOptions, sources: Sources, method: str, seed: int) -> str:
+    tasks = None if options.tasks is None else sources.task
+    return command_line(replace(options, tasks=tasks), method, seed)
+
+
+def _cell_directory(options: CompareOptions, sources: Sources, label: str, seed: int) -> Path:
     slug = re.sub(r"[^A-Za-z0-9.+=]+", "-", label).strip("-")
-    return options.output_dir / "cells" / f"{slug}-seed{seed}"
+    folder = "" if options.tasks is None else sources.task
+    return options.output_dir / "cells" / folder / f"{slug}-seed{seed}"

@@ -1,8 +1,12 @@
-"""Scoring: accuracy by the likelihood of choices, a classification head, or generated answers."""
+"""Scoring: by the likelihood of choices, a classification head, or generated answers.
+
+Each way gives a prediction per example; the metric (``tasks/metrics.py``) makes one number of them.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from contextlib import ExitStack, nullcontext
@@ -21,6 +25,7 @@ from lowmem_reft.data import (
     encode_choices,
     encode_labelled,
     encode_prompts,
+    encode_rows,
     label_names,
     load_rows,
 )
@@ -28,31 +33,25 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.prepare import prepare_scoring
 from lowmem_reft.generate import generate_batches
 from lowmem_reft.loss import response_log_likelihood
-from lowmem_reft.options import ReuseOptions
+from lowmem_reft.options import ReuseOptions, ScoringOptions
 from lowmem_reft.progress import counter, progress
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
     from lowmem_reft.data import Row
-    from lowmem_reft.options import EvaluateOptions, Scoring
+    from lowmem_reft.options import EvaluateOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringSettings:
-    """How rows are scored."""
+class ScoringSettings(ScoringOptions):
+    """How rows are scored, and with what means."""
 
-    scoring: Scoring = "auto"
-    """likelihood of each choice, or generation; auto: likelihood where rows have choices."""
-    answer_pattern: str | None = None
-    """Regular expression that finds the answer in generated text; None takes all of it."""
     batch_size: int = 16
     """Sequences per forward pass."""
-    max_new_tokens: int = 64
-    """Tokens generated per example."""
     quiet: bool = True
     """No progress bar."""
     reuse: ReuseOptions = field(default_factory=ReuseOptions)
@@ -65,24 +64,37 @@ class ScoringSettings:
 class Scores:
     """Per-example outcomes of one evaluation."""
 
+    predictions: list[Any]
+    """What was answered: the index of a choice or class, a number, or the extracted text."""
+    references: list[Any]
+    """What is right, in the same form."""
     correct: list[bool]
     """Whether each example was answered rightly."""
-    predictions: list[Any]
-    """What was answered: the index of a choice or class, or the extracted text."""
     losses: list[float] = field(default_factory=list)
-    """Mean negative log-likelihood per token of the right choice (or class), where there is one."""
+    """Mean negative log-likelihood per token of the right answer (or class), where it is known."""
     num_cut_prompts: int = 0
     """Prompts that were cut from the left to fit."""
+    metric: str = "accuracy"
+    """What ``value`` is; a name in ``tasks.metrics.METRICS``."""
+
+    @property
+    def value(self) -> float:
+        """The metric over all examples: a share (accuracy, f1, ...) or a correlation."""
+        if self.metric == "accuracy":
+            return sum(self.correct) / len(self.correct)
+        from lowmem_reft.tasks.metrics import compute
+
+        return compute(self.metric, self.predictions, self.references)
 
     def summary(self) -> dict[str, Any]:
-        """Return ``accuracy``, ``num_examples`` and, where known, ``loss``."""
+        """Return ``metric``, ``value``, ``accuracy``, ``num_examples`` and, if known, ``loss``."""
         summary: dict[str, Any] = {
-            "metric": "accuracy",
-            "value": sum(self.correct) / len(self.correct),
+            "metric": self.metric,
+            "value": self.value,
+            "accuracy": sum(self.correct) / len(self.correct),
             "num_examples": len(self.correct),
             "num_cut_prompts": self.num_cut_prompts,
         }
-        summary["accuracy"] = summary["value"]
         if self.losses:
             summary["loss"] = sum(self.losses) / len(self.losses)
         return summary
@@ -95,8 +107,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     adapter's training card, so that scoring matches training.
 
     Returns:
-        ``accuracy`` (also as ``metric``, ``value``), ``num_examples``, ``num_cut_prompts`` and,
-        where known, ``loss``.
+        ``metric``, ``value``, ``accuracy`` (the share of right answers), ``num_examples``,
+        ``num_cut_prompts`` and, where known, ``loss``.
 
     Raises:
         InputError: an option, a file or a row is wrong.
@@ -109,7 +121,7 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         template=data.template,
         max_length=data.max_length,
     )
-    extract_answer("", options.answer_pattern)  # a broken pattern is refused before the work
+    check_scoring(options.scoring)
     if options.predictions is not None:
         options.predictions.parent.mkdir(parents=True, exist_ok=True)
     rows = load_rows(data.data, split=data.split, limit=data.limit)
@@ -122,23 +134,55 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         if directory is None and options.reuse.resident == "upper":
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         settings = ScoringSettings(
-            scoring=options.scoring,
-            answer_pattern=options.answer_pattern,
+            **vars(options.scoring),
             batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
             quiet=options.quiet,
             reuse=options.reuse,
             reuse_dir=directory,
         )
         scores = score(model, tokenizer, rows, card, settings)
     if options.predictions is not None:
-        with options.predictions.open("w") as file:
-            for row, prediction, correct in zip(
-                rows, scores.predictions, scores.correct, strict=True
-            ):
-                line = {"source": row.source, "prediction": prediction, "correct": correct}
+        with options.predictions.open("w", encoding="utf-8") as file:
+            for line in _prediction_lines(rows, scores, card):
                 file.write(json.dumps(line) + "\n")
     return scores.summary()
+
+
+def _prediction_lines(
+    rows: Sequence[Row], scores: Scores, card: TrainingCard
+) -> Iterator[dict[str, Any]]:
+    """What is written per example: where it is from, what was asked, answered and right."""
+    for row, prediction, reference, correct in zip(
+        rows, scores.predictions, scores.references, scores.correct, strict=True
+    ):
+        line = {
+            "source": row.source,
+            "prompt": row.prompt or row.prompt_messages[-1]["content"],
+            "prediction": prediction,
+            "reference": reference,
+            "correct": correct,
+        }
+        names = row.choices or card.label_names or ()
+        if type(prediction) is int and names:
+            line["prediction_text"], line["reference_text"] = names[prediction], names[reference]
+        yield line
+
+
+def check_scoring(options: ScoringOptions) -> None:
+    """Refuse a metric, an extractor or a pattern that there is not, before the work.
+
+    Raises:
+        InputError: see above.
+    """
+    if options.metric != "accuracy":
+        from lowmem_reft.tasks.metrics import find_metric
+
+        find_metric(options.metric)
+    if options.extractor is not None:
+        from lowmem_reft.tasks.answers import find_extractor
+
+        find_extractor(options.extractor)
+    extract_answer("", options.answer_pattern)
 
 
 def check_rows(rows: Sequence[Row], card: TrainingCard) -> None:
@@ -181,13 +225,14 @@ def _score(
     settings: ScoringSettings,
 ) -> Scores:
     if card.task_type == "SEQ_CLS":
-        return _score_classes(model, tokenizer, rows, card, settings)
+        scores = _score_classes(model, tokenizer, rows, card, settings)
+        return replace(scores, metric=settings.metric)
     rows = as_choices(rows, card.label_names)
     by_likelihood = settings.scoring == "likelihood" or (
         settings.scoring == "auto" and rows[0].choices
     )
     score_rows = _score_choices if by_likelihood else _score_generated
-    return score_rows(model, tokenizer, rows, card, settings)
+    return replace(score_rows(model, tokenizer, rows, card, settings), metric=settings.metric)
 
 
 @torch.no_grad()
@@ -218,19 +263,32 @@ def _score_choices(
         sums, counts = likelihoods(range(start, start + len(batch)))
         for (index, choice, _), total, count in zip(batch, sums.tolist(), counts, strict=True):
             totals[index][choice] = (total, count)
-    predictions, losses = [], []
+    answers, losses = [], []
     for row, scored in zip(rows, totals, strict=True):
         assert row.answer is not None
-        predictions.append(max(scored, key=lambda choice: scored[choice][0]))
+        answers.append(max(scored, key=lambda choice: scored[choice][0]))
         total, count = scored[row.answer]
         losses.append(-total / count)
-    correct = [bool(p == row.answer) for p, row in zip(predictions, rows, strict=True)]
+    predictions: list[Any] = answers
+    references: list[Any] = [row.answer for row in rows]
+    if getattr(rows[0], "target", None) is not None:
+        predictions = [_expected(row, scored) for row, scored in zip(rows, totals, strict=True)]
+        references = [row.target for row in rows]
     return Scores(
-        correct=correct,
+        correct=[answer == row.answer for answer, row in zip(answers, rows, strict=True)],
         predictions=predictions,
+        references=references,
         losses=losses,
         num_cut_prompts=sum(by_choice.num_cut_prompts for by_choice in encoded),
     )
+
+
+def _expected(row: Row, scored: dict[int, tuple[float, int]]) -> float:
+    """The choices are numbers: their mean under the softmax of their log-likelihoods."""
+    top = max(total for total, _ in scored.values())
+    weights = {choice: math.exp(total - top) for choice, (total, _) in scored.items()}
+    weighted = sum(weight * float(row.choices[choice]) for choice, weight in weights.items())
+    return weighted / sum(weights.values())
 
 
 def _likelihoods(
@@ -273,22 +331,25 @@ def _score_classes(
     )
     examples, size = encoded.examples, settings.batch_size
     collate = Collator(tokenizer)
-    predictions: list[int] = []
+    predictions: list[Any] = []
     losses: list[float] = []
     for start in progress(range(0, len(examples), size), "scoring", quiet=settings.quiet):
         batch = collate(examples[start : start + size])
-        labels = batch.pop("labels")
+        labels = batch.pop("labels").to(model.device)
         logits = model(
             **{key: value.to(model.device) for key, value in batch.items()}
         ).logits.float()
-        predictions += logits.argmax(-1).tolist()
-        losses += torch.nn.functional.cross_entropy(
-            logits, labels.to(logits.device), reduction="none"
-        ).tolist()
-    correct = [p == example["labels"] for p, example in zip(predictions, examples, strict=True)]
+        if logits.shape[-1] == 1:  # a regression
+            predictions += logits[:, 0].tolist()
+            losses += (logits[:, 0] - labels).square().tolist()
+        else:
+            predictions += logits.argmax(-1).tolist()
+            losses += torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
+    references = [example["labels"] for example in examples]
     return Scores(
-        correct=correct,
+        correct=[p == r for p, r in zip(predictions, references, strict=True)],
         predictions=predictions,
+        references=references,
         losses=losses,
         num_cut_prompts=encoded.num_cut_prompts,
     )
@@ -302,13 +363,13 @@ def _score_generated(
     settings: ScoringSettings,
 ) -> Scores:
     """Generate greedily, extract the answer and compare it with the one in the response."""
-    pattern = settings.answer_pattern
-    wanted = [extract_answer(row.response or "", pattern) for row in rows]
-    for row, answer in zip(rows, wanted, strict=True):
+    references = [_answer(row.response or "", settings) for row in rows]
+    for row, answer in zip(rows, references, strict=True):
         if answer is None:
+            name = "extractor" if settings.extractor else "answer_pattern"
             raise InputError(
-                f"{row.source}: response must match answer_pattern {pattern!r}, got "
-                f"{row.response!r}; correct the pattern or the row"
+                f"{row.source}: response must match {name} {getattr(settings, name)!r}, got "
+                f"{row.response!r}; correct the {name} or the row"
             )
     encoded = encode_prompts(rows, tokenizer, template=card.template, max_length=card.max_length)
     texts = generate_batches(
@@ -319,9 +380,59 @@ def _score_generated(
         max_new_tokens=settings.max_new_tokens,
         quiet=settings.quiet,
     )
-    predictions = [extract_answer(text, pattern) for text in texts]
-    correct = [bool(p == w) for p, w in zip(predictions, wanted, strict=True)]
-    return Scores(correct=correct, predictions=predictions, num_cut_prompts=encoded.num_cut_prompts)
+    predictions = [_answer(text, settings) for text in texts]
+    correct = [
+        p is not None and _equal(p, r, settings)
+        for p, r in zip(predictions, references, strict=True)
+    ]
+    return Scores(
+        correct=correct,
+        predictions=predictions,
+        references=references,
+        # Where there is no right answer but a reference, its likelihood says more than the text.
+        losses=_response_losses(model, tokenizer, rows, card, settings)
+        if settings.metric == "overlap"
+        else [],
+        num_cut_prompts=encoded.num_cut_prompts,
+    )
+
+
+def _response_losses(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    card: TrainingCard,
+    settings: ScoringSettings,
+) -> list[float]:
+    """Mean negative log-likelihood per token of each row's own response, EOS included."""
+    encoded = encode_rows(rows, tokenizer, template=card.template, max_length=card.max_length)
+    examples = encoded.examples
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
+    collate, losses = Collator(tokenizer, padding_side="left"), [0.0] * len(examples)
+    starts = range(0, len(order), settings.batch_size)
+    for start in progress(starts, "scoring", quiet=settings.quiet):
+        indices = order[start : start + settings.batch_size]
+        batch = collate([examples[index] for index in indices])
+        sums, counts = response_log_likelihood(model, batch)
+        for index, total, count in zip(indices, sums.tolist(), counts, strict=True):
+            losses[index] = -total / count
+    return losses
+
+
+def _equal(first: str, second: str, settings: ScoringSettings) -> bool:
+    if settings.extractor is None:
+        return first == second
+    from lowmem_reft.tasks.answers import answers_equal
+
+    return answers_equal(settings.extractor, first, second)
+
+
+def _answer(text: str, settings: ScoringSettings) -> str | None:
+    if settings.extractor is not None:
+        from lowmem_reft.tasks.answers import find_extractor
+
+        return find_extractor(settings.extractor)(text)
+    return extract_answer(text, settings.answer_pattern)
 
 
 def extract_answer(text: str, pattern: str | None) -> str | None:

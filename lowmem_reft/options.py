@@ -118,18 +118,50 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutOptions:
-    """The rows to score after training."""
+    """The rows to choose the best epoch by, and those to score after training."""
 
+    validation_data: str | None = None
+    """Rows to score after every epoch; the adapter of the best one is kept."""
+    validation_split: str = "validation"
+    """Split of --validation-data where that is a datasets id."""
+    validation_limit: int | None = None
+    """Score only the first N rows of --validation-data."""
     eval_data: str | None = None
-    """Rows to score after training (never trained on)."""
+    """Rows to score after training (never trained on, and nothing is chosen by them)."""
     eval_split: str = "test"
     """Split of --eval-data where that is a datasets id."""
     eval_limit: int | None = None
     """Score only the first N rows of --eval-data."""
 
     def __post_init__(self) -> None:
-        """Check the count."""
-        check_counts(eval_limit=self.eval_limit)
+        """Check the counts."""
+        check_counts(validation_limit=self.validation_limit, eval_limit=self.eval_limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How answers are found and scored."""
+
+    scoring: Scoring = "auto"
+    """likelihood of each choice, or generation and answer extraction; auto: likelihood where rows
+    have choices."""
+    metric: str = "accuracy"
+    """accuracy, f1, matthews, pearson, spearman or another that lowmem-reft tasks names."""
+    extractor: str | None = None
+    """Finds the answer in generated text by name: number, option_letter, true_false, ..."""
+    answer_pattern: str | None = None
+    """Regular expression with one group that finds the answer in generated text; default: all."""
+    max_new_tokens: int = 64
+    """Tokens generated per example."""
+
+    def __post_init__(self) -> None:
+        """Check the count, and that there is one way to find the answer."""
+        check_counts(max_new_tokens=self.max_new_tokens)
+        if self.extractor is not None and self.answer_pattern is not None:
+            raise InputError(
+                f"extractor must be left out with answer_pattern, got {self.extractor!r} and "
+                f"{self.answer_pattern!r}; choose one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +339,7 @@ class TrainOptions:
     model: ModelOptions
     data: DataOptions
     held_out: HeldOutOptions = field(default_factory=HeldOutOptions)
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
@@ -322,15 +355,9 @@ class EvaluateOptions:
     data: DataOptions
     adapter: Path | None = None
     """Adapter directory; without it the base itself is scored."""
-    scoring: Scoring = "auto"
-    """likelihood of each choice, or generation and answer extraction; auto: likelihood where rows
-    have choices."""
-    answer_pattern: str | None = None
-    """Regular expression with one group that finds the answer in generated text; default: all."""
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
     batch_size: int = 16
     """Sequences per forward pass."""
-    max_new_tokens: int = 64
-    """Tokens generated per example."""
     reuse: ReuseOptions = field(default_factory=ReuseOptions)
     predictions: Path | None = None
     """Write one JSON line per example here."""
@@ -340,8 +367,8 @@ class EvaluateOptions:
     """No progress bar."""
 
     def __post_init__(self) -> None:
-        """Check the counts."""
-        check_counts(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        """Check the count."""
+        check_counts(batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -497,18 +524,26 @@ class CompareOptions:
 
     model: str | None = None
     """Hub id or local directory; default: the tiny model that the package ships."""
+    task_type: TaskType = "CAUSAL_LM"
+    """CAUSAL_LM, or SEQ_CLS for a classification head."""
+    tasks: str | None = None
+    """Comma-separated names that lowmem-reft tasks lists: rows, prompts, metrics and splits are
+    the task's own, and each adapter is that of its best epoch on the task's validation rows."""
+    data_dir: Path | None = None
+    """Directory with the files of --tasks; default: their hub ids."""
     data: str | None = None
     """Training rows (see train --data); default: the small task that the package ships."""
+    validation_data: str | None = None
+    """Rows to choose the best epoch by; default with --data: the last epoch is kept."""
     eval_data: str | None = None
     """Rows to score; default with --data: a fixed tenth of the training rows, held out."""
     split: str = "train"
     """Split of --data where that is a datasets id."""
+    validation_split: str = "validation"
+    """Split of --validation-data where that is a datasets id."""
     eval_split: str = "test"
     """Split of --eval-data where that is a datasets id."""
-    answer_pattern: str | None = None
-    """Regular expression that finds the answer in generated text (rows without choices)."""
-    max_new_tokens: int = 64
-    """Tokens generated per example (rows without choices)."""
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
     methods: str | None = None
     """Comma-separated names, with overrides in brackets: loreft[rank=8,positions=l1].
     Default: loreft,loreft[storage=bf16],lora,qlora."""
@@ -522,7 +557,9 @@ class CompareOptions:
     max_length: int = 512
     """Tokens of prompt + response."""
     limit: int | None = None
-    """Use only the first N training rows."""
+    """Use only the first N training rows (of a task: N rows drawn with a fixed seed)."""
+    validation_limit: int | None = None
+    """Choose the epoch by the first N validation rows only."""
     eval_limit: int | None = None
     """Score only the first N evaluation rows."""
     compute_dtype: ComputeDtype = "auto"
@@ -544,10 +581,20 @@ class CompareOptions:
         check_counts(
             workers=self.workers,
             max_length=self.max_length,
-            max_new_tokens=self.max_new_tokens,
             limit=self.limit,
+            validation_limit=self.validation_limit,
             eval_limit=self.eval_limit,
         )
+        given = [name for name in ("data", "validation_data", "eval_data") if getattr(self, name)]
+        if self.tasks is not None and given:
+            raise InputError(
+                f"tasks must be given without {given[0]}, got both; a task has rows of its own"
+            )
+        if self.validation_data is not None and self.data is None:
+            raise InputError(
+                f"validation_data must come with data, got {self.validation_data!r} alone; "
+                "add --data"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

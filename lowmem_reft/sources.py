@@ -1,16 +1,17 @@
-"""What a comparison reads: the model and the rows, found or fallen back on, with their digests."""
+"""What a comparison reads: the model and each task's rows, with their digests."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft import provenance
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import CompareOptions
+from lowmem_reft.options import CompareOptions, ScoringOptions
 
 if TYPE_CHECKING:
     from lowmem_reft.rows import Row
@@ -18,16 +19,87 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What every cell reads: the model and the rows, by path or id and by digest."""
+    """What the cells of one task read: the model and the rows, by path or id and by digest."""
 
     model: str
     model_name: str
     model_digest: str
     train: str
     train_digest: str
+    validation: str | None = None
+    """Rows to choose the epoch by; None keeps the last one."""
+    validation_digest: str | None = None
     evaluate: str
     evaluate_digest: str
     task: str
+    template: str | None = None
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+
+
+def find_all_sources(options: CompareOptions) -> list[Sources]:
+    """What the cells of each task read; without named tasks, ``find_sources`` alone.
+
+    Raises:
+        InputError: a task is unknown or named twice, or its files or the model are not there.
+    """
+    if options.tasks is None:
+        return [find_sources(options)]
+    names = [name.strip() for name in options.tasks.split(",")]
+    if len(set(names)) < len(names):
+        raise InputError(f"tasks must be different, got {options.tasks!r}; drop one")
+    return [_task_sources(options, name) for name in names]
+
+
+def _task_sources(options: CompareOptions, name: str) -> Sources:
+    """The rows of a named task, written below ``output_dir/data`` for every cell to read.
+
+    Training rows are drawn with a fixed seed if there is a limit: files are often sorted.
+    """
+    from lowmem_reft import embedded
+    from lowmem_reft.data import rows_digest
+    from lowmem_reft.tasks.registry import as_records, find_task, load_task
+
+    task = find_task(name)
+    paths, digests = {}, {}
+    limits = {
+        "train": options.limit,
+        "validation": options.validation_limit,
+        "test": options.eval_limit,
+    }
+    for split, limit in limits.items():
+        rows = load_task(name, split, data_dir=options.data_dir, task_type=options.task_type)
+        if split == "train" and limit is not None and limit < len(rows):
+            rows = random.Random(0).sample(rows, limit)
+        rows = rows[:limit]
+        path = options.output_dir / "data" / name / f"{split}.jsonl"
+        paths[split] = str(_write_records(path, as_records(rows)))
+        digests[split] = rows_digest(rows)
+    own = {
+        "scoring": task.scoring,
+        "metric": task.metric,
+        "extractor": task.answer,
+        "max_new_tokens": task.max_new_tokens,
+    }
+    given = {
+        item.name: value
+        for item in fields(ScoringOptions)
+        if (value := getattr(options.scoring, item.name)) != item.default
+    }
+    model = options.model or str(embedded.model_dir())
+    return Sources(
+        model=model,
+        model_name=options.model or "embedded-llama",
+        model_digest=model_digest(model),
+        train=paths["train"],
+        train_digest=digests["train"],
+        validation=paths["validation"],
+        validation_digest=digests["validation"],
+        evaluate=paths["test"],
+        evaluate_digest=digests["test"],
+        task=name,
+        template=options.template or task.template,
+        scoring=ScoringOptions(**{**own, **given}),
+    )
 
 
 def find_sources(options: CompareOptions) -> Sources:
@@ -57,7 +129,11 @@ def find_sources(options: CompareOptions) -> Sources:
         train_rows, evaluation_rows = holdout(train_rows)
     else:
         evaluation_rows = load_rows(evaluation, split=options.eval_split)
-    classes = any(row.kind == "label" for row in train_rows)
+    validation_digest = None
+    if options.validation_data is not None:
+        validation_rows = load_rows(options.validation_data, split=options.validation_split)
+        validation_digest = rows_digest(validation_rows)
+    classes = any(row.kind == "label" for row in train_rows) and options.task_type != "SEQ_CLS"
     if classes:
         names = label_names([*train_rows, *evaluation_rows])
         train_rows, evaluation_rows = (
@@ -74,9 +150,13 @@ def find_sources(options: CompareOptions) -> Sources:
         model_digest=model_digest(model),
         train=train,
         train_digest=rows_digest(train_rows),
+        validation=options.validation_data,
+        validation_digest=validation_digest,
         evaluate=evaluation,
         evaluate_digest=rows_digest(evaluation_rows),
         task=task_name(options.data) if options.data else "embedded-task",
+        template=options.template,
+        scoring=options.scoring,
     )
 
 
@@ -108,8 +188,12 @@ def task_name(data: str) -> str:
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
+    return _write_records(path, [_row_record(row) for row in rows])
+
+
+def _write_records(path: Path, records: Sequence[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(_row_record(row), ensure_ascii=False) + "\n" for row in rows)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
@@ -117,6 +201,8 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
 def _row_record(row: Row) -> dict[str, Any]:
     if row.kind == "messages":
         return {"messages": row.messages}
+    if row.kind == "label":
+        return {"text": row.prompt, "label": row.label}
     if row.kind == "choices":
         return {"prompt": row.prompt, "choices": row.choices, "answer": row.answer}
     return {"prompt": row.prompt, "response": row.response}

@@ -32,11 +32,12 @@ from lowmem_reft.data import (
     rows_digest,
 )
 from lowmem_reft.errors import InputError
-from lowmem_reft.evaluate import ScoringSettings, check_rows, score
+from lowmem_reft.evaluate import ScoringSettings, check_rows, check_scoring, score
 from lowmem_reft.frozen.prepare import prepare
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.trainer import INDEX, IndexCollator, ReuseTrainer
 from lowmem_reft.memory import peak_rss_bytes, track
+from lowmem_reft.memory.step import optimizer_tensors
 from lowmem_reft.methods import (
     attach,
     build_peft_config,
@@ -48,13 +49,14 @@ from lowmem_reft.plan import fit_into_memory
 from lowmem_reft.progress import counter
 from lowmem_reft.provenance import versions
 from lowmem_reft.training_card import TrainingCard, merge_card
+from lowmem_reft.validation import BestEpoch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from lowmem_reft.data import Row
-    from lowmem_reft.options import OptimOptions, TrainOptions
+    from lowmem_reft.options import TrainOptions
 
 NUM_WARMUP_STEPS = 2
 """Steps that are left out of the timing."""
@@ -67,10 +69,12 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         ``adapter_dir``, ``train_loss`` (mean over the steps of this process),
         ``num_trainable_params``, ``trainable_percent``, ``num_steps``, ``step_time_s`` (median),
         ``tokens_per_s``, ``peak_bytes`` (live storages of a step on the longest examples; on CUDA
-        the most that was allocated), ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the
+        the most that was allocated), ``breakdown_bytes`` (of that step, by category),
+        ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the
         process), ``loss_history`` ([step, loss] pairs), ``num_cut_prompts``, ``reuse`` (the mode
-        used), ``store_bytes``, ``build_time_s``, ``versions`` and, with
-        ``eval_data``, ``eval_accuracy`` and ``eval``.
+        used), ``store_bytes``, ``build_time_s``, ``versions``; with
+        ``validation_data`` ``validation`` (a score per epoch), ``best_epoch``, whose weights the
+        adapter has, and ``validation_value``; with ``eval_data`` ``eval_accuracy`` and ``eval``.
 
     Raises:
         InputError: an option, a file or a row is wrong.
@@ -84,21 +88,31 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     check_target_modules(options.method, options.model.model, task_type=card.task_type)
     tokenizer = load_tokenizer(options.model.model)
     encoded = _encode(rows, tokenizer, card)
-    held_out = _held_out(options, card)
+    check_scoring(options.scoring)
+    chosen = options.held_out
+    validation = _read_held_out(
+        chosen.validation_data, chosen.validation_split, chosen.validation_limit, card
+    )
+    held_out = _read_held_out(chosen.eval_data, chosen.eval_split, chosen.eval_limit, card)
     options = fit_into_memory(options, card, encoded.examples)
     _prepare_directory(options)
     model = _attach(options, card, tokenizer)
-    result = fit(model, tokenizer, encoded, options)
+    settings = _scoring_settings(options)
+    best = None
+    if validation:
+        best = BestEpoch(
+            model,
+            lambda: score(model, tokenizer, validation, card, settings).summary(),
+            options.run.output_dir,
+            resume=options.run.resume,
+        )
+    result = fit(model, tokenizer, encoded, options, best)
     adapter_dir = options.run.output_dir / "adapter"
     model.save_pretrained(str(adapter_dir))
     card.save(adapter_dir)
     result = {"adapter_dir": str(adapter_dir), **result, "versions": versions()}
     write_result(options, result)
     if held_out:
-        kept = options.reuse.reuse_dir
-        if kept is None and options.reuse.resident == "upper":
-            kept = _reuse_directory(options)
-        settings = ScoringSettings(quiet=options.run.quiet, reuse=options.reuse, reuse_dir=kept)
         result["eval"] = score(model, tokenizer, held_out, card, settings).summary()
         result["eval_accuracy"] = result["eval"]["accuracy"]
         write_result(options, result)
@@ -110,14 +124,24 @@ def write_result(options: TrainOptions, result: dict[str, Any]) -> None:
     (options.run.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _held_out(options: TrainOptions, card: TrainingCard) -> list[Row]:
-    """Read the rows to score before the training, so that a wrong file does not cost the run."""
-    held_out = options.held_out
-    if held_out.eval_data is None:
+def _read_held_out(
+    source: str | None, split: str, limit: int | None, card: TrainingCard
+) -> list[Row]:
+    """Read rows to score before the training, so that a wrong file does not cost the run."""
+    if source is None:
         return []
-    rows = load_rows(held_out.eval_data, split=held_out.eval_split, limit=held_out.eval_limit)
+    rows = load_rows(source, split=split, limit=limit)
     check_rows(rows, card)
     return rows
+
+
+def _scoring_settings(options: TrainOptions) -> ScoringSettings:
+    kept = options.reuse.reuse_dir
+    if kept is None and options.reuse.resident == "upper":
+        kept = _reuse_directory(options)
+    return ScoringSettings(
+        **vars(options.scoring), quiet=options.run.quiet, reuse=options.reuse, reuse_dir=kept
+    )
 
 
 def _prepare_directory(options: TrainOptions) -> None:
@@ -140,9 +164,20 @@ def _prepare_directory(options: TrainOptions) -> None:
 
 
 def fit(
-    model: PeftModel, tokenizer: Any, encoded: EncodedRows, options: TrainOptions
+    model: PeftModel,
+    tokenizer: Any,
+    encoded: EncodedRows,
+    options: TrainOptions,
+    best: BestEpoch | None = None,
 ) -> dict[str, Any]:
     """Train the adapter of ``model`` in place with the stock Trainer.
+
+    Args:
+        model: the base with its adapter.
+        tokenizer: the base's tokenizer.
+        encoded: the rows to train on.
+        options: of the run.
+        best: keeps the weights of the best epoch; None keeps those of the last.
 
     Returns:
         The measured part of ``run_training``'s result.
@@ -162,7 +197,7 @@ def fit(
         "args": _training_arguments(options),
         "train_dataset": encoded.examples,
         "data_collator": collator,
-        "callbacks": [watch],
+        "callbacks": [watch] if best is None else [watch, best],
     }
     if reuse is None:
         trainer = Trainer(**arguments)
@@ -177,12 +212,21 @@ def fit(
         if reuse is not None and options.reuse.dequantize_upper:
             stack.enter_context(reuse.dequantized())
         outcome = trainer.train(resume_from_checkpoint=_checkpoint(options))
-        peak = _peak(model, collator, encoded.examples, options.optim, reuse)
+        peak = _cuda_peak(device)
+        peak = {**_peak_of_a_step(trainer, collator, encoded.examples, reuse), **peak}
     if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(
             f"a checkpoint of step {trainer.state.global_step} is in {options.run.output_dir}; "
             "add --resume to go on"
         )
+    chosen: dict[str, Any] = {}
+    if best is not None and best.best is not None:
+        best.restore()
+        chosen = {
+            "validation": best.epochs,
+            "best_epoch": best.best["epoch"],
+            "validation_value": best.best["value"],
+        }
     trainable, total = model.get_nb_trainable_parameters()
     tokens = sum(len(example["input_ids"]) for example in encoded.examples)
     per_step = options.optim.batch_size * options.optim.gradient_accumulation
@@ -207,6 +251,7 @@ def fit(
         "reuse": "off" if reuse is None else reuse.mode,
         "store_bytes": 0 if reuse is None else reuse.layout.total_bytes,
         "build_time_s": 0.0 if reuse is None else reuse.build_time_s,
+        **chosen,
     }
 
 
@@ -359,29 +404,33 @@ def _checkpoint(options: TrainOptions) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def _peak(
-    model: PeftModel,
-    collator: Collator,
-    examples: list[dict[str, Any]],
-    optim: OptimOptions,
-    reuse: Reuse | None,
-) -> dict[str, int | None]:
-    """Measure peak memory: on CUDA over the whole run, else one more step on the longest examples.
+def _cuda_peak(device: torch.device) -> dict[str, Any]:
+    """The most that was allocated and reserved on the device during the run; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
 
-    The extra step changes nothing: its gradients are dropped and no optimizer step is taken.
+
+def _peak_of_a_step(
+    trainer: Trainer, collator: Collator, examples: list[dict[str, Any]], reuse: Reuse | None
+) -> dict[str, Any]:
+    """Measure one more step on the longest examples: live storages, and what they are for.
+
+    It changes nothing: its gradients are dropped and no optimizer step is taken.
     """
+    model: Any = trainer.model
     device = device_of(model)
-    if device.type == "cuda":
-        return {
-            "peak_bytes": torch.cuda.max_memory_allocated(device),
-            "reserved_bytes": torch.cuda.max_memory_reserved(device),
-        }
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
-    longest = order[: optim.batch_size]
+    longest = order[: trainer.args.per_device_train_batch_size]
     batch = collator([examples[index] for index in longest])
     model.train()
     model.zero_grad()
-    with track(device.type) as memory:
+    with track(device.type, model=model) as memory:
+        for tensor in optimizer_tensors(trainer.optimizer):
+            memory.add(tensor, "optimizer")
         if reuse is not None:
             loss = reuse.loss(longest)
         else:
@@ -389,7 +438,11 @@ def _peak(
         loss.backward()
         del loss
     model.zero_grad()
-    return {"peak_bytes": memory.peak_bytes, "reserved_bytes": None}
+    return {
+        "peak_bytes": memory.peak_bytes,
+        "reserved_bytes": None,
+        "breakdown_bytes": memory.peak.breakdown_bytes,
+    }
 
 
 @dataclass

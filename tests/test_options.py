@@ -26,6 +26,7 @@ from lowmem_reft.options import (
     OptimOptions,
     ReuseOptions,
     RunOptions,
+    ScoringOptions,
 )
 
 REQUIRED = {
@@ -63,7 +64,7 @@ NAN, INFINITY = float("nan"), float("inf")
         (RunOptions, "report_to", ["unknown", ""]),
         (CacheRemoveOptions, "older_than_days", [0.0, -1.0, NAN]),
         (EvaluateOptions, "batch_size", [0]),
-        (EvaluateOptions, "max_new_tokens", [0]),
+        (ScoringOptions, "max_new_tokens", [0]),
         (GenerateOptions, "batch_size", [0]),
         (GenerateOptions, "max_new_tokens", [0]),
         (GenerateOptions, "max_length", [0]),

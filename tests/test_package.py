@@ -20,7 +20,7 @@ ROWS = (
     ("checkpointing", "techniques", "residency", "base", "synthetic"),
     ("readers", "rows", "data", "loss"),
     ("methods", "frozen", "memory"),
-    ("training_card", "adapted", "generate", "evaluate", "plan", "train"),
+    ("training_card", "adapted", "generate", "evaluate", "validation", "plan", "train"),
     ("sources", "cell", "schedule", "report", "compare", "profile", "cache"),
     ("cli",),
 )

@@ -28,7 +28,7 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.train import _peak, _training_arguments, run_training
+from lowmem_reft.train import _cuda_peak, _training_arguments, run_training
 from lowmem_reft.training_card import find_adapter, load_card
 
 ROWS = [
@@ -270,8 +270,7 @@ def test_memory_is_measured_on_the_device_of_the_model(monkeypatch: pytest.Monke
     used = {torch.device("cuda", 0): 1, torch.device("cuda", 1): 2}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=0: used[device])
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device=0: used[device] + 5)
-    monkeypatch.setattr("lowmem_reft.train.device_of", lambda model: torch.device("cuda", 1))
-    peak = _peak(None, None, [], OptimOptions(), None)
+    peak = _cuda_peak(torch.device("cuda", 1))
     assert peak == {"peak_bytes": 2, "reserved_bytes": 7}
 
 

@@ -1,0 +1,94 @@
+"""The best epoch: scores validation rows after each and keeps the weights of the best one.
+
+``epochs.jsonl`` in the run's directory has a line per epoch; ``best.safetensors`` holds what was
+trainable after the best one, so that a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+EPOCHS_FILE = "epochs.jsonl"
+WEIGHTS_FILE = "best.safetensors"
+
+
+class BestEpoch(TrainerCallback):  # type: ignore[misc]
+    """Scores the model after every epoch; ``restore`` puts the weights of the best one back.
+
+    The higher metric is better; of two equal ones the one with the lower loss, then the earlier.
+    """
+
+    def __init__(
+        self, model: Any, score: Callable[[], dict[str, Any]], directory: Path, *, resume: bool
+    ) -> None:
+        """Start anew, or after the epochs that are written down.
+
+        Args:
+            model: what is trained.
+            score: returns ``metric``, ``value`` and, where known, ``loss`` of the model as it is.
+            directory: the run's directory.
+            resume: whether the epochs in the directory belong to this run.
+        """
+        self._model, self._score, self._directory = model, score, directory
+        self.epochs: list[dict[str, Any]] = []
+        path = directory / EPOCHS_FILE
+        if resume and path.is_file():
+            self.epochs = [json.loads(line) for line in path.read_text().splitlines()]
+        else:
+            path.unlink(missing_ok=True)
+            (directory / WEIGHTS_FILE).unlink(missing_ok=True)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The line of the best epoch so far; None before the first one."""
+        return max(self.epochs, key=_rank, default=None)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Score, write the line, and keep the weights if they are the best ones."""
+        if control.should_training_stop and state.global_step < state.max_steps:
+            return  # interrupted: this epoch is not over
+        summary = self._score()
+        epoch = round(float(state.epoch), 4)
+        line = {"epoch": epoch, **{name: summary.get(name) for name in ("metric", "value", "loss")}}
+        # A run that was killed before its checkpoint comes here again with the same epoch.
+        self.epochs = [*(known for known in self.epochs if known["epoch"] < epoch), line]
+        if self.best is line:
+            weights = {name: p.detach().cpu().contiguous() for name, p in self._trainable().items()}
+            _replace(self._directory / WEIGHTS_FILE, lambda path: save_file(weights, path))
+        lines = "".join(json.dumps(known) + "\n" for known in self.epochs)
+        _replace(self._directory / EPOCHS_FILE, lambda path: path.write_text(lines))
+        self._model.train()
+
+    def restore(self) -> None:
+        """Load the weights of the best epoch; they are no longer needed on the disk then."""
+        path = self._directory / WEIGHTS_FILE
+        weights, trainable = load_file(path), self._trainable()
+        assert set(weights) == set(trainable)
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(weights[name])
+        path.unlink()
+
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        named = self._model.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+def _rank(line: dict[str, Any]) -> tuple[float, float, float]:
+    loss = line["loss"]
+    return line["value"], float("-inf") if loss is None else -loss, -line["epoch"]
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is complete or absent, also if the process is killed meanwhile."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write(temporary)
+    temporary.replace(path)

@@ -1,0 +1,162 @@
+"""The best epoch on validation rows is kept, and scoring in between changes nothing else."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowmem_reft import train, validation
+from lowmem_reft.errors import InputError
+from lowmem_reft.evaluate import Scores, run_evaluation
+from lowmem_reft.options import (
+    DataOptions,
+    EvaluateOptions,
+    HeldOutOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    TrainOptions,
+)
+from lowmem_reft.train import run_training
+
+ROWS = [
+    {"prompt": f"is it {n % 3}?", "choices": ["yes", "no"], "answer": n % 3 != 0} for n in range(12)
+]
+
+
+@pytest.fixture
+def options(tiny_llama_dir: Path, tmp_path: Path) -> TrainOptions:
+    """Two steps an epoch at one learning rate: n epochs are the beginning of n + 1."""
+    rows = tmp_path / "rows.jsonl"
+    lines = (json.dumps({**row, "answer": int(row["answer"])}) + "\n" for row in ROWS)
+    rows.write_text("".join(lines))
+    return TrainOptions(
+        model=ModelOptions(model=str(tiny_llama_dir), device="cpu"),
+        data=DataOptions(data=str(rows)),
+        held_out=HeldOutOptions(validation_data=str(rows), validation_limit=6),
+        method=MethodOptions(rank=2, positions="all"),
+        optim=OptimOptions(epochs=3, batch_size=6, lr=1e-2, schedule="constant", warmup_ratio=0),
+        run=RunOptions(output_dir=tmp_path / "run", quiet=True),
+    )
+
+
+def with_run(options: TrainOptions, **changes: object) -> TrainOptions:
+    return replace(options, run=replace(options.run, **changes))
+
+
+def weights(result: dict) -> dict[str, torch.Tensor]:
+    return load_file(Path(result["adapter_dir"], "adapter_model.safetensors"))
+
+
+def assert_same(one: dict, two: dict) -> None:
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def scores_of(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the epochs score these values."""
+    left = iter(values)
+
+    def score(*_: object) -> Scores:
+        right = round(next(left) * 10)
+        answers = [0] * right + [1] * (10 - right)
+        return Scores(predictions=answers, references=[0] * 10, correct=[a == 0 for a in answers])
+
+    monkeypatch.setattr(train, "score", score)
+
+
+@pytest.mark.parametrize("method", ["loreft", "qlora"])
+def test_the_adapter_is_that_of_the_best_epoch(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    options = replace(options, method=MethodOptions(method=method, rank=2))
+    shorter = replace(
+        with_run(options, output_dir=tmp_path / "shorter"),
+        held_out=HeldOutOptions(),
+        optim=replace(options.optim, epochs=2),
+    )
+    scores_of([0.2, 0.9, 0.5], monkeypatch)
+    best = run_training(options)
+    assert (best["best_epoch"], best["validation_value"]) == (2, 0.9)
+    assert [line["value"] for line in best["validation"]] == [0.2, 0.9, 0.5]
+    assert_same(weights(best), weights(run_training(shorter)))
+    assert not (options.run.output_dir / validation.WEIGHTS_FILE).exists()
+
+
+def test_of_equal_epochs_the_first_is_kept(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores_of([0.5, 0.5, 0.5], monkeypatch)
+    assert run_training(options)["best_epoch"] == 1
+
+
+def test_scoring_between_epochs_does_not_change_the_training(
+    options: TrainOptions, tmp_path: Path
+) -> None:
+    scored = run_training(options)
+    plain = run_training(
+        replace(with_run(options, output_dir=tmp_path / "plain"), held_out=HeldOutOptions())
+    )
+    assert scored["train_loss"] == plain["train_loss"]
+    assert scored["loss_history"] == plain["loss_history"]
+
+
+def test_the_kept_adapter_scores_what_its_epoch_scored(options: TrainOptions) -> None:
+    result = run_training(options)
+    scored = run_evaluation(
+        EvaluateOptions(
+            model=options.model,
+            data=replace(options.data, limit=6),
+            adapter=Path(result["adapter_dir"]),
+            quiet=True,
+        )
+    )
+    best = max(result["validation"], key=lambda line: (line["value"], -line["loss"]))
+    assert best["epoch"] == result["best_epoch"]
+    assert scored["value"] == result["validation_value"] == best["value"]
+    assert scored["loss"] == pytest.approx(best["loss"], rel=1e-5)
+
+
+def test_an_interrupted_run_keeps_its_best_epoch(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores_of([0.9, 0.1, 0.5], monkeypatch)
+    whole = run_training(with_run(options, output_dir=tmp_path / "whole"))
+
+    def interrupt(
+        watch: train._StepWatch, args: object, state: object, control: object, **_: object
+    ):
+        original(watch, args, state, control)
+        if state.global_step == 3:
+            watch.interrupted = control.should_save = control.should_training_stop = True
+
+    original = train._StepWatch.on_step_end
+    scores_of([0.9, 0.1, 0.5], monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(train._StepWatch, "on_step_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(options)
+    resumed = run_training(with_run(options, resume=True))
+    assert resumed["best_epoch"] == whole["best_epoch"] == 1
+    assert [line["value"] for line in resumed["validation"]] == [0.9, 0.1, 0.5]
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_a_new_run_forgets_the_epochs_of_an_old_one(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores_of([0.9, 0.9, 0.9, 0.1, 0.3, 0.2], monkeypatch)
+    run_training(options)
+    again = run_training(options)
+    assert (again["best_epoch"], len(again["validation"])) == (2, 3)
+
+
+def test_a_wrong_validation_file_is_refused_before_the_training(options: TrainOptions) -> None:
+    held_out = HeldOutOptions(validation_data="nowhere.jsonl")
+    with pytest.raises(InputError, match=r"nowhere\.jsonl"):
+        run_training(replace(options, held_out=held_out))
+    assert not options.run.output_dir.exists()
