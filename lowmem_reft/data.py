@@ -16,6 +16,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.rows import (
     Row,
     as_choices,
+    as_records,
     class_index,
     holdout,
     label_names,
@@ -35,6 +36,7 @@ __all__ = [
     "EncodedRows",
     "Row",
     "as_choices",
+    "as_records",
     "class_index",
     "encode_choices",
     "encode_labelled",
@@ -55,8 +57,9 @@ class EncodedRows:
     """Token ids of rows, with what had to be cut."""
 
     examples: list[dict[str, Any]]
-    """``input_ids`` and ``labels``: lists (-100 on the prompt), or one int for classification;
-    prompts alone have no labels."""
+    """``input_ids`` and ``labels``: lists (-100 on the prompt), one int for classification or one
+    float for regression; prompts alone have no labels. Pairs have ``token_type_ids`` where the
+    tokenizer tells the two texts apart by them."""
     num_cut_prompts: int
     """Prompts (texts, for classification) that did not fit whole."""
     num_cut_tokens: int
@@ -155,26 +158,40 @@ def encode_labelled(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 512,
-    label_names: Sequence[str],
+    label_names: Sequence[str] | None,
 ) -> EncodedRows:
-    """Tokenize ``text, label`` rows for a classification head: ``labels`` indexes ``label_names``.
+    """Tokenize rows with ``text`` (and ``text_pair``) for a classification or regression head.
 
     Special tokens are the tokenizer's own. Long texts are cut at its truncation side, which is the
-    right unless it says otherwise.
+    right unless it says otherwise; of a pair, the longer text is cut first.
+
+    Args:
+        rows: Rows with a label, or with a target.
+        tokenizer: The base's tokenizer.
+        max_length: Most tokens of an example.
+        label_names: Class names that ``labels`` index; None: ``labels`` are the rows' targets.
 
     Raises:
-        InputError: If a row has no label or one that is not in ``label_names``.
+        InputError: If a row has no label or one that is not in ``label_names``, or no target.
     """
-    indices = [class_index(row, label_names) for row in rows]
-    whole: list[list[int]] = tokenizer([row.prompt for row in rows], verbose=False)["input_ids"]
+    if label_names is None:
+        labels: list[Any] = [_number(row) for row in rows]
+    else:
+        labels = [class_index(row, label_names) for row in rows]
+    pairs = _pairs(rows)
+    whole = tokenizer([row.prompt for row in rows], pairs, verbose=False)
+    names = ["input_ids"]
+    if pairs is not None and "token_type_ids" in whole:
+        names.append("token_type_ids")
     examples: list[dict[str, Any]] = []
-    for row, index, ids in zip(rows, indices, whole, strict=True):
-        if len(ids) > max_length:
-            ids = tokenizer(row.prompt, truncation=True, max_length=max_length)["input_ids"]
-        examples.append({"input_ids": ids, "labels": index})
-    cuts = [
-        len(ids) - len(example["input_ids"]) for ids, example in zip(whole, examples, strict=True)
-    ]
+    cuts = []
+    for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        encoded: dict[str, list[int]] = {name: whole[name][index] for name in names}
+        size = len(encoded["input_ids"])
+        if size > max_length:
+            encoded = tokenizer(row.prompt, row.text_pair, truncation=True, max_length=max_length)
+        examples.append({**{name: encoded[name] for name in names}, "labels": label})
+        cuts.append(size - len(examples[-1]["input_ids"]))
     return _encoded(examples, cuts)
 
 
@@ -183,7 +200,8 @@ class Collator:
     """Pad examples to one length; the mask follows from lengths, never from ids: pad may be eos.
 
     Gives ``input_ids`` and ``attention_mask`` (batch, seq) and, if the examples have them,
-    ``labels``: (batch, seq) with -100 on the padding, or (batch,) for classification.
+    ``token_type_ids`` (batch, seq) and ``labels``: (batch, seq) with -100 on the padding, or
+    (batch,) for classification and, in fp32, for regression.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -200,10 +218,13 @@ class Collator:
             "input_ids": self._stack(sequences, self.tokenizer.pad_token_id or 0),
             "attention_mask": self._stack([[1] * len(ids) for ids in sequences], 0),
         }
+        if "token_type_ids" in examples[0]:
+            types = [example["token_type_ids"] for example in examples]
+            batch["token_type_ids"] = self._stack(types, self.tokenizer.pad_token_type_id)
         if "labels" in examples[0]:
             labels = [example["labels"] for example in examples]
-            is_class = isinstance(labels[0], int)
-            batch["labels"] = torch.tensor(labels) if is_class else self._stack(labels, IGNORED)
+            is_one = isinstance(labels[0], int | float)
+            batch["labels"] = torch.tensor(labels) if is_one else self._stack(labels, IGNORED)
         return batch
 
     def _stack(self, sequences: list[list[int]], fill: int) -> Tensor:
@@ -221,6 +242,28 @@ def _encoded(examples: list[dict[str, Any]], cuts: list[int]) -> EncodedRows:
     return EncodedRows(
         examples=examples, num_cut_prompts=sum(cut > 0 for cut in cuts), num_cut_tokens=sum(cuts)
     )
+
+
+def _pairs(rows: Sequence[Row]) -> list[str] | None:
+    """The second texts; None if there are none.
+
+    Raises:
+        InputError: If only some rows have one.
+    """
+    pairs = [row.text_pair for row in rows if row.text_pair is not None]
+    if pairs and len(pairs) < len(rows):
+        where = next(row.source for row in rows if row.text_pair is None)
+        raise InputError(f"{where}: text_pair must be in all rows or in none; add or remove it")
+    return pairs or None
+
+
+def _number(row: Row) -> float:
+    if row.target is None:
+        raise InputError(
+            f"{row.source}: a row must have text and target for regression, got a {row.kind} row; "
+            "convert the file"
+        )
+    return row.target
 
 
 def _response(row: Row) -> str:

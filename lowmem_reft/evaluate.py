@@ -6,6 +6,7 @@ Each way gives a prediction per example; the metric (``tasks/metrics.py``) makes
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import tempfile
@@ -43,7 +44,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem_reft.data import Row
+    from lowmem_reft.frozen.reuse import Reuse
     from lowmem_reft.options import EvaluateOptions
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,8 @@ class Scores:
     """Prompts that were cut from the left to fit."""
     metric: str = "accuracy"
     """What ``value`` is; a name in ``tasks.metrics.METRICS``."""
+    reuse: Reuse | None = None
+    """What scored the rows from stored constants, if something did."""
 
     @property
     def value(self) -> float:
@@ -97,6 +104,10 @@ class Scores:
         }
         if self.losses:
             summary["loss"] = sum(self.losses) / len(self.losses)
+        if self.reuse is not None:
+            summary["reuse"] = self.reuse.mode
+            summary["store_bytes"] = self.reuse.layout.total_bytes
+            summary["build_time_s"] = self.reuse.build_time_s
         return summary
 
 
@@ -108,7 +119,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
 
     Returns:
         ``metric``, ``value``, ``accuracy`` (the share of right answers), ``num_examples``,
-        ``num_cut_prompts`` and, where known, ``loss``.
+        ``num_cut_prompts``, where known ``loss`` and, where stored constants were used, ``reuse``,
+        ``store_bytes`` and ``build_time_s``.
 
     Raises:
         InputError: an option, a file or a row is wrong.
@@ -141,6 +153,11 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
             reuse_dir=directory,
         )
         scores = score(model, tokenizer, rows, card, settings)
+    if scores.reuse is None and options.reuse.reuse in ("prefix", "trunk"):
+        logger.warning(
+            "reuse %s has no effect: it needs --reuse-dir, an adapter and rows with choices",
+            options.reuse.reuse,
+        )
     if options.predictions is not None:
         with options.predictions.open("w", encoding="utf-8") as file:
             for line in _prediction_lines(rows, scores, card):
@@ -191,7 +208,14 @@ def check_rows(rows: Sequence[Row], card: TrainingCard) -> None:
     Raises:
         InputError: a row has a label that the card does not know, or none for a classifier.
     """
-    if card.task_type == "SEQ_CLS":
+    if card.regression:
+        for row in rows:
+            if row.target is None:
+                raise InputError(
+                    f"{row.source}: a row must have text and target, as in the training, got a "
+                    f"{row.kind} row; convert the file"
+                )
+    elif card.task_type == "SEQ_CLS":
         for row in rows:
             class_index(row, card.label_names or [])
     else:
@@ -256,7 +280,9 @@ def _score_choices(
     # Like lengths together: little padding.
     items.sort(key=lambda item: -len(item[2]["input_ids"]))
     totals: list[dict[int, tuple[float, int]]] = [{} for _ in rows]
-    likelihoods = _likelihoods(model, tokenizer, [example for _, _, example in items], settings)
+    reuse, likelihoods = _likelihoods(
+        model, tokenizer, [example for _, _, example in items], settings
+    )
     starts = range(0, len(items), settings.batch_size)
     for start in progress(starts, "scoring", quiet=settings.quiet):
         batch = items[start : start + settings.batch_size]
@@ -271,7 +297,7 @@ def _score_choices(
         losses.append(-total / count)
     predictions: list[Any] = answers
     references: list[Any] = [row.answer for row in rows]
-    if getattr(rows[0], "target", None) is not None:
+    if rows[0].target is not None:
         predictions = [_expected(row, scored) for row, scored in zip(rows, totals, strict=True)]
         references = [row.target for row in rows]
     return Scores(
@@ -280,6 +306,7 @@ def _score_choices(
         references=references,
         losses=losses,
         num_cut_prompts=sum(by_choice.num_cut_prompts for by_choice in encoded),
+        reuse=reuse,
     )
 
 
@@ -293,8 +320,8 @@ def _expected(row: Row, scored: dict[int, tuple[float, int]]) -> float:
 
 def _likelihoods(
     model: Any, tokenizer: Any, examples: list[dict[str, Any]], settings: ScoringSettings
-) -> Callable[[Sequence[int]], tuple[Tensor, list[int]]]:
-    """Return what scores some of the examples: from stored constants if there are any."""
+) -> tuple[Reuse | None, Callable[[Sequence[int]], tuple[Tensor, list[int]]]]:
+    """Return what scores some of the examples: from stored constants (also returned) if any."""
     collate = Collator(tokenizer, padding_side="left")
 
     def batch_of(indices: Sequence[int]) -> dict[str, Tensor]:
@@ -312,8 +339,8 @@ def _likelihoods(
                 report=report,
             )
         if reuse is not None:
-            return reuse.log_likelihood
-    return lambda indices: response_log_likelihood(model, batch_of(indices))
+            return reuse, reuse.log_likelihood
+    return None, lambda indices: response_log_likelihood(model, batch_of(indices))
 
 
 @torch.no_grad()
@@ -324,8 +351,7 @@ def _score_classes(
     card: TrainingCard,
     settings: ScoringSettings,
 ) -> Scores:
-    """Pick the class with the highest logit of the classification head."""
-    assert card.label_names is not None
+    """Pick the class with the highest logit of the head; of one output, take its value."""
     encoded = encode_labelled(
         rows, tokenizer, max_length=card.max_length, label_names=card.label_names
     )

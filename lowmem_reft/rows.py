@@ -9,13 +9,18 @@ columns                      meaning
 ``messages``                 chat of role and content; the last, assistant message is the response
 ``prompt, choices, answer``  score every choice; trains on ``choices[answer]``
 ``text, label``              classification; as language modelling the label is the response
+``text, target``             regression: the target is a number
 ===========================  ====================================================================
+
+Rows with a text may have a second one, ``text_pair``; rows with choices may have the number that
+the choices stand for, ``target``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -34,8 +39,9 @@ _KINDS = {
     "choices": ("prompt", "choices", "answer"),
     "response": ("prompt", "response"),
     "label": ("text", "label"),
+    "target": ("text", "target"),
 }
-_WANTED = "prompt + response, messages, prompt + choices + answer, or text + label"
+_WANTED = "prompt + response, messages, prompt + choices + answer, text + label, or text + target"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,9 @@ class Row:
     source: str
     """Where it was read: ``file:line``, or ``file, row n`` where there are no lines."""
     prompt: str = ""
-    """The prompt without template, or the text of a ``text, label`` row; empty for chats."""
+    """The prompt without template, or the text of a row with ``text``; empty for chats."""
+    text_pair: str | None = None
+    """The second text of a sentence pair."""
     messages: tuple[dict[str, Any], ...] = ()
     """The whole chat, the response included."""
     response: str | None = None
@@ -56,16 +64,20 @@ class Row:
     """Index of the right choice."""
     label: str | None = None
     """Class name; integer classes are written in digits."""
+    target: float | None = None
+    """The number to predict, in regression or beside choices that stand for numbers."""
 
     @property
     def kind(self) -> str:
-        """One of messages, choices, label, response, prompt (the last: nothing to train on)."""
+        """One of messages, choices, label, target, response, prompt (no response to train on)."""
         if self.messages:
             return "messages"
         if self.choices:
             return "choices"
         if self.label is not None:
             return "label"
+        if self.target is not None:
+            return "target"
         return "prompt" if self.response is None else "response"
 
     @property
@@ -129,7 +141,8 @@ def label_names(rows: Sequence[Row]) -> list[str]:
 def as_choices(rows: Sequence[Row], names: Sequence[str] | None = None) -> list[Row]:
     """Turn ``text, label`` rows into choice rows over ``names`` (default: ``label_names(rows)``).
 
-    Rows of another kind come back as they are.
+    Both texts of a pair are written into the prompt, one a line. Rows of another kind come back as
+    they are.
 
     Raises:
         InputError: If a label is not in ``names``; the message names the line.
@@ -138,7 +151,14 @@ def as_choices(rows: Sequence[Row], names: Sequence[str] | None = None) -> list[
         return list(rows)
     names = label_names(rows) if names is None else names
     return [
-        replace(row, choices=tuple(names), answer=class_index(row, names), label=None)
+        replace(
+            row,
+            prompt=row.prompt if row.text_pair is None else f"{row.prompt}\n{row.text_pair}",
+            text_pair=None,
+            choices=tuple(names),
+            answer=class_index(row, names),
+            label=None,
+        )
         for row in rows
     ]
 
@@ -186,8 +206,40 @@ def rows_digest(rows: Sequence[Row]) -> str:
     """SHA-256 (hex) of the rows' content in their order, wherever they were read from."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(asdict(replace(row, source="")), sort_keys=True).encode() + b"\n")
+        content = asdict(replace(row, source=""))
+        # Rows without these hash as they did before there were such columns.
+        for name in ("text_pair", "target"):
+            if content[name] is None:
+                del content[name]
+        digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def as_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Turn rows back into objects for JSON that ``load_rows`` reads as the same rows."""
+    return [_as_record(row) for row in rows]
+
+
+def _as_record(row: Row) -> dict[str, Any]:
+    if row.kind == "messages":
+        return {"messages": list(row.messages)}
+    if row.kind == "choices":
+        record: dict[str, Any] = {
+            "prompt": row.prompt,
+            "choices": list(row.choices),
+            "answer": row.answer,
+            "target": row.target,
+        }
+    elif row.kind in ("label", "target"):
+        record = {
+            "text": row.prompt,
+            "text_pair": row.text_pair,
+            "label": row.label,
+            "target": row.target,
+        }
+    else:
+        record = {"prompt": row.prompt, "response": row.response}
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def _label(row: Row) -> str:
@@ -216,16 +268,40 @@ def _checked_row(record: Any, where: str, *, require_response: bool) -> Row:
     kind = kinds[0]
     if kind == "messages":
         return _chat_row(record["messages"], where, require_response=require_response)
-    if kind == "label":
-        text = _text(record["text"], "text", where)
-        label = str(record["label"]) if type(record["label"]) is int else record["label"]
-        label = _text(label, "label", where, "a non-empty string or an integer")
-        return Row(source=where, prompt=text, response=label, label=label)
+    if kind in ("label", "target"):
+        return _text_row(record, kind, where)
     prompt = _text(record["prompt"], "prompt", where)
     if kind == "choices":
-        return _choice_row(prompt, record["choices"], record["answer"], where)
+        row = _choice_row(prompt, record["choices"], record["answer"], where)
+        # The cell of a CSV file is empty where there is none.
+        target = record.get("target")
+        return row if target in (None, "") else replace(row, target=_target(target, where))
     response = _text(record["response"], "response", where) if kind == "response" else None
     return Row(source=where, prompt=prompt, response=response)
+
+
+def _text_row(record: dict[str, Any], kind: str, where: str) -> Row:
+    text, pair = _text(record["text"], "text", where), record.get("text_pair") or None
+    pair = None if pair is None else _text(pair, "text_pair", where)
+    if kind == "target":
+        target = _target(record["target"], where)
+        return Row(source=where, prompt=text, text_pair=pair, target=target)
+    label = str(record["label"]) if type(record["label"]) is int else record["label"]
+    label = _text(label, "label", where, "a non-empty string or an integer")
+    return Row(source=where, prompt=text, text_pair=pair, response=label, label=label)
+
+
+def _target(value: Any, where: str) -> float:
+    """The number in a cell; in a CSV file it is text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(
+            f"{where}: target must be a number, got {shortened(value)}; correct or remove the row"
+        )
+    return number
 
 
 def _choice_row(prompt: str, choices: Any, answer: Any, where: str) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import signal
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
     from lowmem_reft.data import Row
     from lowmem_reft.options import TrainOptions
+
+logger = logging.getLogger(__name__)
 
 NUM_WARMUP_STEPS = 2
 """Steps that are left out of the timing."""
@@ -209,8 +212,13 @@ def fit(
         trainer = ReuseTrainer(**arguments, reuse=reuse)
     with ExitStack() as stack:
         stack.enter_context(_stop_at_a_step(watch))
-        if reuse is not None and options.reuse.dequantize_upper:
-            stack.enter_context(reuse.dequantized())
+        if options.reuse.dequantize_upper:
+            held_bytes = 0 if reuse is None else stack.enter_context(reuse.dequantized())
+            if not held_bytes:
+                logger.warning(
+                    "dequantize_upper has no effect: %s",
+                    "nothing is reused" if reuse is None else "the base has no 4-bit layers",
+                )
         outcome = trainer.train(resume_from_checkpoint=_checkpoint(options))
         peak = _cuda_peak(device)
         peak = {**_peak_of_a_step(trainer, collator, encoded.examples, reuse), **peak}
@@ -292,22 +300,26 @@ def _reuse_directory(options: TrainOptions) -> Path:
 
 
 def _training_card(options: TrainOptions, rows: list[Row]) -> TrainingCard:
-    labelled = rows[0].kind == "label"
+    kind = rows[0].kind
     card = merge_card(
         None,
         options.model,
         template=options.data.template,
         max_length=options.data.max_length,
     )
-    if card.task_type == "SEQ_CLS" and not labelled:
+    if (card.task_type == "SEQ_CLS" and kind not in ("label", "target")) or (
+        card.task_type == "CAUSAL_LM" and kind == "target"
+    ):
+        wanted = "text, label or text, target" if card.task_type == "SEQ_CLS" else "other"
         raise InputError(
-            f"data must hold text, label rows for task_type SEQ_CLS, got {rows[0].kind} rows; "
-            "convert them or use CAUSAL_LM"
+            f"data must hold {wanted} rows for task_type {card.task_type}, got {kind} rows; "
+            "convert them or change the task type"
         )
     return replace(
         card,
         storage=options.model.storage or find_method(options.method.method).storage,
-        label_names=label_names(rows) if labelled else None,
+        label_names=label_names(rows) if kind == "label" else None,
+        regression=kind == "target",
         method=options.method.method,
         data_digest=rows_digest(rows),
         seed=options.run.seed,
@@ -317,7 +329,6 @@ def _training_card(options: TrainOptions, rows: list[Row]) -> TrainingCard:
 def _encode(rows: list[Row], tokenizer: Any, card: TrainingCard) -> EncodedRows:
     """Tokenize the rows as the task wants them."""
     if card.task_type == "SEQ_CLS":
-        assert card.label_names is not None
         return encode_labelled(
             rows, tokenizer, max_length=card.max_length, label_names=card.label_names
         )

@@ -34,6 +34,8 @@ class TrainingCard:
     """Tokens of prompt + response."""
     label_names: list[str] | None = None
     """Class names of text, label rows, in the order of their indices."""
+    regression: bool = False
+    """Whether the head predicts the rows' targets."""
     method: str | None = None
     """Name in the method table; None for the base alone."""
     data_digest: str | None = None
@@ -43,7 +45,9 @@ class TrainingCard:
 
     @property
     def num_classes(self) -> int | None:
-        """Outputs of the classification head; None without one."""
+        """Outputs of the classification or regression head; None without one."""
+        if self.regression:
+            return 1
         names = self.label_names if self.task_type == "SEQ_CLS" else None
         return len(names) if names else None
 

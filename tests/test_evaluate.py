@@ -15,7 +15,7 @@ from lowmem_reft.config import ReftConfig
 from lowmem_reft.data import Row, encode_choices
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, extract_answer, run_evaluation, score
-from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
+from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions, ReuseOptions
 from lowmem_reft.training_card import TrainingCard
 
 ROWS = [
@@ -229,3 +229,17 @@ def test_an_adapter_of_another_base_is_refused(tiny_llama_dir: Path, tmp_path: P
                 quiet=True,
             )
         )
+
+
+def test_reuse_that_scores_is_reported_and_reuse_without_effect_is_said(
+    options: EvaluateOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = ReuseOptions(reuse="trunk", reuse_dir=tmp_path / "kept")
+    plain, reused = run_evaluation(options), run_evaluation(replace(options, reuse=kept))
+    assert "reuse" not in plain
+    assert reused["reuse"] == "trunk"
+    assert reused["store_bytes"] > 0
+    assert reused["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert "no effect" not in caplog.text
+    run_evaluation(replace(options, reuse=ReuseOptions(reuse="trunk")))
+    assert "reuse trunk has no effect: it needs --reuse-dir" in caplog.text

@@ -420,6 +420,19 @@ def test_a_wrong_constant_is_found_by_the_proof_and_trains_the_plain_way(
     assert "reft_phi" in caplog.text
 
 
+def test_a_prefix_that_becomes_a_trunk_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, examples = make_model(peft_config=reft("all")), make_examples()
+    options = ReuseOptions(reuse="prefix")
+    found = prepare(
+        model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
+    )
+    assert found is not None
+    assert found.mode == "trunk"
+    assert "no keys and values are reused" in caplog.text
+
+
 def test_auto_does_not_reuse_what_saves_little(tmp_path: Path) -> None:
     examples = make_examples()
     batch_of, options = batches(examples), ReuseOptions()

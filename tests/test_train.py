@@ -26,6 +26,7 @@ from lowmem_reft.options import (
     OptimOptions,
     ReuseOptions,
     RunOptions,
+    ScoringOptions,
     TrainOptions,
 )
 from lowmem_reft.train import _cuda_peak, _training_arguments, run_training
@@ -307,6 +308,19 @@ def test_find_adapter_accepts_the_run_directory_and_refuses_others(
         find_adapter(tmp_path)
 
 
+def test_dequantizing_what_is_not_quantized_is_said_to_have_no_effect(
+    options: TrainOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = replace(
+        options,
+        model=replace(options.model, storage="fp32"),
+        method=MethodOptions(layers="upper:0.5", positions="l1"),
+    )
+    for reuse, said in (("off", "nothing is reused"), ("trunk", "the base has no 4-bit layers")):
+        run_training(replace(options, reuse=ReuseOptions(reuse=reuse, dequantize_upper=True)))
+        assert f"dequantize_upper has no effect: {said}" in caplog.text
+
+
 def test_a_run_that_reuses_what_is_constant_ends_in_the_same_adapter(
     options: TrainOptions, tmp_path: Path
 ) -> None:
@@ -324,3 +338,47 @@ def test_a_run_that_reuses_what_is_constant_ends_in_the_same_adapter(
     plain, reused = (weights(Path(results[mode]["adapter_dir"])) for mode in ("off", "prefix"))
     for name, values in plain.items():
         torch.testing.assert_close(reused[name], values, rtol=1e-4, atol=1e-5)
+
+def test_a_regression_head_is_trained_saved_and_scored_by_correlation(
+    options: TrainOptions, tmp_path: Path
+) -> None:
+    from lowmem_reft.evaluate import run_evaluation
+
+    data = tmp_path / "targets.jsonl"
+    rows = [
+        {"text": row["prompt"], "text_pair": "a fox", "target": 5.0 * row["answer"]} for row in ROWS
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scoring = ScoringOptions(metric="pearson")
+    result = run_training(
+        replace(
+            options,
+            model=replace(options.model, task_type="SEQ_CLS"),
+            data=DataOptions(data=str(data)),
+            optim=replace(options.optim, epochs=20),
+        )
+    )
+    scored = run_evaluation(
+        EvaluateOptions(
+            model=ModelOptions(model=options.model.model, compute_dtype="fp32", device="cpu"),
+            data=DataOptions(data=str(data)),
+            adapter=Path(result["adapter_dir"]),
+            scoring=scoring,
+            predictions=tmp_path / "predictions.jsonl",
+            quiet=True,
+        )
+    )
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    pairs = torch.tensor([[line["prediction"], line["reference"]] for line in lines])
+    assert (scored["metric"], scored["num_examples"]) == ("pearson", 12)
+    assert scored["value"] == pytest.approx(torch.corrcoef(pairs.T)[0, 1].item(), abs=1e-5)
+    assert scored["value"] > 0.8
+    with pytest.raises(InputError, match="a row must have text and target"):
+        run_evaluation(
+            EvaluateOptions(
+                model=ModelOptions(model=options.model.model, compute_dtype="fp32", device="cpu"),
+                data=options.data,
+                adapter=Path(result["adapter_dir"]),
+                quiet=True,
+            )
+        )

@@ -121,7 +121,13 @@ def _attempt(model: Any, options: ReuseOptions, build: Callable[[], Reuse]) -> R
     if options.reuse == "off" and not _is_partial(model):
         return None
     try:
-        return build()
+        reuse = build()
+        if options.reuse == "prefix" and reuse.mode != "prefix":
+            logger.warning(
+                "no keys and values are reused, as an edit reaches the first token or the method "
+                "changes them; hidden vectors are (reuse trunk)"
+            )
+        return reuse
     except ReuseError as error:
         if _is_partial(model):
             raise InputError(

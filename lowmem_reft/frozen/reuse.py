@@ -314,7 +314,7 @@ class Reuse:
             num_items_in_batch: As the Trainer passes it.
         """
         of_each = self._labels(indices)
-        if isinstance(of_each[0], int):
+        if isinstance(of_each[0], int | float):
             labels = torch.tensor(of_each)
         else:
             labels = self._aligned(indices, of_each, IGNORED_LABEL)

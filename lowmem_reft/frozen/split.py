@@ -23,7 +23,7 @@ from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.tuner import SUBMODULE, ReftLayer, ReftModel
 
 Example = dict[str, Any]
-"""``input_ids`` and ``labels``: lists of integers (labels: an integer for a classifier)."""
+"""``input_ids`` and ``labels``: lists of integers (labels: one number for a head over texts)."""
 
 
 class ReuseError(Exception):

@@ -26,6 +26,8 @@ _PRODUCTS = ("aten::mm", "aten::bmm", "aten::linear", "aten::addmm")
 
 _POINTWISE = ("aten::add", "aten::sub", "aten::mul", "aten::div")
 
+_get_rng_state = torch.get_rng_state
+
 FLASH, EFFICIENT, MATH = "flash", "efficient", "math"
 
 
@@ -102,6 +104,7 @@ class Kernels:
                 stack.enter_context(
                     patch.object(_functions, "MatMul8bitLt", _functions.MatMul8bitFp)
                 )
+                stack.enter_context(patch.object(torch, "get_rng_state", _counted_rng_state))
             yield
 
     def choose_attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> str:
@@ -260,3 +263,10 @@ _SUBSTITUTES: dict[str, Callable[..., Any]] = {
     "bitsandbytes::int8_vectorwise_quant": _int8_vectorwise_quant,
     "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
 }
+
+
+def _counted_rng_state() -> Tensor:
+    """Return the state that each checkpoint keeps, with as many bytes on the meta device."""
+    state = _get_rng_state()
+    state.counted = torch.empty(state.numel(), dtype=torch.uint8, device="meta")  # type: ignore[attr-defined]
+    return state
