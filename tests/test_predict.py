@@ -136,7 +136,8 @@ CASES = [
     case("gpt2 nf4 fp32 f7+l7 1x512", mlp_tokens=100),
     # Many small parts: the generator's state that each keeps (5 KB) counts.
     case("llama nf4 fp32 f7+l7 1x512", mlp_tokens=8),
-    case("llama nf4 fp32 all ckpt 4x128", mlp_tokens=16),
+    case("llama nf4 fp32 all 4x128", mlp_tokens=16),
+    case("llama nf4 fp32 all ckpt 4x128", mlp_tokens=50),
     case("llama bf16 bf16 qlora ckpt 1x512"),
     case("gpt2 int8 bf16 f7+l7 ckpt 1x512"),
     case("llama nf4 fp32 f7+l7 ckpt 1x512", offload_activations=True, embedding_on_host=True),
