@@ -8,6 +8,8 @@ write, the parent writes (``compare.py``).
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -133,16 +135,11 @@ def run_cell(cell: Cell) -> Result:
     """
     from lowmem_reft import provenance
     from lowmem_reft.evaluate import run_evaluation
-    from lowmem_reft.train import run_training
 
     start = time.perf_counter()
     trained: Result = {"num_trainable_params": 0, "trainable_percent": 0.0, "adapter_bytes": 0}
     if cell.train is not None:
-        trained = dict(run_training(cell.train))
-        weights = Path(trained["adapter_dir"]).glob("*.safetensors")
-        trained["adapter_bytes"] = sum(file.stat().st_size for file in weights)
-        for checkpoint in cell.train.run.output_dir.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)  # a cell runs from the start or not at all
+        trained = _train_once(cell.train, _training_key(cell))
     scored = run_evaluation(cell.evaluate)
     measured = {
         **trained,
@@ -157,6 +154,41 @@ def run_cell(cell: Cell) -> Result:
     }
     known = {name: value for name, value in measured.items() if name in EMPTY_RESULT}
     return {**EMPTY_RESULT, **known, **cell.record}
+
+
+def _train_once(options: TrainOptions, key: str) -> Result:
+    """Train, unless a cell of another task has left the adapter of the same training."""
+    from lowmem_reft.train import run_training
+
+    directory = options.run.output_dir
+    directory.mkdir(parents=True, exist_ok=True)
+    done = directory / "trained.json"
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if done.is_file():
+            known = json.loads(done.read_text(encoding="utf-8"))
+            if known["key"] == key:
+                return dict(known["result"])
+            done.unlink()
+        for checkpoint in directory.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)  # a cell runs from the start or not at all
+        trained = dict(run_training(options))
+        weights = Path(trained["adapter_dir"]).glob("*.safetensors")
+        trained["adapter_bytes"] = sum(file.stat().st_size for file in weights)
+        for checkpoint in directory.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        write_json(done, {"key": key, "result": trained})
+        return trained
+
+
+def _training_key(cell: Cell) -> str:
+    """Digest of all that the adapter depends on: the cell's config without what it is scored on."""
+    config = {
+        name: value
+        for name, value in cell.record["config"].items()
+        if name not in ("eval_data", "scoring")
+    }
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def failed_result(cell: Cell, error: str, wall_time_s: float) -> Result:

@@ -196,22 +196,32 @@ def _method_cell(options: CompareOptions, sources: Sources, spec: MethodSpec, se
     from lowmem_reft.methods import resolve_learning_rate
 
     directory = _cell_directory(options, sources, spec.label, seed)
-    adapter = directory / "train" / "adapter"
-    evaluate = _evaluate_options(options, sources, spec.storage, directory, adapter=adapter)
+    training = directory / "train"
+    if options.train_task is not None:  # one adapter for all tasks
+        training = options.output_dir / "trained" / directory.name
+    evaluate = _evaluate_options(
+        options, sources, spec.storage, directory, adapter=training / "adapter"
+    )
     train = TrainOptions(
         model=evaluate.model,
-        data=replace(evaluate.data, data=sources.train, split=options.split, limit=options.limit),
+        data=replace(
+            evaluate.data,
+            data=sources.train,
+            split=options.split,
+            template=sources.train_template,
+            limit=options.limit,
+        ),
         held_out=HeldOutOptions(
             validation_data=sources.validation,
             validation_split=options.validation_split,
             validation_limit=options.validation_limit,
         ),
-        scoring=sources.scoring,
+        scoring=sources.train_scoring,
         method=spec.options,
         optim=resolve_learning_rate(spec.options, replace(options.optim, **spec.optim_overrides)),
         memory=options.memory,
         reuse=evaluate.reuse,
-        run=RunOptions(output_dir=directory / "train", seed=seed, quiet=True),
+        run=RunOptions(output_dir=training, seed=seed, quiet=True),
     )
     command = _command(options, sources, spec.label, seed)
     return Cell(
@@ -285,6 +295,7 @@ def _record(
             **asdict(train.held_out),
             "validation_data": sources.validation_digest,
         }
+        config["validation_scoring"] = asdict(train.scoring)
         config["seed"] = seed
     canonical = json.dumps(config, sort_keys=True)
     return {

@@ -36,6 +36,8 @@ from lowmem_reft.generate import generate_batches
 from lowmem_reft.loss import response_log_likelihood
 from lowmem_reft.options import ReuseOptions, ScoringOptions
 from lowmem_reft.progress import counter, progress
+from lowmem_reft.tasks.answers import answers_equal, find_extractor
+from lowmem_reft.tasks.metrics import compute, find_metric
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
 
 if TYPE_CHECKING:
@@ -89,8 +91,6 @@ class Scores:
         """The metric over all examples: a share (accuracy, f1, ...) or a correlation."""
         if self.metric == "accuracy":
             return sum(self.correct) / len(self.correct)
-        from lowmem_reft.tasks.metrics import compute
-
         return compute(self.metric, self.predictions, self.references)
 
     def summary(self) -> dict[str, Any]:
@@ -191,13 +191,8 @@ def check_scoring(options: ScoringOptions) -> None:
     Raises:
         InputError: see above.
     """
-    if options.metric != "accuracy":
-        from lowmem_reft.tasks.metrics import find_metric
-
-        find_metric(options.metric)
+    find_metric(options.metric)
     if options.extractor is not None:
-        from lowmem_reft.tasks.answers import find_extractor
-
         find_extractor(options.extractor)
     extract_answer("", options.answer_pattern)
 
@@ -448,15 +443,11 @@ def _response_losses(
 def _equal(first: str, second: str, settings: ScoringSettings) -> bool:
     if settings.extractor is None:
         return first == second
-    from lowmem_reft.tasks.answers import answers_equal
-
     return answers_equal(settings.extractor, first, second)
 
 
 def _answer(text: str, settings: ScoringSettings) -> str | None:
     if settings.extractor is not None:
-        from lowmem_reft.tasks.answers import find_extractor
-
         return find_extractor(settings.extractor)(text)
     return extract_answer(text, settings.answer_pattern)
 

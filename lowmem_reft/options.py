@@ -21,6 +21,7 @@ TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 Tie = Literal["tied", "sides", "positions"]
 Component = Literal["block_output", "mlp_output", "attention_output"]
 Scoring = Literal["auto", "likelihood", "generation"]
+Workers = int | Literal["ray"]
 
 SCHEDULES = (
     "linear",
@@ -174,7 +175,8 @@ class MethodOptions:
     """Where ReFT edits, unless --layers, --positions or --rank say otherwise. fast: upper half, l3,
     rank 16; balanced: upper half, all, rank 16; paper: all layers, f7+l7, rank 8."""
     rank: int | None = None
-    """Rank of the intervention (default 4) or of the LoRA update (default 16)."""
+    """Rank of the intervention (default 4) or of the LoRA update (default 16); a bottleneck's width
+    (default 8) or of P-tuning's network (default 128)."""
     layers: str | None = None
     """Blocks that are touched: all, "8;12;16" (0-based) or upper:0.5 (the upper half)."""
     positions: str | None = None
@@ -190,13 +192,22 @@ class MethodOptions:
     init: Literal["identity", "paper"] | None = None
     """Start of LoReFT: identity (W = R, b = 0) or the paper's random W."""
     alpha: float | None = None
-    """LoRA scaling numerator; the update is multiplied by alpha / rank (default 2 * rank)."""
+    """LoRA scaling numerator; the update is multiplied by alpha / rank (default 2 * rank). Strength
+    of a steering vector (default 1)."""
     target_modules: str | None = None
     """Comma-separated linear layers that LoRA touches (default: all of them)."""
+    lora_rank: int | None = None
+    """Rank of the LoRA update beside the intervention in lora_reft (default 16)."""
+    num_virtual_tokens: int | None = None
+    """Trained tokens before the prompt: prefix, prompt and p_tuning (default 20)."""
 
     def __post_init__(self) -> None:
         """Check the numbers; what depends on the method is checked where it is built."""
-        check_counts(rank=self.rank)
+        check_counts(
+            rank=self.rank,
+            lora_rank=self.lora_rank,
+            num_virtual_tokens=self.num_virtual_tokens,
+        )
         if self.profile is not None:
             _check_choice("profile", self.profile, ("fast", "balanced", "paper"))
         check_positive(alpha=self.alpha)
@@ -529,6 +540,9 @@ class CompareOptions:
     tasks: str | None = None
     """Comma-separated names that lowmem-reft tasks lists: rows, prompts, metrics and splits are
     the task's own, and each adapter is that of its best epoch on the task's validation rows."""
+    train_task: str | None = None
+    """Train on this task's rows (commonsense170k, math10k, ...): each adapter once, to be scored on
+    all of --tasks."""
     data_dir: Path | None = None
     """Directory with the files of --tasks; default: their hub ids."""
     data: str | None = None
@@ -569,8 +583,9 @@ class CompareOptions:
     optim: OptimOptions = field(default_factory=OptimOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     reuse: ReuseOptions = field(default_factory=lambda: ReuseOptions(reuse="off"))
-    workers: int = 1
-    """Cells that run at the same time."""
+    workers: Workers = 1
+    """Cells that run at the same time, or ray: as many as a Ray cluster has room for (RAY_ADDRESS,
+    or the one that runs here, else a new one on this machine)."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     quiet: bool = False
@@ -579,12 +594,16 @@ class CompareOptions:
     def __post_init__(self) -> None:
         """Check the counts."""
         check_counts(
-            workers=self.workers,
+            workers=None if self.workers == "ray" else self.workers,
             max_length=self.max_length,
             limit=self.limit,
             validation_limit=self.validation_limit,
             eval_limit=self.eval_limit,
         )
+        if self.train_task is not None and self.tasks is None:
+            raise InputError(
+                f"train_task must come with tasks, got {self.train_task!r} alone; add --tasks"
+            )
         given = [name for name in ("data", "validation_data", "eval_data") if getattr(self, name)]
         if self.tasks is not None and given:
             raise InputError(
@@ -595,6 +614,16 @@ class CompareOptions:
                 f"validation_data must come with data, got {self.validation_data!r} alone; "
                 "add --data"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksOptions:
+    """List the tasks that compare --tasks knows, with their metrics and splits."""
+
+    data_dir: Path | None = None
+    """Count the rows of the tasks whose public files are in this directory."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
 
 
 @dataclass(frozen=True, kw_only=True)

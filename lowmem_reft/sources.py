@@ -15,6 +15,7 @@ from lowmem_reft.options import CompareOptions, ScoringOptions
 
 if TYPE_CHECKING:
     from lowmem_reft.rows import Row
+    from lowmem_reft.tasks.task import Split, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,20 @@ class Sources:
     evaluate_digest: str
     task: str
     template: str | None = None
+    train_template: str | None = None
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    """How the rows to evaluate on are scored."""
+    train_scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    """How the validation rows are scored."""
 
 
-def find_all_sources(options: CompareOptions) -> list[Sources]:
+def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list[Sources]:
     """What the cells of each task read; without named tasks, ``find_sources`` alone.
+
+    Args:
+        options: The comparison.
+        scored: Split of named tasks to evaluate on; no other one than it, train and validation is
+            taken.
 
     Raises:
         InputError: a task is unknown or named twice, or its files or the model are not there.
@@ -47,10 +57,10 @@ def find_all_sources(options: CompareOptions) -> list[Sources]:
     names = [name.strip() for name in options.tasks.split(",")]
     if len(set(names)) < len(names):
         raise InputError(f"tasks must be different, got {options.tasks!r}; drop one")
-    return [_task_sources(options, name) for name in names]
+    return [_task_sources(options, name, scored) for name in names]
 
 
-def _task_sources(options: CompareOptions, name: str) -> Sources:
+def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
     """The rows of a named task, written below ``output_dir/data`` for every cell to read.
 
     Training rows are drawn with a fixed seed if there is a limit: files are often sorted.
@@ -59,21 +69,42 @@ def _task_sources(options: CompareOptions, name: str) -> Sources:
     from lowmem_reft.data import rows_digest
     from lowmem_reft.tasks.registry import as_records, find_task, load_task
 
-    task = find_task(name)
+    task, trained = find_task(name), find_task(options.train_task or name)
     paths, digests = {}, {}
-    limits = {
-        "train": options.limit,
-        "validation": options.validation_limit,
-        "test": options.eval_limit,
-    }
-    for split, limit in limits.items():
-        rows = load_task(name, split, data_dir=options.data_dir, task_type=options.task_type)
+    splits: tuple[tuple[Task, Split, int | None], ...] = (
+        (trained, "train", options.limit),
+        (trained, "validation", options.validation_limit),
+        (task, scored, options.eval_limit),
+    )
+    for of, split, limit in splits:
+        rows = load_task(of.name, split, data_dir=options.data_dir, task_type=options.task_type)
         if split == "train" and limit is not None and limit < len(rows):
             rows = random.Random(0).sample(rows, limit)
         rows = rows[:limit]
-        path = options.output_dir / "data" / name / f"{split}.jsonl"
+        path = options.output_dir / "data" / of.name / f"{split}.jsonl"
         paths[split] = str(_write_records(path, as_records(rows)))
         digests[split] = rows_digest(rows)
+    model = options.model or str(embedded.model_dir())
+    return Sources(
+        model=model,
+        model_name=options.model or "embedded-llama",
+        model_digest=model_digest(model),
+        train=paths["train"],
+        train_digest=digests["train"],
+        validation=paths["validation"],
+        validation_digest=digests["validation"],
+        evaluate=paths[scored],
+        evaluate_digest=digests[scored],
+        task=task.name,
+        template=options.template or task.template,
+        train_template=options.template or trained.template,
+        scoring=_scoring(options, task),
+        train_scoring=_scoring(options, trained),
+    )
+
+
+def _scoring(options: CompareOptions, task: Task) -> ScoringOptions:
+    """The task's own way to score, but for what the user says."""
     own = {
         "scoring": task.scoring,
         "metric": task.metric,
@@ -85,21 +116,7 @@ def _task_sources(options: CompareOptions, name: str) -> Sources:
         for item in fields(ScoringOptions)
         if (value := getattr(options.scoring, item.name)) != item.default
     }
-    model = options.model or str(embedded.model_dir())
-    return Sources(
-        model=model,
-        model_name=options.model or "embedded-llama",
-        model_digest=model_digest(model),
-        train=paths["train"],
-        train_digest=digests["train"],
-        validation=paths["validation"],
-        validation_digest=digests["validation"],
-        evaluate=paths["test"],
-        evaluate_digest=digests["test"],
-        task=name,
-        template=options.template or task.template,
-        scoring=ScoringOptions(**{**own, **given}),
-    )
+    return ScoringOptions(**{**own, **given})
 
 
 def find_sources(options: CompareOptions) -> Sources:
@@ -156,7 +173,9 @@ def find_sources(options: CompareOptions) -> Sources:
         evaluate_digest=rows_digest(evaluation_rows),
         task=task_name(options.data) if options.data else "embedded-task",
         template=options.template,
+        train_template=options.template,
         scoring=options.scoring,
+        train_scoring=options.scoring,
     )
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,56 +26,19 @@ import tyro
 from lowmem_reft.compare import run_comparison
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import CompareOptions, OptimOptions, ReuseOptions
-from lowmem_reft.rows import Row, holdout, load_rows
-
-TREC_TYPES = {
-    "ABBR": "abbreviation",
-    "DESC": "description",
-    "ENTY": "entity",
-    "HUM": "human",
-    "LOC": "location",
-    "NUM": "number",
-}
-
-
-def read_trec(path: Path) -> list[dict[str, object]]:
-    """``LABEL:detail question`` per line, Latin-1; the six coarse labels are the choices."""
-    names, rows = list(TREC_TYPES.values()), []
-    for number, line in enumerate(path.read_text(encoding="latin-1").splitlines(), 1):
-        label, _, question = line.partition(" ")
-        coarse = label.partition(":")[0]
-        if coarse not in TREC_TYPES or not question:
-            raise InputError(
-                f"{path}:{number}: a line must be 'LABEL:detail question', got {line!r}"
-            )
-        answer = names.index(TREC_TYPES[coarse])
-        rows.append({"prompt": question.strip(), "choices": names, "answer": answer})
-    return rows
-
-
-def read_sst2(path: Path) -> list[dict[str, object]]:
-    """``sentence<TAB>label`` per line under a header; 0 is negative, 1 is positive."""
-    rows: list[dict[str, object]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):
-        sentence, _, label = line.rpartition("\t")
-        if label not in ("0", "1") or not sentence:
-            raise InputError(f"{path}:{number}: a line must be 'sentence<TAB>0|1', got {line!r}")
-        rows.append(
-            {"prompt": sentence.strip(), "choices": ["negative", "positive"], "answer": int(label)}
-        )
-    return rows
+from lowmem_reft.rows import Row, as_records, holdout
+from lowmem_reft.tasks.registry import file_rows, find_task
+from lowmem_reft.tasks.task import Split
 
 
 @dataclass(frozen=True)
-class Task:
-    """Where a task's rows come from and how its prompt is written."""
+class Plan:
+    """What is run on a task."""
 
-    train: str
-    test: str
-    read: Callable[[Path], list[dict[str, object]]]
-    template: str
     final: str
     """Methods of the final stage."""
+    test: Split = "test"
+    """The public rows that the final stage is scored on."""
     num_train: int | None = None
     """Rows drawn from the training file (seed 0); None takes all."""
     epochs: float = 4
@@ -105,17 +67,9 @@ FRONTIER = (
 """Accuracy against cost where frozen computation is reused: fixed beforehand and reported whole, so
 that nothing is chosen on test rows. Epochs are such that no row costs more than QLoRA's."""
 
-TASKS = {
-    "trec": Task("TREC.train", "TREC.test", read_trec, "Question: {prompt}\nType:", FINAL_TREC),
-    "sst2": Task(
-        "train_full.tsv",
-        "dev.tsv",
-        read_sst2,
-        "Review: {prompt}\nSentiment:",
-        FINAL_SST2,
-        num_train=1000,
-        epochs=3,
-    ),
+PLANS = {
+    "trec": Plan(FINAL_TREC),
+    "sst2": Plan(FINAL_SST2, test="validation", num_train=1000, epochs=3),
 }
 
 SEARCH = (
@@ -161,53 +115,50 @@ class Config:
 
 def main(config: Config) -> dict[str, object]:
     """Prepare the rows of the stage and compare."""
-    if config.task not in TASKS:
-        raise InputError(f"task must be one of {', '.join(TASKS)}, got {config.task!r}; choose one")
+    if config.task not in PLANS:
+        raise InputError(f"task must be one of {', '.join(PLANS)}, got {config.task!r}; choose one")
     stages = {"search": SEARCH, "final": None, "frontier": FRONTIER}
     if config.stage not in stages:
         raise InputError(
             f"stage must be one of {', '.join(stages)}, got {config.stage!r}; choose one"
         )
-    task, directory = TASKS[config.task], config.output_dir / config.task
-    rows = task.read(config.source / task.train)
-    if task.num_train is not None:
+    plan, directory = PLANS[config.task], config.output_dir / config.task
+    rows = file_rows(config.task, "train", config.source)
+    if plan.num_train is not None:
         random.Random(0).shuffle(rows)
-        rows = rows[: task.num_train]
-    train = write_rows(directory / "train.jsonl", rows)
+        rows = rows[: plan.num_train]
     if config.stage == "search":
-        fit, validation = holdout(load_rows(train), 0.1)
-        train = write_rows(directory / "fit.jsonl", [as_record(row) for row in fit])
-        test = write_rows(directory / "validation.jsonl", [as_record(row) for row in validation])
+        fit, validation = holdout(rows, 0.1)
+        train = write_rows(directory / "fit.jsonl", fit)
+        test = write_rows(directory / "validation.jsonl", validation)
     else:
-        test = write_rows(directory / "test.jsonl", task.read(config.source / task.test))
+        train = write_rows(directory / "train.jsonl", rows)
+        test_rows = file_rows(config.task, plan.test, config.source)
+        test = write_rows(directory / "test.jsonl", test_rows)
     return run_comparison(
         CompareOptions(
             model=config.model,
             data=str(train),
             eval_data=str(test),
-            template=task.template,
+            template=find_task(config.task).template,
             compute_dtype="fp32",  # blocks this small are slower in bf16 on a CPU
-            methods=config.methods or stages[config.stage] or task.final,
+            methods=config.methods or stages[config.stage] or plan.final,
             seeds=config.seeds or ("0" if config.stage == "search" else "0,1,2"),
             output_dir=directory / config.stage,
             limit=config.limit,
             eval_limit=config.limit,
-            optim=OptimOptions(epochs=config.epochs or task.epochs, batch_size=16),
+            optim=OptimOptions(epochs=config.epochs or plan.epochs, batch_size=16),
             reuse=ReuseOptions(reuse="auto" if config.stage == "frontier" else "off"),
             workers=config.workers,
         )
     )
 
 
-def as_record(row: Row) -> dict[str, object]:
-    """Turn a row back into what it was read from."""
-    return {"prompt": row.prompt, "choices": list(row.choices), "answer": row.answer}
-
-
-def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+def write_rows(path: Path, rows: list[Row]) -> Path:
     """Write JSONL, making the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = (json.dumps(record) + "\n" for record in as_records(rows))
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

@@ -1,16 +1,13 @@
-"""Recipes run end to end on tiny files and a tiny model, and refuse wrong files by line."""
+"""Recipes run end to end on tiny files and a tiny model."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from lowmem_reft.errors import InputError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -48,34 +45,3 @@ def test_text_classification_chooses_on_validation_rows_alone(
     fitted = (tmp_path / "out/trec/fit.jsonl").read_text().splitlines()
     assert len(held_out) == 2
     assert not set(held_out) & set(fitted)
-
-
-def test_trec_lines_become_choices_over_the_coarse_labels(
-    recipe: ModuleType, tmp_path: Path
-) -> None:
-    path = tmp_path / "TREC.train"
-    path.write_bytes("HUM:ind Who is José ?\n".encode("latin-1"))
-    (row,) = recipe.read_trec(path)
-    assert row["prompt"] == "Who is José ?"
-    assert row["choices"][row["answer"]] == "human"
-
-
-def test_sst2_lines_become_two_choices(recipe: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "dev.tsv"
-    path.write_text("sentence\tlabel\na good film \t1\n")
-    (row,) = recipe.read_sst2(path)
-    assert json.dumps(row["choices"]) == '["negative", "positive"]'
-    assert (row["prompt"], row["answer"]) == ("a good film", 1)
-
-
-@pytest.mark.parametrize(
-    ("reader", "text", "line"),
-    [("read_trec", "HUM:ind Who ?\nno label\n", 2), ("read_sst2", "sentence\tlabel\ngood 1\n", 2)],
-)
-def test_a_wrong_line_is_named(
-    recipe: ModuleType, tmp_path: Path, reader: str, text: str, line: int
-) -> None:
-    path = tmp_path / "file"
-    path.write_text(text)
-    with pytest.raises(InputError, match=f"file:{line}: a line must be"):
-        getattr(recipe, reader)(path)
