@@ -36,6 +36,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ from benchmarks.reuse_steps import (
     QLORA_CHECKPOINTED,
     QLORA_OURS,
     REUSED,
+    REUSED_DEQUANTIZED,
     Shape,
     Stepper,
     adapted,
@@ -76,7 +78,7 @@ from lowmem_reft.profile import measure_step
 from lowmem_reft.synthetic import base_with_random_weights
 
 CPU = torch.device("cpu")
-METHODS = (QLORA, QLORA_OURS, QLORA_CHECKPOINTED, PLAIN, REUSED)
+METHODS = (QLORA, QLORA_OURS, QLORA_CHECKPOINTED, PLAIN, REUSED, REUSED_DEQUANTIZED)
 UPPER = "LoReFT, reused, upper blocks resident"
 
 FIRST = Shape(
@@ -165,17 +167,24 @@ def compare(shape: Shape, options: ReuseBenchmark, directory: Path) -> dict[str,
     )
     indices = split(examples, shape.batch_size)
     batches = [stacked([examples[i] for i in part]) for part in indices]
-    steps = {}
-    for method in METHODS:
-        model = adapted(random_base(config), method, shape)
-        if method.reused:
-            builds = [Reuse(model, examples, directory / f"{i}") for i in range(options.repeats)]
-            reuse = builds[-1]
-            error = max(map(partial(prove, reuse), indices, batches))
-            steps[method.label] = reused_stepper(reuse, indices)
-        else:
-            steps[method.label] = plain_stepper(model, batches)
-    seconds = take_turns(steps, rounds=options.repeats, turn_s=options.turn_s)
+    steps, error = {}, 0.0
+    with ExitStack() as stack:
+        for method in METHODS:
+            model = adapted(random_base(config), method, shape)
+            if not method.reused:
+                steps[method.label] = plain_stepper(model, batches)
+                continue
+            if method.dequantized:
+                again = Reuse(model, examples, directory / "0")
+                stack.enter_context(again.dequantized())
+            else:
+                builds = [
+                    Reuse(model, examples, directory / f"{i}") for i in range(options.repeats)
+                ]
+                again = reuse = builds[-1]
+            error = max(error, *map(partial(prove, again), indices, batches))
+            steps[method.label] = reused_stepper(again, indices)
+        seconds = take_turns(steps, rounds=options.repeats, turn_s=options.turn_s)
     build = summarize([each.build_time_s for each in builds])
     return {
         "shape": asdict(shape),
@@ -204,10 +213,16 @@ def ratio(result: dict[str, Any], slower: Method) -> float:
     return float(result["rows"][slower.label]["speed_up"])
 
 
-def over_epochs(result: dict[str, Any], epochs: int) -> float:
+def dequantized_ratio(result: dict[str, Any]) -> float:
+    """Return how many times longer PEFT QLoRA's step takes than the reused, dequantized one."""
+    slow, fast = (result["rows"][m.label]["median_s"] for m in (QLORA, REUSED_DEQUANTIZED))
+    return float(slow / fast)
+
+
+def over_epochs(result: dict[str, Any], epochs: int, reused: Method = REUSED) -> float:
     """Return the time of PEFT QLoRA's epochs over that of reused ones with the build."""
     steps = result["num_batches"] * epochs
-    slow, fast = (result["rows"][m.label]["median_s"] * steps for m in (QLORA, REUSED))
+    slow, fast = (result["rows"][m.label]["median_s"] * steps for m in (QLORA, reused))
     return float(slow / (fast + result["build_time_s"]))
 
 
@@ -220,6 +235,9 @@ def ratios_of(results: list[dict[str, Any]], peak: dict[str, Any]) -> dict[str, 
         "reuse_vs_qlora_checkpointing": ratio(first, QLORA_CHECKPOINTED),
         "reuse_vs_plain_loreft": ratio(first, PLAIN),
         "six_epochs_vs_qlora": over_epochs(first, 6),
+        "reuse_dequantized_vs_qlora": dequantized_ratio(first),
+        "six_epochs_dequantized_vs_qlora": over_epochs(first, 6, REUSED_DEQUANTIZED),
+        "long_prompt_dequantized_vs_qlora": dequantized_ratio(long),
         "upper_all_vs_qlora_checkpointing": ratio(upper, QLORA_CHECKPOINTED),
         "long_prompt_vs_qlora": ratio(long, QLORA),
         "upper_resident_share": peak["upper_resident_share"],

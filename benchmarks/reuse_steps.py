@@ -83,6 +83,8 @@ class Method:
     """Whether blocks are recomputed in the backward pass."""
     reused: bool = False
     """Whether it starts from stored constants."""
+    dequantized: bool = False
+    """Whether the blocks that it runs are kept dequantized (``--dequantize-upper``)."""
 
 
 QLORA = Method(label="PEFT QLoRA r16", trains="qlora", our_loss=False)
@@ -91,6 +93,7 @@ QLORA_CHECKPOINTED = replace(QLORA, label="PEFT QLoRA r16, checkpointing", check
 PLAIN = Method(label="LoReFT, plain", trains="loreft")
 PLAIN_CHECKPOINTED = replace(PLAIN, label="LoReFT, plain, checkpointing", checkpointing=True)
 REUSED = replace(PLAIN, label="LoReFT, reused", reused=True)
+REUSED_DEQUANTIZED = replace(REUSED, label="LoReFT, reused, upper dequantized", dequantized=True)
 
 
 def make_examples(
