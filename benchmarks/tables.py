@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,44 @@ def comparison(result: list[dict[str, Any]]) -> str:
         f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes")
     )
     return f"{markdown(aggregate(result))}\n{first['device']}; {versions}.\n"
+
+
+def tasks(result: list[dict[str, Any]]) -> str:
+    """A row per method, a column per task, and the mean over tasks; the best methods first."""
+    rows: dict[str, dict[str, Any]] = {}
+    metrics = {}
+    for row in aggregate(result):
+        rows.setdefault(row.method, {})[row.task] = row
+        metrics[row.task] = row.metric or metrics.get(row.task)
+
+    def mean(method: str) -> float:
+        values = [row.value_mean for row in rows[method].values()]
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if len(known) == len(metrics) else -1.0
+
+    titles = [f"{task} ({metric})" for task, metric in metrics.items()]
+    lines = [
+        f"| method | trainable | {' | '.join(titles)} | mean |",
+        f"|:--|--:|{'--:|' * len(titles)}--:|",
+    ]
+    for method in sorted(rows, key=mean, reverse=True):
+        by_task = rows[method]
+        cells = [_value(by_task.get(task)) for task in metrics]
+        trainable = next(iter(by_task.values())).num_trainable_params or 0
+        total = f"{100 * mean(method):.1f}" if mean(method) >= 0 else "–"
+        lines.append(f"| {method} | {trainable:,} | {' | '.join(cells)} | {total} |")
+    first = next(row for row in result if row["num_trainable_params"])
+    versions = ", ".join(
+        f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes")
+    )
+    return "\n".join([*lines, "", f"{first['device']}; {versions}.", ""])
+
+
+def _value(row: Any) -> str:
+    if row is None or row.value_mean is None:
+        return "failed" if row is not None and row.errors else "–"
+    spread = "" if row.value_sd is None else f" ± {100 * row.value_sd:.1f}"
+    return f"{100 * row.value_mean:.1f}{spread}"
 
 
 def figure(value: float) -> str:
@@ -151,6 +190,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "trec2500": comparison,
     "trec_frontier": comparison,
     "sst2": comparison,
+    "tasks": tasks,
+    "methods": comparison,
     "step": timings,
     "orthonormal": timings,
     "memory": memory,
