@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.cell import EMPTY_RESULT, Cell, Result, write_json
+from lowmem_reft.engines.child import CHILD_COMMAND
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import (
     CompareOptions,
@@ -33,7 +34,7 @@ from lowmem_reft.options import (
     ScoringOptions,
     TrainOptions,
 )
-from lowmem_reft.schedule import CHILD_COMMAND, run_cells
+from lowmem_reft.schedule import run_cells
 from lowmem_reft.sources import Sources, find_all_sources
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ EMBEDDED_METHODS = (
 CSV_FIELDS = tuple(
     name
     for name in EMPTY_RESULT
-    if name not in ("config", "versions", "loss_history", "validation", "breakdown_bytes")
+    if name not in ("config", "versions", "loss_history", "validation", "breakdown_bytes", "extra")
 )
 """Columns of results.csv: every field of a result that is one value."""
 
@@ -147,9 +148,9 @@ def build_cells(
     return cells
 
 
-def command_line(options: CompareOptions, method: str, seed: int) -> str:
-    """The command that runs one cell again (and scores the base beside it)."""
-    words = ["lowmem-reft", "compare", "--methods", method, "--seeds", str(seed)]
+def command_line(options: CompareOptions, methods: str, seeds: int | str) -> str:
+    """The command that runs one cell, or several, again (and scores the base beside it)."""
+    words = ["lowmem-reft", "compare", "--methods", methods, "--seeds", str(seeds)]
     apart = {"methods", "seeds", "output_dir", "workers", "json", "quiet"}
     apart |= {"optim", "memory", "reuse", "scoring"}
     groups = (

@@ -81,17 +81,24 @@ class Scores:
     """Mean negative log-likelihood per token of the right answer (or class), where it is known."""
     num_cut_prompts: int = 0
     """Prompts that were cut from the left to fit."""
+    texts: list[str] = field(default_factory=list)
+    """What was generated, where answers were."""
     metric: str = "accuracy"
     """What ``value`` is; a name in ``tasks.metrics.METRICS``."""
+    extra_metrics: str | None = None
+    """Comma-separated further ones."""
     reuse: Reuse | None = None
     """What scored the rows from stored constants, if something did."""
 
     @property
     def value(self) -> float:
         """The metric over all examples: a share (accuracy, f1, ...) or a correlation."""
-        if self.metric == "accuracy":
+        return self._computed(self.metric)
+
+    def _computed(self, metric: str) -> float:
+        if metric == "accuracy":
             return sum(self.correct) / len(self.correct)
-        return compute(self.metric, self.predictions, self.references)
+        return compute(metric, self.predictions, self.references)
 
     def summary(self) -> dict[str, Any]:
         """Return ``metric``, ``value``, ``accuracy``, ``num_examples`` and, if known, ``loss``."""
@@ -102,6 +109,9 @@ class Scores:
             "num_examples": len(self.correct),
             "num_cut_prompts": self.num_cut_prompts,
         }
+        if self.extra_metrics is not None:
+            names = map(str.strip, self.extra_metrics.split(","))
+            summary["extra"] = {name: self._computed(name) for name in names}
         if self.losses:
             summary["loss"] = sum(self.losses) / len(self.losses)
         if self.reuse is not None:
@@ -118,7 +128,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     adapter's training card, so that scoring matches training.
 
     Returns:
-        ``metric``, ``value``, ``accuracy`` (the share of right answers), ``num_examples``,
+        ``metric``, ``value``, ``accuracy`` (the share of right answers), ``extra`` (of
+        ``extra_metrics``, by name), ``num_examples``,
         ``num_cut_prompts``, where known ``loss`` and, where stored constants were used, ``reuse``,
         ``store_bytes`` and ``build_time_s``.
 
@@ -169,8 +180,9 @@ def _prediction_lines(
     rows: Sequence[Row], scores: Scores, card: TrainingCard
 ) -> Iterator[dict[str, Any]]:
     """What is written per example: where it is from, what was asked, answered and right."""
-    for row, prediction, reference, correct in zip(
-        rows, scores.predictions, scores.references, scores.correct, strict=True
+    texts = scores.texts or [None] * len(rows)
+    for row, prediction, reference, correct, text in zip(
+        rows, scores.predictions, scores.references, scores.correct, texts, strict=True
     ):
         line = {
             "source": row.source,
@@ -182,6 +194,8 @@ def _prediction_lines(
         names = row.choices or card.label_names or ()
         if type(prediction) is int and names:
             line["prediction_text"], line["reference_text"] = names[prediction], names[reference]
+        elif text is not None:
+            line["prediction_text"], line["reference_text"] = text, row.response
         yield line
 
 
@@ -191,7 +205,8 @@ def check_scoring(options: ScoringOptions) -> None:
     Raises:
         InputError: see above.
     """
-    find_metric(options.metric)
+    for name in (options.metric, *filter(None, (options.extra_metrics or "").split(","))):
+        find_metric(name.strip())
     if options.extractor is not None:
         find_extractor(options.extractor)
     extract_answer("", options.answer_pattern)
@@ -245,13 +260,14 @@ def _score(
 ) -> Scores:
     if card.task_type == "SEQ_CLS":
         scores = _score_classes(model, tokenizer, rows, card, settings)
-        return replace(scores, metric=settings.metric)
+        return replace(scores, metric=settings.metric, extra_metrics=settings.extra_metrics)
     rows = as_choices(rows, card.label_names)
     by_likelihood = settings.scoring == "likelihood" or (
         settings.scoring == "auto" and rows[0].choices
     )
     score_rows = _score_choices if by_likelihood else _score_generated
-    return replace(score_rows(model, tokenizer, rows, card, settings), metric=settings.metric)
+    scores = score_rows(model, tokenizer, rows, card, settings)
+    return replace(scores, metric=settings.metric, extra_metrics=settings.extra_metrics)
 
 
 @torch.no_grad()
@@ -410,6 +426,7 @@ def _score_generated(
         correct=correct,
         predictions=predictions,
         references=references,
+        texts=texts,
         # Where there is no right answer but a reference, its likelihood says more than the text.
         losses=_response_losses(model, tokenizer, rows, card, settings)
         if settings.metric == "overlap"

@@ -108,6 +108,7 @@ def _scoring(options: CompareOptions, task: Task) -> ScoringOptions:
     own = {
         "scoring": task.scoring,
         "metric": task.metric,
+        "extra_metrics": ",".join(task.extra_metrics) or None,
         "extractor": task.answer,
         "max_new_tokens": task.max_new_tokens,
     }

@@ -175,6 +175,17 @@ def choice_word(text: str) -> str | None:
     return _label_name(found)
 
 
+def choice_or_truth(text: str) -> str | None:
+    """Return the labelled choice that a text names, else its truth value: for a mix of both."""
+    return choice_word(text) or true_false(text)
+
+
+def number_or_letter(text: str) -> str | None:
+    """Return the letter that a text calls its answer, else its number: for a mix of both."""
+    said = [match["letter"] for match in _LETTER.finditer(text) if not _is_article(match)]
+    return str(said[-1]).upper() if said else number(text) or option_letter(text)
+
+
 def _label_name(match: re.Match[str]) -> str:
     return f"{match['word']}{match['digit']}".lower()
 
@@ -191,6 +202,8 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     "option_letter": option_letter,
     "true_false": true_false,
     "choice_word": choice_word,
+    "choice_or_truth": choice_or_truth,
+    "number_or_letter": number_or_letter,
 }
 """What finds the answer in generated text, by the name that tasks use."""
 

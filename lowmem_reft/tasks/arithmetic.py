@@ -118,7 +118,7 @@ TASKS = (
         template=INSTRUCTION_TEMPLATE,
         metric="accuracy",
         scoring="generation",
-        answer="number",
+        answer="number_or_letter",
         max_new_tokens=512,
         local=(
             LocalFiles(

@@ -168,7 +168,7 @@ TASKS = (
         template="{prompt}\n",
         metric="accuracy",
         scoring="likelihood",
-        answer="choice_word",
+        answer="choice_or_truth",
         local=(
             LocalFiles(
                 directories=("commonsense_170k", "ft-training_set"),

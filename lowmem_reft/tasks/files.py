@@ -95,22 +95,22 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
             except json.JSONDecodeError as error:
                 raise _invalid(place, error) from error
         return
-    decode, line, counted = json.JSONDecoder().raw_decode, 1, 0
+    decode, number, counted = json.JSONDecoder().raw_decode, 1, 0
     index = _after_space(text, index + 1)
     while text[index : index + 1] != "]":
-        line += text.count("\n", counted, index)
+        number += text.count("\n", counted, index)
         counted = index
         try:
             record, index = decode(text, index)
         except json.JSONDecodeError as error:
             raise _invalid(f"{path}:{error.lineno}", error) from error
-        yield f"{path}:{line}", record
+        yield f"{path}:{number}", record
         index = _after_space(text, index)
         if text[index : index + 1] == ",":
             index = _after_space(text, index + 1)
         elif text[index : index + 1] != "]":
-            error = json.JSONDecodeError("Expecting ',' or ']'", text, index)
-            raise _invalid(f"{path}:{error.lineno}", error)
+            wrong = json.JSONDecodeError("Expecting ',' or ']'", text, index)
+            raise _invalid(f"{path}:{wrong.lineno}", wrong)
 
 
 def text_of(record: Any, name: str, place: str, *, form: str) -> str:

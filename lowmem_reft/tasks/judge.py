@@ -1,0 +1,306 @@
+r"""Which of two models responds better: win rates by a judge that the user names.
+
+Every pair of responses is shown in both orders, and what the judge says is averaged, so that a
+judge who prefers the first place says nothing. A judge is a program that reads questions and writes
+its preferences, or a causal language model whose likelihoods of "A" and "B" are compared.
+
+Judges prefer long responses. The length-controlled win rate is the one that responses of equal
+length would have, by a logistic regression (Dubois et al., arXiv 2404.04475):
+
+    P(first is better) = σ(θ + φ tanh(Δ / std(Δ))),   length-controlled win rate = σ(θ),
+
+with Δ the first response's length minus the second's, in characters. The paper's third term, how
+hard an instruction is, is fitted over many models and left out; θ and φ have a weak normal prior,
+so that they are finite where one side wins everything.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.rows import Row
+from lowmem_reft.tasks.files import read_json, text_of
+
+PENALTY = 0.01
+"""Inverse variance of the prior of θ and φ."""
+NUM_RESAMPLES = 1000
+"""Of the bootstrap, over instructions."""
+
+MODEL_TEMPLATE = (
+    "Below are an instruction and two responses, A and B. Say which response is better.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response A:\n{first}\n\n### Response B:\n{second}\n\n"
+    "### Better response:"
+)
+"""What a language model is asked."""
+
+_Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Two responses to an instruction, in the order in which the judge sees them."""
+
+    prompt: str
+    """The instruction."""
+    first: str
+    """A response."""
+    second: str
+    """Another one."""
+
+
+Judge = Callable[[Sequence[Question]], Sequence[float]]
+"""Gives for every question how much it prefers the first response: 1 wholly, 0.5 a tie, 0 not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How often the first model's responses are better; 95 % intervals by the bootstrap."""
+
+    num_examples: int
+    """Instructions that both responded to."""
+    wins: int
+    """Instructions on which the first is preferred in the mean of both orders."""
+    ties: int
+    """Those on which neither is."""
+    losses: int
+    """Those on which the second is."""
+    win_rate: float
+    """Mean preference for the first; a tie counts half."""
+    win_rate_interval: tuple[float, float]
+    """Its interval."""
+    length_controlled_win_rate: float
+    """σ(θ): what is left of it at equal lengths."""
+    length_controlled_interval: tuple[float, float]
+    """Its interval."""
+    mean_length_difference: float
+    """Mean length of the first's responses minus that of the second's, in characters."""
+
+
+def judge_files(first: str | Path, second: str | Path, judge: Judge) -> Verdict:
+    """Compare two files of predictions to the same prompts.
+
+    Args:
+        first: JSON lines with ``prompt`` and ``prediction_text`` (else ``prediction``), as
+            ``evaluate --predictions`` writes.
+        second: The same of another model.
+        judge: Who decides: ``command_judge`` or ``model_judge``.
+
+    Raises:
+        InputError: If a file is wrong, the prompts differ, or the judge's answer cannot be read.
+    """
+    left, right = _predictions(Path(first)), _predictions(Path(second))
+    if [prompt for prompt, _ in left] != [prompt for prompt, _ in right]:
+        raise InputError(
+            f"both files must have the same prompts in the same order, got {len(left)} in "
+            f"{str(first)!r} and {len(right)} others in {str(second)!r}; predict the same rows"
+        )
+    pairs = [
+        Question(prompt=prompt, first=ours, second=theirs)
+        for (prompt, ours), (_, theirs) in zip(left, right, strict=True)
+    ]
+    swapped = [Question(prompt=q.prompt, first=q.second, second=q.first) for q in pairs]
+    said = np.asarray(judge([*pairs, *swapped]), dtype=np.float64)
+    preferences = (said[: len(pairs)] + 1 - said[len(pairs) :]) / 2
+    lengths = np.array([len(q.first) - len(q.second) for q in pairs], dtype=np.float64)
+    return verdict(preferences, lengths)
+
+
+def verdict(preferences: _Floats, length_differences: _Floats, *, seed: int = 0) -> Verdict:
+    """Compute win rates and their intervals.
+
+    Args:
+        preferences: For every instruction, the preference for the first response, 0 to 1.
+        length_differences: Length of the first response minus that of the second.
+        seed: Draws the resamples.
+    """
+    generator, size = np.random.default_rng(seed), len(preferences)
+    draws = [generator.integers(size, size=size) for _ in range(NUM_RESAMPLES)]
+    rates = [float(preferences[draw].mean()) for draw in draws]
+    controlled = [
+        length_controlled_win_rate(preferences[draw], length_differences[draw]) for draw in draws
+    ]
+    return Verdict(
+        num_examples=size,
+        wins=int((preferences > 0.5).sum()),
+        ties=int((preferences == 0.5).sum()),
+        losses=int((preferences < 0.5).sum()),
+        win_rate=float(preferences.mean()),
+        win_rate_interval=_interval(rates),
+        length_controlled_win_rate=length_controlled_win_rate(preferences, length_differences),
+        length_controlled_interval=_interval(controlled),
+        mean_length_difference=float(length_differences.mean()),
+    )
+
+
+def length_controlled_win_rate(preferences: _Floats, length_differences: _Floats) -> float:
+    """Return σ(θ) of the regression in the module's description, fitted by Newton's method.
+
+    Preferences between 0 and 1 are soft labels of its cross-entropy.
+    """
+    spread = length_differences.std()
+    scaled = np.tanh(length_differences / spread) if spread else np.zeros(len(preferences))
+    features = np.stack([np.ones(len(preferences)), scaled], axis=1)  # (examples, 2)
+    weights = np.zeros(2)
+    for _ in range(100):
+        chances = _sigmoid(features @ weights)
+        gradient = features.T @ (chances - preferences) + PENALTY * weights
+        curvature = (features.T * (chances * (1 - chances))) @ features + PENALTY * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        # A whole Newton step may overshoot where the curve is flat.
+        weights = weights - step / max(1.0, float(np.abs(step).max()))
+        if np.abs(step).max() < 1e-10:
+            break
+    return float(_sigmoid(weights[:1])[0])
+
+
+def command_judge(command: str) -> Judge:
+    """Return a judge that is a program, run once, without a shell.
+
+    It reads JSON lines ``{"prompt": ..., "first": ..., "second": ...}`` and writes a line for each:
+    ``{"preferred": "first"}``, "second" or "tie"; or ``{"probability": 0.8}`` that the first one is
+    better.
+
+    Raises:
+        InputError: If the program cannot be run, fails, or writes something else.
+    """
+
+    def judge(questions: Sequence[Question]) -> list[float]:
+        asked = "".join(json.dumps(asdict(question)) + "\n" for question in questions)
+        try:
+            finished = subprocess.run(
+                shlex.split(command), input=asked, capture_output=True, text=True, check=True
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"judge must be a command that can be run, got {command!r} ({error}); correct it"
+            ) from error
+        except subprocess.CalledProcessError as error:
+            raise InputError(
+                f"judge must exit with 0, got {error.returncode} from {command!r} "
+                f"({error.stderr.strip()[-200:]}); correct it"
+            ) from error
+        lines = [line for line in finished.stdout.splitlines() if line.strip()]
+        if len(lines) != len(questions):
+            raise InputError(
+                f"judge must write a line per question, got {len(lines)} from {command!r} for "
+                f"{len(questions)}; correct it"
+            )
+        return [_preference(line, number) for number, line in enumerate(lines, start=1)]
+
+    return judge
+
+
+def model_judge(
+    model: str | Path,
+    *,
+    storage: Any = "nf4",
+    template: str = MODEL_TEMPLATE,
+    max_length: int = 2048,
+    batch_size: int = 8,
+) -> Judge:
+    """Return a judge that is a causal language model: the likelihood of "A" against that of "B".
+
+    Args:
+        model: Hub id or directory.
+        storage: How its weights are stored.
+        template: What it is asked; holds ``{prompt}``, ``{first}`` and ``{second}``.
+        max_length: Most tokens; longer questions are cut from the left.
+        batch_size: Sequences per forward pass.
+
+    Raises:
+        InputError: If there is no such model.
+    """
+    missing = [name for name in ("{prompt}", "{first}", "{second}") if name not in template]
+    if missing:
+        raise InputError(f"template must contain {missing[0]}, got {template!r}; add it")
+
+    def judge(questions: Sequence[Question]) -> list[float]:
+        import torch
+
+        from lowmem_reft.base import load_base, load_tokenizer
+        from lowmem_reft.data import Collator, encode_choices
+        from lowmem_reft.loss import response_log_likelihood
+
+        base, tokenizer = load_base(model, storage=storage), load_tokenizer(model)
+        collate = Collator(tokenizer, padding_side="left")
+        examples = []
+        for number, question in enumerate(questions):
+            row = Row(
+                source=f"question {number + 1}",
+                prompt=_filled(template, question),
+                choices=("A", "B"),
+                answer=0,
+            )
+            examples += encode_choices(row, tokenizer, max_length=max_length).examples
+        sums: list[float] = []
+        with torch.no_grad():
+            for start in range(0, len(examples), batch_size):
+                batch = collate(examples[start : start + batch_size])
+                sums += response_log_likelihood(base, batch)[0].tolist()
+        both = np.array(sums, dtype=np.float64).reshape(-1, 2)  # (questions, A and B)
+        chances: list[float] = _sigmoid(both[:, 0] - both[:, 1]).tolist()
+        return chances
+
+    return judge
+
+
+def _filled(template: str, question: Question) -> str:
+    # All at once: a response may hold "{second}" itself.
+    for name in ("prompt", "first", "second"):
+        template = template.replace(f"{{{name}}}", f"\0{name}\0")
+    parts = template.split("\0")
+    values = asdict(question)
+    return "".join(values[part] if i % 2 else part for i, part in enumerate(parts))
+
+
+def _predictions(path: Path) -> list[tuple[str, str]]:
+    """(Prompt, response) of every line; a response may be empty."""
+    form = '{"prompt": "...", "prediction": "..."}'
+    found = []
+    for place, record in read_json(path):
+        prompt = text_of(record, "prompt", place, form=form)
+        prediction = record.get("prediction_text", record.get("prediction"))
+        if not isinstance(prediction, str):
+            raise InputError(
+                f"{place}: prediction must be a text, got {prediction!r}; predict by generation"
+            )
+        found.append((prompt, prediction))
+    if not found:
+        raise InputError(f"predictions must be at least one, got none in {str(path)!r}; add them")
+    return found
+
+
+def _preference(line: str, number: int) -> float:
+    try:
+        said = json.loads(line)
+        if "probability" in said:
+            chance = float(said["probability"])
+            if 0 <= chance <= 1:
+                return chance
+        else:
+            return {"first": 1.0, "tie": 0.5, "second": 0.0}[said["preferred"]]
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise InputError(
+        f'judge must write {{"preferred": "first", "second" or "tie"}} or {{"probability": 0 to 1}}'
+        f", got {line!r} in line {number}; correct the program"
+    )
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _sigmoid(values: _Floats) -> _Floats:
+    chances: _Floats = 0.5 * (1 + np.tanh(values / 2))
+    return chances

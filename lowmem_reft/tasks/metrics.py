@@ -108,7 +108,7 @@ def spearman(predictions: Sequence[float], references: Sequence[float]) -> float
     """Pearson correlation of the ranks, equal values sharing their mean rank; NaN as there."""
     if np.isnan(np.asarray([*predictions, *references], dtype=np.float64)).any():
         return math.nan
-    return pearson(_ranks(predictions), _ranks(references))
+    return pearson(_ranks(predictions).tolist(), _ranks(references).tolist())
 
 
 def exact_match(predictions: Sequence[str | None], references: Sequence[str | None]) -> float:
