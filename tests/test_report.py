@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import random
 import re
 from xml.etree import ElementTree
@@ -15,10 +17,21 @@ from rich.console import Console
 from lowmem_reft.cell import EMPTY_RESULT, Cell
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
 from lowmem_reft.report import write_report
+from lowmem_reft.report.answers import read_answers
+from lowmem_reft.report.comparison import Comparison
 from lowmem_reft.report.console import Progress, print_table
-from lowmem_reft.report.html import render_html
-from lowmem_reft.report.plots import draw_plots, svg_text
-from lowmem_reft.report.table import aggregate, columns, markdown
+from lowmem_reft.report.names import short_names
+from lowmem_reft.report.sections import (
+    SECTIONS,
+    curves,
+    examples,
+    frontier,
+    heatmap,
+    memory,
+    ranking,
+    runs,
+)
+from lowmem_reft.report.table import aggregate, columns, markdown, over_tasks
 
 HOSTILE = '<script>alert("x")</script> & [bold]more[/bold]'
 
@@ -50,14 +63,47 @@ def failed(method="dora", seed=0, error="ValueError: no"):
     return result(method, seed, error=error, **nothing)
 
 
+def answered(directory, cell, correct, **lines):
+    """The cell with predictions of which these are right, and the value that they have."""
+    name = f"{cell['task']}-{cell['method']}-{cell['seed']}.jsonl"
+    rows = [
+        {
+            "source": f"/data/test.jsonl:{i}",
+            "prompt": lines.get("prompt", f"question {i}"),
+            "prediction": int(right),
+            "reference": 1,
+            "prediction_text": "right" if right else lines.get("wrong", "wrong"),
+            "reference_text": "right",
+            "correct": bool(right),
+        }
+        for i, right in enumerate(correct)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory / name).write_text(text, encoding="utf-8")
+    return {**cell, "predictions": name, "value": sum(correct) / len(correct)}
+
+
+def compared(cells):
+    return Comparison(results=cells, rows=aggregate(cells), answers={})
+
+
+def plain(html):
+    """The text of the markup."""
+    return " ".join(re.sub(r"<[^>]+>", " ", html).replace("\N{NO-BREAK SPACE}", " ").split())
+
+
 def base():
     return result("base[storage=nf4]", value=0.2, num_trainable_params=0, peak_bytes=None)
 
 
-@pytest.fixture
-def results():
+def some_results():
     tuned = [result(method, seed) for method in ("loreft[rank=8]", "qlora") for seed in range(3)]
     return [base(), *tuned, failed(), failed("qlora", 3)]
+
+
+@pytest.fixture
+def results():
+    return some_results()
 
 
 def test_means_and_standard_deviations_are_numpys(results):
@@ -156,29 +202,55 @@ def test_the_report_writes_its_files(results, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "accuracy_vs_memory.png",
         "accuracy_vs_parameters.png",
+        "accuracy_vs_time.png",
         "loss_curves.png",
         "report.html",
     ]
 
 
-@pytest.mark.parametrize("cells", [[base()], [failed()], [base(), failed()]])
-def test_a_comparison_in_which_nothing_was_trained_has_a_report_too(cells, tmp_path):
+@pytest.mark.parametrize("cells", [[base()], [failed()], [base(), failed()], [result("one")]])
+def test_a_comparison_in_which_nearly_nothing_was_trained_has_a_report_too(cells, tmp_path):
     text = write_report(cells, tmp_path).read_text(encoding="utf-8")
     assert "trec on tiny" in text
 
 
-@pytest.fixture
-def page(results):
-    cells = [*results, failed(HOSTILE, error=HOSTILE), result("mine", command=HOSTILE)]
-    charts = {
-        name: svg_text(figure) for name, figure in draw_plots(aggregate(cells), cells).items()
-    }
-    return render_html(cells, charts)
+def test_results_without_the_fields_that_came_later_have_a_report_too(results, tmp_path):
+    later = ("train_time_s", "breakdown_bytes", "predictions", "best_epoch", "validation_value")
+    old = [{k: v for k, v in cell.items() if k not in later} for cell in results]
+    text = write_report(old, tmp_path).read_text(encoding="utf-8")
+    assert "time of the run" in text  # there is no other time
+    assert "What the memory is for" not in text
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A page with every section, and with markup in every text that users write."""
+    tmp_path = tmp_path_factory.mktemp("page")
+    cells = [*some_results(), failed(HOSTILE, error=HOSTILE), result("mine", command=HOSTILE)]
+    cells = [
+        {**cell, "budget": {HOSTILE: 1}, "breakdown_bytes": {"weights": 5, HOSTILE: 7}}
+        for cell in cells
+    ]
+    for i, method in enumerate(("loreft[rank=8]", "qlora")):
+        cell = result(method, 7)
+        correct = [i == 0, True, False] * 5
+        cells.append(answered(tmp_path, cell, correct, prompt=f"{HOSTILE}</script>", wrong=HOSTILE))
+    for layers, positions in itertools.product(("all", HOSTILE), ("f1", "l1")):
+        config = {"method": {"layers": layers, "positions": positions}}
+        cells.append(result(f"red[{layers},{positions}]", config=config))
+    return write_report(cells, tmp_path).read_text(encoding="utf-8")
+
+
+def test_the_page_has_every_section_in_order_and_links_to_it(page):
+    anchors = re.findall(r'<section id="([\w-]+)">', page)
+    assert len(anchors) == len(SECTIONS)
+    assert re.findall(r'<a href="#([\w-]+)">', page) == anchors
 
 
 def test_the_page_is_well_formed(page):
     # Stricter than HTML asks: every tag is closed, every attribute quoted, every id there once.
-    root = ElementTree.fromstring(page.partition("\n")[2])
+    markup = re.sub(r"(<script[^>]*>).*?(</script>)", r"\1\2", page, flags=re.DOTALL)
+    root = ElementTree.fromstring(markup.partition("\n")[2])
     ids = [element.get("id") for element in root.iter() if element.get("id")]
     assert len(ids) == len(set(ids)) > 0
 
@@ -198,11 +270,104 @@ def test_every_reference_inside_a_chart_has_its_target(page):
 def test_text_of_users_cannot_become_markup(page):
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert") >= 3
+    [data] = re.findall(r'<script type="application/json" id="\S+">(.*?)</script>', page)
+    assert not set("<>&") & set(data)
+    prompts = {example[1] for task in json.loads(data)["tasks"] for example in task["examples"]}
+    assert prompts == {f"{HOSTILE}</script>"}
 
 
-def test_the_page_shows_errors_commands_device_and_versions(page):
-    for text in ("ValueError: no", "run it", "a machine, 2 threads", "torch 2.13", "81.0 ± 1.0"):
+def test_the_page_shows_errors_commands_device_versions_and_the_budget(page):
+    for text in ("ValueError: no", "run it", "a machine, 2 threads", "torch 2.13", "equal budget"):
         assert text in page
+
+
+def test_short_names_leave_out_what_methods_of_a_name_share():
+    loreft, bf16 = "loreft[rank=8,lr=1]", "loreft[rank=8,lr=1,storage=bf16]"
+    assert short_names([loreft, bf16, "lora[rank=8]", "base[storage=nf4]", "red"]) == {
+        loreft: "loreft",
+        bf16: "loreft[storage=bf16]",
+        "lora[rank=8]": "lora",
+        "base[storage=nf4]": "base",
+        "red": "red",
+    }
+
+
+def test_short_names_stay_different():
+    names = ["lora[r=1,r=2]", "lora[r=2,r=1]"]
+    assert short_names(names) == {name: name for name in names}
+
+
+def test_a_chart_names_a_method_with_many_settings_by_its_place():
+    settings = ("layers=upper:0.5,positions=f7+l7", "layers=all,positions=f3+l3")
+    methods = [f"loreft[{each}]" for each in settings]
+    cells = [result("lora"), *(result(m, value=i / 2) for i, m in enumerate(methods, 1))]
+    assert list(compared(cells).chart_names.values()) == ["lora", "loreft (3)", "loreft (1)"]
+
+
+@pytest.fixture
+def with_answers(tmp_path):
+    """loreft gets 90 of 100 examples, lora 80 as qlora does, dora 55; two seeds each."""
+    cells = [answered(tmp_path, base(), [1] * 20 + [0] * 80)]
+    for method, num_right in (("loreft", 90), ("lora[rank=8]", 80), ("qlora", 80), ("dora", 55)):
+        for seed in range(2):
+            correct = [1] * num_right + [0] * (100 - num_right)
+            cells.append(answered(tmp_path, result(method, seed), correct))
+    return cells
+
+
+def test_the_ranking_says_what_is_better_than_the_reference_and_how_surely(with_answers, tmp_path):
+    comparison = Comparison.read(with_answers, tmp_path)
+    text = plain(ranking.render(comparison).body)
+    assert comparison.reference == "qlora"
+    assert "Clearly better than qlora: loreft. Clearly worse than qlora: dora." in text
+    assert "Not told apart from qlora: lora. (100 examples)" in text
+    order = re.findall(r"(\d) (loreft|lora|qlora|dora|base)\b", text)
+    assert [name for _, name in order][:5] == ["loreft", "lora", "qlora", "dora", "base"]
+    assert "90.0 ± 0.0 2 ▲ +10.0 +5.0 to +16.0" in text
+    assert "Other seeds move it too" in text
+    assert set(comparison.significance["trec"].differences) == {"loreft", "lora[rank=8]", "dora"}
+
+
+def test_without_qlora_the_first_tuned_method_is_the_reference(with_answers, tmp_path):
+    cells = [cell for cell in with_answers if cell["method"] != "qlora"]
+    assert "Clearly worse than loreft: " in ranking.render(Comparison.read(cells, tmp_path)).body
+
+
+def test_without_predictions_the_ranking_says_that_it_cannot_tell(results):
+    assert "No significance" in ranking.render(compared(results)).body
+
+
+def test_several_tasks_are_averaged_over_methods_that_finished_all():
+    cells = [
+        result(method, seed, task=task, value=value + seed / 10, peak_bytes=peak * 2**20)
+        for method in ("loreft", "qlora")
+        for seed in range(2)
+        for task, value, peak in (("trec", 0.6, 30), ("sst2", 0.8, 40))
+    ]
+    cells[0]["error"] = "lost"  # loreft's seed 0 on trec
+    cells += [failed("dora"), result("dora", task="sst2")]
+    rows = {row.method: row for row in over_tasks(cells)}
+    assert set(rows) == {"loreft", "qlora"}
+    assert rows["qlora"].value_mean == pytest.approx(0.75)
+    assert rows["qlora"].value_sd == pytest.approx(math.sqrt(2) * 0.05)
+    assert rows["loreft"].value_mean == pytest.approx(0.8)  # of seed 1 alone
+    assert rows["qlora"].peak_bytes == 40 * 2**20
+    text = plain(ranking.render(compared(cells)).body)
+    assert re.search(r"dora – failed 80\.0", text)
+
+
+def test_metrics_that_differ_are_averaged_as_they_are():
+    [row] = over_tasks([result(value=0.5), result(task="cola", metric="matthews", value=0.1)])
+    assert (row.metric, row.value_mean) == ("mean", pytest.approx(0.3))
+
+
+def test_the_front_is_what_no_other_method_beats():
+    points = [(1, 0.5), (2, 0.7), (2, 0.6), (3, 0.7), (4, 0.9), (5, 0.8), (1, 0.5)]
+    assert sorted(frontier.pareto_front(points)) == [0, 1, 4, 6]
+    beaten = [
+        any(a <= x and b >= y and (a, b) != (x, y) for a, b in points) for x, y in points
+    ]  # fmt: skip
+    assert [i for i, is_beaten in enumerate(beaten) if not is_beaten] == [0, 1, 4, 6]
 
 
 def names_in(figure):
@@ -215,7 +380,7 @@ def names_in(figure):
     }
 
 
-@pytest.mark.parametrize("num_methods", [2, 7, 12])
+@pytest.mark.parametrize("num_methods", [2, 7, 12, 22])
 def test_no_name_in_a_chart_covers_another(num_methods):
     rng = random.Random(num_methods)
     cells = [
@@ -224,24 +389,174 @@ def test_no_name_in_a_chart_covers_another(num_methods):
     ]
     for i in range(num_methods):
         fields = {
-            "value": rng.uniform(0.8, 0.95),
+            "value": rng.uniform(0.6, 0.95),
             "num_trainable_params": rng.choice([1_000, 18_000, 160_000]),
             "peak_bytes": rng.randrange(20, 60) * 2**20,
+            "train_time_s": rng.uniform(10, 100),
             "loss_history": [[10, 2.0], [20, rng.uniform(0.1, 0.4)]],
         }
-        name = "lora" if i % 3 else f"loreft[rank={i},positions=f7+l7]"
-        cells.append(result(f"{name}{i}", **fields))
-    for name, figure in draw_plots(aggregate(cells), cells).items():
+        name = f"lora{i}" if i % 3 else f"loreft[rank={i},positions=f7+l7]"
+        cells.append(result(name, **fields))
+    comparison = compared(cells)
+    figures = {
+        **{
+            name: figure for name, (_, figure) in frontier.draw(comparison, comparison.rows).items()
+        },
+        **curves.render(comparison).figures,
+    }
+    assert len(figures) == 4
+    for name, figure in figures.items():
         frame, boxes = names_in(figure)
-        assert len(boxes) >= num_methods
+        assert len(boxes) >= min(num_methods, 9)
         for (one, box), (other, second) in itertools.combinations(boxes.items(), 2):
             assert not box.overlaps(second), f"{name}: {one} covers {other}"
         if name != "loss_curves":
+            assert len(boxes) >= num_methods
             assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes.values())
 
 
 def test_loss_curves_are_means_over_seeds():
-    cells = [result(seed=0), result(seed=1)]
-    figure = draw_plots(aggregate(cells), cells)["loss_curves"]
+    figure = curves.render(compared([result(seed=0), result(seed=1)])).figures["loss_curves"]
     [line] = figure.axes[0].lines
     assert list(line.get_ydata()) == [2.0, 1.5]
+
+
+def test_tasks_that_one_training_served_share_their_loss_curves():
+    cells = [result(task=task) for task in ("boolq", "piqa")]
+    assert list(curves.render(compared(cells)).figures) == ["loss_curves"]
+    cells.append(result(task="trec", loss_history=[[10, 3.0], [20, 1.0]]))
+    section = curves.render(compared(cells))
+    assert list(section.figures) == ["loss_curves", "loss_curves-1"]
+    assert "boolq, piqa" in section.body
+
+
+def test_the_memory_breakdown_is_of_the_run_with_the_highest_peak():
+    cells = [
+        result("qlora", 0, breakdown_bytes={"weights": 10, "adapter": 9, "loss": 0}),
+        result("loreft", 0, breakdown_bytes={"weights": 10, "adapter": 1}),
+        result("loreft", 1, breakdown_bytes={"weights": 10, "adapter": 3}),
+        base(),
+    ]
+    found = memory.largest_breakdowns(compared(cells))
+    assert list(found.items()) == [
+        ("loreft", {"weights": 10, "adapter": 3}),
+        ("qlora", {"weights": 10, "adapter": 9}),
+    ]
+    assert memory.categories(found) == ["weights", "adapter"]
+    [axes] = memory.render(compared(cells)).figures["memory_breakdown"].axes
+    ends = [bar.get_x() + bar.get_width() for bar in axes.patches[-2:]]
+    assert np.multiply(ends, 2**20) == pytest.approx([13, 19])
+
+
+def placed(layers, positions, seed=0, rank=4, **fields):
+    config = {"method": {"layers": layers, "positions": positions, "rank": rank}, "seed": seed}
+    return result(f"loreft[{layers},{positions},{rank}]", seed, config=config, **fields)
+
+
+def test_a_grid_of_layers_and_positions_is_drawn_with_its_values():
+    cells = [
+        placed(layers, positions, seed, value=value + seed / 50)
+        for layers, positions, value in (
+            *(("10", "l1", 0.5), ("10", "f7+l7", 0.6)),
+            *(("9", "l1", 0.7), ("9", "f7+l7", 0.8), ("9", "all", 0.9)),
+        )
+        for seed in (0, 1)
+    ]
+    cells += [placed("9", "l1", rank=8), result("qlora", config={"method": {"rank": 4}})]
+    [grid] = heatmap.find_grids(compared(cells))
+    assert (grid.layers, grid.positions) == (["9", "10"], ["l1", "f7+l7", "all"])
+    [axes] = heatmap.draw(grid).axes
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert written == {
+        **{(0, 0): "71.0", (1, 0): "81.0", (2, 0): "91.0"},
+        **{(0, 1): "51.0", (1, 1): "61.0"},
+    }
+    hatched = [patch.get_xy() for patch in axes.patches if patch.get_hatch()]
+    assert hatched == [(1.5, 0.5)]
+
+
+@pytest.mark.parametrize("places", [("0l", "1l"), ("0l", "1f"), ("0l", "0f", "1l")])
+def test_a_few_places_are_no_grid(places):
+    assert heatmap.find_grids(compared([placed(*place) for place in places])) == []
+
+
+def test_methods_that_differ_in_more_than_the_place_are_no_grid():
+    cells = [placed(layers, p, rank=i) for i, (layers, p) in enumerate(
+        itertools.product("01", ("l1", "f1")))]  # fmt: skip
+    assert heatmap.find_grids(compared(cells)) == []
+
+
+def test_answers_are_aligned_by_source_and_line(tmp_path):
+    cells = [answered(tmp_path, result(seed=s), [1, 0, 1]) for s in (0, 1)]
+    path = tmp_path / cells[1]["predictions"]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    again = json.dumps({**json.loads(lines[0]), "correct": False})
+    path.write_text("\n".join([lines[2], lines[0], again]), encoding="utf-8")
+    found = read_answers(cells, tmp_path)["trec"]
+    assert [example.source[-1] for example in found.examples] == ["0", "2"]
+    assert found.methods["loreft"].correct.tolist() == [[True, True], [True, True]]
+    assert found.num_left_out == 2  # example 1, and the second line from line 0
+
+
+def test_predictions_that_cannot_be_read_are_left_out_with_a_warning(tmp_path):
+    cells = [answered(tmp_path, result(seed=s), [1, 0]) for s in (0, 1)]
+    (tmp_path / cells[1]["predictions"]).write_text('{"source": "x"}\n', encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"leaves out the predictions in .*1\.jsonl: KeyError"):
+        found = read_answers(cells, tmp_path)
+    assert found["trec"].methods["loreft"].seeds == (0,)
+
+
+def test_predictions_that_are_gone_are_left_out(tmp_path):
+    assert read_answers([result(predictions="cells/gone/predictions.jsonl")], tmp_path) == {}
+
+
+def unpacked(section):
+    [data] = re.findall(r'id="examples-data">(.*?)</script>', section.body)
+    return json.loads(data)
+
+
+def test_the_browser_holds_every_answer(with_answers, tmp_path):
+    data = unpacked(examples.render(Comparison.read(with_answers, tmp_path)))
+    assert data["pair"] == ["loreft", "qlora"]
+    [task] = data["tasks"]
+    assert task["methods"] == ["base", "loreft", "lora", "qlora", "dora"]
+    assert len(task["examples"]) == task["total"] == 100
+    source, prompt, reference, answers = task["examples"][85]
+    assert (source, prompt) == ("test.jsonl:85", "question 85")
+    assert task["texts"][reference] == "right"
+    words = [[(task["texts"][a >> 1], a % 2) for a in seeds] for seeds in answers]
+    assert words[1] == [("right", 1), ("right", 1)]
+    assert words[3] == [("wrong", 0), ("wrong", 0)]
+
+
+def test_where_not_all_examples_fit_those_with_disagreement_come_first(
+    with_answers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(examples, "MAX_EXAMPLES", 40)
+    [task] = unpacked(examples.render(Comparison.read(with_answers, tmp_path)))["tasks"]
+    numbers = [int(example[0].rpartition(":")[2]) for example in task["examples"]]
+    assert (len(numbers), task["total"]) == (40, 100)
+    assert numbers == sorted(numbers)
+    assert set(range(55, 90)) <= set(numbers)  # some methods are right and some are wrong
+
+
+def test_the_browser_stays_within_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, "MAX_CHARACTERS", 20_000)
+    cells = [answered(tmp_path, result(m), [1, 0] * 50, prompt="x" * 5000) for m in ("a", "b")]
+    section = examples.render(Comparison.read(cells, tmp_path))
+    [task] = unpacked(section)["tasks"]
+    assert 5 < len(task["examples"]) < 20
+    assert len(section.body) < 30_000
+    assert len(task["examples"][0][1]) < 1300
+
+
+def test_a_regression_has_no_right_and_wrong_to_browse(with_answers, tmp_path):
+    cells = [{**cell, "metric": "pearson"} for cell in with_answers]
+    assert examples.render(Comparison.read(cells, tmp_path)) is None
+
+
+def test_runs_show_the_chosen_epoch_and_the_validation_value():
+    body = runs.render(compared([result(best_epoch=2, validation_value=0.875)])).body
+    assert "best epoch" in plain(body)
+    assert "87.5" in body
+    assert "best epoch" not in plain(runs.render(compared([result()])).body)

@@ -12,20 +12,21 @@ def write_report(results: Sequence[dict[str, Any]], directory: Path) -> Path:
 
     Args:
         results: The cells, as in ``results.json``.
-        directory: Where the files go.
+        directory: Where the files go; the cells' ``predictions`` are relative to it.
 
     Returns:
         The path of ``report.html``.
     """
-    from lowmem_reft.report.html import render_html
-    from lowmem_reft.report.plots import draw_plots, svg_text
-    from lowmem_reft.report.table import aggregate
+    from lowmem_reft.report.comparison import Comparison
+    from lowmem_reft.report.page import render_page
+    from lowmem_reft.report.sections import SECTIONS
 
     directory.mkdir(parents=True, exist_ok=True)
-    charts: dict[str, str] = {}
-    for name, figure in draw_plots(aggregate(results), results).items():
-        figure.savefig(directory / f"{name}.png", dpi=200, facecolor="white")
-        charts[name] = svg_text(figure)
+    comparison = Comparison.read(results, directory)
+    sections = [section for render in SECTIONS if (section := render(comparison)) is not None]
+    for section in sections:
+        for name, figure in section.figures.items():
+            figure.savefig(directory / f"{name}.png", dpi=200, facecolor="white")
     path = directory / "report.html"
-    path.write_text(render_html(results, charts), encoding="utf-8")
+    path.write_text(render_page(comparison, sections), encoding="utf-8")
     return path

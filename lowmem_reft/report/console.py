@@ -68,15 +68,17 @@ class Progress:
 
     def finished(self, cell: Cell, result: Result, *, skipped: bool) -> None:
         """Move the bar and say how the cell ended."""
-        if not skipped:
-            self._running.remove(cell.name)
+        outcome = _outcome(cell, result, skipped)
+        self.ended(cell.name, outcome, ran=not skipped, failed=bool(result["error"]))
+
+    def ended(self, name: str, outcome: str, *, ran: bool, failed: bool) -> None:
+        """Move the bar and say how a cell that had been started, or had not to be, ended."""
+        if ran:
+            self._running.remove(name)
         self._num_finished += 1
         self._bar.update(self._task, advance=1, description=", ".join(self._running))
-        place = f"[{self._num_finished}/{self._num_cells}]"
-        line = f"{place} {cell.name}: {_outcome(cell, result, skipped)}"
-        self._console.print(
-            line, style="red" if result["error"] else None, markup=False, highlight=False
-        )
+        line = f"[{self._num_finished}/{self._num_cells}] {name}: {outcome}"
+        self._console.print(line, style="red" if failed else None, markup=False, highlight=False)
 
 
 def print_table(rows: Sequence[Row], console: Console | None = None) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 _WIDTH_CHARACTERS = 24
 _FONT_SIZE = 8.8
@@ -31,13 +34,25 @@ class Label:
     """Of the point's error bar."""
 
 
-def place_labels(axes: Axes, labels: Sequence[Label], color: str) -> None:
-    """Write each name near its point or line, where it covers nothing and is inside the chart."""
+def place_labels(
+    axes: Axes, labels: Sequence[Label], color: str, path: Sequence[tuple[float, float]] = ()
+) -> None:
+    """Write each name near its point or line, where it covers nothing and is inside the chart.
+
+    Args:
+        axes: The chart.
+        labels: The names.
+        color: Of the text.
+        path: Corners of a line of level and upright parts, which no name should cover either.
+    """
     figure: Any = axes.figure
     figure.canvas.draw()
     pixels = figure.dpi / 72
     frame = axes.get_window_extent().padded(-3 * pixels)
-    taken = [_mark(axes, label, frame, pixels) for label in labels]
+    taken = [_corners(_mark(axes, label, frame, pixels)) for label in labels]
+    for one, other in pairwise(axes.transData.transform(list(path)) if path else ()):
+        low, high = np.minimum(one, other), np.maximum(one, other)
+        taken.append(np.concatenate((low - 2 * pixels, high + 2 * pixels)))
     for label in sorted(labels, key=lambda label: -label.y):
         x, y = axes.transData.transform((1.0 if label.x is None else label.x, label.y))
         size = _size(axes, label.name)
@@ -46,8 +61,9 @@ def place_labels(axes: Axes, labels: Sequence[Label], color: str) -> None:
             if label.x is None
             else _places_at_point(x, y, size, pixels)
         )
-        place = min(places, key=lambda box: _covered(box, taken, frame))
-        taken.append(place)
+        covered = np.array(taken)
+        place = min(places, key=lambda box: _covered(box, covered, frame))
+        taken.append(_corners(place))
         _write(axes, label, place, (x, y), color)
 
 
@@ -118,12 +134,21 @@ def _places_on_line(
             yield Bbox.from_bounds(left, bottom, width, height)
 
 
-def _covered(place: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
-    """Pixels of the place that lie on something else or outside the chart."""
-    inside = Bbox.intersection(place, frame)
-    outside = place.width * place.height - (inside.width * inside.height if inside else 0.0)
-    overlaps = (Bbox.intersection(place, other) for other in taken)
-    return outside + sum(box.width * box.height for box in overlaps if box)
+def _covered(place: Bbox, taken: NDArray[np.float64], frame: Bbox) -> float:
+    """Pixels of the place that lie on something else (x0, y0, x1, y1) or outside the chart."""
+    box = _corners(place)
+    outside = place.width * place.height - _overlaps(box, _corners(frame)[None]).sum()
+    return float(outside + _overlaps(box, taken).sum())
+
+
+def _overlaps(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    areas: NDArray[np.float64] = sides.clip(0).prod(axis=1)
+    return areas
+
+
+def _corners(box: Bbox) -> NDArray[np.float64]:
+    return np.array((box.x0, box.y0, box.x1, box.y1))
 
 
 def _mark(axes: Axes, label: Label, frame: Bbox, pixels: float) -> Bbox:

@@ -33,6 +33,10 @@ class Row:
     reserved_bytes: int | None
     rss_bytes: int | None
     step_time_s: float | None
+    train_time_s: float | None
+    """Of the training without loading; mean over the seeds, as is the next."""
+    wall_time_s: float | None
+    """Of the whole run, loading and scoring included."""
     build_time_s: float | None
     """Longest over the seeds: others find the store that the first one built. None without one."""
     tokens_per_s: float | None
@@ -79,8 +83,27 @@ _COLUMNS = (
     Column("reserved MiB", "reserved_bytes", 2**-20, 1),
     Column("RSS MiB", "rss_bytes", 2**-20),
     Column("step ms", "step_time_s", 1e3, 1),
+    Column("train s", "train_time_s", 1.0, 1),
     Column("build s", "build_time_s", 1.0, 1),
     Column("tokens/s", "tokens_per_s"),
+)
+
+_LARGEST_FIELDS = (
+    "num_trainable_params",
+    "adapter_bytes",
+    "peak_bytes",
+    "reserved_bytes",
+    "rss_bytes",
+    "build_time_s",
+)
+_MEAN_FIELDS = (
+    "value",
+    "loss",
+    "trainable_percent",
+    "step_time_s",
+    "train_time_s",
+    "wall_time_s",
+    "tokens_per_s",
 )
 
 
@@ -90,6 +113,22 @@ def aggregate(results: Iterable[dict[str, Any]]) -> list[Row]:
     for result in results:
         groups.setdefault((result["method"], result["task"]), []).append(result)
     return [_row(method, task, cells) for (method, task), cells in groups.items()]
+
+
+def over_tasks(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """One row per method over all tasks; the deviation is that of the seeds' means over tasks.
+
+    Values and times are means over the tasks, sizes their largest. Seeds that did not finish every
+    task do not count; a method without any other has no row.
+    """
+    tasks = dict.fromkeys(result["task"] for result in results)
+    runs: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for result in results:
+        if result["error"] is None and result["value"] is not None:
+            runs.setdefault((result["method"], result["seed"]), {})[result["task"]] = result
+    return aggregate(
+        _mean_cell(list(run.values())) for run in runs.values() if len(run) == len(tasks)
+    )
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
@@ -122,6 +161,18 @@ def markdown(rows: Sequence[Row]) -> str:
             words[place] = f"failed: {row.errors[0]}"
         lines.append("| " + " | ".join(word.replace("|", r"\|") for word in words) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The cells of one method and seed, one per task, as if they were one cell."""
+    metrics = {cell["metric"] for cell in cells}
+    mean = {**cells[0], "task": "all tasks"}
+    mean["metric"] = metrics.pop() if len(metrics) == 1 else "mean"
+    for fields, merge in ((_MEAN_FIELDS, statistics.fmean), (_LARGEST_FIELDS, max)):
+        for field in fields:
+            found = [cell[field] for cell in cells if cell.get(field) is not None]
+            mean[field] = merge(found) if len(found) == len(cells) else None
+    return mean
 
 
 def _row(method: str, task: str, cells: Sequence[dict[str, Any]]) -> Row:
@@ -158,6 +209,8 @@ def _row(method: str, task: str, cells: Sequence[dict[str, Any]]) -> Row:
         reserved_bytes=largest("reserved_bytes"),
         rss_bytes=largest("rss_bytes"),
         step_time_s=mean("step_time_s"),
+        train_time_s=mean("train_time_s"),
+        wall_time_s=mean("wall_time_s"),
         build_time_s=max(numbers("build_time_s"), default=0.0) or None,
         tokens_per_s=mean("tokens_per_s"),
     )
