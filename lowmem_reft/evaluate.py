@@ -180,7 +180,7 @@ def _prediction_lines(
     rows: Sequence[Row], scores: Scores, card: TrainingCard
 ) -> Iterator[dict[str, Any]]:
     """What is written per example: where it is from, what was asked, answered and right."""
-    texts = scores.texts or [None] * len(rows)
+    texts: Sequence[str | None] = scores.texts or [None] * len(rows)
     for row, prediction, reference, correct, text in zip(
         rows, scores.predictions, scores.references, scores.correct, texts, strict=True
     ):
@@ -409,17 +409,19 @@ def _score_generated(
                 f"{row.response!r}; correct the {name} or the row"
             )
     encoded = encode_prompts(rows, tokenizer, template=card.template, max_length=card.max_length)
-    texts = generate_batches(
-        model,
-        tokenizer,
-        [example["input_ids"] for example in encoded.examples],
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        quiet=settings.quiet,
+    texts = list(
+        generate_batches(
+            model,
+            tokenizer,
+            [example["input_ids"] for example in encoded.examples],
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            quiet=settings.quiet,
+        )
     )
     predictions = [_answer(text, settings) for text in texts]
     correct = [
-        p is not None and _equal(p, r, settings)
+        answers_equal(settings.extractor, p, r)
         for p, r in zip(predictions, references, strict=True)
     ]
     return Scores(
@@ -455,12 +457,6 @@ def _response_losses(
         for index, total, count in zip(indices, sums.tolist(), counts, strict=True):
             losses[index] = -total / count
     return losses
-
-
-def _equal(first: str, second: str, settings: ScoringSettings) -> bool:
-    if settings.extractor is None:
-        return first == second
-    return answers_equal(settings.extractor, first, second)
 
 
 def _answer(text: str, settings: ScoringSettings) -> str | None:

@@ -20,7 +20,7 @@ EPOCHS_FILE = "epochs.jsonl"
 WEIGHTS_FILE = "best.safetensors"
 
 
-class BestEpoch(TrainerCallback):  # type: ignore[misc]
+class BestEpoch(TrainerCallback):
     """Scores the model after every epoch; ``restore`` puts the weights of the best one back.
 
     The higher metric is better; of two equal ones the one with the lower loss, then the earlier.
