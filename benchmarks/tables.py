@@ -1,7 +1,7 @@
-"""Writes the README's tables from ``benchmarks/results/*.json``.
+"""Writes the tables of README.md and benchmarks/RESULTS.md from ``benchmarks/results/*.json``.
 
 ``python -m benchmarks.tables`` fills what stands between ``<!-- table:NAME -->`` and
-``<!-- /table -->``; with ``--check`` it changes nothing and fails if the README is out of date.
+``<!-- /table -->``; with ``--check`` it changes nothing and fails if a page is out of date.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lowmem_reft.report.table import aggregate, markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md")
 BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -200,27 +201,31 @@ TABLES: dict[str, Callable[[Any], str]] = {
 }
 
 
-def render(readme: str) -> str:
-    """Return the README with every table filled from its result."""
+def render(page: str) -> str:
+    """Return the page with every table filled from its result."""
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         return f"{match[1]}{TABLES[name](result)}{match[3]}"
 
-    return BLOCK.sub(fill, readme)
+    return BLOCK.sub(fill, page)
 
 
 def main() -> int:
-    """Write or check the README; the exit code is 1 if it is out of date."""
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
-    rendered = render(readme)
-    if "--check" in sys.argv[1:]:
-        if rendered != readme:
-            print("README.md is out of date; run python -m benchmarks.tables", file=sys.stderr)
-        return int(rendered != readme)
-    path.write_text(rendered, encoding="utf-8")
+    """Write or check the pages; the exit code is 1 if one is out of date."""
+    stale = []
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        rendered = render(page)
+        if rendered == page:
+            continue
+        stale.append(path.name)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(rendered, encoding="utf-8")
+    if "--check" in sys.argv[1:] and stale:
+        print(f"{', '.join(stale)} out of date; run python -m benchmarks.tables", file=sys.stderr)
+        return 1
     return 0
 
 

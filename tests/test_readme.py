@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 import lowmem_reft
-from benchmarks.tables import BLOCK, RESULTS, TABLES, render
+from benchmarks.tables import BLOCK, PAGES, RESULTS, TABLES, render
 from lowmem_reft.blocks import find_blocks
 
 ROOT = Path(__file__).parent.parent
@@ -41,12 +41,22 @@ def test_the_example_trains_and_its_adapter_gives_the_same_logits_when_loaded(
             assert not torch.equal(trained(**batch).logits, again(**batch).logits)
 
 
-def test_the_tables_are_those_of_the_committed_results() -> None:
-    assert render(README) == README
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_tables_are_those_of_the_committed_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert render(text) == text
 
 
-def test_every_table_has_a_result_and_a_command_and_a_device() -> None:
-    for match in BLOCK.finditer(README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_table_has_a_result_and_a_command_and_a_device(page: Path) -> None:
+    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
         result = json.loads((RESULTS / f"{match['name']}.json").read_text())
         assert match["name"] in TABLES
         records = result if isinstance(result, list) else [result["environment"]]
