@@ -12,7 +12,7 @@ COMPARE_ARGS ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The oldest version that each requirement of the package admits, torch excepted: the CPU pin stays.
-LOWER := sed -nE '/^(dependencies|report|trl) = /,/^]/ s/^    "([A-Za-z-]+)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml | grep -v '^torch=='
+LOWER := sed -nE '/^(dependencies|ray|report|sweep|trl) = /,/^]/ s/^    "([A-Za-z-]+)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml | grep -v '^torch=='
 
 .PHONY: setup test compare check format bench lower-bounds clean help
 .DEFAULT_GOAL := help

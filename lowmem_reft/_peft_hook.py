@@ -1,9 +1,9 @@
-"""Makes ``import lowmem_reft`` enough for PEFT to know REFT, without importing torch for it.
+"""Makes ``import lowmem_reft`` enough for PEFT to know our methods, without importing torch for it.
 
 PEFT has no plug-in entry point: a method exists once the module that registers it is imported.
-``lowmem_reft.tuner`` does that, but it needs torch, which ``lowmem-reft --help`` must not wait for.
-So the tuner is imported right away if ``peft`` is already there, and otherwise as soon as somebody,
-this package's own modules included, has imported ``peft``. The hook then removes itself.
+The tuners do that, but they need torch, which ``lowmem-reft --help`` must not wait for. So they
+are imported right away if ``peft`` is already there, and otherwise as soon as somebody, this
+package's own modules included, has imported ``peft``. The hook then removes itself.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_TUNER = "lowmem_reft.tuner"
+_TUNERS = ("lowmem_reft.tuner", "lowmem_reft.lora_reft", "lowmem_reft.weights")
 
 
 def install() -> None:
-    """Register REFT now if PEFT has been imported, else right after it will be."""
+    """Register our methods now if PEFT has been imported, else right after it will be."""
     if "peft" in sys.modules:
-        importlib.import_module(_TUNER)
+        _import_tuners()
     else:
         sys.meta_path.insert(0, _AfterPeft())
 
 
-class _AfterPeft(MetaPathFinder):
-    """Imports the tuner after the outermost of ``peft`` and this package's own modules.
+def _import_tuners() -> None:
+    for name in _TUNERS:
+        importlib.import_module(name)
 
-    The outermost, because the tuner needs the rest of the package: ``lowmem_reft.config`` imports
-    ``peft`` before it has defined ``ReftConfig``, and importing the tuner just then would fail.
+
+class _AfterPeft(MetaPathFinder):
+    """Imports the tuners after the outermost of ``peft`` and this package's own modules.
+
+    The outermost, because the tuners need the rest of the package: ``lowmem_reft.config`` imports
+    ``peft`` before it has defined ``ReftConfig``, and importing the tuners just then would fail.
     """
 
     def __init__(self) -> None:
@@ -50,11 +55,11 @@ class _AfterPeft(MetaPathFinder):
                 return spec
         return None
 
-    def import_tuner_if_due(self) -> None:
-        """Import the tuner and retire, once ``peft`` is complete and nothing is half-imported."""
+    def import_tuners_if_due(self) -> None:
+        """Import the tuners and retire, once ``peft`` is complete and nothing is half-imported."""
         if "peft" in sys.modules and not self.loading and self in sys.meta_path:
             sys.meta_path.remove(self)
-            importlib.import_module(_TUNER)
+            _import_tuners()
 
 
 class _ReportingLoader(Loader):
@@ -72,7 +77,7 @@ class _ReportingLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, with no trace of the hook on it; import the tuner if that is due."""
+        """Run the module, with no trace of the hook on it; import the tuners if that is due."""
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
@@ -81,4 +86,4 @@ class _ReportingLoader(Loader):
             self._loader.exec_module(module)
         finally:
             self._hook.loading.discard(module.__name__)
-        self._hook.import_tuner_if_due()
+        self._hook.import_tuners_if_due()

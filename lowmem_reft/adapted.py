@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lowmem_reft.attach import keep_dtypes, peft_notices_hidden, prepare_base
 from lowmem_reft.base import load_base, load_config, load_tokenizer, share_pad_token
 from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.split import find_first_resident
@@ -76,9 +77,13 @@ def load_adapted(
     if adapter is None:
         return base.eval(), tokenizer
     try:
-        return PeftModel.from_pretrained(base, str(adapter)).eval(), tokenizer
+        prepare_base(base, PeftConfig.from_pretrained(str(adapter)))
+        with peft_notices_hidden():
+            model = PeftModel.from_pretrained(base, str(adapter)).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(
             f"adapter must fit the model {options.model!r}, got {str(adapter)!r}; it was made for "
             f"{card.base!r} ({str(error).splitlines()[0]})"
         ) from error
+    keep_dtypes(model)
+    return model, tokenizer

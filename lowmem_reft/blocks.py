@@ -65,22 +65,33 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def component_path(block: nn.Module, component: str) -> str:
+def component_path(block: nn.Module, component: str, *, whole_sublayer: bool = False) -> str:
     """Return the path below ``block`` of the module whose output is ``component`` ("": itself).
+
+    Args:
+        block: one of the model's blocks.
+        component: block_output, mlp_output or attention_output.
+        whole_sublayer: find the module of the sub-layer, whose input are hidden vectors too, even
+            where its output is normed or projected by another one.
 
     Raises:
         InputError: the block has no such module.
     """
     names = dict(block.named_modules())
     candidates = _SUBMODULES[component]
-    if component == "attention_output" and "post_feedforward_layernorm" in names:
+    if whole_sublayer:
+        # Where a part of it is named instead, residual and norm are inside the sub-layer's module.
+        inside = any(name in names for name in candidates if "." in name)
+        candidates = () if inside else tuple(name for name in candidates if "norm" not in name)
+    elif component == "attention_output" and "post_feedforward_layernorm" in names:
         # Elsewhere (Llama) the norm of this name comes before the MLP.
         candidates = ("post_attention_layernorm", *candidates)
     for path in candidates:
         if path in names:
             return path
+    instead = "another intervention" if whole_sublayer else "block_output"
     raise InputError(
-        f"component must exist in {type(block).__name__}, got {component!r}; use block_output"
+        f"component must exist in {type(block).__name__}, got {component!r}; use {instead}"
     )
 
 

@@ -69,6 +69,7 @@ EMPTY_RESULT: Result = {
     "storage": None,
     "model": None,
     "command": None,
+    "budget": None,
     "predictions": None,
     "device": None,
     "commit": None,

@@ -1,4 +1,4 @@
-"""The command line: ``lowmem-reft train | evaluate | generate | compare | plan | profile | cache``.
+"""The command line, ``lowmem-reft COMMAND``: train, evaluate, generate, compare, plan, ...
 
 Parsed by tyro from the dataclasses in ``options.py``, so every flag, default and help text is
 written there. Nothing heavy is imported before the options are known to be well-formed.
@@ -36,8 +36,11 @@ from lowmem_reft.options import (
     CompareOptions,
     EvaluateOptions,
     GenerateOptions,
+    MethodsOptions,
     PlanOptions,
     ProfileOptions,
+    SweepOptions,
+    TasksOptions,
     TrainOptions,
 )
 
@@ -46,8 +49,11 @@ Options = (
     | EvaluateOptions
     | GenerateOptions
     | CompareOptions
+    | SweepOptions
     | PlanOptions
     | ProfileOptions
+    | TasksOptions
+    | MethodsOptions
     | CacheOptions
 )
 
@@ -56,21 +62,30 @@ _Commands = (
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
     | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
+    | Annotated[SweepOptions, tyro.conf.subcommand("sweep")]
     | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
     | Annotated[ProfileOptions, tyro.conf.subcommand("profile")]
+    | Annotated[TasksOptions, tyro.conf.subcommand("tasks")]
+    | Annotated[MethodsOptions, tyro.conf.subcommand("methods")]
     | Annotated[CacheOptions, tyro.conf.subcommand("cache")]
 )
 
-# Module and function of each: imported when it is called, because all but one import torch.
+# Module and function of each: imported when it is called, because most import torch.
 _HANDLERS: dict[type, tuple[str, str]] = {
     TrainOptions: ("train", "run_training"),
     EvaluateOptions: ("evaluate", "run_evaluation"),
     GenerateOptions: ("generate", "run_generation"),
     CompareOptions: ("compare", "run_comparison"),
+    SweepOptions: ("sweep", "run_sweep"),
     PlanOptions: ("plan", "run_plan"),
     ProfileOptions: ("profile", "run_profile"),
+    TasksOptions: ("tasks.listing", "run_tasks"),
+    MethodsOptions: ("method_list", "run_methods"),
     CacheOptions: ("cache", "run_cache"),
 }
+
+_WITH_TABLES = (PlanOptions, ProfileOptions, TasksOptions, MethodsOptions, CacheOptions)
+"""Those whose handlers print tables of their own."""
 
 _DESCRIPTION = f"""ReFT, LoRA and QLoRA on a frozen 4- or 8-bit base (version {__version__}).
 
@@ -99,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
     except InputError as error:
         return _report(arguments[0], f"error: {error}", code=2)
-    command = _HANDLERS[type(options)][0]
+    command = arguments[0]
     try:
         with _sigterm_as_interrupt():
             num_failed = _run(options)
@@ -160,7 +175,7 @@ def _run(options: Options) -> int:
     as_json, quiet = _as_json_and_quiet(options)
     with _stdout_to_stderr() if as_json else contextlib.nullcontext():
         with _collector_paused():
-            if not isinstance(options, CacheOptions):
+            if not isinstance(options, TasksOptions | MethodsOptions | CacheOptions):
                 _quieten_libraries(no_bars=quiet or not sys.stderr.isatty())
             handler = _handler(options)
         result = handler(options)
@@ -168,8 +183,8 @@ def _run(options: Options) -> int:
         print(json.dumps(_finite(result), allow_nan=False, default=str))
     elif isinstance(options, GenerateOptions):
         _print_summary(result, to_stderr=True)  # standard output belongs to the generated text
-    elif not isinstance(options, PlanOptions | ProfileOptions | CacheOptions):
-        _print_summary(result)  # those print tables of their own
+    elif not isinstance(options, _WITH_TABLES):
+        _print_summary(result)
     sys.stdout.flush()
     return int(result.get("num_failed", 0))
 
@@ -177,6 +192,8 @@ def _run(options: Options) -> int:
 def _as_json_and_quiet(options: Options) -> tuple[bool, bool]:
     if isinstance(options, CacheOptions):
         return options.action.json, False
+    if isinstance(options, TasksOptions | MethodsOptions):
+        return options.json, False
     switches = options.run if isinstance(options, TrainOptions) else options
     return switches.json, switches.quiet
 
@@ -295,6 +312,8 @@ def _format(key: str, value: str | float | Path) -> str:
 def _what_is_kept(options: Options) -> str:
     if isinstance(options, CompareOptions):
         return f"finished cells in {options.output_dir} are kept; the same command runs the rest"
+    if isinstance(options, SweepOptions):
+        return f"finished trials in {options.output_dir} are kept; the same command goes on"
     if isinstance(options, CacheOptions):
         return (
             "what is gone is whole again when training builds it; the same command removes the rest"

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -70,17 +71,23 @@ def run_comparison(
     Raises:
         InputError: The methods, seeds, model or data are wrong.
     """
-    from lowmem_reft.methods import parse_methods
+    from lowmem_reft.methods import expand_methods, parse_methods
     from lowmem_reft.report import write_report
     from lowmem_reft.report.console import Progress, print_table
     from lowmem_reft.report.table import aggregate
 
-    options = replace(options, methods=options.methods or default_methods(options))
+    every = options.methods == "all"
+    embedded = options.model is None and options.data is None
+    methods = expand_methods(options.methods or default_methods(options), embedded=embedded)
+    reference = options.budget_reference and expand_methods(
+        options.budget_reference, embedded=embedded
+    )
+    options = replace(options, methods=methods, budget_reference=reference)
     specs, seeds = parse_methods(options.methods or ""), parse_seeds(options.seeds)
     cells = [
         cell
         for sources in find_all_sources(options)
-        for cell in build_cells(options, specs, seeds, sources)
+        for cell in _cells_of_task(options, specs, seeds, sources, child_command)
     ]
     with Progress(len(cells), quiet=options.quiet) as progress:
         results = run_cells(
@@ -99,9 +106,48 @@ def run_comparison(
         "csv": str(directory / "results.csv"),
         "report": str(report),
         "num_cells": len(results),
-        "num_failed": sum(result["error"] is not None for result in results),
+        "num_failed": sum(
+            # Of all methods, some are refused for a reason that their rows state.
+            result["error"] is not None and not (every and is_refused(result))
+            for result in results
+        ),
         "rows": [asdict(row) for row in rows],
     }
+
+
+def _cells_of_task(
+    options: CompareOptions,
+    specs: Sequence[MethodSpec],
+    seeds: Sequence[int],
+    sources: Sources,
+    child_command: Sequence[str],
+) -> list[Cell]:
+    """The cells of one task, with equal budgets if they are asked for."""
+    if options.equal is None:
+        return build_cells(options, specs, seeds, sources)
+    from lowmem_reft.budget import equalize
+    from lowmem_reft.report.console import Progress
+
+    def cells_of(chosen: CompareOptions, own: Sequence[MethodSpec]) -> list[Cell]:
+        return build_cells(chosen, own, seeds[:1], sources)
+
+    def run(timed: Sequence[Cell]) -> list[Result]:
+        with Progress(len(timed), quiet=options.quiet) as progress:
+            return run_cells(timed, observer=progress, child_command=child_command)
+
+    equal = equalize(options, specs, cells_of=cells_of, run=run)
+    if not options.quiet:
+        for label, note in equal.notes.items():
+            print(f"{label}: {note}", file=sys.stderr)
+    cells = build_cells(equal.options, equal.specs, seeds, sources)
+    for cell in cells:
+        cell.record["budget"] = equal.notes.get(cell.record["method"])
+    return cells
+
+
+def is_refused(result: Result) -> bool:
+    """Whether a cell's method was refused as bad input, and did not fail."""
+    return str(result["error"]).startswith(f"{InputError.__name__}:")
 
 
 def default_methods(options: CompareOptions) -> str:
@@ -152,7 +198,7 @@ def command_line(options: CompareOptions, methods: str, seeds: int | str) -> str
     """The command that runs one cell, or several, again (and scores the base beside it)."""
     words = ["lowmem-reft", "compare", "--methods", methods, "--seeds", str(seeds)]
     apart = {"methods", "seeds", "output_dir", "workers", "json", "quiet"}
-    apart |= {"optim", "memory", "reuse", "scoring"}
+    apart |= {"optim", "memory", "reuse", "scoring", "equal", "budget_reference"}
     groups = (
         (options, CompareOptions()),
         (options.memory, MemoryOptions()),

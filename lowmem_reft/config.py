@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from peft.config import PeftConfig
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.interventions import ACTIVATIONS, intervention_options
+from lowmem_reft.interventions import ACTIVATIONS, READS_INPUT, intervention_options
 from lowmem_reft.positions import num_groups, parse_positions
-from lowmem_reft.registration import reft_type
+from lowmem_reft.registration import NAME, peft_type
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ class ReftConfig(PeftConfig):
     init: str | None = None
     """Start: "identity" (no edit) or "paper" (random); default: identity, or paper with ``act``."""
     alpha: float = 1.0
-    """Strength of a fixed steering vector."""
+    """Strength of a steering vector, fixed or learned."""
     modules_to_save: list[str] | None = None
     """Base modules, such as a classification head, that are trained and saved whole."""
     target_modules: str | None = field(default=None, repr=False)
@@ -59,7 +59,7 @@ class ReftConfig(PeftConfig):
     def __post_init__(self) -> None:
         """Check every field."""
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self.peft_type = reft_type()
+        self.peft_type = peft_type(NAME)
         reads = intervention_options(self.intervention)
         if self.init is None:
             self.init = "paper" if self.act else "identity"
@@ -71,6 +71,11 @@ class ReftConfig(PeftConfig):
             raise InputError(
                 f"component must be one of {', '.join(COMPONENTS)}, got {self.component!r}; "
                 "choose one"
+            )
+        if self.component == "block_output" and self.intervention in READS_INPUT:
+            raise InputError(
+                f"component must be mlp_output or attention_output for {self.intervention}, which "
+                "reads what goes into a sub-layer, got 'block_output'; choose one"
             )
         if not isinstance(self.rank, int) or self.rank < 1:
             raise InputError(

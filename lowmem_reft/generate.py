@@ -15,6 +15,7 @@ from lowmem_reft.data import Collator, Row, encode_prompts, load_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.progress import progress
 from lowmem_reft.training_card import find_adapter, load_card, merge_card
+from lowmem_reft.virtual_tokens import generate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -96,14 +97,14 @@ def generate_batches(
     for start in progress(range(0, len(prompts), batch_size), "generating", quiet=quiet):
         batch = collate([{"input_ids": ids} for ids in prompts[start : start + batch_size]])
         with torch.no_grad():
-            output = model.generate(
-                **{key: value.to(model.device) for key, value in batch.items()},
+            new = generate(
+                model,
+                {key: value.to(model.device) for key, value in batch.items()},
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 use_cache=True,
                 **sampling,
             )
-        new = output[:, batch["input_ids"].shape[1] :]
         yield from tokenizer.batch_decode(new, skip_special_tokens=True)
 
 

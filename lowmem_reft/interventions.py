@@ -5,7 +5,8 @@ Every intervention maps hidden vectors ``h`` of shape ``(num_positions, hidden)`
 base bit for bit as it was. Parameters and arithmetic are fp32; the caller casts.
 
 Source of the definitions: arXiv 2404.03592 (section 3.2 and appendix); RED: arXiv 2402.15179;
-interchange interventions: arXiv 2303.02536; bottleneck adapters: arXiv 1902.00751.
+interchange interventions: arXiv 2303.02536; bottleneck adapters: arXiv 1902.00751, parallel ones:
+arXiv 2110.04366.
 
 To add an intervention: write a module here whose constructor takes ``hidden_size`` and, by keyword,
 the configuration fields named in ``options``; return the change of ``h`` from ``forward``; enter it
@@ -327,11 +328,27 @@ class SteeringVector(nn.Module):
         return (self.alpha * self.vector).expand_as(hidden)
 
 
+class LearnedSteering(nn.Module):
+    r"""Learned steering vector of full rank: h + αv, from v = 0."""
+
+    options: ClassVar[tuple[str, ...]] = ("alpha",)
+
+    def __init__(self, hidden_size: int, *, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.vector = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return αv, once per position."""
+        return (self.alpha * self.vector).expand_as(hidden)
+
+
 class Bottleneck(nn.Module):
     r"""Series bottleneck adapter, arXiv 1902.00751: h + W_up f(W_down h + c) + b; default f: relu.
 
     Meant for ``mlp_output`` or ``attention_output`` and ``positions="all"``; starts with W_up = 0
-    and b = 0.
+    and b = 0. As ``parallel_bottleneck`` (arXiv 2110.04366) it is given x, which goes into the
+    sub-layer that h comes out of: h + W_up f(W_down x + c) + b.
     """
 
     options: ClassVar[tuple[str, ...]] = ("rank", "act")
@@ -379,8 +396,13 @@ INTERVENTIONS: dict[str, type[nn.Module]] = {
     "lobireft": LobiReft,
     "red": Red,
     "steering": SteeringVector,
+    "learned_steering": LearnedSteering,
     "bottleneck": Bottleneck,
+    "parallel_bottleneck": Bottleneck,
 }
+
+READS_INPUT = ("parallel_bottleneck",)
+"""Interventions that are given what goes into the edited module instead of what comes out."""
 
 
 def intervention_options(name: str) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from lowmem_reft.blocks import base_of, device_of
 from lowmem_reft.errors import InputError
 from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.tuner import prompt_arguments
+from lowmem_reft.virtual_tokens import embeds_virtual_tokens, with_virtual_tokens
 
 CHUNK_BYTES = 2**25
 """fp32 logits that exist at once: 262 tokens of a 32,000-word vocabulary, 65 of Llama 3's."""
@@ -350,6 +351,17 @@ def response_log_likelihood(
     # A prediction on the meta device needs the values of the masks as well.
     there = "cpu" if device.type == "meta" else device
     inputs = {key: value.to(there) for key, value in batch.items() if key != "labels"}
+    if embeds_virtual_tokens(model):
+        longer = with_virtual_tokens(model, inputs["input_ids"], inputs["attention_mask"], labels)
+        labels = longer.pop("labels")
+        if "position_ids" not in inspect.signature(base.forward).parameters:
+            del longer["position_ids"]
+        return log_likelihood_of(
+            base,
+            labels,
+            lambda **more: base(**longer, use_cache=False, **more),
+            chunk_bytes=chunk_bytes,
+        )
     if "position_ids" in inspect.signature(base.forward).parameters:
         # Absolute positions (GPT-2) count from the first token, not from the padding.
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -101,6 +102,37 @@ def fit_into_memory(
     budget = options.memory.memory_gib
     if budget is None:
         return options
+    setting, lengths = run_setting(options, card, examples)
+    found = Card.find(memory_gib=budget)
+    assert found is not None
+    if setting.device_type == "cpu":
+        found = replace(found, context_bytes=0)
+    planner = Planner(read_config(options.model.model), found)
+    chosen = fit(planner, setting, lengths)
+    if chosen is None:
+        raise InputError(_refusal(planner, setting, lengths, budget))
+    Console(stderr=True, soft_wrap=True, highlight=False, quiet=options.run.quiet).print(
+        f"to fit into {budget:g} GiB: {describe(chosen)}"
+    )
+    memory = replace(chosen.setting.memory, memory_gib=budget)
+    optim = replace(
+        options.optim,
+        batch_size=chosen.lengths.batch_size,
+        gradient_accumulation=chosen.lengths.gradient_accumulation,
+    )
+    return replace(options, memory=memory, optim=optim)
+
+
+def run_setting(
+    options: TrainOptions, card: TrainingCard, examples: Sequence[dict[str, Any]]
+) -> tuple[Setting, Lengths]:
+    """Return what is predicted for a training run: as the user gave it, on its longest example.
+
+    Args:
+        options: The run.
+        card: How the base is stored and computes.
+        examples: Tokenized rows, whose lengths decide.
+    """
     device = resolve_device(options.model.device)
     dtype = resolve_compute_dtype(
         card.storage if card.storage in DTYPES else card.compute_dtype, device
@@ -125,24 +157,27 @@ def fit_into_memory(
         batch_size=options.optim.batch_size,
         gradient_accumulation=options.optim.gradient_accumulation,
     )
-    found = Card.find(memory_gib=budget)
-    assert found is not None
-    if device.type == "cpu":
-        found = replace(found, context_bytes=0)
-    planner = Planner(read_config(options.model.model), found)
-    chosen = fit(planner, setting, lengths)
-    if chosen is None:
-        raise InputError(_refusal(planner, setting, lengths, budget))
-    Console(stderr=True, soft_wrap=True, highlight=False, quiet=options.run.quiet).print(
-        f"to fit into {budget:g} GiB: {describe(chosen)}"
-    )
-    memory = replace(chosen.setting.memory, memory_gib=budget)
-    optim = replace(
-        options.optim,
-        batch_size=chosen.lengths.batch_size,
-        gradient_accumulation=chosen.lengths.gradient_accumulation,
-    )
-    return replace(options, memory=memory, optim=optim)
+    return setting, lengths
+
+
+def required_gib(
+    options: TrainOptions, card: TrainingCard, examples: Sequence[dict[str, Any]]
+) -> float:
+    """Return the memory that a training run needs as the user gave it, as ``--memory-gib`` counts.
+
+    Args:
+        options: The run.
+        card: How the base is stored and computes.
+        examples: Tokenized rows, whose lengths decide.
+    """
+    setting, lengths = run_setting(options, card, examples)
+    setting = replace(setting, memory=replace(options.memory, memory_gib=None))
+    counted = Card(name="", memory_bytes=0)
+    if setting.device_type == "cpu":
+        counted = replace(counted, context_bytes=0)
+    planner = Planner(read_config(options.model.model), counted)
+    needed = counted.required_bytes(planner.training_peak_bytes(setting, lengths))
+    return math.ceil(1e4 * needed / GIB) / 1e4
 
 
 def _num_supervised(labels: Any) -> int:
@@ -154,7 +189,7 @@ def _refusal(planner: Planner, setting: Setting, lengths: Lengths, budget: float
     """Say by how much a run misses its budget, and what would help."""
     card = planner.card
     assert card is not None
-    ladder = memory_ladder(planner.config, lengths.seq_len, device_type=setting.device_type)
+    ladder = memory_ladder(planner.config, lengths.seq_len, setting)
     smallest = replace(lengths, batch_size=1, gradient_accumulation=2)
     needed = card.required_bytes(
         planner.training_peak_bytes(replace(setting, memory=ladder[-1]), smallest)

@@ -124,7 +124,7 @@ def find_sources(options: CompareOptions) -> Sources:
     """Locate the model and the rows, fall back on the embedded ones, and take their digests.
 
     Without evaluation rows, a fixed tenth of the training rows is held out. Rows with labels become
-    rows with choices over the classes of both parts, so that the base and every method choose among
+    rows with choices over the classes of all parts, so that the base and every method choose among
     the same. What is not read as it was given is written below ``output_dir/data``, for every cell
     to read.
 
@@ -147,20 +147,21 @@ def find_sources(options: CompareOptions) -> Sources:
         train_rows, evaluation_rows = holdout(train_rows)
     else:
         evaluation_rows = load_rows(evaluation, split=options.eval_split)
-    validation_digest = None
-    if options.validation_data is not None:
-        validation_rows = load_rows(options.validation_data, split=options.validation_split)
-        validation_digest = rows_digest(validation_rows)
+    validation, validation_rows = options.validation_data, []
+    if validation is not None:
+        validation_rows = load_rows(validation, split=options.validation_split)
     classes = any(row.kind == "label" for row in train_rows) and options.task_type != "SEQ_CLS"
     if classes:
-        names = label_names([*train_rows, *evaluation_rows])
-        train_rows, evaluation_rows = (
-            as_choices(train_rows, names),
-            as_choices(evaluation_rows, names),
+        names = label_names([*train_rows, *validation_rows, *evaluation_rows])
+        train_rows, validation_rows, evaluation_rows = (
+            as_choices(rows, names) for rows in (train_rows, validation_rows, evaluation_rows)
         )
     if classes or evaluation is None:
         train = str(_write_rows(options.output_dir / "data" / "train.jsonl", train_rows))
         evaluation = str(_write_rows(options.output_dir / "data" / "eval.jsonl", evaluation_rows))
+    if classes and validation is not None:
+        path = options.output_dir / "data" / "validation.jsonl"
+        validation = str(_write_rows(path, validation_rows))
     model = options.model or str(embedded.model_dir())
     return Sources(
         model=model,
@@ -168,8 +169,8 @@ def find_sources(options: CompareOptions) -> Sources:
         model_digest=model_digest(model),
         train=train,
         train_digest=rows_digest(train_rows),
-        validation=options.validation_data,
-        validation_digest=validation_digest,
+        validation=validation,
+        validation_digest=rows_digest(validation_rows) if validation_rows else None,
         evaluate=evaluation,
         evaluate_digest=rows_digest(evaluation_rows),
         task=task_name(options.data) if options.data else "embedded-task",

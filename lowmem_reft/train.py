@@ -42,6 +42,7 @@ from lowmem_reft.memory.step import optimizer_tensors
 from lowmem_reft.methods import (
     attach,
     build_peft_config,
+    check_run,
     check_target_modules,
     find_method,
     resolve_learning_rate,
@@ -88,7 +89,10 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     card = _training_card(options, rows)
     # Refuses wrong options of the method before the base is loaded.
     build_peft_config(options.method, task_type=card.task_type, num_layers=None)
-    check_target_modules(options.method, options.model.model, task_type=card.task_type)
+    check_target_modules(
+        options.method, options.model.model, task_type=card.task_type, storage=card.storage
+    )
+    check_run(options.method, options.memory, resume=options.run.resume)
     tokenizer = load_tokenizer(options.model.model)
     encoded = _encode(rows, tokenizer, card)
     check_scoring(options.scoring)
@@ -299,6 +303,17 @@ def _reuse_directory(options: TrainOptions) -> Path:
     return options.reuse.reuse_dir or options.run.output_dir / "reuse"
 
 
+def read_examples(options: TrainOptions) -> tuple[TrainingCard, list[dict[str, Any]]]:
+    """Return a run's card and its tokenized training rows, for a prediction of its memory.
+
+    Raises:
+        InputError: the rows or the model cannot be read.
+    """
+    rows = load_rows(options.data.data, split=options.data.split, limit=options.data.limit)
+    card = _training_card(options, rows)
+    return card, _encode(rows, load_tokenizer(options.model.model), card).examples
+
+
 def _training_card(options: TrainOptions, rows: list[Row]) -> TrainingCard:
     kind = rows[0].kind
     card = merge_card(
@@ -440,6 +455,7 @@ def _peak_of_a_step(
     model.train()
     model.zero_grad()
     with track(device.type, model=model) as memory:
+        assert trainer.optimizer is not None
         for tensor in optimizer_tensors(trainer.optimizer):
             memory.add(tensor, "optimizer")
         if reuse is not None:

@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from lowmem_reft.blocks import component_path, device_of, find_blocks, hidden_size
 from lowmem_reft.config import ReftConfig, resolve_layers
 from lowmem_reft.errors import InputError
-from lowmem_reft.interventions import build_intervention
+from lowmem_reft.interventions import READS_INPUT, build_intervention
 from lowmem_reft.positions import IGNORED_LABEL, num_groups, parse_positions
-from lowmem_reft.registration import PREFIX, register
+from lowmem_reft.registration import NAME, PREFIX, register
 from lowmem_reft.selection import Selection, Selector
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """The interventions of every adapter on one module's output."""
 
     adapter_layer_names: tuple[str, ...] = ("reft_phi",)
-    other_param_names: tuple[str, ...] = ("reft_dropout",)
+    other_param_names: tuple[str, ...] = ("reft_dropout", "reft_reads_input")
 
     def __init__(self, hidden: int, current: CurrentSelection) -> None:
         nn.Module.__init__(self)
@@ -70,6 +70,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.current = current
         self.reft_phi = nn.ModuleDict()
         self.reft_dropout: dict[str, float] = {}
+        self.reft_reads_input: dict[str, bool] = {}
         # fp32 values as last seen: some trainers cast trainable parameters to 16 bit.
         self._full_precision: dict[str, Tensor] = {}
         self.device = torch.device("cpu")
@@ -91,17 +92,22 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.device = device
         self.reft_phi[adapter_name] = phi
         self.reft_dropout[adapter_name] = config.dropout
+        self.reft_reads_input[adapter_name] = config.intervention in READS_INPUT
         self.restore_full_precision()
 
-    def edit_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def edit_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook: return ``output`` edited, unless a checkpoint has done it already."""
         if self.is_edited:
             self.is_edited = False
             return output
-        return self.edited(output)
+        return self.edited(output, args[0] if args else kwargs.get("hidden_states"))
 
-    def edited(self, output: Any) -> Any:
+    def edited(self, output: Any, source: Tensor | None = None) -> Any:
         """Return a module's output with the selected hidden vectors edited.
+
+        Args:
+            output: of the module; hidden vectors, or a tuple that starts with them.
+            source: what went into it, (batch, seq, hidden), for interventions that read that.
 
         Raises:
             RuntimeError: the block runs outside the adapted model's own forward.
@@ -117,25 +123,35 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         edited = hidden
         for adapter_name, groups in self.current.value.items():
             if adapter_name in self.reft_phi:
+                read = _vectors(source) if self.reft_reads_input[adapter_name] else None
                 for group, index in enumerate(groups):
                     phi = self.reft_phi.get_submodule(f"{adapter_name}.{group}")
-                    edited = self._edit(edited, phi, index, self.reft_dropout[adapter_name])
+                    edited = self._edit(edited, phi, index, self.reft_dropout[adapter_name], read)
         if edited is hidden:
             return output
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     def _edit(
-        self, hidden: Tensor, phi: nn.Module, index: tuple[Tensor, Tensor], dropout: float
+        self,
+        hidden: Tensor,
+        phi: nn.Module,
+        index: tuple[Tensor, Tensor],
+        dropout: float,
+        source: Tensor | None = None,
     ) -> Tensor:
-        """Return ``hidden`` (batch, seq, hidden) with the vectors at ``index`` changed by φ."""
+        """Return ``hidden`` (batch, seq, hidden) with the vectors at ``index`` changed by φ.
+
+        φ reads them, or the vectors at the same places in ``source`` if there is one.
+        """
         num_tokens = index[0].numel()
         if num_tokens == 0:
             return hidden
         apply = partial(_edit_vectors, phi=phi, dropout=dropout if self.training else 0.0)
+        tensors = (hidden,) if source is None else (hidden, source)
         if num_tokens == hidden.shape[0] * hidden.shape[1]:  # all of them: nothing to gather
-            return _in_chunks(apply, hidden.flatten(0, 1)).view_as(hidden)
+            return _in_chunks(apply, *(part.flatten(0, 1) for part in tensors)).view_as(hidden)
         rows, columns = (part.to(hidden.device) for part in index)
-        new = _in_chunks(apply, hidden[rows, columns])
+        new = _in_chunks(apply, *(part[rows, columns] for part in tensors))
         return hidden.index_put((rows, columns), new)
 
     def train(self, mode: bool = True) -> ReftLayer:
@@ -220,7 +236,11 @@ class ReftModel(BaseTuner):
         # PEFT matches module names; this is the one hook that add_adapter goes through as well.
         name, blocks = find_blocks(self.model)
         layers = resolve_layers(peft_config.layers, len(blocks))
-        path = component_path(blocks[0], peft_config.component)
+        path = component_path(
+            blocks[0],
+            peft_config.component,
+            whole_sublayer=peft_config.intervention in READS_INPUT,
+        )
         suffix = re.escape(f".{path}") if path else ""
         indices = "|".join(str(layer) for layer in layers)
         peft_config.target_modules = rf"{re.escape(name)}\.({indices}){suffix}"
@@ -243,7 +263,9 @@ class ReftModel(BaseTuner):
         if existing is None:
             target.add_module(SUBMODULE, layer)
             # First among the hooks, so that recorded hidden states are the edited ones.
-            layer.handle = target.register_forward_hook(layer.edit_output, prepend=True)
+            layer.handle = target.register_forward_hook(
+                layer.edit_output, prepend=True, with_kwargs=True
+            )
         if adapter_name not in self.active_adapters:
             layer.reft_phi[adapter_name].requires_grad_(False)
 
@@ -280,7 +302,7 @@ class ReftModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        if self.training:
+        if self.model.training:
             raise ValueError(
                 "adapter_names must not be given in training mode; call model.eval() first"
             )
@@ -343,7 +365,7 @@ def prompt_arguments(model: Any, labels: Tensor) -> dict[str, Tensor]:
         model: any model; one without ReFT needs nothing.
         labels: (batch, seq), -100 where a token is not supervised.
     """
-    if not isinstance(getattr(model, "base_model", None), ReftModel):
+    if not any(isinstance(module, ReftLayer) for module in model.modules()):
         return {}
     return {"prompt_mask": ((labels != IGNORED_LABEL).cumsum(1) == 0).long()}
 
@@ -360,27 +382,40 @@ def _with_adapter_names(
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def _in_chunks(apply: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+def _vectors(source: Any) -> Tensor:
+    if not isinstance(source, Tensor):
+        raise RuntimeError(
+            "the edited module was called without hidden vectors as its first argument or as "
+            "hidden_states, which the intervention reads; use one that reads the output"
+        )
+    return source
+
+
+def _in_chunks(apply: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
     """Apply to (n, hidden) vectors; recompute many in the backward pass, a chunk at a time.
 
     What is kept for many vectors is then what the base computes with, not fp32 copies of it.
     """
-    if vectors.shape[0] <= CHUNK_TOKENS:
-        return apply(vectors)
+    if vectors[0].shape[0] <= CHUNK_TOKENS:
+        return apply(*vectors)
+    chunks = zip(*(part.split(CHUNK_TOKENS) for part in vectors), strict=True)
     if not torch.is_grad_enabled():
-        return torch.cat([apply(part) for part in vectors.split(CHUNK_TOKENS)])
-    return torch.cat(
-        [checkpoint(apply, part, use_reentrant=False) for part in vectors.split(CHUNK_TOKENS)]
-    )
+        return torch.cat([apply(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(apply, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def _edit_vectors(vectors: Tensor, *, phi: nn.Module, dropout: float) -> Tensor:
-    """Return h + φ(h) for (n, hidden) vectors h: computed in fp32, in the dtype of ``vectors``."""
+def _edit_vectors(
+    vectors: Tensor, source: Tensor | None = None, *, phi: nn.Module, dropout: float
+) -> Tensor:
+    """Return h + φ(x) for (n, hidden) vectors h: computed in fp32, in the dtype of ``vectors``.
+
+    x is ``source``, or h without one.
+    """
     kind = vectors.device.type
     # Autocast would take the products to 16 bit; the meta device has none.
     with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
         exact = vectors.to(_dtype_of(phi))
-        change = phi(exact)
+        change = phi(exact if source is None else source.to(exact.dtype))
         if dropout:
             change = nn.functional.dropout(change, dropout)
         edited: Tensor = (exact + change).to(vectors.dtype)
@@ -439,4 +474,4 @@ def _layer_outside(function: Any) -> ReftLayer | None:
     return layer if isinstance(layer, ReftLayer) else None
 
 
-register(ReftConfig, ReftModel)
+register(NAME, ReftConfig, ReftModel, prefix=PREFIX)

@@ -193,6 +193,28 @@ def test_a_shift_of_a_component_shifts_the_residual_stream_by_as_much(
     torch.testing.assert_close(after - before, shift * MASK[..., None], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("component", ["mlp_output", "attention_output"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_parallel_adapter_finds_a_sub_layer_that_reads_hidden_vectors_or_is_refused(
+    name: str, component: str
+) -> None:
+    base = tiny(name, "FEATURE_EXTRACTION")
+    fields = {"intervention": "parallel_bottleneck", "positions": "all", "component": component}
+    config = reft_config("FEATURE_EXTRACTION", **fields)
+    if name in ("bert", "roberta", "deberta", "deberta_v2"):  # no module is the sub-layer alone
+        with pytest.raises(lr.InputError, match=r"component must exist in .*; use another"):
+            get_peft_model(base, config)
+        return
+    untuned = output(base)
+    model = get_peft_model(base, config).eval()
+    assert torch.equal(output(model), untuned)
+    randomized = [p for key, p in model.named_parameters() if ".reft_phi." in key]
+    with torch.no_grad():
+        for parameter in randomized:
+            parameter.normal_()
+    assert not torch.equal(output(model), untuned)
+
+
 NORMS = {"attention_output": "attention.output.LayerNorm", "mlp_output": "output.LayerNorm"}
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "EvaluateOptions",
     "generate": "GenerateOptions",
     "compare": "CompareOptions",
+    "sweep": "SweepOptions",
     "plan": "PlanOptions",
     "profile": "ProfileOptions",
     "cache ls": "CacheListOptions",

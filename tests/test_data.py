@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from lowmem_reft.data import (
     Collator,
     Row,
     as_choices,
+    as_records,
     encode_choices,
     encode_labelled,
     encode_prompts,
@@ -275,6 +277,11 @@ BAD_ROWS = {
     "answer as letter": ({"prompt": "a", "choices": ["b", "c"], "answer": "A"}, "got 'A'; give"),
     "answer as bool": ({"prompt": "a", "choices": ["b", "c"], "answer": True}, "got True; give"),
     "label as float": ({"text": "a", "label": 0.5}, "label must be a non-empty string or an int"),
+    "target as text": ({"text": "a", "target": "many"}, "target must be a number, got 'many'"),
+    "target not finite": ({"text": "a", "target": "nan"}, "target must be a number, got 'nan'"),
+    "target as bool": ({"text": "a", "target": True}, "target must be a number, got True"),
+    "label and target": ({"text": "a", "label": "b", "target": 1}, "must fit only one of"),
+    "pair as number": ({"text": "a", "text_pair": 2, "label": "b"}, "text_pair must be a non-emp"),
     "no messages": ({"messages": []}, r"messages must be a list of \{role, content\} objects"),
     "no content": ({"messages": [{"role": "user"}]}, r"messages\[0\].content must be"),
     "no response": ({"messages": [USER]}, "the last message must be the assistant's, got 'user'"),
@@ -356,6 +363,38 @@ def test_labelled_rows_become_choices_over_all_labels() -> None:
         as_choices(rows, ["a", "b"])
 
 
+def test_both_texts_of_a_pair_are_in_the_prompt_of_its_choices() -> None:
+    row = Row(source="a:1", prompt="first", text_pair="second", response="x", label="x")
+    (choice,) = as_choices([row], ["x", "y"])
+    assert (choice.prompt, choice.text_pair, choice.label) == ("first\nsecond", None, None)
+
+
+PAIRS = [
+    {"text": "a", "text_pair": "b", "label": "x"},
+    {"text": "a", "text_pair": "b", "target": 3.5},
+    {"text": "a", "target": -1.0},
+    {"prompt": "a", "choices": ["0", "1"], "answer": 1, "target": 0.75},
+]
+
+
+@pytest.mark.parametrize("record", PAIRS, ids=lambda record: ", ".join(record))
+def test_pairs_and_targets_are_read_and_written_back(
+    record: dict[str, Any], tmp_path: Path
+) -> None:
+    (row,) = load_rows(_write(tmp_path / "rows.jsonl", record))
+    assert as_records([row]) == [record]
+    assert (row.text_pair, row.target) == (record.get("text_pair"), record.get("target"))
+
+
+def test_targets_are_numbers_in_csv_files_too_and_empty_cells_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,text_pair,target\na,b,3.5\nc,,4\n")
+    rows = load_rows(path)
+    assert [(row.text_pair, row.target) for row in rows] == [("b", 3.5), (None, 4.0)]
+    path.write_text('prompt,choices,answer,target\na,"[""0"", ""1""]",1,\n')
+    assert [row.target for row in load_rows(path)] == [None]
+
+
 def test_holdout_depends_on_content_only_and_keeps_identical_rows_together() -> None:
     rows = [_row(str(i % 50), "x") for i in range(100)]
     train, held_out = holdout(rows, 0.1)
@@ -383,6 +422,14 @@ def test_digest_follows_content_and_order() -> None:
     )
     assert rows_digest(rows) != rows_digest(rows[::-1])
     assert rows_digest(rows) != rows_digest(rows[:1])
+    pair = Row(source="a:1", prompt="a", response="x", text_pair="b")
+    assert rows_digest([pair]) != rows_digest(rows[:1])
+
+
+def test_rows_without_pair_or_target_keep_the_digest_they_had_before_there_were_such() -> None:
+    content = {"answer": None, "choices": [], "label": None, "messages": [], "prompt": "a"}
+    line = json.dumps({**content, "response": "x", "source": ""}) + "\n"
+    assert rows_digest([_row("a", "x")]) == hashlib.sha256(line.encode()).hexdigest()
 
 
 # --- encoding ------------------------------------------------------------------------------
@@ -594,6 +641,54 @@ def test_labelled_texts_get_special_tokens_and_are_cut_on_the_right() -> None:
     ]
     assert [example["labels"] for example in encoded.examples] == [1, 0]
     assert (encoded.num_cut_prompts, encoded.num_cut_tokens) == (1, 2)
+
+
+def _pair_tokenizer() -> Any:
+    """One that separates the texts of a pair and tells them apart by token types."""
+    tokenizer = _word_level(bos=True)
+    special = [(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=special
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return tokenizer
+
+
+def test_pairs_are_tokenized_as_pairs_and_the_longer_text_is_cut_first() -> None:
+    tokenizer = _pair_tokenizer()
+    rows = [
+        Row(source="a:1", prompt="good film was it", text_pair="good", response="b", label="b"),
+        Row(source="a:2", prompt="good", text_pair="film", response="a", label="a"),
+    ]
+    encoded = encode_labelled(rows, tokenizer, max_length=6, label_names=label_names(rows))
+    assert [tokenizer.decode(example["input_ids"]) for example in encoded.examples] == [
+        "<s> good film </s> good </s>",
+        "<s> good </s> film </s>",
+    ]
+    assert encoded.examples[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+    assert (encoded.num_cut_prompts, encoded.num_cut_tokens) == (1, 2)
+    batch = Collator(tokenizer)(encoded.examples)
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]]
+    assert batch["attention_mask"].tolist()[1] == [1, 1, 1, 1, 1, 0]
+
+
+def test_rows_with_and_without_a_pair_do_not_mix() -> None:
+    rows = [
+        Row(source="a:1", prompt="good", text_pair="film", target=1.0),
+        Row(source="a:2", prompt="good", target=1.0),
+    ]
+    with pytest.raises(InputError, match="a:2: text_pair must be in all rows or in none"):
+        encode_labelled(rows, _pair_tokenizer(), label_names=None)
+
+
+def test_targets_are_the_labels_of_a_regression(byte_level: Any) -> None:
+    rows = [Row(source=f"a:{i}", prompt="x" * i, target=i / 2) for i in (1, 2)]
+    encoded = encode_labelled(rows, byte_level, label_names=None)
+    labels = Collator(byte_level)(encoded.examples)["labels"]
+    assert labels.dtype == torch.float32
+    assert labels.tolist() == [0.5, 1.0]
+    with pytest.raises(InputError, match=r"rows\.jsonl:7: a row must have text and target"):
+        encode_labelled([_row("a", "x")], byte_level, label_names=None)
 
 
 # --- collating -----------------------------------------------------------------------------

@@ -65,16 +65,18 @@ def equation(name: str, phi: Any, h: Tensor, act: Callable[[Tensor], Tensor]) ->
         "lobireft": lambda: (p["bias"] @ r).expand_as(h),
         "red": lambda: p["scale"] * h + p["bias"] - h,
         "steering": lambda: (0.5 * p["vector"]).expand_as(h),
+        "learned_steering": lambda: (0.5 * p["vector"]).expand_as(h),
         "bottleneck": lambda: (
             act(h @ p["down.weight"].T + p["down.bias"]) @ p["up.weight"].T + p["up.bias"]
         ),
     }
+    changes["parallel_bottleneck"] = changes["bottleneck"]
     return changes[name]()
 
 
 @pytest.mark.parametrize("name", INTERVENTIONS)
 def test_the_change_follows_the_equation(name: str) -> None:
-    act = "relu" if name == "bottleneck" else None
+    act = "relu" if "bottleneck" in name else None
     phi = randomized(name, alpha=0.5)
     h = torch.randn(TOKENS, HIDDEN)
     expected = equation(name, phi, h.double(), ACTS["relu"] if act else lambda x: x)
@@ -103,7 +105,7 @@ def test_gradients_equal_those_of_the_equation(name: str) -> None:
         def state_dict() -> Any:
             return {key: _Undetachable(value) for key, value in leaves.items()}
 
-    act = ACTS["relu"] if name == "bottleneck" else lambda x: x
+    act = ACTS["relu"] if "bottleneck" in name else lambda x: x
     (equation(name, Plain, h, act) * weight).sum().backward()
     for key, value in parameters.items():
         torch.testing.assert_close(
@@ -153,6 +155,7 @@ def test_the_edit_lies_in_the_row_space(name: str) -> None:
         "lobireft",
         "red",
         "steering",
+        "learned_steering",
         "bottleneck",
     ],
 )

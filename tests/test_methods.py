@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +13,17 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from lowmem_reft.cli import main
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
+from lowmem_reft.interventions import intervention_options
 from lowmem_reft.methods import (
     METHODS,
     PROFILES,
     attach,
     build_peft_config,
     check_target_modules,
+    expand_methods,
     find_method,
     parse_methods,
     resolve_learning_rate,
@@ -60,6 +67,12 @@ def test_the_storage_is_the_methods_own_by_default() -> None:
         ("loreft[storage=q4]", "storage in .* must be one of nf4"),
         ("lora[positions=l1]", "positions must not be given with method 'lora'"),
         ("loreft[alpha=2]", "alpha must not be given with method 'loreft'"),
+        ("prefix[rank=2]", "rank must not be given with method 'prefix'; it takes num_virtual_tok"),
+        ("loreft[num_virtual_tokens=9]", "num_virtual_tokens must not be given with method"),
+        ("prompt[num_virtual_tokens=0]", "num_virtual_tokens must be at least 1, got 0"),
+        ("ia3[layers=1]", "layers must not be given with method 'ia3'; it takes no options"),
+        ("full[storage=nf4]", "storage must be fp32, bf16 or fp16 for method 'full', got 'nf4'"),
+        ("all", "method must be one of loreft"),  # of comparisons, which expand it
     ],
 )
 def test_a_wrong_methods_entry_is_refused(text: str, message: str) -> None:
@@ -163,3 +176,94 @@ def test_a_profile_says_where_to_edit_unless_the_user_does(profile: Any) -> None
 def test_an_unknown_profile_is_refused() -> None:
     with pytest.raises(InputError, match="profile must be one of fast, balanced, paper, got 'x'"):
         parse_methods("loreft[profile=x]")
+
+
+# The table.
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_table_names_options_that_exist_and_that_the_method_reads(name: str) -> None:
+    method = METHODS[name]
+    assert set(method.options) <= {item.name for item in fields(MethodOptions)} - {"method"}
+    assert method.size is None or method.size in method.options
+    assert set(method.defaults) <= set(method.options)
+    assert method.about
+    assert method.source
+    if method.family == "reft":
+        read = set(intervention_options(method.fixed["intervention"]))
+        assert read == set(method.options) & {"rank", "act", "init", "alpha"}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_option_of_a_method_can_be_given_and_reaches_its_configuration(name: str) -> None:
+    values = {
+        **{"rank": 3, "lora_rank": 5, "num_virtual_tokens": 7, "alpha": 2.0, "dropout": 0.25},
+        **{"layers": "1;2", "positions": "f1", "tie": "positions", "component": "attention_output"},
+        **{"act": "tanh", "init": "paper", "profile": "fast", "target_modules": "q_proj"},
+    }
+
+    def build(**options: Any) -> Any:
+        chosen = MethodOptions(method=name, **options)
+        return build_peft_config(chosen, task_type="CAUSAL_LM", num_layers=4)
+
+    for option in METHODS[name].options:
+        others = {"positions": "f2"} if option == "tie" else {}  # several φ need several tokens
+        changed = build(**{option: values[option]}, **others)
+        assert option in RESOLVED_LATER.get(name, ()) or changed != build(**others), option
+
+
+# Where the base is known.
+RESOLVED_LATER = {"ln_tuning": ("layers",)}
+
+
+def test_overrides_of_both_halves_reach_lora_and_reft() -> None:
+    options = MethodOptions(method="lora_reft", rank=2, lora_rank=8, positions="l1", dropout=0.1)
+    config: Any = build_peft_config(options, task_type="CAUSAL_LM", num_layers=6)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.1)
+    reft = config.reft_config()
+    assert (reft.intervention, reft.rank, reft.positions, reft.dropout) == ("loreft", 2, "l1", 0.1)
+
+
+def test_prompt_learning_takes_a_number_of_virtual_tokens() -> None:
+    (spec,) = parse_methods("p_tuning[num_virtual_tokens=4,rank=16]")
+    config: Any = build_peft_config(spec.options, task_type="CAUSAL_LM", num_layers=6)
+    assert (config.num_virtual_tokens, config.encoder_hidden_size) == (4, 16)
+
+
+def test_all_is_every_method_with_what_suits_the_tiny_model_there() -> None:
+    assert expand_methods("all", embedded=False) == ",".join(METHODS)
+    specs = parse_methods(expand_methods(" all ", embedded=True))
+    assert [spec.name for spec in specs] == list(METHODS)
+    assert specs[0].label == "loreft[rank=8,lr=4e-3]"
+    text = "qlora,loreft[lr=1e-3,rank=2],bitfit"
+    assert expand_methods(text, embedded=False) == text
+    assert (
+        expand_methods(text, embedded=True) == "qlora[rank=8,lr=2e-3],loreft[lr=1e-3,rank=2],bitfit"
+    )
+
+
+# The command.
+
+
+def test_the_methods_are_listed_as_json_at_once_and_without_torch() -> None:
+    code = (
+        "import sys; from lowmem_reft.cli import main; code = main(['methods', '--json']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    listed = json.loads(finished.stdout.splitlines()[-1])["methods"]
+    assert [method["name"] for method in listed] == list(METHODS)
+    for method in listed:
+        assert {"family", "about", "storage", "lr", "options", "defaults"} <= set(method)
+    by_name = {method["name"]: method for method in listed}
+    assert by_name["prefix"]["options"] == ["num_virtual_tokens"]
+    assert by_name["red"]["defaults"] == {"positions": "all"}
+
+
+def test_the_methods_are_listed_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("loreft", "lora_reft", "ln_tuning"):
+        assert f" {name} " in shown

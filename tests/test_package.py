@@ -17,11 +17,13 @@ PACKAGE = ROOT / "lowmem_reft"
 ROWS = (
     ("errors", "options", "progress", "devices", "provenance", "embedded"),
     ("interventions", "positions", "blocks", "registration", "config", "selection", "tuner"),
+    ("lora_reft", "weights", "virtual_tokens"),
     ("checkpointing", "techniques", "residency", "base", "synthetic"),
-    ("readers", "rows", "data", "loss"),
-    ("methods", "frozen", "memory"),
+    ("readers", "rows", "data", "loss", "tasks"),
+    ("method_table", "method_configs", "attach", "methods", "method_list", "frozen", "das", "memory"),
     ("training_card", "adapted", "generate", "evaluate", "validation", "plan", "train"),
-    ("sources", "cell", "schedule", "report", "compare", "profile", "cache"),
+    ("sources", "cell", "engines", "schedule", "report", "budget", "compare", "sweep"),
+    ("profile", "cache"),
     ("cli",),
 )
 LAYOUT = [module for row in ROWS for module in row]

@@ -22,6 +22,7 @@ import lowmem_reft as lr
 from lowmem_reft import InputError
 from lowmem_reft.base import base_digest, enable_activation_checkpointing
 from lowmem_reft.interventions import orthonormal_rows
+from lowmem_reft.techniques import chunk_mlps
 from lowmem_reft.tuner import prompt_arguments
 
 PAD = 0
@@ -982,3 +983,56 @@ def test_adapting_twice_edits_with_the_newer_adapter(base: Any) -> None:
     second.generate(input_ids=IDS, max_new_tokens=2)
     second.unload()
     assert _num_hooks(base) == 0
+
+
+# What goes into a sub-layer.
+
+
+@pytest.mark.parametrize("positions", ["all", "f2+l1"])
+@pytest.mark.parametrize("component", ["mlp_output", "attention_output"])
+def test_a_parallel_adapter_adds_what_it_makes_of_the_sub_layers_input(
+    base: Any, component: str, positions: str
+) -> None:
+    fields = {"intervention": "parallel_bottleneck", "act": "tanh", "layers": "2"}
+    model = adapt(base, **fields, component=component, positions=positions)
+    block = base.model.layers[2]
+    module = block.mlp if component == "mlp_output" else block.self_attn
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        source = args[0] if args else kwargs["hidden_states"]
+        seen.append((source, output[0] if isinstance(output, tuple) else output))
+
+    module.register_forward_hook(note, with_kwargs=True)
+    logits(model)
+    with model.disable_adapter():
+        logits(model)
+    (source, edited), (same, plain) = seen
+    assert torch.equal(source, same)
+    phi = module.reft.reft_phi["default"][0]
+    chosen = torch.zeros(8, dtype=torch.bool)
+    chosen[{"all": slice(None), "f2+l1": [0, 1, 7]}[positions]] = True
+    change = phi(source[:, chosen])
+    torch.testing.assert_close(edited[:, chosen], plain[:, chosen] + change)
+    assert torch.equal(edited[:, ~chosen], plain[:, ~chosen])
+
+
+@pytest.mark.parametrize("mlp_tokens", [None, 3])
+def test_a_parallel_adapter_has_the_same_gradients_recomputed_and_in_chunks(
+    base: Any, mlp_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"intervention": "parallel_bottleneck", "component": "mlp_output", "positions": "all"}
+    model = adapt(base, **fields).train()
+    model(input_ids=IDS, labels=LABELS).loss.backward()
+    expected = gradients(model)
+    monkeypatch.setattr("lowmem_reft.tuner.CHUNK_TOKENS", 5)
+    enable_activation_checkpointing(base)
+    if mlp_tokens:
+        chunk_mlps(base, mlp_tokens)
+    model(input_ids=IDS, labels=LABELS).loss.backward()
+    assert_same_gradients(gradients(model), expected)
+
+
+def test_a_parallel_adapter_beside_a_whole_block_is_refused() -> None:
+    with pytest.raises(InputError, match="component must be mlp_output or attention_output for"):
+        reft_config(intervention="parallel_bottleneck")

@@ -21,6 +21,7 @@ from lowmem_reft.frozen.store import CorruptShardError
 from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.tuner import SUBMODULE, ReftLayer, ReftModel
+from lowmem_reft.weights import WeightsConfig
 
 Example = dict[str, Any]
 """``input_ids`` and ``labels``: lists of integers (labels: one number for a head over texts)."""
@@ -200,7 +201,8 @@ def num_constant_blocks(model: Any) -> int:
     Args:
         model: A PeftModel with any method: ReFT, LoRA on some layers, ...
     """
-    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+    configs = getattr(model, "peft_config", {}).values()
+    if any(config.is_prompt_learning or isinstance(config, WeightsConfig) for config in configs):
         return 0
     base = base_of(model)
     name, blocks = find_blocks(base)

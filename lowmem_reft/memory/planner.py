@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 
+from lowmem_reft.attach import allows_checkpointing, allows_embedding_on_host
 from lowmem_reft.base import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.gpus import CONTEXT_BYTES, FRAGMENTATION, find_gpu
@@ -392,19 +393,22 @@ def estimated_cost(setting: Setting, lengths: Lengths) -> float:
     return passes / 2 * (1 + DEQUANTIZATION_TOKENS.get(setting.storage, 0) / tokens)
 
 
-def memory_ladder(config: Any, seq_len: int, *, device_type: str) -> list[MemoryOptions]:
-    """Return ways to save memory, from none to all."""
+def memory_ladder(config: Any, seq_len: int, setting: Setting) -> list[MemoryOptions]:
+    """Return ways to save memory that the setting's method can be trained with, none to all."""
     untied = not getattr(config.get_text_config(), "tie_word_embeddings", False)
     mlp_tokens = max(4096, seq_len // 8)
     plain = MemoryOptions()
     rungs = [plain]
-    for every in (4, 2, 1):
-        rungs.append(replace(plain, activation_checkpointing=True, checkpoint_every=every))
+    checkpointing = allows_checkpointing(setting.method)
+    if checkpointing:
+        for every in (4, 2, 1):
+            rungs.append(replace(plain, activation_checkpointing=True, checkpoint_every=every))
     if seq_len > 2048:
         rungs.append(replace(rungs[-1], mlp_tokens=mlp_tokens))
-    if device_type == "cuda":
-        rungs.append(replace(rungs[-1], offload_activations=True))
-        if untied:
+    if setting.device_type == "cuda":
+        if checkpointing:
+            rungs.append(replace(rungs[-1], offload_activations=True))
+        if untied and allows_embedding_on_host(setting.method):
             rungs += [replace(rung, embedding_on_host=True) for rung in rungs]
     return rungs
 
@@ -457,7 +461,7 @@ def _ways(
     config: Any, setting: Setting, lengths: Lengths, storages: tuple[Any, ...]
 ) -> Iterator[Setting]:
     """Yield the setting with every storage and every way to save memory."""
-    ladder = memory_ladder(config, lengths.seq_len, device_type=setting.device_type)
+    ladder = memory_ladder(config, lengths.seq_len, setting)
     for storage in storages or (setting.storage,):
         for memory in ladder:
             yield replace(setting, storage=storage, memory=memory)
@@ -521,7 +525,7 @@ def longest_seq_len(
         """Return the bytes that stay free (negative: that are missing)."""
         if seq_len not in known:
             report(f"{seq_len:,} tokens")
-            rungs = memory_ladder(planner.config, seq_len, device_type=setting.device_type)
+            rungs = memory_ladder(planner.config, seq_len, setting)
             way = replace(setting, memory=rungs[-1])
             peak = planner.training_peak_bytes(way, Lengths(seq_len=seq_len))
             known[seq_len] = card.memory_bytes - card.required_bytes(peak)

@@ -37,11 +37,12 @@ from lowmem_reft.memory.live import (
     quantization_constants,
 )
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
-from lowmem_reft.methods import attach
+from lowmem_reft.methods import attach, find_method
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
 from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.techniques import HostEmbedding
+from lowmem_reft.virtual_tokens import num_virtual_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -132,6 +133,8 @@ class Predictor:
         )
         # After the tuner's own hook, which reads the values of the masks.
         base.register_forward_pre_hook(_to_meta, with_kwargs=True)
+        # Prompt learning embeds the tokens before it calls the base.
+        base.get_input_embeddings().register_forward_pre_hook(_ids_to_meta)
         return model
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -154,6 +157,8 @@ class Predictor:
     def base_bytes(self) -> int:
         """Return the bytes of the base on the device: weights and quantization constants."""
         everything = self.held_bytes([self.model])
+        if find_method(self.setting.method.method).family == "weights":  # trained, but its own
+            everything += sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         if self.setting.resident == "all":
             return everything
         lower = lower_part(base_of(self.model), num_constant_blocks(self.model))
@@ -251,8 +256,14 @@ class Predictor:
         return memory
 
     def generation(self, *, prompt_len: int, num_new_tokens: int, batch_size: int) -> LiveMemory:
-        """Read a prompt, then make the last of the new tokens, with a cache of keys and values."""
+        """Read a prompt, then make the last of the new tokens, with a cache of keys and values.
+
+        Virtual tokens count as tokens of the prompt, which PEFT puts before it.
+        """
         self.model.eval()
+        num_virtual = num_virtual_tokens(self.model)
+        model = base_of(self.model) if num_virtual else self.model
+        prompt_len += num_virtual
         padded = batch_size > 1
         memory, kernels = self._count(padded)
         ids = torch.zeros(batch_size, prompt_len, dtype=torch.long)
@@ -260,7 +271,7 @@ class Predictor:
             cache = DynamicCache(config=base_of(self.model).config)
             arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
             mask = torch.ones_like(ids)
-            self.model(input_ids=ids, attention_mask=mask, **arguments)
+            model(input_ids=ids, attention_mask=mask, **arguments)
             for layer in cache.layers:
                 num_kept = prompt_len + num_new_tokens - 1
                 if isinstance(layer, DynamicSlidingWindowLayer):
@@ -273,7 +284,7 @@ class Predictor:
                     setattr(layer, name, grown)
                     del held, grown
             mask = torch.ones(batch_size, prompt_len + num_new_tokens, dtype=torch.long)
-            self.model(input_ids=ids[:, :1], attention_mask=mask, **arguments)
+            model(input_ids=ids[:, :1], attention_mask=mask, **arguments)
         return memory
 
     def _reused_forward(
@@ -386,6 +397,10 @@ class Predictor:
             for part in module.modules():
                 if isinstance(part, HostEmbedding) and self._on_cuda:
                     memory.discard(part.weight)
+
+
+def _ids_to_meta(_embedding: Any, args: Any) -> Any:
+    return tuple(value.to("meta") for value in args)
 
 
 def _to_meta(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:

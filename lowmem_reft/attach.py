@@ -1,0 +1,252 @@
+"""Puts a method on a base: its adapter, what saves memory, and our loss."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.method_configs import build_peft_config, check_options, split_targets
+from lowmem_reft.method_table import check_storage, find_method
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lowmem_reft.options import MemoryOptions, MethodOptions
+
+
+def check_target_modules(
+    options: MethodOptions, model: str, *, task_type: str, storage: str | None = None
+) -> None:
+    """Refuse what the base has not got, before its weights are loaded.
+
+    That is ``target_modules`` that name none of its linear layers, and a part of it to train (its
+    biases, its head, all of it) that it does not have or that is stored as integers.
+
+    Args:
+        options: the method; one that trains an adapter, without ``target_modules``, passes.
+        model: hub id or directory of the base.
+        task_type: PEFT task type, for example CAUSAL_LM.
+        storage: how it will be stored, if that is known.
+
+    Raises:
+        InputError: the base has not got it, or there is no configuration.
+    """
+    check_options(options)
+    if storage is not None:
+        check_storage(options.method, storage)
+    part = find_method(options.method).fixed.get("part")
+    if options.target_modules is None and part is None:
+        return
+    import torch
+
+    from lowmem_reft.base import from_config, load_config
+
+    with torch.device("meta"):
+        base = from_config(load_config(model), task_type)
+    if options.target_modules is not None:
+        _check_targets(options.target_modules, base)
+    if part is not None:
+        from lowmem_reft.weights import trained_names
+
+        trained_names(base, part)
+
+
+def _check_targets(target_modules: str, base: Any) -> None:
+    """Refuse a name that no linear layer has: PEFT would leave it out if another one matches."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    modules = base.named_modules()
+    names = [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
+    for target in split_targets(target_modules):
+        # By PEFT's rule: a whole name, or the end of one.
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise InputError(
+                f"target_modules must name linear layers of the base, got {target!r}; choose among "
+                f"{', '.join(known)}"
+            )
+
+
+def attach(
+    base: Any, options: MethodOptions, *, task_type: str, memory: MemoryOptions, chunked_loss: bool
+) -> Any:
+    """Put a method's adapter on a base, switch on what saves memory, and give it our loss.
+
+    Args:
+        base: the frozen base, on its device.
+        options: the method.
+        task_type: PEFT task type, for example CAUSAL_LM.
+        memory: how memory is saved.
+        chunked_loss: whether a causal model's loss is ours; else its own, with all logits.
+
+    Raises:
+        InputError: the base, the method or a way to save memory does not go with the others.
+    """
+    from peft import get_peft_model
+
+    from lowmem_reft.blocks import device_of, find_blocks
+    from lowmem_reft.loss import use_chunked_loss
+    from lowmem_reft.techniques import save_memory
+
+    check_run(options, memory)
+    config = build_peft_config(options, task_type=task_type, num_layers=len(find_blocks(base)[1]))
+    if options.target_modules is not None:
+        _check_targets(options.target_modules, base)
+    prepare_base(base, config, layers=options.layers or "all")
+    # On the meta device PEFT would otherwise draw an adapter's values on the CPU.
+    device = device_of(base)
+    with device if device.type == "meta" else nullcontext(), peft_notices_hidden():
+        try:
+            model: Any = get_peft_model(base, config)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"method must suit the base, got {options.method!r} for {type(base).__name__}: "
+                f"{str(error).splitlines()[0]}; choose another method"
+            ) from error
+    keep_dtypes(model)
+    if options.method == "prefix" and device.type != "meta":
+        _start_from_vocabulary(model)
+    save_memory(model, memory)
+    if config.is_prompt_learning:
+        model.word_embeddings = base.get_input_embeddings()  # which may have moved to the host
+    if chunked_loss and task_type == "CAUSAL_LM":
+        use_chunked_loss(model)
+    return model
+
+
+def check_run(options: MethodOptions, memory: MemoryOptions, *, resume: bool = False) -> None:
+    """Refuse ways to run that the method cannot be trained with.
+
+    Args:
+        options: the method.
+        memory: how memory is saved.
+        resume: whether the run goes on from a checkpoint.
+
+    Raises:
+        InputError: one would leave out what is trained.
+    """
+    if memory.activation_checkpointing and not allows_checkpointing(options):
+        raise InputError(
+            f"activation_checkpointing must be False with method {options.method!r}, got True: "
+            "recomputed blocks read no cache, which is where its keys and values are; leave it out"
+        )
+    if memory.embedding_on_host and not allows_embedding_on_host(options):
+        raise InputError(
+            f"embedding_on_host must be False with method {options.method!r}, got True: the "
+            "embedding is trained where the optimizer is; leave it out"
+        )
+    if resume and options.method == "p_tuning":
+        raise InputError(
+            "resume must be False with method 'p_tuning', got True: PEFT saves the embeddings that "
+            "its network makes and not the network; start anew in another output_dir"
+        )
+
+
+def allows_checkpointing(options: MethodOptions) -> bool:
+    """Return whether the method can be trained with activation checkpointing."""
+    return options.method != "prefix"
+
+
+def allows_embedding_on_host(options: MethodOptions) -> bool:
+    """Return whether the method leaves the embedding as it is, wherever that lies."""
+    return find_method(options.method).fixed.get("part") != "all"
+
+
+@contextmanager
+def peft_notices_hidden() -> Iterator[None]:
+    """Keep a notice off the terminal with which PEFT greets every norm that LN-tuning copies."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type .*Norm", UserWarning)
+        yield
+
+
+def prepare_base(base: Any, config: Any, *, layers: str = "all") -> None:
+    """Make a base ready for an adapter, before PEFT attaches or loads it.
+
+    For LN-tuning all norms are named, which PEFT knows of few architectures, and put in fp32, where
+    small updates of a scale near 1 are not rounded away; what they return is as before.
+
+    Args:
+        base: the base, not wrapped.
+        config: the PEFT configuration; changed if it does not name its modules yet.
+        layers: which blocks' norms; those outside the blocks are trained with "all" only.
+    """
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LN_TUNING":
+        return
+    from lowmem_reft.blocks import find_blocks
+    from lowmem_reft.config import resolve_layers
+
+    norms = {name: module for name, module in base.named_modules() if _is_norm(module)}
+    if not config.target_modules:
+        path, blocks = find_blocks(base)
+        inside = tuple(f"{path}.{index}." for index in resolve_layers(layers, len(blocks)))
+        config.target_modules = [
+            name for name in norms if layers == "all" or name.startswith(inside)
+        ]
+    for norm in norms.values():
+        _compute_in_full_precision(norm)
+
+
+def _is_norm(module: Any) -> bool:
+    return type(module).__name__.endswith("Norm") and getattr(module, "weight", None) is not None
+
+
+def _compute_in_full_precision(norm: Any) -> None:
+    """Keep a norm's parameters in fp32; it returns the dtype that it is given, as before."""
+    from torch import float32, nn
+
+    if norm.weight.dtype == float32:
+        return
+    norm.float()
+    norm.register_forward_pre_hook(_note_dtype)
+    norm.register_forward_hook(_restore_dtype)
+
+
+def _note_dtype(norm: Any, args: Any) -> Any:
+    """Forward pre-hook; RMSNorms round to this dtype before they scale, as the base is used to."""
+    from torch import nn
+
+    norm.input_dtype = args[0].dtype
+    return (args[0].float(), *args[1:]) if isinstance(norm, nn.LayerNorm) else args
+
+
+def _restore_dtype(norm: Any, _args: Any, output: Any) -> Any:
+    return output.to(norm.input_dtype)
+
+
+def keep_dtypes(model: Any) -> None:
+    """Make IA3's layers on a quantized base return the dtype that they are given, not fp32."""
+    from peft.tuners.ia3 import IA3Layer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, IA3Layer)]
+    for layer in layers:
+        layer.register_forward_hook(_as_given)
+
+
+def _as_given(_layer: Any, args: Any, output: Any) -> Any:
+    return output.to(args[0].dtype)
+
+
+def _start_from_vocabulary(model: Any) -> None:
+    """Set the prefix to the base's own keys and values of random tokens.
+
+    As the paper found, and unlike PEFT's normal values, that is where keys and values belong.
+    """
+    import torch
+    from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+
+    base = model.get_base_model()
+    config = model.active_peft_config
+    embedding = base.get_input_embeddings().weight
+    ids = torch.randint(0, embedding.shape[0], (1, config.num_virtual_tokens))
+    was_training = base.training
+    base.eval()
+    with torch.no_grad():
+        cache = base(input_ids=ids.to(embedding.device), use_cache=True).past_key_values
+    base.train(was_training)
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)

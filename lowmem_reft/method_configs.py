@@ -1,0 +1,190 @@
+"""From a method's options to its PEFT configuration: one builder per family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.method_table import PROFILES, Method, find_method
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from lowmem_reft.options import MethodOptions
+
+NUM_VIRTUAL_TOKENS = 20
+"""As in PEFT's examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a builder goes by."""
+
+    method: Method
+    """The table's entry."""
+    given: dict[str, Any]
+    """The method's defaults with the user's options over them."""
+    task_type: str
+    """PEFT task type, for example CAUSAL_LM."""
+    num_layers: int | None
+    """Blocks of the base; None checks the options before there is one."""
+
+
+def given_options(options: MethodOptions) -> dict[str, Any]:
+    """Return the options that the user has set, without the method's name."""
+    values = {item.name: getattr(options, item.name) for item in fields(options)}
+    del values["method"]
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def check_options(options: MethodOptions) -> None:
+    """Refuse options that the method does not take.
+
+    Raises:
+        InputError: one does not belong to it; the message names those that do.
+    """
+    allowed = find_method(options.method).options
+    wrong = sorted(set(given_options(options)) - set(allowed))
+    if wrong:
+        raise InputError(
+            f"{', '.join(wrong)} must not be given with method {options.method!r}; it takes "
+            f"{', '.join(sorted(allowed)) or 'no options'}"
+        )
+
+
+def build_peft_config(
+    options: MethodOptions, *, task_type: str, num_layers: int | None
+) -> PeftConfig:
+    """Build the PEFT configuration of a method.
+
+    Args:
+        options: the user's choice; unset fields take the method's defaults.
+        task_type: PEFT task type, for example CAUSAL_LM.
+        num_layers: blocks of the base, to resolve ``layers``; None checks the options before there
+            is a base.
+
+    Raises:
+        InputError: an option breaks its rule or does not belong to the method.
+    """
+    method = find_method(options.method)
+    check_options(options)
+    user = given_options(options)
+    profile = PROFILES.get(user.pop("profile", ""), {})
+    profile = {key: value for key, value in profile.items() if key in method.options}
+    request = Request(
+        method=method,
+        given={**method.defaults, **profile, **user},
+        task_type=task_type,
+        num_layers=num_layers,
+    )
+    return BUILDERS[method.family](request)
+
+
+def _reft(request: Request) -> PeftConfig:
+    from lowmem_reft.config import ReftConfig
+
+    return ReftConfig(task_type=request.task_type, **request.method.fixed, **request.given)
+
+
+def _lora(request: Request) -> PeftConfig:
+    from peft import LoraConfig
+
+    return _on_layers(LoraConfig(**_lora_fields(request, "rank"), **request.method.fixed), request)
+
+
+def _lora_reft(request: Request) -> PeftConfig:
+    from lowmem_reft.lora_reft import LoraReftConfig
+
+    names = ("rank", "act", "init", "layers", "positions", "tie", "component", "dropout")
+    reft = {name: request.given[name] for name in names if name in request.given}
+    config = LoraReftConfig(
+        **_lora_fields(request, "lora_rank"), reft={**request.method.fixed, **reft}
+    )
+    return _on_layers(config, request)
+
+
+def _lora_fields(request: Request, rank_name: str) -> dict[str, Any]:
+    given = request.given
+    rank = given.get(rank_name, 16)
+    targets = given.get("target_modules")
+    return {
+        "task_type": request.task_type,
+        "r": rank,
+        "lora_alpha": given.get("alpha", 2 * rank),
+        "lora_dropout": given.get("dropout", 0.0),
+        "target_modules": split_targets(targets) if targets else "all-linear",
+    }
+
+
+def _on_layers(config: Any, request: Request) -> PeftConfig:
+    """Restrict LoRA to the blocks that ``layers`` names."""
+    from lowmem_reft.config import resolve_layers
+
+    layers = request.given.get("layers", "all")
+    if layers != "all":
+        # Set afterwards: the constructor refuses it beside the shorthand "all-linear", which PEFT
+        # turns into a list of names before it looks at the layers.
+        config.layers_to_transform = resolve_layers(layers, request.num_layers)
+    peft_config: PeftConfig = config
+    return peft_config
+
+
+def split_targets(target_modules: str) -> list[str]:
+    """Return the names in a comma-separated list."""
+    return [target.strip() for target in target_modules.split(",")]
+
+
+def _ia3(request: Request) -> PeftConfig:
+    from peft import IA3Config
+
+    return IA3Config(task_type=request.task_type)
+
+
+def _ln_tuning(request: Request) -> PeftConfig:
+    from peft import LNTuningConfig
+
+    from lowmem_reft.config import check_layers
+
+    check_layers(request.given.get("layers", "all"))  # resolved where the base is known
+    return LNTuningConfig(task_type=request.task_type)
+
+
+def _virtual_tokens(request: Request) -> PeftConfig:
+    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+
+    kind = request.method.fixed["kind"]
+    if request.task_type != "CAUSAL_LM" and kind != "prefix":
+        raise InputError(
+            f"task_type must be CAUSAL_LM for method {kind!r}, got {request.task_type!r}: a "
+            "classifier that is given embeddings cannot see where the text ends; choose prefix"
+        )
+    common = {
+        "task_type": request.task_type,
+        "num_virtual_tokens": request.given.get("num_virtual_tokens", NUM_VIRTUAL_TOKENS),
+    }
+    if kind == "prefix":
+        return PrefixTuningConfig(**common)
+    if kind == "prompt":
+        # From the vocabulary: the paper's choice, and of the size that embeddings have.
+        return PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **common)
+    return PromptEncoderConfig(encoder_hidden_size=request.given["rank"], **common)
+
+
+def _weights(request: Request) -> PeftConfig:
+    from lowmem_reft.weights import WeightsConfig
+
+    return WeightsConfig(task_type=request.task_type, **request.method.fixed)
+
+
+BUILDERS: dict[str, Callable[[Request], PeftConfig]] = {
+    "reft": _reft,
+    "lora": _lora,
+    "lora_reft": _lora_reft,
+    "ia3": _ia3,
+    "ln_tuning": _ln_tuning,
+    "virtual_tokens": _virtual_tokens,
+    "weights": _weights,
+}
+"""Family to what makes its configuration."""

@@ -1,0 +1,42 @@
+"""``lowmem-reft methods``: what methods there are, their options and defaults. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lowmem_reft.method_table import METHODS, PROFILES
+from lowmem_reft.options import MethodsOptions
+
+
+def run_methods(options: MethodsOptions) -> dict[str, Any]:
+    """List the methods; print them on standard output unless they are wanted as JSON.
+
+    Returns:
+        ``methods``: for each ``name`` and the fields of the table's entry: ``family``, ``about``,
+        ``source``, ``storage``, ``lr``, ``options`` (those it takes), ``size`` (the one that sets
+        its number of parameters), ``defaults`` and ``fixed`` (of its configuration), ``embedded``
+        (overrides for the tiny model that the package ships); ``profiles``: what each stands for.
+    """
+    methods = [{"name": name, **asdict(method)} for name, method in METHODS.items()]
+    if not options.json:
+        _print(methods)
+    return {"methods": methods, "profiles": PROFILES}
+
+
+def _print(methods: list[dict[str, Any]]) -> None:
+    table = Table("method", "base", "lr", "what is trained", "options", "source", box=None)
+    table.columns[2].justify = "right"
+    for method in methods:
+        table.add_row(
+            method["name"],
+            method["storage"],
+            f"{method['lr']:g}",
+            method["about"],
+            ", ".join(method["options"]) or "-",
+            method["source"],
+        )
+    Console(soft_wrap=True).print(table, markup=False)

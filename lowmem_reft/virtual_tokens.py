@@ -1,0 +1,103 @@
+"""Where the trained tokens of prompt learning stand: right before the first token of each prompt.
+
+PEFT puts virtual embeddings at the front of a batch, in front of the padding if that is on the
+left, and drops the position ids: what an example gets would then depend on the padding beside it.
+Here they stand between padding and prompt, as they do in training, where padding is on the right.
+Prefix tuning has its tokens in the cache, whose positions PEFT counts rightly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lowmem_reft.positions import IGNORED_LABEL
+
+
+def num_virtual_tokens(model: Any) -> int:
+    """Return the trained tokens that a forward pass adds to each example, in cache or input.
+
+    Args:
+        model: any model; one without prompt learning, or with its adapter disabled, adds none.
+    """
+    config = _active_config(model)
+    return 0 if config is None else int(config.num_virtual_tokens)
+
+
+def embeds_virtual_tokens(model: Any) -> bool:
+    """Return whether the virtual tokens are embeddings, which lengthen the input."""
+    config = _active_config(model)
+    return config is not None and config.peft_type != "PREFIX_TUNING"
+
+
+def _active_config(model: Any) -> Any:
+    if getattr(model, "_adapters_disabled", True) or not hasattr(model, "active_peft_config"):
+        return None
+    config = model.active_peft_config
+    return config if config.is_prompt_learning else None
+
+
+def with_virtual_tokens(
+    model: Any,
+    input_ids: Int[Tensor, "batch seq"],
+    attention_mask: Int[Tensor, "batch seq"],
+    labels: Int[Tensor, "batch seq"] | None = None,
+) -> dict[str, Tensor]:
+    """Return what the *base* is to be called with, v virtual tokens longer.
+
+    Args:
+        model: a PeftModel whose virtual tokens are embeddings.
+        input_ids: tokens, padded on either side.
+        attention_mask: 0 on the padding.
+        labels: -100 where a token is not supervised.
+
+    Returns:
+        ``inputs_embeds`` (batch, v + seq, hidden), ``attention_mask`` and ``position_ids``
+        (batch, v + seq), which count from the first virtual token, and ``labels`` if given.
+    """
+    batch, length = input_ids.shape
+    num_virtual = num_virtual_tokens(model)
+    embedded = model.word_embeddings(input_ids.to(model.word_embeddings.weight.device))
+    prompts = model.get_prompt(batch_size=batch).to(embedded)
+    # Of what is laid out as [virtual | padding and tokens], the index that each place takes.
+    first = attention_mask.argmax(1, keepdim=True)  # (batch, 1): the first token of the prompt
+    place = torch.arange(num_virtual + length, device=first.device).expand(batch, -1)
+    virtual = (place >= first) & (place < first + num_virtual)
+    index = torch.where(
+        place < first, place + num_virtual, torch.where(virtual, place - first, place)
+    )
+
+    def extended(values: Tensor, virtual_value: int) -> Tensor:
+        front = values.new_full((batch, num_virtual), virtual_value)
+        return torch.cat([front, values], 1).gather(1, index.to(values.device))
+
+    both = torch.cat([prompts, embedded], 1)
+    mask = extended(attention_mask, 1)
+    result = {
+        "inputs_embeds": both.gather(1, index.to(both.device)[..., None].expand_as(both)),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+    if labels is not None:
+        result["labels"] = extended(labels, IGNORED_LABEL)
+    return result
+
+
+def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Int[Tensor, "batch new"]:
+    """Continue the prompts of a left-padded batch; return the new tokens alone.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        batch: ``input_ids`` and ``attention_mask``, on the model's device.
+        options: as for ``generate`` of transformers.
+    """
+    if embeds_virtual_tokens(model):
+        inputs = with_virtual_tokens(model, batch["input_ids"], batch["attention_mask"])
+        del inputs["position_ids"]  # generate counts them from the mask, in every step
+        new: Tensor = model.get_base_model().generate(**inputs, **options)
+        return new
+    output: Tensor = model.generate(**batch, **options)
+    return output[:, batch["input_ids"].shape[1] :]
