@@ -156,6 +156,13 @@ def test_the_markdown_table_has_a_line_per_method_and_names_the_error(results):
     assert "failed: seed 0: ValueError: no" in lines[5]
 
 
+def test_a_refusal_is_told_from_a_failure_in_the_markdown_table(results):
+    refused = {**failed("full", 0), "error": "InputError: method must not be full; choose another"}
+    assert "| refused: method must not be full; choose another |" in markdown(
+        aggregate([*results, refused])
+    )
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_terminal_table_is_not_cut(results, width):
     console = Console(width=width, force_terminal=True, color_system=None)

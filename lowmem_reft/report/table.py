@@ -158,7 +158,7 @@ def markdown(rows: Sequence[Row]) -> str:
         words = [column.text(row) for column in shown]
         if row.errors and not row.num_seeds:
             place = next(i for i, column in enumerate(shown) if column.field == "value_mean")
-            words[place] = f"failed: {row.errors[0]}"
+            words[place] = _reason(row.errors[0])
         lines.append("| " + " | ".join(word.replace("|", r"\|") for word in words) + " |")
     return "\n".join(lines) + "\n"
 
@@ -173,6 +173,13 @@ def _mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
             found = [cell[field] for cell in cells if cell.get(field) is not None]
             mean[field] = merge(found) if len(found) == len(cells) else None
     return mean
+
+
+def _reason(error: str) -> str:
+    """A refusal says why in words that need no seed and no name of an exception."""
+    seeds, _, said = error.partition(": ")
+    refusal = said.removeprefix("InputError: ")
+    return f"failed: {seeds}: {said}" if refusal == said else f"refused: {refusal}"
 
 
 def _row(method: str, task: str, cells: Sequence[dict[str, Any]]) -> Row:
