@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
@@ -95,7 +96,12 @@ def attach(
     config = build_peft_config(options, task_type=task_type, num_layers=len(find_blocks(base)[1]))
     if options.target_modules is not None:
         _check_targets(options.target_modules, base)
-    prepare_base(base, config, layers=options.layers or "all")
+    if options.method == "prefix" and "past_key_values" not in signature(base.forward).parameters:
+        raise InputError(
+            f"method must not be prefix for {type(base).__name__}, which reads no cache of keys "
+            "and values; choose another method"
+        )
+    prepare_base(base, config)
     # On the meta device PEFT would otherwise draw an adapter's values on the CPU.
     device = device_of(base)
     with device if device.type == "meta" else nullcontext(), peft_notices_hidden():
@@ -165,7 +171,7 @@ def peft_notices_hidden() -> Iterator[None]:
         yield
 
 
-def prepare_base(base: Any, config: Any, *, layers: str = "all") -> None:
+def prepare_base(base: Any, config: Any) -> None:
     """Make a base ready for an adapter, before PEFT attaches or loads it.
 
     For LN-tuning all norms are named, which PEFT knows of few architectures, and put in fp32, where
@@ -173,21 +179,12 @@ def prepare_base(base: Any, config: Any, *, layers: str = "all") -> None:
 
     Args:
         base: the base, not wrapped.
-        config: the PEFT configuration; changed if it does not name its modules yet.
-        layers: which blocks' norms; those outside the blocks are trained with "all" only.
+        config: the PEFT configuration; changed if it does not name its modules.
     """
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LN_TUNING":
         return
-    from lowmem_reft.blocks import find_blocks
-    from lowmem_reft.config import resolve_layers
-
     norms = {name: module for name, module in base.named_modules() if _is_norm(module)}
-    if not config.target_modules:
-        path, blocks = find_blocks(base)
-        inside = tuple(f"{path}.{index}." for index in resolve_layers(layers, len(blocks)))
-        config.target_modules = [
-            name for name in norms if layers == "all" or name.startswith(inside)
-        ]
+    config.target_modules = config.target_modules or list(norms)
     for norm in norms.values():
         _compute_in_full_precision(norm)
 
@@ -198,7 +195,7 @@ def _is_norm(module: Any) -> bool:
 
 def _compute_in_full_precision(norm: Any) -> None:
     """Keep a norm's parameters in fp32; it returns the dtype that it is given, as before."""
-    from torch import float32, nn
+    from torch import float32
 
     if norm.weight.dtype == float32:
         return

@@ -258,7 +258,8 @@ def _equal_time(
             notes[spec.label] = f"not equalized: {found}"
             continue
         steps = max(1, round(budget / found))
-        spec = with_overrides(_without_length(spec), {"max_steps": steps})
+        if spec.label != reference.label:
+            spec = with_overrides(_without_length(spec), {"max_steps": steps})
         chosen.append(spec)
         notes[spec.label] = (
             f"equal time: {steps:,} steps of {found:.3g} s for the {budget:.3g} s that "

@@ -10,6 +10,7 @@ The model is frozen, so all that lies below the exchanged vector is a constant: 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,13 @@ class Interchanges:
         self.choices, self.answers = choices.to(device), pairs.answers.to(device)
         self.ids = pairs.base.to(device)
         self.base = self._record(self.ids)
-        self.source = self._record(pairs.source.to(device))[:, position].float()
+        self.source = self._record(pairs.source.to(device))
+
+    def at(self, position: int) -> Interchanges:
+        """Return the same runs, meeting at another token; nothing is computed again."""
+        other = copy.copy(self)
+        other.position = position
+        return other
 
     @torch.no_grad()
     def _record(self, ids: Tensor) -> Float[Tensor, "n seq hidden"]:
@@ -71,9 +78,8 @@ class Interchanges:
     def logits(self, change: Exchange, rows: Tensor) -> Float[Tensor, "n num_answers"]:
         """Return the logits of the possible answers after the interchange in some of the pairs."""
         hidden = self.base[rows]
-        vectors = hidden[:, self.position].float()
-        changed = vectors + change(vectors, self.source[rows])
-        hidden[:, self.position] = changed.to(hidden.dtype)
+        base, source = (h[:, self.position].float() for h in (hidden, self.source[rows]))
+        hidden[:, self.position] = (base + change(base, source)).to(hidden.dtype)
         with feeding(self.model, self.layer + 1, hidden):
             logits = self.model(input_ids=self.ids[rows], logits_to_keep=1).logits
         return logits[:, -1, self.choices].float()  # type: ignore[no-any-return]

@@ -145,10 +145,14 @@ def _ia3(request: Request) -> PeftConfig:
 def _ln_tuning(request: Request) -> PeftConfig:
     from peft import LNTuningConfig
 
-    from lowmem_reft.config import check_layers
+    from lowmem_reft.config import resolve_layers
 
-    check_layers(request.given.get("layers", "all"))  # resolved where the base is known
-    return LNTuningConfig(task_type=request.task_type)
+    layers = request.given.get("layers", "all")
+    targets = None  # all norms, found where the base is known: ``attach.prepare_base``
+    if layers != "all":
+        indices = "|".join(map(str, resolve_layers(layers, request.num_layers)))
+        targets = rf"(?i).*\.({indices})\.(.*\.)?[^.]*(norm|ln_)[^.]*"
+    return LNTuningConfig(task_type=request.task_type, target_modules=targets)
 
 
 def _virtual_tokens(request: Request) -> PeftConfig:

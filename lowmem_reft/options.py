@@ -561,9 +561,9 @@ class CompareOptions:
     """Split of --eval-data where that is a datasets id."""
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
     methods: str | None = None
-    """Comma-separated names, with overrides in brackets: loreft[rank=8,positions=l1]; all: the
-    whole table of methods. Default: loreft,loreft[storage=bf16],lora,qlora. With the tiny model
-    that the package ships, names alone take the settings that suit it."""
+    """Comma-separated names, with overrides in brackets: loreft[rank=8,positions=l1].
+    Default: loreft,loreft[storage=bf16],lora,qlora; all: the whole table of methods. With the tiny
+    model that the package ships, names alone take the settings that suit it."""
     equal: Literal["params", "memory", "time"] | None = None
     """Give every method what the reference gets: params: as many trained parameters (by its rank,
     virtual tokens or layers); memory: no more predicted memory (by splitting the batch and saving

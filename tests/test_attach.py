@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -41,6 +43,7 @@ from lowmem_reft.options import (
     MethodOptions,
     ModelOptions,
     OptimOptions,
+    ReuseOptions,
     RunOptions,
     TrainOptions,
 )
@@ -370,6 +373,23 @@ def test_an_interrupted_run_resumes_to_the_same_adapter_bitwise(
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.parametrize("method", ["lora_reft", "parallel_bottleneck", "steering", "ln_tuning"])
+def test_from_stored_constants_the_same_adapter_is_trained(
+    options: TrainOptions, method: str, tmp_path: Path
+) -> None:
+    options = replace(options, method=MethodOptions(method=method, layers="2;3"))
+    adapters = []
+    for reuse in (ReuseOptions(reuse="off"), ReuseOptions(reuse="trunk", resident="upper")):
+        run = replace(options.run, output_dir=tmp_path / f"{reuse.reuse}")
+        result = train.run_training(replace(options, reuse=reuse, run=run))
+        assert result["reuse"] == reuse.reuse
+        adapters.append(load_file(adapter_file(result)))
+    plain, stored = adapters
+    assert plain.keys() == stored.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(stored[name], value, msg=name)
+
+
 def adapter_file(result: dict[str, Any]) -> Path:
     return Path(result["adapter_dir"], "adapter_model.safetensors")
 
@@ -426,6 +446,20 @@ def test_full_fine_tuning_of_integers_is_refused(tiny_llama_dir: Path) -> None:
 def test_virtual_embeddings_before_a_text_to_classify_are_refused(method: str) -> None:
     with pytest.raises(InputError, match="task_type must be CAUSAL_LM for method"):
         build_peft_config(MethodOptions(method=method), task_type="SEQ_CLS", num_layers=4)
+
+
+def test_a_prefix_before_an_encoder_is_refused() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = BertConfig(**sizes, vocab_size=64, num_attention_heads=2)
+    base = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(InputError, match="method must not be prefix for BertForSequenceClass"):
+        attach(
+            base,
+            MethodOptions(method="prefix"),
+            task_type="SEQ_CLS",
+            memory=MemoryOptions(),
+            chunked_loss=True,
+        )
 
 
 def test_a_base_that_peft_knows_no_targets_for_is_refused() -> None:

@@ -166,13 +166,14 @@ def run_with(step_times: dict[str, Any], seen: list[Cell]) -> Callable[..., list
 def test_steps_are_those_of_the_references_time(options: CompareOptions) -> None:
     seen: list[Cell] = []
     times = {"loreft": 0.1, "qlora": 0.4, "lora": 0.05, "red": "InputError: no"}
-    methods = "loreft[rank=2],qlora[epochs=9,lr=0.001],lora[max_steps=3],red"
+    methods = "loreft[rank=2],loreft[epochs=4],qlora[epochs=9,lr=0.001],lora[max_steps=3],red"
     equal, cells = equalized(
         options, methods, run_with(times, seen), equal="time", budget_reference="loreft[epochs=4]"
     )
     # 20 rows in batches of 3 are 7 steps, 4 epochs take 28 of 0.1 s.
     assert [spec.label for spec in equal.specs] == [
         "loreft[rank=2,max_steps=28]",
+        "loreft[epochs=4]",
         "qlora[lr=0.001,max_steps=7]",
         "lora[max_steps=56]",
         "red",
@@ -181,7 +182,7 @@ def test_steps_are_those_of_the_references_time(options: CompareOptions) -> None
     assert equal.notes["lora[max_steps=56]"].startswith(
         "equal time: 56 steps of 0.05 s for the 2.8"
     )
-    assert [cell.train.optim.max_steps for cell in cells if cell.train] == [28, 7, 56, -1]
+    assert [cell.train.optim.max_steps for cell in cells if cell.train] == [28, -1, 7, 56, -1]
     for cell in seen:
         assert cell.train is not None
         assert cell.train.optim.max_steps == NUM_TIMED_STEPS

@@ -22,7 +22,7 @@ from lowmem_reft import report
 from lowmem_reft.cell import EMPTY_RESULT, read_cell, run_cell, write_cell, write_json
 from lowmem_reft.compare import CSV_FIELDS, build_cells, command_line, parse_seeds, run_comparison
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods import parse_methods
+from lowmem_reft.methods import METHODS, parse_methods
 from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions, ReuseOptions
 from lowmem_reft.sources import Sources, find_sources, task_name
 
@@ -357,6 +357,43 @@ def test_seeds_are_numbers():
 )
 def test_a_task_is_named_after_its_file_or_folder(data, name):
     assert task_name(data) == name
+
+
+def test_of_all_methods_those_that_are_refused_are_rows_and_no_failures(options, monkeypatch):
+    def run_all(cells, **_):
+        errors = {"bitfit": "InputError: method must not be bitfit", "full": "RuntimeError: broken"}
+        return [
+            {
+                **EMPTY_RESULT,
+                **cell.record,
+                "value": 0.5,
+                "error": errors.get(cell.record["method"]),
+            }
+            for cell in cells
+        ]
+
+    monkeypatch.setattr("lowmem_reft.compare.run_cells", run_all)
+    answer = run_comparison(replace(options, methods="all"))
+    names = [result["method"] for result in results_of(options)]
+    assert names[3:] == list(METHODS)  # after the base in three storages
+    assert answer["num_failed"] == 1
+    named = run_comparison(replace(options, methods="bitfit"))
+    assert named["num_failed"] == 1
+
+
+def test_an_equal_budget_is_in_the_entry_and_the_result_of_each_row(
+    options, tiny_llama_dir, fake_cell
+):
+    options = replace(
+        options, model=str(tiny_llama_dir), methods="loreft[rank=2],prefix", equal="params"
+    )
+    run_comparison(options, child_command=fake_cell)
+    base, loreft, prefix = results_of(options)
+    assert base["budget"] is None
+    assert loreft["budget"] == "equal params: 1,032 of 1,032"
+    assert prefix["method"] == "prefix[num_virtual_tokens=4]"
+    assert prefix["budget"] == "equal params: 1,024 of 1,032"
+    assert "--equal" not in prefix["command"]
 
 
 def test_a_real_cell_trains_and_scores(tiny_llama_dir, tmp_path):

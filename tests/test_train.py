@@ -339,6 +339,7 @@ def test_a_run_that_reuses_what_is_constant_ends_in_the_same_adapter(
     for name, values in plain.items():
         torch.testing.assert_close(reused[name], values, rtol=1e-4, atol=1e-5)
 
+
 def test_a_regression_head_is_trained_saved_and_scored_by_correlation(
     options: TrainOptions, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from lowmem_reft.attach import peft_notices_hidden, prepare_base
 from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.frozen.store import CorruptShardError
@@ -255,7 +256,10 @@ def find_first_resident(
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # which weights there are does not depend on their storage
     base = base_on_meta(config, storage="fp32", task_type=task_type, num_labels=num_labels)
-    first = num_constant_blocks(get_peft_model(base, copy.deepcopy(peft_config)))
+    peft_config = copy.deepcopy(peft_config)
+    prepare_base(base, peft_config)
+    with peft_notices_hidden():
+        first = num_constant_blocks(get_peft_model(base, peft_config))
     if first == 0:
         raise InputError(
             "resident must be all for a method that changes the first block or the embedding, got "
