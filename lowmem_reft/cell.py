@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem_reft.files import write_whole
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
@@ -206,11 +207,8 @@ def write_json(path: Path, content: object) -> Path:
     A loss that is not a number (a diverged run) is written as null, which every JSON reader takes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(_plain(content), indent=1, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return write_whole(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
 
 
 def main(arguments: list[str]) -> int:

@@ -22,6 +22,7 @@ from lowmem_reft.rows import (
     label_names,
     load_rows,
     rows_digest,
+    write_rows,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "label_names",
     "load_rows",
     "rows_digest",
+    "write_rows",
 ]
 
 IGNORED = -100

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowmem_reft import provenance
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import CompareOptions, ScoringOptions
 
 if TYPE_CHECKING:
-    from lowmem_reft.rows import Row
     from lowmem_reft.tasks.task import Split, Task
 
 
@@ -66,8 +63,8 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
     Training rows are drawn with a fixed seed if there is a limit: files are often sorted.
     """
     from lowmem_reft import embedded
-    from lowmem_reft.data import rows_digest
-    from lowmem_reft.tasks.registry import as_records, find_task, load_task
+    from lowmem_reft.data import rows_digest, write_rows
+    from lowmem_reft.tasks.registry import find_task, load_task
 
     task, trained = find_task(name), find_task(options.train_task or name)
     paths, digests = {}, {}
@@ -82,7 +79,7 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
             rows = random.Random(0).sample(rows, limit)
         rows = rows[:limit]
         path = options.output_dir / "data" / of.name / f"{split}.jsonl"
-        paths[split] = str(_write_records(path, as_records(rows)))
+        paths[split] = str(write_rows(path, rows))
         digests[split] = rows_digest(rows)
     model = options.model or str(embedded.model_dir())
     return Sources(
@@ -133,7 +130,14 @@ def find_sources(options: CompareOptions) -> Sources:
         training data.
     """
     from lowmem_reft import embedded
-    from lowmem_reft.data import as_choices, holdout, label_names, load_rows, rows_digest
+    from lowmem_reft.data import (
+        as_choices,
+        holdout,
+        label_names,
+        load_rows,
+        rows_digest,
+        write_rows,
+    )
 
     if options.data is None and options.eval_data is not None:
         raise InputError(
@@ -157,11 +161,11 @@ def find_sources(options: CompareOptions) -> Sources:
             as_choices(rows, names) for rows in (train_rows, validation_rows, evaluation_rows)
         )
     if classes or evaluation is None:
-        train = str(_write_rows(options.output_dir / "data" / "train.jsonl", train_rows))
-        evaluation = str(_write_rows(options.output_dir / "data" / "eval.jsonl", evaluation_rows))
+        train = str(write_rows(options.output_dir / "data" / "train.jsonl", train_rows))
+        evaluation = str(write_rows(options.output_dir / "data" / "eval.jsonl", evaluation_rows))
     if classes and validation is not None:
         path = options.output_dir / "data" / "validation.jsonl"
-        validation = str(_write_rows(path, validation_rows))
+        validation = str(write_rows(path, validation_rows))
     model = options.model or str(embedded.model_dir())
     return Sources(
         model=model,
@@ -206,24 +210,3 @@ def task_name(data: str) -> str:
     if not path.suffix:
         return data
     return path.absolute().parent.name if path.stem in ("train", "training", "data") else path.stem
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
-    return _write_records(path, [_row_record(row) for row in rows])
-
-
-def _write_records(path: Path, records: Sequence[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-def _row_record(row: Row) -> dict[str, Any]:
-    if row.kind == "messages":
-        return {"messages": row.messages}
-    if row.kind == "label":
-        return {"text": row.prompt, "label": row.label}
-    if row.kind == "choices":
-        return {"prompt": row.prompt, "choices": row.choices, "answer": row.answer}
-    return {"prompt": row.prompt, "response": row.response}

@@ -7,7 +7,6 @@ trainable after the best one, so that a run that was killed goes on where it sto
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+
+from lowmem_reft.files import write_whole
 
 EPOCHS_FILE = "epochs.jsonl"
 WEIGHTS_FILE = "best.safetensors"
@@ -62,9 +63,9 @@ class BestEpoch(TrainerCallback):
         self.epochs = [*(known for known in self.epochs if known["epoch"] < epoch), line]
         if self.best is line:
             weights = {name: p.detach().cpu().contiguous() for name, p in self._trainable().items()}
-            _replace(self._directory / WEIGHTS_FILE, lambda path: save_file(weights, path))
+            write_whole(self._directory / WEIGHTS_FILE, lambda path: save_file(weights, path))
         lines = "".join(json.dumps(known) + "\n" for known in self.epochs)
-        _replace(self._directory / EPOCHS_FILE, lambda path: path.write_text(lines))
+        write_whole(self._directory / EPOCHS_FILE, lambda path: path.write_text(lines))
         self._model.train()
 
     def restore(self) -> None:
@@ -85,10 +86,3 @@ class BestEpoch(TrainerCallback):
 def _rank(line: dict[str, Any]) -> tuple[float, float, float]:
     loss = line["loss"]
     return line["value"], float("-inf") if loss is None else -loss, -line["epoch"]
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is complete or absent, also if the process is killed meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)

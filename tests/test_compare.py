@@ -423,3 +423,15 @@ def test_a_real_cell_trains_and_scores(tiny_llama_dir, tmp_path):
     assert [path.name for path in (tuned.directory / "train").iterdir() if path.is_dir()] == [
         "adapter"
     ]
+
+
+def test_pairs_and_targets_survive_being_held_out(options, tmp_path):
+    rows = [{"text": f"a {n}", "text_pair": f"b {n}", "target": n / 2} for n in range(20)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    sources = find_sources(replace(options, data=str(data), eval_data=None, task_type="SEQ_CLS"))
+    kept = [
+        json.loads(line)
+        for path in (sources.train, sources.evaluate)
+        for line in Path(path).read_text().splitlines()
+    ]
+    assert sorted(kept, key=lambda row: row["target"]) == rows

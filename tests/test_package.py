@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lowmem_reft"
 
 # Bottom to top: a module imports only what stands before it. A package counts as one module.
 ROWS = (
-    ("errors", "options", "progress", "devices", "provenance", "embedded"),
+    ("errors", "files", "options", "progress", "devices", "provenance", "embedded"),
     ("interventions", "positions", "blocks", "registration", "config", "selection", "tuner"),
     ("lora_reft", "weights", "virtual_tokens"),
     ("checkpointing", "techniques", "residency", "base", "synthetic"),

@@ -6,17 +6,14 @@ before anything else; where there are no validation rows, another tenth.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.options import CompareOptions, SweepOptions
 from lowmem_reft.sources import Sources, find_all_sources
 
 if TYPE_CHECKING:
-    from lowmem_reft.rows import Row
+    pass
 
 
 def find_rows(options: SweepOptions) -> tuple[CompareOptions, Sources, CompareOptions]:
@@ -53,15 +50,15 @@ def _with_rows(options: SweepOptions) -> CompareOptions:
     comparison = CompareOptions(**given)
     if options.validation_data is not None and options.eval_data is not None:
         return comparison
-    from lowmem_reft.data import holdout, load_rows
+    from lowmem_reft.data import holdout, load_rows, write_rows
 
     rows = load_rows(options.data, split=options.split)
     parts: dict[str, Any] = {}
     for name in ("eval_data", "validation_data"):
         if getattr(options, name) is None:
             rows, part = holdout(rows)
-            parts[name] = _write(options.output_dir / "rows" / f"{name}.jsonl", part)
-    parts["data"] = _write(options.output_dir / "rows" / "data.jsonl", rows)
+            parts[name] = str(write_rows(options.output_dir / "rows" / f"{name}.jsonl", part))
+    parts["data"] = str(write_rows(options.output_dir / "rows" / "data.jsonl", rows))
     return replace(comparison, **parts)
 
 
@@ -71,12 +68,3 @@ def _embedded(given: dict[str, Any]) -> CompareOptions:
     train, test = map(str, embedded.task_files())
     rows = {"data": train, "eval_data": test, "validation_data": str(embedded.validation_file())}
     return CompareOptions(**{**given, **rows})
-
-
-def _write(path: Path, rows: Sequence[Row]) -> str:
-    from lowmem_reft.data import as_records
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in as_records(rows))
-    path.write_text("".join(lines), encoding="utf-8")
-    return str(path)
