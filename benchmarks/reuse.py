@@ -213,9 +213,9 @@ def ratio(result: dict[str, Any], slower: Method) -> float:
     return float(result["rows"][slower.label]["speed_up"])
 
 
-def dequantized_ratio(result: dict[str, Any]) -> float:
-    """Return how many times longer PEFT QLoRA's step takes than the reused, dequantized one."""
-    slow, fast = (result["rows"][m.label]["median_s"] for m in (QLORA, REUSED_DEQUANTIZED))
+def dequantized_ratio(result: dict[str, Any], slower: Method = QLORA) -> float:
+    """Return how many times longer the slower step takes than the reused, dequantized one."""
+    slow, fast = (result["rows"][m.label]["median_s"] for m in (slower, REUSED_DEQUANTIZED))
     return float(slow / fast)
 
 
@@ -236,6 +236,7 @@ def ratios_of(results: list[dict[str, Any]], peak: dict[str, Any]) -> dict[str, 
         "reuse_vs_plain_loreft": ratio(first, PLAIN),
         "six_epochs_vs_qlora": over_epochs(first, 6),
         "reuse_dequantized_vs_qlora": dequantized_ratio(first),
+        "reuse_dequantized_vs_qlora_checkpointing": dequantized_ratio(first, QLORA_CHECKPOINTED),
         "six_epochs_dequantized_vs_qlora": over_epochs(first, 6, REUSED_DEQUANTIZED),
         "long_prompt_dequantized_vs_qlora": dequantized_ratio(long),
         "upper_all_vs_qlora_checkpointing": ratio(upper, QLORA_CHECKPOINTED),
