@@ -12,9 +12,9 @@ COMPARE_ARGS ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The oldest version that each requirement of the package admits, torch excepted: the CPU pin stays.
-LOWER := sed -nE '/^(dependencies|ray|report|sweep|trl) = /,/^]/ s/^    "([A-Za-z-]+)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml | grep -v '^torch=='
+LOWER := sed -nE '/^(dependencies|docs|ray|report|sweep|trl) = /,/^]/ s/^    "([A-Za-z-]+)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml | grep -v '^torch=='
 
-.PHONY: setup test compare check format bench lower-bounds clean help
+.PHONY: setup test compare check docs format bench lower-bounds clean help
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -40,6 +40,10 @@ check: $(STAMP) ## Lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP) ## Build the documentation into site/; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 format: $(STAMP) ## Apply the formatter and the fixes that are safe
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -54,5 +58,5 @@ lower-bounds: ## Run the tests with the oldest versions that pyproject.toml admi
 	$(MAKE) test VENV=$(VENV)-lower CONSTRAINTS='$(CONSTRAINTS) $(VENV)-lower/bounds.txt'
 
 clean: ## Remove the environments and caches; results stay
-	rm -rf $(VENV) $(VENV)-lower build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lower build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and benchmarks/RESULTS.md from ``benchmarks/results/*.json``.
+"""Writes the tables of README.md, RESULTS.md and docs/ from ``benchmarks/results/*.json``.
 
 ``python -m benchmarks.tables`` fills what stands between ``<!-- table:NAME -->`` and
 ``<!-- /table -->``; with ``--check`` it changes nothing and fails if a page is out of date.
@@ -18,7 +18,7 @@ from lowmem_reft.report.table import aggregate, markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", ROOT / "docs" / "choose.md")
 BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -76,7 +76,7 @@ def figure(value: float) -> str:
 
 def timings(result: dict[str, Any]) -> str:
     """Median, spread and ratios of a benchmark that times methods."""
-    unit = 1.0 if result["benchmark"] == "step" else 1e3
+    unit = 1.0 if result["benchmark"] in ("step", "generate") else 1e3
     name = "s" if unit == 1.0 else "ms"
     lines = [f"| method | median {name} | min | max |", "| --- | ---: | ---: | ---: |"]
     lines += [
@@ -194,6 +194,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "tasks": tasks,
     "methods": comparison,
     "step": timings,
+    "generate": timings,
     "orthonormal": timings,
     "memory": memory,
     "reuse": reuse,

@@ -21,6 +21,7 @@ from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
     from lowmem_reft.base import load_base, load_tokenizer, save_base
+    from lowmem_reft.composition import keep_orthogonal
     from lowmem_reft.config import ReftConfig
     from lowmem_reft.tuner import ReftModel
 
@@ -31,12 +32,14 @@ __all__ = [
     "ReftConfig",
     "ReftModel",
     "__version__",
+    "keep_orthogonal",
     "load_base",
     "load_tokenizer",
     "save_base",
 ]
 
 _MODULE_OF = {
+    "keep_orthogonal": "lowmem_reft.composition",
     "load_base": "lowmem_reft.base",
     "load_tokenizer": "lowmem_reft.base",
     "save_base": "lowmem_reft.base",

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.attach import keep_dtypes, peft_notices_hidden, prepare_base
 from lowmem_reft.base import load_base, load_config, load_tokenizer, share_pad_token
 from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.split import find_first_resident
+from lowmem_reft.identity import OTHER_BASE, checkpoint_digest, other_base
+from lowmem_reft.training_card import load_card
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lowmem_reft.options import ModelOptions
     from lowmem_reft.training_card import TrainingCard
+
+logger = logging.getLogger(__name__)
 
 
 def load_frozen(
@@ -70,6 +76,8 @@ def load_adapted(
     from peft import PeftConfig, PeftModel
 
     tokenizer = load_tokenizer(options.model)
+    if adapter is not None:
+        _warn_of_another_base(options.model, adapter, card)
     if adapter is None and resident != "all":
         raise InputError(f"resident must be all without an adapter, got {resident!r}; leave it out")
     upper_for = PeftConfig.from_pretrained(str(adapter)) if resident == "upper" else None
@@ -79,6 +87,7 @@ def load_adapted(
     try:
         prepare_base(base, PeftConfig.from_pretrained(str(adapter)))
         with peft_notices_hidden():
+            warnings.filterwarnings("ignore", OTHER_BASE, UserWarning)  # it is said by now
             model = PeftModel.from_pretrained(base, str(adapter)).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(
@@ -87,3 +96,15 @@ def load_adapted(
         ) from error
     keep_dtypes(model)
     return model, tokenizer
+
+
+def _warn_of_another_base(model: str, adapter: Path, card: TrainingCard) -> None:
+    """Say that an adapter is put on another base, or another quantization, than its own."""
+    trained = load_card(adapter)
+    if trained is not None:
+        said = other_base(
+            (trained.base, trained.storage, trained.base_digest),
+            (model, card.storage, checkpoint_digest(model)),
+        )
+        if said is not None:
+            logger.warning(said)

@@ -34,6 +34,7 @@ from lowmem_reft.devices import (
     resolve_device,
     return_freed_memory,
 )
+from lowmem_reft.distributed import shards_model
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import Storage
 from lowmem_reft.residency import EMBEDDING, Checkpoint, Residency, fill_buffers
@@ -78,6 +79,7 @@ def load_base(
     revision: str = "main",
     resident: Literal["all", "upper"] = "all",
     first_resident: int | None = None,
+    quant_storage: Literal["bf16", "fp16", "fp32"] | None = None,
 ) -> PreTrainedModel:
     """Load a pretrained model as a frozen base, quantized on the way in.
 
@@ -106,6 +108,9 @@ def load_base(
             on the meta device and are read from the checkpoint when they run
             (``base.residency``; its ``restore()`` makes the base whole).
         first_resident: The first block that is loaded with ``upper``; default: half of them.
+        quant_storage: bf16, fp16 or fp32: the dtype in which tensors hold the 4-bit weights, as
+            FSDP2 shards floating-point tensors only. The bytes are the same. Default: the compute
+            dtype where the launcher asks for FSDP, else bytes.
 
     Raises:
         InputError: an argument is unknown, impossible on this machine or at odds with the model.
@@ -150,6 +155,8 @@ def load_base(
             _cast_unquantized(base, dtype)
         _warn_of_unquantized_weights(base, storage)
     guard_linear4bit(base)
+    if quant_storage is not None or shards_model():
+        _hold_packed_as(base, dtype if quant_storage is None else DTYPES[quant_storage])
     freeze(base, task_type)
     if activation_checkpointing:
         enable_activation_checkpointing(base)
@@ -231,6 +238,21 @@ def guard_linear4bit(model: nn.Module) -> None:
                     "load it again and call guard_linear4bit before its first forward pass"
                 )
             module.support_avx512bf16_for_cpu = False
+
+
+def _hold_packed_as(base: nn.Module, dtype: torch.dtype) -> None:
+    """Let tensors of a floating-point dtype hold the bytes of 4-bit weights.
+
+    A sharded weight comes back as a plain tensor; its layer then has to know the constants.
+    """
+    for module in base.modules():
+        if isinstance(module, Linear4bit) and not module.weight.is_meta:
+            weight: Any = module.weight
+            if weight.numel() * weight.element_size() % dtype.itemsize:
+                continue  # accelerate leaves such a weight whole
+            weight.data = weight.data.flatten().view(dtype)[:, None]
+            weight.quant_storage = module.quant_storage = dtype
+            module.quant_state = weight.quant_state
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def run_cache(options: CacheOptions) -> dict[str, Any]:
             f"reuse_dir must hold stores that may be removed, got {str(action.reuse_dir)!r}; "
             f"change its permissions ({error})"
         ) from error
-    if not action.json:
+    if not (action.json or action.quiet):
         _print_removed(result)
     return {"reuse_dir": str(action.reuse_dir), **result}
 

@@ -25,6 +25,7 @@ from lowmem_reft.files import write_whole
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
+    HarnessOptions,
     HeldOutOptions,
     MemoryOptions,
     MethodOptions,
@@ -257,6 +258,7 @@ def _evaluate_options(content: dict[str, Any]) -> EvaluateOptions:
     groups = {
         "model": ModelOptions(**content["model"]),
         "data": DataOptions(**content["data"]),
+        "harness": HarnessOptions(),
         "scoring": ScoringOptions(**content["scoring"]),
         "reuse": _reuse_options(content["reuse"]),
     }

@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +30,16 @@ from unittest import mock
 
 import tyro
 
-from lowmem_reft import __version__
+from lowmem_reft import __version__, distributed
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.options import (
     CacheOptions,
+    ChatOptions,
     CompareOptions,
     EvaluateOptions,
+    ExportPyreftOptions,
     GenerateOptions,
+    ImportPyreftOptions,
     MethodsOptions,
     PlanOptions,
     ProfileOptions,
@@ -43,11 +47,13 @@ from lowmem_reft.options import (
     TasksOptions,
     TrainOptions,
 )
+from lowmem_reft.progress import show_bars
 
 Options = (
     TrainOptions
     | EvaluateOptions
     | GenerateOptions
+    | ChatOptions
     | CompareOptions
     | SweepOptions
     | PlanOptions
@@ -55,12 +61,15 @@ Options = (
     | TasksOptions
     | MethodsOptions
     | CacheOptions
+    | ImportPyreftOptions
+    | ExportPyreftOptions
 )
 
 _Commands = (
     Annotated[TrainOptions, tyro.conf.subcommand("train")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
+    | Annotated[ChatOptions, tyro.conf.subcommand("chat")]
     | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
     | Annotated[SweepOptions, tyro.conf.subcommand("sweep")]
     | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
@@ -68,6 +77,8 @@ _Commands = (
     | Annotated[TasksOptions, tyro.conf.subcommand("tasks")]
     | Annotated[MethodsOptions, tyro.conf.subcommand("methods")]
     | Annotated[CacheOptions, tyro.conf.subcommand("cache")]
+    | Annotated[ImportPyreftOptions, tyro.conf.subcommand("import-pyreft")]
+    | Annotated[ExportPyreftOptions, tyro.conf.subcommand("export-pyreft")]
 )
 
 # Module and function of each: imported when it is called, because most import torch.
@@ -75,6 +86,7 @@ _HANDLERS: dict[type, tuple[str, str]] = {
     TrainOptions: ("train", "run_training"),
     EvaluateOptions: ("evaluate", "run_evaluation"),
     GenerateOptions: ("generate", "run_generation"),
+    ChatOptions: ("chat", "run_chat"),
     CompareOptions: ("compare", "run_comparison"),
     SweepOptions: ("sweep", "run_sweep"),
     PlanOptions: ("plan", "run_plan"),
@@ -82,7 +94,12 @@ _HANDLERS: dict[type, tuple[str, str]] = {
     TasksOptions: ("tasks.listing", "run_tasks"),
     MethodsOptions: ("method_list", "run_methods"),
     CacheOptions: ("cache", "run_cache"),
+    ImportPyreftOptions: ("pyreft.importing", "run_import"),
+    ExportPyreftOptions: ("pyreft.exporting", "run_export"),
 }
+
+_LAUNCHER_ENDS_ALL_S = 2.0
+"""Within this time a launcher that sees one process fail has ended the others."""
 
 _WITH_TABLES = (PlanOptions, ProfileOptions, TasksOptions, MethodsOptions, CacheOptions)
 """Those whose handlers print tables of their own."""
@@ -112,6 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         options = _parse(arguments)
+        if distributed.num_processes() > 1 and not isinstance(options, TrainOptions):
+            raise InputError(
+                f"num_processes must be 1 for {arguments[0]}, got {distributed.num_processes()}; "
+                "only train shares its work between processes, so leave the launcher out"
+            )
     except InputError as error:
         return _report(arguments[0], f"error: {error}", code=2)
     command = arguments[0]
@@ -127,6 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _report(command, f"error: {error}", code=2)
     except Exception as error:
+        if distributed.lost_a_process(error):
+            lost = "error: another process of this run has ended"
+            return _report(command, lost, _what_is_kept(options), code=1)
         return _report(command, *_explain(error), code=1)
     if num_failed:
         return _report(command, f"error: {num_failed} cells failed; the table names them", code=1)
@@ -173,12 +198,17 @@ def _parse(arguments: list[str]) -> Options:
 def _run(options: Options) -> int:
     """Run the handler, print its result and return how many cells of a comparison failed."""
     as_json, quiet = _as_json_and_quiet(options)
+    quiet = quiet or not distributed.is_main()
+    show_bars(not quiet)
     with _stdout_to_stderr() if as_json else contextlib.nullcontext():
         with _collector_paused():
             if not isinstance(options, TasksOptions | MethodsOptions | CacheOptions):
                 _quieten_libraries(no_bars=quiet or not sys.stderr.isatty())
             handler = _handler(options)
         result = handler(options)
+        distributed.stop()
+    if not distributed.is_main():
+        return 0
     if as_json:
         print(json.dumps(_finite(result), allow_nan=False, default=str))
     elif isinstance(options, GenerateOptions):
@@ -190,10 +220,10 @@ def _run(options: Options) -> int:
 
 
 def _as_json_and_quiet(options: Options) -> tuple[bool, bool]:
+    if isinstance(options, ChatOptions):
+        return False, options.quiet
     if isinstance(options, CacheOptions):
-        return options.action.json, False
-    if isinstance(options, TasksOptions | MethodsOptions):
-        return options.json, False
+        return options.action.json, options.action.quiet
     switches = options.run if isinstance(options, TrainOptions) else options
     return switches.json, switches.quiet
 
@@ -318,6 +348,8 @@ def _what_is_kept(options: Options) -> str:
         return (
             "what is gone is whole again when training builds it; the same command removes the rest"
         )
+    if isinstance(options, GenerateOptions) and options.output is not None:
+        return f"answers in {options.output} are kept; the same command goes on from there"
     if not isinstance(options, TrainOptions):
         return "nothing was changed but the output file, if one was named"
     directory = options.run.output_dir
@@ -345,6 +377,12 @@ def _explain(error: Exception) -> tuple[str, str]:
 
 
 def _report(command: str, *lines: str, code: int) -> int:
+    if not distributed.is_main():
+        if code == 130:
+            return code
+        # What the first process says as well is said once: this one is ended meanwhile.
+        time.sleep(_LAUNCHER_ENDS_ALL_S)
+        lines = tuple(f"process {distributed.process_index()}: {line}" for line in lines)
     if code == 130:
         print(file=sys.stderr)  # ends the line of a progress bar
     elif sys.exc_info()[0] is not None and os.environ.get("LOWMEM_REFT_DEBUG") == "1":

@@ -55,11 +55,16 @@ class ReftConfig(PeftConfig):
     """Base modules, such as a classification head, that are trained and saved whole."""
     target_modules: str | None = field(default=None, repr=False)
     """Derived from ``layers`` and ``component``: a regular expression over module names."""
+    base_storage: str | None = field(default=None, repr=False)
+    """How the base was stored in training; noted when the adapter is made."""
+    base_digest: str | None = field(default=None, repr=False)
+    """Of the base's checkpoint, noted likewise; another one is warned of when it is loaded."""
 
     def __post_init__(self) -> None:
         """Check every field."""
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = peft_type(NAME)
+        self.is_of_a_base = self.base_storage is not None or self.base_digest is not None
         reads = intervention_options(self.intervention)
         if self.init is None:
             self.init = "paper" if self.act else "identity"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.progress import progress
 from lowmem_reft.rows import (
     Row,
     as_choices,
@@ -52,6 +53,9 @@ __all__ = [
 
 IGNORED = -100
 """Label of a token that is not supervised (the default of torch's cross-entropy)."""
+
+TEXTS_AT_ONCE = 8192
+"""Texts that are tokenized together; with more there is a progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,8 +333,11 @@ def _chat_texts(
 
 def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids without special tokens, so that an EOS of the tokenizer's own is never there."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
-    ids: list[list[int]] = encoded["input_ids"]
+    ids: list[list[int]] = []
+    starts = range(0, len(texts), TEXTS_AT_ONCE)
+    for start in progress(starts, "tokenizing", quiet=len(starts) < 2):
+        part = list(texts[start : start + TEXTS_AT_ONCE])
+        ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 

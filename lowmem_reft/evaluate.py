@@ -5,6 +5,7 @@ Each way gives a prediction per example; the metric (``tasks/metrics.py``) makes
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ from lowmem_reft.data import (
     label_names,
     load_rows,
 )
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.frozen.prepare import prepare_scoring
 from lowmem_reft.generate import generate_batches
 from lowmem_reft.loss import response_log_likelihood
@@ -129,17 +130,20 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
 
     Returns:
         ``metric``, ``value``, ``accuracy`` (the share of right answers), ``extra`` (of
-        ``extra_metrics``, by name), ``num_examples``,
+        ``extra_metrics``, by name), ``num_examples``, ``storage``,
         ``num_cut_prompts``, where known ``loss`` and, where stored constants were used, ``reuse``,
-        ``store_bytes`` and ``build_time_s``.
+        ``store_bytes`` and ``build_time_s``. Where the adapter was trained on another storage also
+        ``trained_storage``, ``value_trained_storage``, ``accuracy_trained_storage`` and
+        ``loss_trained_storage``. With ``--lm-eval`` see ``harness.run_harness``.
 
     Raises:
         InputError: an option, a file or a row is wrong.
     """
     adapter = None if options.adapter is None else find_adapter(options.adapter)
     data = options.data
+    trained = None if adapter is None else load_card(adapter)
     card = merge_card(
-        None if adapter is None else load_card(adapter),
+        trained,
         options.model,
         template=data.template,
         max_length=data.max_length,
@@ -147,10 +151,55 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     check_scoring(options.scoring)
     if options.predictions is not None:
         options.predictions.parent.mkdir(parents=True, exist_ok=True)
+    if options.harness.lm_eval is not None:
+        from lowmem_reft.harness import run_harness  # it needs an optional package
+
+        return run_harness(options, adapter, card)
     rows = load_rows(data.data, split=data.split, limit=data.limit)
     if card.label_names is None and rows[0].kind == "label":
         card = replace(card, label_names=label_names(rows))
     check_rows(rows, card)
+    scores = _load_and_score(options, adapter, card, rows)
+    if scores.reuse is None and options.reuse.reuse in ("prefix", "trunk"):
+        logger.warning(
+            "reuse %s has no effect: it needs --reuse-dir, an adapter and rows with choices",
+            options.reuse.reuse,
+        )
+    if options.predictions is not None:
+        with options.predictions.open("w", encoding="utf-8") as file:
+            for line in _prediction_lines(rows, scores, card):
+                file.write(json.dumps(line) + "\n")
+    summary = scores.summary() | {"storage": card.storage}
+    if trained is not None and trained.storage != card.storage and not options.only_given_storage:
+        own = replace(card, storage=trained.storage, compute_dtype=trained.compute_dtype)
+        summary |= _score_as_trained(options, adapter, own, rows)
+    return summary
+
+
+def _score_as_trained(
+    options: EvaluateOptions, adapter: Path | None, card: TrainingCard, rows: Sequence[Row]
+) -> dict[str, Any]:
+    """Score again on a base that is stored as in the training."""
+    logger.warning(
+        "scoring on %s as well, as in the training; --only-given-storage leaves that out",
+        card.storage,
+    )
+    gc.collect()  # the first model, before there is a second one
+    try:
+        summary = _load_and_score(options, adapter, card, rows).summary()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("not scored on %s: out of memory (%s)", card.storage, error)
+        summary = {}
+    names = ("value", "accuracy", "loss")
+    scores = {f"{name}_trained_storage": summary[name] for name in names if name in summary}
+    return {"trained_storage": card.storage, **scores}
+
+
+def _load_and_score(
+    options: EvaluateOptions, adapter: Path | None, card: TrainingCard, rows: Sequence[Row]
+) -> Scores:
     model, tokenizer = load_adapted(options.model, adapter, card, resident=options.reuse.resident)
     with ExitStack() as stack:
         directory = options.reuse.reuse_dir
@@ -163,17 +212,7 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
             reuse=options.reuse,
             reuse_dir=directory,
         )
-        scores = score(model, tokenizer, rows, card, settings)
-    if scores.reuse is None and options.reuse.reuse in ("prefix", "trunk"):
-        logger.warning(
-            "reuse %s has no effect: it needs --reuse-dir, an adapter and rows with choices",
-            options.reuse.reuse,
-        )
-    if options.predictions is not None:
-        with options.predictions.open("w", encoding="utf-8") as file:
-            for line in _prediction_lines(rows, scores, card):
-                file.write(json.dumps(line) + "\n")
-    return scores.summary()
+        return score(model, tokenizer, rows, card, settings)
 
 
 def _prediction_lines(

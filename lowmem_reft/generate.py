@@ -1,69 +1,113 @@
-"""Continues prompts in left-padded batches, from a file or the command line."""
+"""Continues prompts in left-padded batches, from a file or the command line.
+
+Every adapter answers every prompt. Answers are written as they come, prompt by prompt and adapter
+by adapter, and a file that is there is completed.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_reft.adapted import load_adapted
+from lowmem_reft.adapters import answering, find_adapters, load_together, mixes_in_a_batch
+from lowmem_reft.answer_file import as_line, keep_answers
 from lowmem_reft.data import Collator, Row, encode_prompts, load_rows
 from lowmem_reft.errors import InputError
+from lowmem_reft.options import DecodingOptions
 from lowmem_reft.progress import progress
-from lowmem_reft.training_card import find_adapter, load_card, merge_card
 from lowmem_reft.virtual_tokens import generate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
+    from typing import TextIO
 
-    from lowmem_reft.data import EncodedRows
+    from lowmem_reft.adapters import NamedAdapter
     from lowmem_reft.options import GenerateOptions
-    from lowmem_reft.training_card import TrainingCard
 
 
 def run_generation(options: GenerateOptions) -> dict[str, Any]:
-    """Write one JSON line with ``prompt`` (or ``messages``) and ``response`` per prompt.
+    """Write one JSON line per prompt and adapter.
+
+    A line holds ``prompt`` (or ``messages``), ``adapter`` where one was named, and ``response``.
 
     Returns:
-        ``num_examples``, ``num_cut_prompts``, ``output`` (path or None), ``num_new_tokens``,
-        ``tokens_per_s`` and, for a single ``prompt``, ``response``.
+        ``num_examples`` (lines), ``num_kept`` of an earlier run, ``num_cut_prompts``, ``output``
+        (path or None), ``num_new_tokens``, ``tokens_per_s`` and, for a single ``prompt``,
+        ``response`` (of several adapters ``responses``, by name).
 
     Raises:
         InputError: an option, a file or a row is wrong.
     """
     rows = _rows(options)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    adapter = None if options.adapter is None else find_adapter(options.adapter)
-    card = _card(options, None if adapter is None else load_card(adapter))
-    model, tokenizer = load_adapted(options.model, adapter, card)
-    encoded = encode_prompts(rows, tokenizer, template=card.template, max_length=card.max_length)
-    _warn_of_cuts(encoded, card.max_length)
-    torch.manual_seed(options.seed)
-    started = time.perf_counter()
-    continuations = generate_batches(
-        model,
-        tokenizer,
-        [example["input_ids"] for example in encoded.examples],
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        quiet=options.quiet,
+    adapters = find_adapters(
+        options.adapter, options.model, template=options.template, max_length=options.max_length
     )
-    texts = _write(rows, continuations, options)
-    num_tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
-    result = {
-        "num_examples": len(rows),
-        "num_cut_prompts": encoded.num_cut_prompts,
+    named = options.adapter is not None
+    questions = [_question(row, each if named else None) for row in rows for each in adapters]
+    texts = _kept(options, questions, adapters)
+    result: dict[str, Any] = {
+        "num_examples": len(questions),
+        "num_kept": len(texts),
+        "num_cut_prompts": 0,
         "output": None if options.output is None else str(options.output),
-        "num_new_tokens": num_tokens,
-        "tokens_per_s": num_tokens / (time.perf_counter() - started),
+        "num_new_tokens": 0,
+        "tokens_per_s": 0.0,
     }
-    return result if options.prompt is None else {**result, "response": texts[0]}
+    if len(texts) == len(questions):
+        print(f"{options.output} holds all answers; --overwrite writes it anew", file=sys.stderr)
+    else:
+        model, tokenizer = load_together(options.model, adapters)
+        prompts, result["num_cut_prompts"] = _encode(rows, adapters, tokenizer)
+        started = time.perf_counter()
+        names = [each.peft_name for _ in rows for each in adapters]
+        new = _new_answers(model, tokenizer, prompts, names, len(texts), options)
+        texts = [*texts, *_written(new, questions[len(texts) :], options)]
+        encoded = tokenizer(texts[result["num_kept"] :], add_special_tokens=False)["input_ids"]
+        result["num_new_tokens"] = sum(map(len, encoded))
+        result["tokens_per_s"] = result["num_new_tokens"] / (time.perf_counter() - started)
+    if options.prompt is None:
+        return result
+    if len(adapters) == 1:
+        return result | {"response": texts[0]}
+    by_name = zip((each.name for each in adapters), texts, strict=True)
+    return result | {"responses": dict(by_name)}
+
+
+def _new_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    names: Sequence[str],
+    num_kept: int,
+    options: GenerateOptions,
+) -> Iterator[str]:
+    """Yield the answers after the first ``num_kept``, in the batches of an uninterrupted run."""
+    size = options.batch_size
+    starts = range(num_kept // size * size, len(prompts), size)
+    for start in progress(starts, "generating", quiet=options.quiet):
+        torch.manual_seed((options.decoding.seed * 1_000_003 + start) % 2**63)
+        part = slice(start, start + size)
+        texts = continue_prompts(
+            model, tokenizer, prompts[part], options.decoding, adapters=names[part]
+        )
+        yield from texts[max(num_kept - start, 0) :]
+
+
+def _written(
+    texts: Iterator[str], questions: Sequence[dict[str, Any]], options: GenerateOptions
+) -> Iterator[str]:
+    """Write every answer as soon as it is there, and pass it on."""
+    with _opened(options) as stream:
+        for question, text in zip(questions, texts, strict=True):
+            stream.write(as_line(question, text))
+            stream.flush()
+            yield text
 
 
 def generate_batches(
@@ -73,10 +117,9 @@ def generate_batches(
     *,
     batch_size: int,
     max_new_tokens: int,
-    temperature: float = 0.0,
     quiet: bool = True,
 ) -> Iterator[str]:
-    """Continue tokenized prompts, batch by batch.
+    """Continue tokenized prompts greedily, batch by batch.
 
     Args:
         model: a causal language model, with or without an adapter.
@@ -84,67 +127,152 @@ def generate_batches(
         prompts: token ids, of unequal lengths.
         batch_size: prompts per forward pass.
         max_new_tokens: most tokens per continuation.
-        temperature: 0 is greedy.
         quiet: no progress bar.
 
     Yields:
         The continuations, without special tokens, in the order of the prompts.
     """
-    collate = Collator(tokenizer, padding_side="left")
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    )
+    decoding = DecodingOptions(max_new_tokens=max_new_tokens)
     for start in progress(range(0, len(prompts), batch_size), "generating", quiet=quiet):
-        batch = collate([{"input_ids": ids} for ids in prompts[start : start + batch_size]])
-        with torch.no_grad():
-            new = generate(
-                model,
-                {key: value.to(model.device) for key, value in batch.items()},
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                use_cache=True,
-                **sampling,
-            )
-        yield from tokenizer.batch_decode(new, skip_special_tokens=True)
+        yield from continue_prompts(model, tokenizer, prompts[start : start + batch_size], decoding)
 
 
-def _card(options: GenerateOptions, trained: TrainingCard | None) -> TrainingCard:
-    card = merge_card(
-        trained, options.model, template=options.template, max_length=options.max_length
-    )
-    if card.task_type != "CAUSAL_LM":
-        raise InputError(
-            f"task_type must be CAUSAL_LM to generate, got {card.task_type!r}; a classifier is "
-            "scored with evaluate"
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    decoding: DecodingOptions,
+    *,
+    adapters: Sequence[str] | None = None,
+    streamer: Any = None,
+) -> list[str]:
+    """Continue tokenized prompts in one batch.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        tokenizer: its tokenizer.
+        prompts: token ids, of unequal lengths.
+        decoding: how tokens are chosen.
+        adapters: the name in the model of each prompt's adapter (``__base__``: none); where PEFT
+            cannot mix them, the prompts of each adapter are a batch of their own. Default: what is
+            active answers all.
+        streamer: is given the tokens of a single prompt as they come.
+
+    Returns:
+        The continuations, without special tokens.
+    """
+    if adapters is None:
+        return _continue(model, tokenizer, prompts, decoding, streamer=streamer)
+    different = list(dict.fromkeys(adapters))
+    if len(different) > 1 and mixes_in_a_batch(model):
+        return _continue(model, tokenizer, prompts, decoding, adapter_names=list(adapters))
+    texts = [""] * len(prompts)
+    for name in different:
+        places = [place for place, other in enumerate(adapters) if other == name]
+        with answering(model, name):
+            own = [prompts[place] for place in places]
+            new = _continue(model, tokenizer, own, decoding, streamer=streamer)
+        for place, text in zip(places, new, strict=True):
+            texts[place] = text
+    return texts
+
+
+def _continue(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    decoding: DecodingOptions,
+    **options: Any,
+) -> list[str]:
+    batch = Collator(tokenizer, padding_side="left")([{"input_ids": ids} for ids in prompts])
+    stops = [text.replace("\\n", "\n") for text in decoding.stop]
+    if stops:
+        options |= {"stop_strings": stops, "tokenizer": tokenizer}
+    if decoding.temperature:
+        # Also what a base's own defaults would add.
+        options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+    with torch.no_grad():
+        new = generate(
+            model,
+            {key: value.to(model.device) for key, value in batch.items()},
+            max_new_tokens=decoding.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            do_sample=decoding.temperature > 0,
+            **options,
         )
-    return card
+    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [_until(text, stops) for text in texts]
 
 
-def _warn_of_cuts(encoded: EncodedRows, max_length: int) -> None:
-    if encoded.num_cut_prompts:
+def _until(text: str, stops: Sequence[str]) -> str:
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text
+
+
+def _question(row: Row, adapter: NamedAdapter | None) -> dict[str, Any]:
+    asked = {"messages": list(row.messages)} if row.messages else {"prompt": row.prompt}
+    return asked if adapter is None else {**asked, "adapter": adapter.name}
+
+
+def _kept(
+    options: GenerateOptions,
+    questions: Sequence[dict[str, Any]],
+    adapters: Sequence[NamedAdapter],
+) -> list[str]:
+    if options.output is None:
+        return []
+    if options.input is not None and options.output.resolve() == options.input.resolve():
+        raise InputError(
+            f"output must be another file than input, got {str(options.output)!r}; rename it"
+        )
+    if options.overwrite:
+        return []
+    kept = keep_answers(options.output, questions)
+    newer = [each.name for each in adapters if kept and _is_newer(each, options.output)]
+    if newer:
         warnings.warn(
-            f"{encoded.num_cut_prompts} of {len(encoded.examples)} prompts had more than "
-            f"max_length {max_length} tokens and were cut from the left; raise max_length",
+            f"adapter {', '.join(newer)} was written after {len(kept)} answers in "
+            f"{options.output}, which are kept; --overwrite asks it again",
             stacklevel=3,
         )
+    return kept
 
 
-def _write(
-    rows: Sequence[Row], continuations: Iterator[str], options: GenerateOptions
-) -> list[str]:
-    """Write every continuation as soon as it is there, and return all."""
-    texts = []
-    stream = sys.stdout if options.output is None else options.output.open("w")
-    try:
-        for row, text in zip(rows, continuations, strict=True):
-            texts.append(text)
-            source = {"messages": list(row.messages)} if row.messages else {"prompt": row.prompt}
-            stream.write(json.dumps({**source, "response": text}, ensure_ascii=False) + "\n")
-            stream.flush()
-    finally:
-        if options.output is not None:
-            stream.close()
-    return texts
+def _is_newer(adapter: NamedAdapter, output: Path) -> bool:
+    files = [] if adapter.directory is None else adapter.directory.glob("adapter_model.*")
+    return any(file.stat().st_mtime > output.stat().st_mtime for file in files)
+
+
+def _encode(
+    rows: Sequence[Row], adapters: Sequence[NamedAdapter], tokenizer: Any
+) -> tuple[list[list[int]], int]:
+    """Return each prompt as each adapter reads it, prompt by prompt, and how many were cut."""
+    by_adapter, num_cut = [], 0
+    for adapter in adapters:
+        card = adapter.card
+        encoded = encode_prompts(
+            rows, tokenizer, template=card.template, max_length=card.max_length
+        )
+        by_adapter.append([example["input_ids"] for example in encoded.examples])
+        if encoded.num_cut_prompts and not num_cut:
+            warnings.warn(
+                f"{encoded.num_cut_prompts} of {len(rows)} prompts had more than max_length "
+                f"{card.max_length} tokens and were cut from the left; raise max_length",
+                stacklevel=3,
+            )
+        num_cut += encoded.num_cut_prompts
+    return [ids for same in zip(*by_adapter, strict=True) for ids in same], num_cut
+
+
+@contextmanager
+def _opened(options: GenerateOptions) -> Iterator[TextIO]:
+    if options.output is None:
+        yield sys.stdout
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w" if options.overwrite else "a", encoding="utf-8") as stream:
+        yield stream
 
 
 def _rows(options: GenerateOptions) -> list[Row]:

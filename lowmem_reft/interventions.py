@@ -187,7 +187,8 @@ class LoReft(nn.Module):
             _check_identity_start(act)
             if not self.source.weight.is_meta:
                 with torch.no_grad():
-                    self.source.weight.copy_(self.rotation())
+                    # Not by calling it, which would remember R: TRL writes to `raw.data` later.
+                    self.source.weight.copy_(orthonormal_rows(self.rotation.raw))
 
     def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
         """Return Rᵀ(f(Wh + b) − Rh)."""

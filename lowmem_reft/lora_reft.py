@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lowmem_reft.config import ReftConfig
+from lowmem_reft.errors import InputError
 from lowmem_reft.registration import peft_type, register
 from lowmem_reft.tuner import ReftModel
 
@@ -109,6 +110,17 @@ class LoraReftModel(LoraModel):
         super().delete_adapter(adapter_name)
         del self._reft.peft_config[adapter_name]
         self._reft.active_adapter = self.active_adapter
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: PEFT would sum the LoRA halves alone.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "adapters must be of REFT or of LORA to be summed, got LORA_REFT; make them active one "
+            "after the other instead: model.base_model.set_adapter([...])"
+        )
 
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base model as it was."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from transformers.modeling_outputs import (
 )
 
 from lowmem_reft.blocks import base_of, device_of
+from lowmem_reft.distributed import whole
 from lowmem_reft.errors import InputError
 from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.tuner import prompt_arguments
@@ -300,7 +301,8 @@ def _training_forward(
     """Stand in for a causal model's forward; see ``use_chunked_loss``."""
     plain = self._forward_with_logits
     labels = kwargs.get("labels")
-    given = {"shift_labels", "logits_to_keep"} & set(kwargs)
+    # The last is TRL's: a loss in chunks of its own.
+    given = {"shift_labels", "logits_to_keep", "fused_lm_head"} & set(kwargs)
     if not self.training or labels is None or args[1:] or given:
         return plain(*args, **kwargs)
     head = _describe_head(self) if recognized else None
@@ -312,11 +314,18 @@ def _training_forward(
     rows, columns = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
     targets = labels[rows, columns + 1].to(hidden.device)
     selected = hidden[rows.to(hidden.device), columns.to(hidden.device)]  # (tokens, hidden)
+    head = _gathered(head)
     total = chunked_cross_entropy(selected, head, targets, label_smoothing=label_smoothing)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
     # Without supervised tokens the mean is 0 / 0, as in torch.
     return CausalLMOutputWithPast(loss=total / (len(rows) if num_items is None else num_items))
+
+
+def _gathered(head: Head) -> Head:
+    """Return a head with its whole weights, where each process holds a part of them."""
+    bias = None if head.bias is None else whole(head.bias)
+    return replace(head, weight=whole(head.weight), bias=bias)
 
 
 def _hidden_before_head(base: Any, run: Callable[[], Any]) -> Tensor:
@@ -402,6 +411,7 @@ def log_likelihood_of(
         picked = selected.gather(-1, targets[:, None])[:, 0]
         return sums.index_add_(0, rows.to(device), picked), counts
     hidden = _hidden_before_head(base, run)
+    head = _gathered(head)
     selected = hidden[rows.to(device), columns.to(device)]
     step = max(1, chunk_bytes // (4 * head.weight.shape[0]))
     for start in range(0, len(rows), step):

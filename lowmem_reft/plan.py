@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from lowmem_reft.memory.predict import Setting
 from lowmem_reft.methods import find_method, parse_methods
 from lowmem_reft.options import ReuseOptions
 from lowmem_reft.positions import IGNORED_LABEL
+from lowmem_reft.progress import counter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +59,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
     """
     report = _reporter(quiet=options.quiet or options.json)
     if options.table:
-        return _run_table(options, report)
+        return _run_table(options)
     card = Card.find(options.gpu, options.memory.memory_gib)
     if options.fit and card is None:
         raise InputError("gpu must be given with fit (or memory_gib), got neither; give one")
@@ -108,7 +110,7 @@ def fit_into_memory(
     if setting.device_type == "cpu":
         found = replace(found, context_bytes=0)
     planner = Planner(read_config(options.model.model), found)
-    chosen = fit(planner, setting, lengths)
+    chosen = fit(planner, setting, lengths, report=_reporter(quiet=options.run.quiet))
     if chosen is None:
         raise InputError(_refusal(planner, setting, lengths, budget))
     Console(stderr=True, soft_wrap=True, highlight=False, quiet=options.run.quiet).print(
@@ -354,21 +356,23 @@ def _print_fit(
     )
 
 
-def _run_table(options: PlanOptions, report: Callable[[str], None]) -> dict[str, Any]:
+def _run_table(options: PlanOptions) -> dict[str, Any]:
     """Find the longest context of every model with every method on every size of card."""
     rows: list[dict[str, Any]] = []
     models = [name.strip() for name in options.shape.model.split(",") if name.strip()]
     specs = parse_methods(options.methods)
-    for model in models:
-        config = read_config(model)
-        for spec in specs:
+    total = len(models) * len(specs) * len(CARD_SIZES_GIB)
+    with counter("finding the longest contexts", quiet=options.quiet or options.json) as done:
+        for model, spec in itertools.product(models, specs):
             shape = replace(options.shape, model=model, storage=spec.storage)
             own = replace(options, shape=shape, method=spec.options)
-            planner, found = Planner(config), {}
+            planner = Planner(read_config(model))
+            found: dict[str, int] = {}
             for size in CARD_SIZES_GIB:
+                done(len(rows) * len(CARD_SIZES_GIB) + len(found), total)
                 card = Card.find(memory_gib=size)
                 planner.card = card
-                found[str(size)] = longest_seq_len(planner, setting_of(own, card), report=report)
+                found[str(size)] = longest_seq_len(planner, setting_of(own, card))
             rows.append(
                 {
                     "model": model,

@@ -168,6 +168,8 @@ def _warn_of_later_spans(
     _warned_spans = True
     warnings.warn(
         "some examples have several supervised spans; the prompt before the first one is edited "
-        "and later prompts are not (pass intervention_mask to choose otherwise)",
+        "and later prompts are not (pass intervention_mask to choose otherwise; if these are "
+        "samples packed into a row, pass position_ids that start again at 0, as TRL's "
+        "packing_strategy 'bfd' does and 'wrapped' does not)",
         stacklevel=2,
     )

@@ -10,10 +10,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_switches = {"shown": True}
+
+
+def show_bars(shown: bool) -> None:
+    """Show bars in this process or, as ``--quiet`` wants it, none at all."""
+    _switches["shown"] = shown
+
 
 def progress(items: Sequence[T], what: str, *, quiet: bool) -> Iterable[T]:
     """Iterate over ``items`` with a bar that says ``what`` is being done and how long it takes."""
-    return items if quiet else _bar(items, what)
+    return items if quiet or not _switches["shown"] else _bar(items, what)
 
 
 def _bar(items: Sequence[T], what: str) -> Iterator[T]:
@@ -27,7 +34,7 @@ def _bar(items: Sequence[T], what: str) -> Iterator[T]:
 @contextmanager
 def counter(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """Yield what shows a bar when it is told how much of how much is done."""
-    if quiet:
+    if quiet or not _switches["shown"]:
         yield lambda done, total: None
         return
     from rich.console import Console

@@ -9,6 +9,7 @@ Other tasks: every attended token is prompt. ``prompt_mask`` says instead which 
 from __future__ import annotations
 
 import inspect
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ class Selector:
         # While generating: (batch, prompt), the attended tokens, and the caller's explicit choice.
         self._prompt: Tensor | None = None
         self._prompt_choice: Tensor | None = None
+        self._had_prompt = False
+        """Some training batch had a prompt."""
 
     def select(
         self, active: list[str], args: Any, kwargs: dict[str, Any], *, training: bool
@@ -61,7 +64,8 @@ class Selector:
             training: whether gradients will be taken, so that labels are needed to tell the prompt.
 
         Raises:
-            InputError: no labels in training, or a mask of the wrong shape.
+            InputError: no labels in training, or labels without a prompt from the first batch on,
+                or a mask of the wrong shape.
         """
         call = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
         kwargs = {key: value for key, value in kwargs.items() if key not in OWN_ARGUMENTS}
@@ -79,6 +83,18 @@ class Selector:
             tokens = [(groups == group).nonzero(as_tuple=True) for group in range(count)]
             selection[name] = [(rows, columns) for rows, columns in tokens]
         return selection, kwargs
+
+    def is_decode_step(self, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Return whether a forward pass is past the prompt and has no argument of our own.
+
+        Args:
+            args: positional arguments of the base model's forward.
+            kwargs: its keyword arguments.
+        """
+        if any(name in kwargs for name in OWN_ARGUMENTS):
+            return False
+        call = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
+        return _past_length(call) >= self._prompt_length()
 
     @contextmanager
     def mixed(self, adapter_names: Sequence[str]) -> Iterator[None]:
@@ -156,29 +172,47 @@ class Selector:
         if prompt is not None:
             _check_shape("prompt_mask", prompt, (batch, length))
             attended = mask.bool() & prompt.to(mask.device).bool()
-            return _groups_of_prompt(config, attended, None, None, segments)
+            return assign_groups(parse_positions(config.positions), config.tie, attended, segments)
         causal = config.task_type == "CAUSAL_LM" or (config.task_type is None and self.is_causal)
         labels = call.get("labels") if causal else None
         if causal and labels is None and training:
             raise InputError(
                 "labels must be given in training, because the prompt is what they do not "
                 "supervise; pass labels or prompt_mask to the model (a trainer that takes the "
-                "labels out, as label smoothing does, needs prompt_mask)"
+                "labels out, as label smoothing does, needs lowmem_reft.trainers.PromptMixin)"
             )
-        return _groups_of_prompt(config, mask, None, labels, segments)
+        prompt = find_prompt(mask, labels, segments)
+        if labels is not None and training:
+            self._require_prompt(prompt, call)
+        return assign_groups(parse_positions(config.positions), config.tie, prompt, segments)
+
+    def _require_prompt(self, prompt: Tensor, call: dict[str, Any]) -> None:
+        """Say that a batch has no prompt, so that nothing in it is edited.
+
+        Raises:
+            InputError: it is the first batch, so the data are likely all like it.
+        """
+        starts = call.get("position_ids")
+        if starts is not None and starts.ndim == 2 and call.get("attention_mask") is None:
+            # Collators without padding mask each sample's first label, which nothing predicts.
+            prompt = prompt & (starts != 0).to(prompt.device)
+        if bool(prompt.any()):
+            self._had_prompt = True
+        elif self._had_prompt:
+            warnings.warn("a batch has no prompt, so nothing in it is edited", stacklevel=2)
+        else:
+            raise InputError(
+                "labels must leave a prompt unsupervised (-100), got a batch in which all is "
+                "supervised; ReFT edits the prompt, so nothing would be trained: give prompt and "
+                "completion, or messages with assistant_only_loss=True, or pass intervention_mask"
+            )
 
 
-def _groups_of_prompt(
-    config: ReftConfig,
-    attended: Tensor,
-    explicit: Tensor | None,
-    labels: Tensor | None = None,
-    segments: Tensor | None = None,
-) -> Tensor:
+def _groups_of_prompt(config: ReftConfig, attended: Tensor, explicit: Tensor | None) -> Tensor:
     if explicit is not None:
         return _explicit_groups(explicit, config, attended.shape)
-    prompt = find_prompt(attended, labels, segments)
-    return assign_groups(parse_positions(config.positions), config.tie, prompt, segments)
+    prompt = attended.bool()
+    return assign_groups(parse_positions(config.positions), config.tie, prompt)
 
 
 def _shape(call: dict[str, Any]) -> tuple[int, int]:

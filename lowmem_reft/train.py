@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from lowmem_reft import distributed
 from lowmem_reft.adapted import load_frozen
 from lowmem_reft.base import load_config, load_tokenizer
 from lowmem_reft.blocks import device_of
@@ -37,6 +38,7 @@ from lowmem_reft.evaluate import ScoringSettings, check_rows, check_scoring, sco
 from lowmem_reft.frozen.prepare import prepare
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.trainer import INDEX, IndexCollator, ReuseTrainer
+from lowmem_reft.identity import checkpoint_digest
 from lowmem_reft.memory import peak_rss_bytes, track
 from lowmem_reft.memory.step import optimizer_tensors
 from lowmem_reft.methods import (
@@ -47,9 +49,11 @@ from lowmem_reft.methods import (
     find_method,
     resolve_learning_rate,
 )
+from lowmem_reft.model_card import write_model_card
 from lowmem_reft.plan import fit_into_memory
 from lowmem_reft.progress import counter
 from lowmem_reft.provenance import versions
+from lowmem_reft.tracking import RunArguments, Trackers
 from lowmem_reft.training_card import TrainingCard, merge_card
 from lowmem_reft.validation import BestEpoch
 
@@ -84,6 +88,9 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         InputError: an option, a file or a row is wrong.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved and ``--resume`` goes on from it.
     """
+    distributed.start(options.model.device)
+    if not distributed.is_main():
+        options = replace(options, run=replace(options.run, quiet=True))
     set_seed(options.run.seed)
     rows = load_rows(options.data.data, split=options.data.split, limit=options.data.limit)
     card = _training_card(options, rows)
@@ -93,6 +100,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         options.method, options.model.model, task_type=card.task_type, storage=card.storage
     )
     check_run(options.method, options.memory, resume=options.run.resume)
+    distributed.check_sharded_run(options, card.storage)
     tokenizer = load_tokenizer(options.model.model)
     encoded = _encode(rows, tokenizer, card)
     check_scoring(options.scoring)
@@ -113,21 +121,41 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
             options.run.output_dir,
             resume=options.run.resume,
         )
-    result = fit(model, tokenizer, encoded, options, best)
     adapter_dir = options.run.output_dir / "adapter"
-    model.save_pretrained(str(adapter_dir))
-    card.save(adapter_dir)
-    result = {"adapter_dir": str(adapter_dir), **result, "versions": versions()}
-    write_result(options, result)
-    if held_out:
-        result["eval"] = score(model, tokenizer, held_out, card, settings).summary()
-        result["eval_accuracy"] = result["eval"]["accuracy"]
-        write_result(options, result)
+    with Trackers(options, card) as trackers:
+        result = fit(model, tokenizer, encoded, options, best, trackers)
+        _save_adapter(model, card, adapter_dir)
+        result = {"adapter_dir": str(adapter_dir), **result, "versions": versions()}
+        _record(options, card, result)
+        if held_out and (distributed.is_main() or distributed.shards_model()):
+            result["eval"] = score(model, tokenizer, held_out, card, settings).summary()
+            result["eval_accuracy"] = result["eval"]["accuracy"]
+            _record(options, card, result)
+        trackers.log(result)
     return result
+
+
+def _save_adapter(model: PeftModel, card: TrainingCard, directory: Path) -> None:
+    """Write the adapter and its card, from the first process alone."""
+    state = None
+    if distributed.shards_model():
+        state = {**model.state_dict(), **distributed.trained_values(model)}
+    if distributed.is_main():
+        model.save_pretrained(str(directory), state_dict=state)
+        card.save(directory)
+
+
+def _record(options: TrainOptions, card: TrainingCard, result: dict[str, Any]) -> None:
+    """Write the adapter's README.md and ``result.json``."""
+    if distributed.is_main():
+        write_model_card(options.run.output_dir / "adapter", options, card, result)
+    write_result(options, result)
 
 
 def write_result(options: TrainOptions, result: dict[str, Any]) -> None:
     """Write ``output_dir/result.json``, which marks the run as finished."""
+    if not distributed.is_main():
+        return
     (options.run.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
@@ -143,11 +171,13 @@ def _read_held_out(
 
 
 def _scoring_settings(options: TrainOptions) -> ScoringSettings:
-    kept = options.reuse.reuse_dir
-    if kept is None and options.reuse.resident == "upper":
+    reuse, kept = options.reuse, options.reuse.reuse_dir
+    if distributed.shards_model():  # a store is made of a whole base
+        reuse, kept = replace(reuse, reuse="off"), None
+    elif kept is None and reuse.resident == "upper":
         kept = _reuse_directory(options)
     return ScoringSettings(
-        **vars(options.scoring), quiet=options.run.quiet, reuse=options.reuse, reuse_dir=kept
+        **vars(options.scoring), quiet=options.run.quiet, reuse=reuse, reuse_dir=kept
     )
 
 
@@ -158,6 +188,14 @@ def _prepare_directory(options: TrainOptions) -> None:
         InputError: the checkpoints are of a run that has not finished, and it is not resumed.
     """
     directory, result = options.run.output_dir, options.run.output_dir / "result.json"
+    if not distributed.is_main():
+        distributed.wait()
+        if not directory.is_dir():
+            raise InputError(
+                f"output_dir must be a directory that all machines see, got {str(directory)!r}; "
+                "choose one on a shared file system"
+            )
+        return
     old = sorted(directory.glob("checkpoint-*"))
     if old and not options.run.resume:
         if not result.is_file():
@@ -168,6 +206,8 @@ def _prepare_directory(options: TrainOptions) -> None:
         for checkpoint in old:
             shutil.rmtree(checkpoint)
     result.unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    distributed.wait()
 
 
 def fit(
@@ -176,6 +216,7 @@ def fit(
     encoded: EncodedRows,
     options: TrainOptions,
     best: BestEpoch | None = None,
+    trackers: Trackers | None = None,
 ) -> dict[str, Any]:
     """Train the adapter of ``model`` in place with the stock Trainer.
 
@@ -185,6 +226,7 @@ def fit(
         encoded: the rows to train on.
         options: of the run.
         best: keeps the weights of the best epoch; None keeps those of the last.
+        trackers: told the facts of the run and kept open; None leaves them to the Trainer.
 
     Returns:
         The measured part of ``run_training``'s result.
@@ -195,13 +237,17 @@ def fit(
     """
     device = device_of(model)
     watch = _StepWatch(device)
+    trainable, total = model.get_nb_trainable_parameters()  # of the base before it is sharded
+    per_step = _effective_batch(options, len(encoded.examples))
     collator: Any = Collator(tokenizer)
     reuse = _prepare_reuse(model, collator, encoded, options)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    training_arguments = _training_arguments(options)
+    distributed.shard_on_cpu(training_arguments)
     arguments: dict[str, Any] = {
         "model": model,
-        "args": _training_arguments(options),
+        "args": training_arguments,
         "train_dataset": encoded.examples,
         "data_collator": collator,
         "callbacks": [watch] if best is None else [watch, best],
@@ -214,6 +260,8 @@ def fit(
         ]
         arguments["data_collator"] = IndexCollator(collator, reuse.announce)
         trainer = ReuseTrainer(**arguments, reuse=reuse)
+    if trackers is not None:
+        trackers.hold(trainer)
     with ExitStack() as stack:
         stack.enter_context(_stop_at_a_step(watch))
         if options.reuse.dequantize_upper:
@@ -239,9 +287,7 @@ def fit(
             "best_epoch": best.best["epoch"],
             "validation_value": best.best["value"],
         }
-    trainable, total = model.get_nb_trainable_parameters()
     tokens = sum(len(example["input_ids"]) for example in encoded.examples)
-    per_step = options.optim.batch_size * options.optim.gradient_accumulation
     tokens_per_step = tokens / len(encoded.examples) * min(per_step, len(encoded.examples))
     step_time = watch.step_time_s()
     return {
@@ -249,6 +295,8 @@ def fit(
         "num_trainable_params": trainable,
         "trainable_percent": 100 * trainable / total,
         "num_steps": trainer.state.global_step,
+        "num_processes": distributed.num_processes(),
+        "effective_batch": per_step,
         "step_time_s": step_time,
         "tokens_per_s": tokens_per_step / step_time if step_time else None,
         "train_time_s": watch.total_s,
@@ -267,6 +315,22 @@ def fit(
     }
 
 
+def _effective_batch(options: TrainOptions, num_examples: int) -> int:
+    """Return the examples of an optimizer step; say it where several processes share them."""
+    optim, processes = options.optim, distributed.num_processes()
+    per_step = optim.batch_size * optim.gradient_accumulation * processes
+    if processes > 1 and distributed.is_main():
+        line = (
+            f"effective batch: {optim.batch_size} examples x {optim.gradient_accumulation} "
+            f"accumulation x {processes} processes = {per_step}"
+        )
+        repeated = -num_examples % (optim.batch_size * processes)
+        if repeated:
+            line += f"; each epoch ends with {repeated} repeated rows, so that all have as many"
+        print(line, file=sys.stderr)
+    return per_step
+
+
 def _prepare_reuse(
     model: PeftModel, collator: Collator, encoded: EncodedRows, options: TrainOptions
 ) -> Reuse | None:
@@ -275,7 +339,7 @@ def _prepare_reuse(
     device = device_of(model)
     epochs = optim.epochs
     if optim.max_steps > 0:
-        per_step = optim.batch_size * optim.gradient_accumulation
+        per_step = optim.batch_size * optim.gradient_accumulation * distributed.num_processes()
         epochs = optim.max_steps * per_step / len(encoded.examples)
     root = _reuse_directory(options)
 
@@ -338,6 +402,7 @@ def _training_card(options: TrainOptions, rows: list[Row]) -> TrainingCard:
         method=options.method.method,
         data_digest=rows_digest(rows),
         seed=options.run.seed,
+        base_digest=checkpoint_digest(options.model.model),
     )
 
 
@@ -380,7 +445,7 @@ def _attach(options: TrainOptions, card: TrainingCard, tokenizer: Any) -> PeftMo
 def _training_arguments(options: TrainOptions) -> TrainingArguments:
     optim, run = resolve_learning_rate(options.method, options.optim), options.run
     assert optim.lr is not None
-    arguments = TrainingArguments(
+    arguments = RunArguments(
         output_dir=str(run.output_dir),
         num_train_epochs=optim.epochs,
         max_steps=optim.max_steps,
@@ -447,6 +512,8 @@ def _peak_of_a_step(
 
     It changes nothing: its gradients are dropped and no optimizer step is taken.
     """
+    if distributed.shards_model():  # weights come and go, and cannot be told from activations
+        return {"peak_bytes": None, "reserved_bytes": None, "breakdown_bytes": None}
     model: Any = trainer.model
     device = device_of(model)
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
@@ -492,6 +559,8 @@ class _StepWatch(TrainerCallback):
         self._synchronize()
         self._steps.append(time.perf_counter() - self._started)
         self.total_s += self._steps[-1]
+        # All processes stop after the same step, whichever heard of it first.
+        self.interrupted = distributed.any_of(self.interrupted)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 

@@ -42,6 +42,8 @@ class TrainingCard:
     """SHA-256 of the training rows."""
     seed: int | None = None
     """Seed of the run."""
+    base_digest: str | None = None
+    """Of the base's checkpoint, see ``identity.checkpoint_digest``."""
 
     @property
     def num_classes(self) -> int | None:

@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowmem_reft.blocks import component_path, device_of, find_blocks, hidden_size
+from lowmem_reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.config import ReftConfig, resolve_layers
+from lowmem_reft.distributed import refuse_casts, shards_model
 from lowmem_reft.errors import InputError
+from lowmem_reft.identity import note_base
 from lowmem_reft.interventions import READS_INPUT, build_intervention
 from lowmem_reft.positions import IGNORED_LABEL, num_groups, parse_positions
 from lowmem_reft.registration import NAME, PREFIX, register
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 SUBMODULE = "reft"
+
+HALF = (torch.float16, torch.bfloat16)
 
 CHUNK_TOKENS = 1024
 """More edited vectors than this are edited, and recomputed in the backward pass, in chunks."""
@@ -95,10 +100,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_reads_input[adapter_name] = config.intervention in READS_INPUT
         self.restore_full_precision()
 
+    def phis(self, adapter_name: str) -> list[nn.Module]:
+        """Return the φ of an adapter, one per parameter group."""
+        return list(self.reft_phi[adapter_name].children())
+
     def edit_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook: return ``output`` edited, unless a checkpoint has done it already."""
         if self.is_edited:
             self.is_edited = False
+            return output
+        if self.current.value == {}:  # a decode step, where every microsecond counts
             return output
         return self.edited(output, args[0] if args else kwargs.get("hidden_states"))
 
@@ -144,8 +155,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         φ reads them, or the vectors at the same places in ``source`` if there is one.
         """
         num_tokens = index[0].numel()
-        if num_tokens == 0:
-            return hidden
+        if num_tokens == 0 and not (self.training and shards_model()):
+            return hidden  # else φ gets a gradient of 0: each process has to reduce the same ones
         apply = partial(_edit_vectors, phi=phi, dropout=dropout if self.training else 0.0)
         tensors = (hidden,) if source is None else (hidden, source)
         if num_tokens == hidden.shape[0] * hidden.shape[1]:  # all of them: nothing to gather
@@ -170,7 +181,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         restored = False
         tensors = (self.reft_phi.named_parameters(), self.reft_phi.named_buffers())
         for name, parameter in chain.from_iterable(tensors):
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+            if parameter.dtype in HALF:
                 before = self._full_precision.get(name, parameter.data).to(parameter.device)
                 # Values loaded after the cast are newer than ours: keep those, as far as they go.
                 same = torch.equal(before.to(parameter.dtype), parameter.data)
@@ -216,6 +227,7 @@ class ReftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        note_base(config, model)
         found = device_of(model)  # for blocks that are not there; there may be none at all
         self._device = torch.device("cpu") if found.type == "meta" else found
         existing = next((m for m in model.modules() if isinstance(m, ReftLayer)), None)
@@ -269,11 +281,28 @@ class ReftModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.reft_phi[adapter_name].requires_grad_(False)
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Walk the model; who looks for its parameters this way (an optimizer, DDP) finds fp32."""
+        self.restore_full_precision()
+        yield from super().named_modules(*args, **kwargs)
+
+    def restore_full_precision(self) -> None:
+        """Give interventions and trained heads that something cast to 16 bit fp32 values back."""
+        if not hasattr(self, "model"):  # still under construction
+            return
+        for module in self.model.modules():
+            if isinstance(module, ReftLayer):
+                module.restore_full_precision()
+            elif isinstance(module, ModulesToSaveWrapper):
+                _restore_head(module)
+
     def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        layers = list(self._layers())
-        for layer in layers:
-            layer.restore_full_precision()
-        enabled = next((layer for layer in layers if not layer.disable_adapters), None)
+        if self.current.selector.is_decode_step(args, kwargs) and not model.training:
+            self.current.value = {}  # without a walk over all modules
+            return args, kwargs
+        refuse_casts()
+        self.restore_full_precision()
+        enabled = next((layer for layer in self._layers() if not layer.disable_adapters), None)
         selection, kwargs = self.current.selector.select(
             [] if enabled is None else list(enabled.active_adapters),
             args,
@@ -326,6 +355,44 @@ class ReftModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    ) -> None:
+        """Add an adapter that is the weighted sum Σ wᵢ φᵢ(h) of others; see ``composition``.
+
+        Args:
+            adapters: names of loaded adapters that edit the same positions.
+            weights: one each, of either sign.
+            adapter_name: of the sum; a new name.
+
+        Raises:
+            InputError: a name is wrong, or the adapters have no such sum.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or len(set(adapters)) < max(len(adapters), 1) or len(weights) != len(adapters):
+            raise InputError(
+                "adapters must be loaded adapters, each once and with a weight, got "
+                f"{list(adapters)} with {list(weights)}; loaded are {', '.join(self.peft_config)}"
+            )
+        if adapter_name in self.peft_config:
+            raise InputError(f"adapter_name must be new, got {adapter_name!r}; choose another")
+        layers = list(self._layers())
+        parts = [
+            {n: [low_rank(p) for p in layer.phis(n)] for n in adapters if n in layer.reft_phi}
+            for layer in layers
+        ]
+        ranks = {name: len(p[name][0].write) for p in parts for name in adapters if name in p}
+        configs: Any = {name: self.peft_config[name] for name in adapters}
+        config: Any = summed_config(configs, ranks, len(find_blocks(self.model)[1]))
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer, of_adapter in zip(layers, parts, strict=True):
+            if adapter_name in layer.reft_phi:
+                for group, phi in enumerate(layer.phis(adapter_name)):
+                    these = [of_adapter[n][group] if n in of_adapter else None for n in adapters]
+                    weighted_sum(these, weights, into=phi)
+        self.set_requires_grad([adapter_name], requires_grad=False)
+
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base model as it was."""
         for handle in self.current.handles:
@@ -374,6 +441,18 @@ _NO_MERGE = (
     "ReFT edits hidden vectors at some positions, which no change of weights can express, so there "
     "is nothing to merge; save the adapter with save_pretrained and load it beside the base"
 )
+
+
+def _restore_head(wrapper: ModulesToSaveWrapper) -> None:
+    """Give copies of an fp32 head that something cast to 16 bit fp32 values back."""
+    originals = dict(wrapper.original_module.named_parameters())
+    for copy in wrapper.modules_to_save.values():
+        for name, parameter in copy.named_parameters():
+            before = originals[name].data
+            if parameter.dtype in HALF and before.dtype == torch.float32:
+                same = torch.equal(before.to(parameter.device, parameter.dtype), parameter.data)
+                exact = before.clone() if same else parameter.data.float()
+                parameter.data = exact.to(parameter.device)
 
 
 def _with_adapter_names(

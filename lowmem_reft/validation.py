@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from lowmem_reft.distributed import agree, is_main, set_trained_values, trained_values
 from lowmem_reft.files import write_whole
 
 EPOCHS_FILE = "epochs.jsonl"
@@ -41,9 +41,9 @@ class BestEpoch(TrainerCallback):
         self._model, self._score, self._directory = model, score, directory
         self.epochs: list[dict[str, Any]] = []
         path = directory / EPOCHS_FILE
-        if resume and path.is_file():
+        if agree(resume and path.is_file()):
             self.epochs = [json.loads(line) for line in path.read_text().splitlines()]
-        else:
+        elif is_main():
             path.unlink(missing_ok=True)
             (directory / WEIGHTS_FILE).unlink(missing_ok=True)
 
@@ -56,31 +56,29 @@ class BestEpoch(TrainerCallback):
         """Score, write the line, and keep the weights if they are the best ones."""
         if control.should_training_stop and state.global_step < state.max_steps:
             return  # interrupted: this epoch is not over
-        summary = self._score()
+        summary = agree(self._score())
         epoch = round(float(state.epoch), 4)
         line = {"epoch": epoch, **{name: summary.get(name) for name in ("metric", "value", "loss")}}
         # A run that was killed before its checkpoint comes here again with the same epoch.
         self.epochs = [*(known for known in self.epochs if known["epoch"] < epoch), line]
-        if self.best is line:
-            weights = {name: p.detach().cpu().contiguous() for name, p in self._trainable().items()}
+        values = trained_values(self._model) if self.best is line else {}
+        if is_main():
+            self._write({name: value.cpu().contiguous() for name, value in values.items()})
+        self._model.train()
+
+    def _write(self, weights: dict[str, Any]) -> None:
+        """Write the epochs and, unless there are none, the weights of the best one."""
+        if weights:
             write_whole(self._directory / WEIGHTS_FILE, lambda path: save_file(weights, path))
         lines = "".join(json.dumps(known) + "\n" for known in self.epochs)
         write_whole(self._directory / EPOCHS_FILE, lambda path: path.write_text(lines))
-        self._model.train()
 
     def restore(self) -> None:
         """Load the weights of the best epoch; they are no longer needed on the disk then."""
         path = self._directory / WEIGHTS_FILE
-        weights, trainable = load_file(path), self._trainable()
-        assert set(weights) == set(trainable)
-        with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(weights[name])
-        path.unlink()
-
-    def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        named = self._model.named_parameters()
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
+        set_trained_values(self._model, load_file(path) if is_main() else {})
+        if is_main():
+            path.unlink()
 
 
 def _rank(line: dict[str, Any]) -> tuple[float, float, float]:

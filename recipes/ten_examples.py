@@ -34,6 +34,7 @@ from lowmem_reft.errors import check_counts, check_positive
 from lowmem_reft.generate import run_generation
 from lowmem_reft.options import (
     DataOptions,
+    DecodingOptions,
     GenerateOptions,
     MethodOptions,
     ModelOptions,
@@ -105,10 +106,11 @@ def answer(base: ModelOptions, prompts: Path, adapter: Path | None) -> list[str]
     run_generation(
         GenerateOptions(
             model=base,
-            adapter=adapter,
+            adapter=None if adapter is None else str(adapter),
             input=prompts,
             output=output,
-            max_new_tokens=40,
+            overwrite=True,
+            decoding=DecodingOptions(max_new_tokens=40),
             batch_size=len(ROWS),
             quiet=True,
         )

@@ -17,6 +17,7 @@ from benchmarks.common import Worker, alternate, ratio, summarize
 from benchmarks.gpu_reuse import GpuReuse, RandomCheckpoint, upper_base
 from benchmarks.reuse import SHAPES, config_of
 from benchmarks.step import check_comparable
+from benchmarks.tables import timings
 from lowmem_reft.base import base_digest
 from lowmem_reft.blocks import find_blocks
 
@@ -73,6 +74,34 @@ def test_orthonormal_benchmark_names_the_stand_in_for_pyreft() -> None:
     assert [row["method"] for row in result["rows"]] == ["ours 256x4", "torch, as pyreft 256x4"]
     assert all(row["orthonormality_error"] < 1e-5 for row in result["rows"])
     assert result["ratios"][0]["goal"] == 0.1
+
+
+def test_generate_benchmark_measures_adapters_beside_the_bare_base(tmp_path: Path) -> None:
+    output = tmp_path / "generate.json"
+    result = run_benchmark("generate", "--repeats", "2", "--output", str(output))
+    assert json.loads(output.read_text()) == result
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == [
+        "bare base",
+        "LoReFT r4, l1",
+        "LoReFT r4, f7+l7",
+        "LoReFT r4, all",
+        "LoReFT r4, f7+l7, an adapter per row",
+        "LoRA r16, not merged",
+        "LoRA r16, not merged, an adapter per row",
+    ]
+    assert rows.pop("bare base")["max_logit_change"] is None
+    for row in rows.values():
+        assert len(row["samples_s"]) == 2
+        assert row["max_logit_change"] > 0
+        assert row["tokens_per_s"] > 0
+    assert [(entry["theirs"], round(entry["goal"], 2)) for entry in result["ratios"]] == [
+        *[("bare base", 1.02)] * 3,
+        ("LoReFT r4, f7+l7", 1.11),
+        ("bare base", 1.02),
+        ("LoRA r16, not merged", 1.11),
+    ]
+    assert "| bare base |" in timings(result)
 
 
 def test_failing_method_is_a_row_and_the_others_go_on() -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "TrainOptions",
     "evaluate": "EvaluateOptions",
     "generate": "GenerateOptions",
+    "chat": "ChatOptions",
     "compare": "CompareOptions",
     "sweep": "SweepOptions",
     "plan": "PlanOptions",

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowmem_reft import cli
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
 from lowmem_reft.generate import generate_batches, run_generation
-from lowmem_reft.options import GenerateOptions, ModelOptions
+from lowmem_reft.options import DecodingOptions, GenerateOptions, ModelOptions
+from lowmem_reft.selection import Selector
 from lowmem_reft.training_card import TrainingCard
+from lowmem_reft.tuner import ReftLayer
 
 
 def test_batched_generation_equals_a_manual_greedy_loop_that_edits_the_prompt_only(
@@ -41,6 +47,35 @@ def test_batched_generation_equals_a_manual_greedy_loop_that_edits_the_prompt_on
         assert text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
 
 
+def test_decode_steps_neither_select_tokens_nor_look_at_interventions(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_llama_dir),
+        ReftConfig(task_type="CAUSAL_LM", positions="f1+l2", init="paper"),
+    ).eval()
+    calls = {"select": 0, "edited": 0, "restore_full_precision": 0}
+
+    def count(owner: type, name: str) -> None:
+        own = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(Selector, "select")
+    count(ReftLayer, "edited")
+    count(ReftLayer, "restore_full_precision")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    tokens = model.generate(
+        input_ids=ids, attention_mask=ids > 0, min_new_tokens=6, max_new_tokens=6, use_cache=True
+    )
+    assert tokens.shape[1] == 10
+    assert calls == {"select": 1, "edited": 4, "restore_full_precision": 4}  # of four layers
+
+
 def test_a_file_of_prompts_becomes_a_file_of_responses(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
@@ -51,7 +86,7 @@ def test_a_file_of_prompts_becomes_a_file_of_responses(
             model=ModelOptions(model=str(tiny_llama_dir), device="cpu"),
             input=source,
             output=output,
-            max_new_tokens=4,
+            decoding=DecodingOptions(max_new_tokens=4),
             batch_size=2,
             quiet=True,
         )
@@ -72,7 +107,7 @@ def test_prompts_that_are_cut_are_counted_and_said_once(
         input=source,
         output=output,
         max_length=16,
-        max_new_tokens=2,
+        decoding=DecodingOptions(max_new_tokens=2),
         quiet=True,
     )
     with pytest.warns(UserWarning, match="2 of 3 prompts had more than max_length 16") as said:
@@ -80,7 +115,8 @@ def test_prompts_that_are_cut_are_counted_and_said_once(
     assert len(said) == 1
     assert result["num_cut_prompts"] == 2
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == prompts
-    assert run_generation(replace(options, max_length=None))["num_cut_prompts"] == 0
+    again = replace(options, max_length=None, overwrite=True)
+    assert run_generation(again)["num_cut_prompts"] == 0
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -92,7 +128,7 @@ def test_a_classifier_does_not_generate(
     )
     (tmp_path / "adapter_config.json").write_text("{}")
     TrainingCard(base=model.model, storage="nf4", task_type="SEQ_CLS").save(tmp_path)
-    adapter = tmp_path if trained else None
+    adapter = str(tmp_path) if trained else None
     with pytest.raises(InputError, match="task_type must be CAUSAL_LM to generate, got 'SEQ_CLS'"):
         run_generation(GenerateOptions(model=model, adapter=adapter, prompt="a"))
 
@@ -101,3 +137,254 @@ def test_a_classifier_does_not_generate(
 def test_exactly_one_source_of_prompts_is_wanted(tiny_llama_dir: Path, given: dict) -> None:
     with pytest.raises(InputError, match="input must be given, or prompt"):
         run_generation(GenerateOptions(model=ModelOptions(model=str(tiny_llama_dir)), **given))
+
+
+# Files that are completed.
+
+PROMPTS = ["is it good?", "the lazy dog", "a", "once upon", "question: what"]
+
+
+@pytest.fixture
+def options(tiny_llama_dir: Path, tmp_path: Path) -> GenerateOptions:
+    """Five prompts, two in a batch, drawn so that answers depend on the batch and its seed."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    return GenerateOptions(
+        model=ModelOptions(model=str(tiny_llama_dir), device="cpu", storage="fp32"),
+        input=source,
+        output=tmp_path / "out" / "answers.jsonl",
+        decoding=DecodingOptions(max_new_tokens=5, temperature=1.0),
+        batch_size=2,
+        quiet=True,
+    )
+
+
+def written(options: GenerateOptions) -> bytes:
+    assert options.output is not None
+    return options.output.read_bytes()
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_half", [0, 4, 25, -1])
+def test_an_interrupted_file_becomes_what_it_would_have_been(
+    options: GenerateOptions, num_kept: int, num_half: int
+) -> None:
+    run_generation(options)
+    whole = written(options)
+    lines = whole.splitlines(keepends=True)
+    options.output.write_bytes(b"".join(lines[:num_kept]) + lines[num_kept][:num_half])
+    assert run_generation(options)["num_kept"] == num_kept
+    assert written(options) == whole
+
+
+def test_a_whole_file_is_neither_redone_nor_overwritten(
+    options: GenerateOptions, no_base: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options.output.parent.mkdir()
+    lines = [json.dumps({"prompt": prompt, "response": "my own"}) for prompt in PROMPTS]
+    options.output.write_text("\n".join(lines) + "\n")
+    before = written(options)
+    result = run_generation(options)
+    assert (result["num_examples"], result["num_kept"], result["num_new_tokens"]) == (5, 5, 0)
+    assert written(options) == before
+    assert "holds all answers; --overwrite writes it anew" in capsys.readouterr().err
+
+
+def test_overwrite_starts_anew(options: GenerateOptions) -> None:
+    run_generation(options)
+    before = written(options)
+    options.output.write_text("something else")
+    assert run_generation(replace(options, overwrite=True))["num_kept"] == 0
+    assert written(options) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"prompt": "another", "response": "b"}\n', 1),
+        ('{"prompt": "is it good?", "response": "b"}\n{"prompt": "is it good?"}\n', 2),
+        ('{"prompt": "is it good?", "adapter": "run", "response": "b"}\n', 1),
+        ('{"prompt": "is it good?", "response": 3}\n', 1),
+        ("[]\n", 1),
+        ("a text without an end of line", 1),
+        ('{"prompt": "is it good?", "response": "b"}\n{"prompt": "the lazy cat', 2),
+        ("".join(json.dumps({"prompt": p, "response": ""}) + "\n" for p in [*PROMPTS, "a"]), 6),
+        ("".join(json.dumps({"prompt": p, "response": ""}) + "\n" for p in PROMPTS) + "{", 6),
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(
+    options: GenerateOptions, no_base: None, content: str, line: int
+) -> None:
+    options.output.parent.mkdir()
+    options.output.write_text(content)
+    with pytest.raises(InputError, match=rf"line {line}; name another file, or add --overwrite"):
+        run_generation(options)
+    assert options.output.read_text() == content
+
+
+def test_the_output_is_a_file_and_not_the_input(options: GenerateOptions) -> None:
+    with pytest.raises(InputError, match="output must be another file than input"):
+        run_generation(replace(options, output=options.input))
+    with pytest.raises(InputError, match="output must be a file, got the directory"):
+        run_generation(replace(options, output=options.input.parent))
+
+
+def test_a_run_that_is_interrupted_keeps_what_it_has_and_says_so(
+    options: GenerateOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_generation(options)
+    whole = written(options)
+    options.output.unlink()
+    own, calls = torch.manual_seed, []
+
+    def interrupted(seed: int) -> Any:
+        calls.append(seed)
+        if len(calls) == 3:  # before the third batch
+            raise KeyboardInterrupt
+        return own(seed)
+
+    monkeypatch.setattr("lowmem_reft.generate.torch.manual_seed", interrupted)
+    flags = (
+        f"generate --model {options.model.model} --storage fp32 --device cpu --input "
+        f"{options.input} --output {options.output} --max-new-tokens 5 --temperature 1 "
+        "--batch-size 2 --quiet"
+    )
+    assert cli.main(flags.split()) == 130
+    assert f"answers in {options.output} are kept" in capsys.readouterr().err
+    assert written(options) == b"".join(whole.splitlines(keepends=True)[:4])
+    monkeypatch.undo()
+    assert cli.main(flags.split()) == 0
+    assert written(options) == whole
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_said(options: GenerateOptions) -> None:
+    with pytest.raises(OSError, match="No space") as said:
+        run_generation(replace(options, output=Path("/dev/full")))
+    assert said.value.errno == errno.ENOSPC
+
+
+# How tokens are chosen.
+
+
+def test_an_answer_ends_before_a_stop_text(options: GenerateOptions) -> None:
+    asked = replace(options, input=None, output=None, prompt="the lazy dog")
+    free = DecodingOptions(max_new_tokens=12)
+    text = run_generation(replace(asked, decoding=free))["response"]
+    stopping = replace(free, stop=(text[4:6], "never there"))
+    stopped = run_generation(replace(asked, decoding=stopping))["response"]
+    assert stopped == text[: text.index(text[4:6])]
+
+
+def test_only_the_most_probable_tokens_are_drawn(options: GenerateOptions) -> None:
+    greedy = DecodingOptions(max_new_tokens=5)
+    run_generation(replace(options, decoding=greedy))
+    expected = written(options)
+    nearly = DecodingOptions(max_new_tokens=5, temperature=1.0, top_p=1e-6)
+    run_generation(replace(options, decoding=nearly, overwrite=True))
+    assert written(options) == expected
+    run_generation(replace(options, overwrite=True))
+    assert written(options) != expected
+
+
+# Several adapters.
+
+
+def save_adapter(base_dir: Path, directory: Path, *, seed: int = 0, **card: Any) -> str:
+    """Save an adapter of random values, of ReFT unless ``config`` says otherwise; its folder."""
+    config = card.pop("config", ReftConfig(task_type="CAUSAL_LM", positions="f1+l2", init="paper"))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    model.save_pretrained(directory)
+    fields = {"base": str(base_dir), "storage": "fp32", **card}
+    TrainingCard(**fields).save(directory)
+    return str(directory)
+
+
+def lora(**fields: Any) -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **fields)
+
+
+def alone(options: GenerateOptions, adapter: str | None) -> list[str]:
+    result = replace(options, adapter=adapter, overwrite=True, batch_size=1)
+    run_generation(result)
+    return [json.loads(line)["response"] for line in written(result).splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["reft", "lora", "dora"])
+def test_every_adapter_and_the_base_answer_every_prompt(
+    options: GenerateOptions, tiny_llama_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    config = {} if kind == "reft" else {"config": lora(use_dora=kind == "dora")}
+    one = save_adapter(tiny_llama_dir, tmp_path / "one", seed=1, **config)
+    two = save_adapter(
+        tiny_llama_dir, tmp_path / "two.5", seed=2, template="question: {prompt}", **config
+    )
+    options = replace(options, decoding=DecodingOptions(max_new_tokens=6), batch_size=4)
+    expected = {"one": alone(options, one), "two.5": alone(options, two)}
+    expected["__base__"] = alone(options, None)
+    assert len(set(map(tuple, expected.values()))) == 3
+    together = replace(options, adapter=f"{one},__base__,{two}", overwrite=True)
+    assert run_generation(together)["num_examples"] == 15
+    lines = [json.loads(line) for line in written(together).splitlines()]
+    assert [line["prompt"] for line in lines] == [p for p in PROMPTS for _ in range(3)]
+    assert [line["adapter"] for line in lines] == ["one", "__base__", "two.5"] * 5
+    for name, answers in expected.items():
+        assert [line["response"] for line in lines if line["adapter"] == name] == answers
+    whole = written(together)
+    options.output.write_bytes(b"".join(whole.splitlines(keepends=True)[:7]))
+    assert run_generation(replace(together, overwrite=False))["num_kept"] == 7
+    assert written(together) == whole
+
+
+def test_one_prompt_is_answered_by_name(
+    options: GenerateOptions, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    one = save_adapter(tiny_llama_dir, tmp_path / "one")
+    asked = replace(options, adapter=f"__base__,{one}", input=None, prompt="a", output=None)
+    assert list(run_generation(asked)["responses"]) == ["__base__", "one"]
+
+
+def test_adapters_that_do_not_go_together_are_refused_before_the_base_is_loaded(
+    options: GenerateOptions, tiny_llama_dir: Path, tmp_path: Path, no_base: None
+) -> None:
+    one = save_adapter(tiny_llama_dir, tmp_path / "one")
+    other = save_adapter(tiny_llama_dir, tmp_path / "other", config=lora())
+    nf4 = save_adapter(tiny_llama_dir, tmp_path / "nf4", storage="nf4")
+    refusals = {
+        f"{one},{other}": r"one PEFT type to load them together, got REFT \(one\), LORA \(other",
+        f"{one},{one}": "different names, got 'one' more than once",
+        f"{one},{tmp_path}/nothing": "adapter must be a directory with adapter_config.json",
+    }
+    for adapter, message in refusals.items():
+        with pytest.raises(InputError, match=message):
+            run_generation(replace(options, adapter=adapter))
+    unsaid = replace(options, model=replace(options.model, storage=None), adapter=f"{one},{nf4}")
+    with pytest.raises(InputError, match=r"storage must be given .* got fp32 \(one\), nf4 \(nf4"):
+        run_generation(unsaid)
+
+
+def test_answers_of_an_adapter_that_was_trained_again_are_kept_and_said(
+    options: GenerateOptions, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    asked = replace(options, adapter=save_adapter(tiny_llama_dir, tmp_path / "one"))
+    run_generation(asked)
+    assert run_generation(asked)["num_kept"] == 5
+    later = options.output.stat().st_mtime + 10
+    os.utime(tmp_path / "one" / "adapter_model.safetensors", (later, later))
+    with pytest.warns(UserWarning, match="adapter one was written after 5 answers"):
+        assert run_generation(asked)["num_kept"] == 5
+
+
+def test_adapters_of_bases_with_other_names_are_warned_of(
+    options: GenerateOptions, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    one = save_adapter(tiny_llama_dir, tmp_path / "one")
+    two = save_adapter(tiny_llama_dir, tmp_path / "two", base="another")
+    with pytest.warns(UserWarning, match=r"bases of different names, .* 'another' \(two\)"):
+        run_generation(replace(options, adapter=f"{one},{two}"))

@@ -16,8 +16,10 @@ from lowmem_reft.options import (
     SCHEDULES,
     TRACKERS,
     CacheRemoveOptions,
+    ChatOptions,
     CompareOptions,
     DataOptions,
+    DecodingOptions,
     EvaluateOptions,
     GenerateOptions,
     HeldOutOptions,
@@ -35,6 +37,7 @@ REQUIRED = {
     CacheRemoveOptions: {"reuse_dir": Path("reuse")},
     EvaluateOptions: {"model": ModelOptions(model="m"), "data": DataOptions(data="d")},
     GenerateOptions: {"model": ModelOptions(model="m")},
+    ChatOptions: {"model": ModelOptions(model="m")},
 }
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -66,10 +69,12 @@ NAN, INFINITY = float("nan"), float("inf")
         (EvaluateOptions, "batch_size", [0]),
         (ScoringOptions, "max_new_tokens", [0]),
         (GenerateOptions, "batch_size", [0]),
-        (GenerateOptions, "max_new_tokens", [0]),
         (GenerateOptions, "max_length", [0]),
-        (GenerateOptions, "temperature", [-1.0, NAN, INFINITY]),
-        (GenerateOptions, "seed", [-1]),
+        (ChatOptions, "max_length", [0]),
+        (DecodingOptions, "max_new_tokens", [0]),
+        (DecodingOptions, "temperature", [-1.0, NAN, INFINITY]),
+        (DecodingOptions, "top_p", [0.0, -0.1, 1.1, NAN, 0.5]),
+        (DecodingOptions, "seed", [-1]),
         (CompareOptions, "workers", [0]),
         (CompareOptions, "max_length", [0]),
         (CompareOptions, "eval_limit", [0]),
@@ -87,7 +92,9 @@ def test_values_at_the_edge_of_their_rule_are_taken() -> None:
     OptimOptions(warmup_ratio=0.0, weight_decay=0.0, max_steps=1, epochs=0.01)
     OptimOptions(warmup_ratio=1.0)
     MethodOptions(rank=1, dropout=0.0)
-    GenerateOptions(model=ModelOptions(model="m"), temperature=0.0, max_length=1)
+    GenerateOptions(model=ModelOptions(model="m"), max_length=1)
+    DecodingOptions(temperature=0.0, top_p=1.0)
+    DecodingOptions(temperature=0.1, top_p=0.01, stop=("\n",))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

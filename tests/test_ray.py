@@ -284,8 +284,9 @@ def test_an_interrupt_leaves_nothing_running(options, fake_cell, tmp_path):
         start_new_session=True,  # a Ctrl-C reaches all processes of the terminal
     )
     slow = f"red[lr={SLOW}] 0"
+    finished = options.output_dir / "cells" / "loreft-seed0" / "result.json"
     deadline = time.monotonic() + 60
-    while slow not in runs_of(tmp_path) and time.monotonic() < deadline:
+    while not (slow in runs_of(tmp_path) and finished.is_file()) and time.monotonic() < deadline:
         time.sleep(0.05)
     was_running = fake_cell[1] in processes()
     os.killpg(process.pid, signal.SIGINT)
@@ -298,7 +299,6 @@ def test_an_interrupt_leaves_nothing_running(options, fake_cell, tmp_path):
         ["ps", "-o", "args", "--sid", str(process.pid)], capture_output=True, text=True, check=False
     )
     assert in_session.stdout.splitlines()[1:] == []
-    finished = options.output_dir / "cells" / "loreft-seed0" / "result.json"
     assert json.loads(finished.read_text())["error"] is None
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from snippets import Runner, read_blocks
 
 import lowmem_reft
 from benchmarks.tables import BLOCK, PAGES, RESULTS, TABLES, render
 from lowmem_reft.blocks import find_blocks
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # the Trainer's default
@@ -25,9 +25,10 @@ def test_the_example_trains_and_its_adapter_gives_the_same_logits_when_loaded(
     monkeypatch.chdir(tmp_path)
     row = {"prompt": "is the film good or bad? label:", "response": "good"}
     Path("train.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    names: dict = {}
-    exec(code.replace('"meta-llama/Llama-3.1-8B"', repr(str(tiny_llama_dir))), names)
+    example = next(b for b in read_blocks(ROOT / "README.md") if b.language == "python")
+    runner = Runner({"meta-llama/Llama-3.1-8B": str(tiny_llama_dir)})
+    runner.run(example)
+    names = runner.names
     batch = {
         "input_ids": torch.randint(3, 128, (2, 20)),
         "attention_mask": torch.ones(2, 20, dtype=torch.long),

@@ -89,6 +89,7 @@ def run_stacked(
     *,
     groups: Tensor | None = None,
     input_ids: Tensor | None = None,
+    wrapped: Any = None,
     **arguments: Any,
 ) -> Any:
     """Return what a model returns for a batch, from its constants.
@@ -100,6 +101,7 @@ def run_stacked(
         groups: (batch, suffix): the index of the φ that edits each token, or -1; with prefixes,
             where the model cannot tell the prompt from what it sees.
         input_ids: (batch, suffix): for models that look at them, such as classifiers.
+        wrapped: What is called in the model's place: a wrapper around it.
         arguments: Further ones of the model's forward, such as ``labels``.
     """
     device = device_of(base_of(model))
@@ -126,7 +128,7 @@ def run_stacked(
         arguments["position_ids"] = positions.to(there)
         arguments["past_key_values"] = _cache(base_of(model).config, num_blocks, stacked, device)
     with feeding(model, num_blocks, hidden):
-        return model(**arguments)
+        return (wrapped or model)(**arguments)
 
 
 def _cache(config: Any, num_blocks: int, stacked: Stacked, device: torch.device) -> DynamicCache:

@@ -41,7 +41,21 @@ def feeding(model: Any, num_blocks: int, hidden: Tensor) -> Iterator[None]:
         for block in blocks:
             value = hidden if block is blocks[-1] else None
             stack.enter_context(standing_in(block, _Skip(value)))
+            stack.enter_context(_not_checkpointed(block))
         yield
+
+
+@contextmanager
+def _not_checkpointed(block: Any) -> Iterator[None]:
+    """Keep transformers before 5.23 from running a block again once nothing stands in for it."""
+    before = getattr(block, "gradient_checkpointing", False)
+    if before:
+        block.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if before:
+            block.gradient_checkpointing = True
 
 
 def run_up_to(model: Any, num_blocks: int, inputs: dict[str, Any]) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowmem_reft.blocks import device_of
+from lowmem_reft.devices import dtype_name
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.split import ReuseError, feeding_errors
 from lowmem_reft.loss import response_log_likelihood
@@ -43,7 +44,7 @@ def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> flo
             reused = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     finally:
         model.train(was_training)
-    tolerance = TOLERANCE[reuse.layout.dtype]
+    tolerance = _tolerance(reuse)
     worst, total = _largest_difference(list(trained), plain, reused)
     before, after = plain_loss.item(), loss.item()
     off = abs(after - before) / max(abs(before), 1e-12)
@@ -71,12 +72,19 @@ def prove_scores(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor])
     with feeding_errors(reuse.base):
         reused, _ = reuse.log_likelihood(indices)
     off = float((plain - reused).norm() / plain.norm().clamp(min=1e-12))
-    tolerance = TOLERANCE[reuse.layout.dtype]
+    tolerance = _tolerance(reuse)
     if not off <= tolerance:
         raise ReuseError(
             f"log-likelihoods differ by {off:.1e} (at most {tolerance:.0e} would be rounding)"
         )
     return off
+
+
+def _tolerance(reuse: Reuse) -> float:
+    """Return the tolerance of what the step computes in: under autocast, less than it stores."""
+    kind = device_of(reuse.base).type
+    is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return TOLERANCE[dtype_name(torch.get_autocast_dtype(kind)) if is_cast else reuse.layout.dtype]
 
 
 def _largest_difference(

@@ -28,6 +28,7 @@ from torch import Tensor
 from lowmem_reft.base import base_digest, dequantized
 from lowmem_reft.blocks import base_of, device_of
 from lowmem_reft.devices import dtype_name
+from lowmem_reft.distributed import main_first
 from lowmem_reft.frozen.batch import ReadAhead, Stacked, aligned, run_stacked, stack
 from lowmem_reft.frozen.build import Below, compute, without_adapters
 from lowmem_reft.frozen.feed import blocks_of, feeding, keys_and_values
@@ -178,7 +179,7 @@ class Reuse:
         }
 
     def _build(self, limit_bytes: int | None, report: Report) -> None:
-        with self.store.locked():
+        with main_first(self.store.locked()):
             if not self.store.missing_shards():
                 self._remove_stages()  # of a build that was killed at its very end
                 return
@@ -313,16 +314,27 @@ class Reuse:
             indices: Which examples.
             num_items_in_batch: As the Trainer passes it.
         """
+        arguments: dict[str, Any] = {}
+        if num_items_in_batch is not None:
+            arguments["num_items_in_batch"] = num_items_in_batch
+        loss: Tensor = self.supervised(indices, **arguments)["loss"]
+        return loss
+
+    def supervised(self, indices: Sequence[int], *, model: Any = None, **arguments: Any) -> Any:
+        """Return what ``forward`` returns when it is also given the examples' labels.
+
+        Args:
+            indices: Which examples.
+            model: What is called; see ``forward``.
+            arguments: Further ones of the model's forward.
+        """
         of_each = self._labels(indices)
         if isinstance(of_each[0], int | float):
             labels = torch.tensor(of_each)
         else:
             labels = self._aligned(indices, of_each, IGNORED_LABEL)
-        arguments: dict[str, Any] = {"labels": labels.to(device_of(self.base))}
-        if num_items_in_batch is not None:
-            arguments["num_items_in_batch"] = num_items_in_batch
-        loss: Tensor = self.forward(indices, **arguments)["loss"]
-        return loss
+        labels = labels.to(device_of(self.base))
+        return self.forward(indices, model=model, labels=labels, **arguments)
 
     def log_likelihood(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Return what ``loss.response_log_likelihood`` returns, for a model in evaluation mode.
@@ -338,13 +350,15 @@ class Reuse:
             self.base, labels, lambda **more: self.forward(indices, **arguments, **more)
         )
 
-    def forward(self, indices: Sequence[int], **arguments: Any) -> Any:
+    def forward(self, indices: Sequence[int], *, model: Any = None, **arguments: Any) -> Any:
         """Return what the model returns for examples, from their constants.
 
         Outputs cover the tokens after each constant prefix, padded on the right.
 
         Args:
             indices: Which examples.
+            model: What is called in the model's place: DDP's wrapper around it, which adds up the
+                gradients of all processes.
             arguments: Further ones of the model's forward, such as ``labels``.
         """
         indices = [int(index) for index in indices]
@@ -358,7 +372,7 @@ class Reuse:
         if stacked.prefix:
             groups = groups_of(self.model, [self.examples[index] for index in indices])
             arguments["groups"] = self._aligned(indices, groups.tolist(), -1)
-        return run_stacked(self.model, self.split.num_blocks, stacked, **arguments)
+        return run_stacked(self.model, self.split.num_blocks, stacked, wrapped=model, **arguments)
 
     def announce(self, indices: Sequence[int]) -> None:
         """Begin to read the constants of a batch that will be asked for."""

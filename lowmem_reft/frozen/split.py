@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,8 +86,6 @@ def find_split(model: Any, examples: Sequence[Example], *, prefix: bool) -> Spli
     dropout = _dropout(base)
     if dropout is not None:
         raise ReuseError(f"the base drops out activations ({dropout})")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ReuseError("several processes train together")
     longest = max((len(example["input_ids"]) for example in examples), default=0)
     _refuse_length_dependent_rotation(base, longest)
     first = [0] * len(examples)
@@ -186,7 +183,8 @@ def groups_of(model: Any, examples: Sequence[Example]) -> Tensor:
     call = {"input_ids": labels, "attention_mask": mask, "labels": labels}
     selector = model.base_model.current.selector
     groups = torch.full((len(examples), length), -1)
-    selection, _ = selector.select(list(model.base_model.active_adapters), (), call, training=True)
+    # Not as in training, where a batch without any prompt is refused: this may be one example.
+    selection, _ = selector.select(list(model.base_model.active_adapters), (), call, training=False)
     for indices in selection.values():
         for group, (rows, columns) in enumerate(indices):
             groups[rows, columns] = group

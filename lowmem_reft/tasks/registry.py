@@ -9,6 +9,7 @@ from typing import Any
 
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.options import TaskType
+from lowmem_reft.progress import progress
 from lowmem_reft.rows import Row, as_records
 from lowmem_reft.tasks import arithmetic, classification, commonsense, glue, instruction
 from lowmem_reft.tasks.splits import divide
@@ -99,7 +100,8 @@ def summary(data_dir: str | Path | None = None) -> list[dict[str, Any]]:
             split, ``rows`` per split as ``load_task`` gives them, ``num_removed`` because another
             split holds the same input; or ``error``, where a file is wrong.
     """
-    return [_described(task, data_dir) for task in TASKS.values()]
+    tasks = progress(list(TASKS.values()), "counting rows", quiet=data_dir is None)
+    return [_described(task, data_dir) for task in tasks]
 
 
 def _described(task: Task, data_dir: str | Path | None) -> dict[str, Any]:

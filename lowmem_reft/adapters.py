@@ -1,0 +1,195 @@
+"""Several adapters on one base: found and compared by their cards, loaded together, chosen by name.
+
+PEFT holds adapters of one type in a model. ReFT and LoRA of several kinds go into one batch, row by
+row (``adapter_names``); with other types, the rows of each adapter go by themselves.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem_reft.adapted import load_adapted
+from lowmem_reft.attach import keep_dtypes, peft_notices_hidden
+from lowmem_reft.errors import InputError
+from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lowmem_reft.options import ModelOptions
+
+BASE = "__base__"
+"""PEFT's name for no adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedAdapter:
+    """One of the adapters that answer, or the base."""
+
+    name: str
+    """The name of its folder, or ``__base__``."""
+    peft_name: str
+    """Its name in the model, which may not hold dots."""
+    directory: Path | None
+    """Where it was saved; None for the base."""
+    card: TrainingCard
+    """How it reads prompts, and what it was trained on."""
+
+
+def find_adapters(
+    given: str | None, model: ModelOptions, *, template: str | None, max_length: int | None
+) -> list[NamedAdapter]:
+    """Find the adapters that an option names and check that they go together.
+
+    Args:
+        given: Directories with commas between them, ``__base__`` for the base; None: the base.
+        model: The base as the user gave it.
+        template: How prompts are written; None: as in each adapter's training. The base is asked
+            as the first adapter is.
+        max_length: Tokens of a prompt; None likewise.
+
+    Raises:
+        InputError: one is not there, names are not unique, or they do not go together.
+    """
+    parts = _split(given)
+    _check_names([_name(part) for part in parts])
+    directories = [None if part == BASE else find_adapter(Path(part)) for part in parts]
+    own = [None if path is None else load_card(path) for path in directories]
+    first = next((card for card in own if card is not None), None)
+    adapters: list[NamedAdapter] = []
+    for part, path, card in zip(parts, directories, own, strict=True):
+        read = merge_card(card if path else first, model, template=template, max_length=max_length)
+        if read.task_type != "CAUSAL_LM":
+            raise InputError(
+                f"task_type must be CAUSAL_LM to generate, got {read.task_type!r}; a classifier is "
+                "scored with evaluate"
+            )
+        number = sum(other.directory is not None for other in adapters)
+        peft_name = BASE if path is None else f"adapter_{number}" if number else "default"
+        adapters.append(
+            NamedAdapter(name=_name(part), peft_name=peft_name, directory=path, card=read)
+        )
+    _check_agreement(adapters)
+    return adapters
+
+
+def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tuple[Any, Any]:
+    """Load the base, every adapter on it and the tokenizer, in evaluation mode.
+
+    Raises:
+        InputError: one of them cannot be loaded, or they cannot be in one model.
+    """
+    trained = [adapter for adapter in adapters if adapter.directory is not None]
+    if len(adapters) > 1:
+        _check_types(trained, alone=len(trained) < len(adapters))
+    card = (trained or adapters)[0].card
+    model, tokenizer = load_adapted(options, trained[0].directory if trained else None, card)
+    for adapter in trained[1:]:
+        try:
+            with peft_notices_hidden():
+                model.load_adapter(str(adapter.directory), adapter_name=adapter.peft_name)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise InputError(
+                f"adapter must fit the model {options.model!r} beside {trained[0].name!r}, got "
+                f"{str(adapter.directory)!r}; it was made for {adapter.card.base!r} "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+    if len(trained) > 1:
+        keep_dtypes(model)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def answering(model: Any, peft_name: str) -> Iterator[None]:
+    """Let one adapter, or the base, answer for a while.
+
+    Args:
+        model: as ``load_together`` returns it.
+        peft_name: of the adapter, or ``__base__``.
+    """
+    if not hasattr(model, "peft_config"):
+        yield
+    elif peft_name == BASE:
+        with model.disable_adapter():
+            yield
+    else:
+        model.set_adapter(peft_name, inference_mode=True)
+        yield
+
+
+def mixes_in_a_batch(model: Any) -> bool:
+    """Return whether PEFT can give every row of a batch an adapter of its own."""
+    return all(map(_mixes, getattr(model, "peft_config", {}).values()))
+
+
+def _mixes(config: Any) -> bool:
+    kind = _type(config)
+    if kind in ("LORA", "LORA_REFT"):
+        return not config.use_dora and not getattr(config, "alora_invocation_tokens", None)
+    return kind == "REFT"
+
+
+def _split(given: str | None) -> list[str]:
+    if given is None:
+        return [BASE]
+    if Path(given).is_dir():  # its own name may hold a comma
+        return [given]
+    return [part.strip() for part in given.split(",")]
+
+
+def _name(part: str) -> str:
+    return part if part == BASE else Path(part).resolve().name
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"adapter must name folders with different names, got {twice[0]!r} more than once; "
+            "answers carry the name, so rename one"
+        )
+
+
+def _check_agreement(adapters: Sequence[NamedAdapter]) -> None:
+    """Refuse adapters that want the one base stored differently; warn of different bases."""
+    for field in ("storage", "compute_dtype"):
+        values = {adapter.name: getattr(adapter.card, field) for adapter in adapters}
+        if len(set(values.values())) > 1:
+            got = ", ".join(f"{value} ({name})" for name, value in values.items())
+            raise InputError(
+                f"{field} must be given for adapters that were trained with different ones, got "
+                f"{got}; choose one for all of them"
+            )
+    bases = {adapter.name: adapter.card.base for adapter in adapters}
+    if len(set(bases.values())) > 1:
+        got = ", ".join(f"{base!r} ({name})" for name, base in bases.items())
+        warnings.warn(
+            f"the adapters were trained on bases of different names, {got}; their answers are "
+            "right only if these are the same",
+            stacklevel=3,
+        )
+
+
+def _check_types(trained: Sequence[NamedAdapter], *, alone: bool) -> None:
+    from peft import PeftConfig
+
+    kinds = {a.name: _type(PeftConfig.from_pretrained(str(a.directory))) for a in trained}
+    got = ", ".join(f"{kind} ({name})" for name, kind in kinds.items())
+    if len(set(kinds.values())) > 1:
+        raise InputError(
+            f"adapter must name adapters of one PEFT type to load them together, got {got}; run "
+            "the command once for each type"
+        )
+    if "WEIGHTS" in kinds.values() and (alone or len(trained) > 1):
+        raise InputError(
+            f"adapter must name one adapter where that replaces the base's own weights, got {got}; "
+            "run the command once for each, and without it for the base"
+        )
+
+
+def _type(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))

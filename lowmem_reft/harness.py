@@ -1,0 +1,324 @@
+"""EleutherAI's lm-eval on an adapted model: its tasks and metrics, our forward pass.
+
+The harness hands context and continuation to the model as one text without a mask. An adapter that
+edits prompt tokens would take both for the prompt, so contexts are marked as such here: what is
+edited is what is edited in training and in ``evaluate``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from lowmem_reft.adapted import load_adapted
+from lowmem_reft.blocks import base_of, device_of
+from lowmem_reft.errors import InputError
+from lowmem_reft.positions import IGNORED_LABEL
+from lowmem_reft.progress import progress
+from lowmem_reft.tuner import ReftLayer, prompt_arguments
+from lowmem_reft.virtual_tokens import (
+    embeds_virtual_tokens,
+    generate,
+    num_virtual_tokens,
+    with_virtual_tokens,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from lowmem_reft.options import EvaluateOptions
+    from lowmem_reft.training_card import TrainingCard
+
+logger = logging.getLogger(__name__)
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+"""Both texts, the context's tokens, the continuation's tokens: as the harness passes them. Parts of
+texts that are scored whole come without texts."""
+
+Scored = tuple[tuple[int, ...], tuple[int, ...], int]
+"""The prompt's tokens, those that follow it, and of how many the next ones are scored."""
+
+
+def run_harness(
+    options: EvaluateOptions, adapter: Path | None, card: TrainingCard
+) -> dict[str, Any]:
+    """Score a base, or a base with an adapter, on tasks of the harness.
+
+    Returns:
+        ``results`` (for each task its metrics, by the harness's names), ``groups`` (the same for
+        each group of tasks), ``task_versions``, ``num_fewshot`` and ``num_examples`` by task,
+        ``num_cut_contexts`` (of likelihood requests, cut from the left) and ``lm_eval_version``.
+
+    Raises:
+        InputError: an option is wrong, or a task or its rows cannot be found.
+    """
+    if card.task_type != "CAUSAL_LM":
+        raise InputError(
+            f"task_type must be CAUSAL_LM with --lm-eval, got {card.task_type!r}; a classifier is "
+            "scored on --data"
+        )
+    assert options.harness.lm_eval is not None
+    with _bars(shown=not options.quiet and sys.stderr.isatty()), _notices_hidden():
+        names = [name.strip() for name in options.harness.lm_eval.split(",")]
+        manager = _task_manager(names, options.harness.include_path, quiet=options.quiet)
+        tasks = [task for name in names for task in _load_task(name, manager)]
+        model, tokenizer = load_adapted(options.model, adapter, card)
+        lm = AdaptedModel(model, tokenizer, batch_size=options.batch_size, quiet=options.quiet)
+        found: Any = simple_evaluate(
+            lm,
+            tasks=tasks,
+            task_manager=manager,
+            num_fewshot=options.harness.num_fewshot,
+            limit=options.data.limit,
+            apply_chat_template=options.harness.apply_chat_template,
+            log_samples=options.predictions is not None,
+        )
+    if options.predictions is not None:
+        _write_samples(found["samples"], options.predictions)
+    result = _summary(found) | {"num_cut_contexts": lm.num_cut_contexts}
+    _print(result)
+    return result
+
+
+class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
+    """The harness's view of a model of ours, which tells context from continuation.
+
+    Args:
+        model: a causal language model in evaluation mode, with or without an adapter.
+        tokenizer: its tokenizer.
+        batch_size: sequences per forward pass.
+        quiet: no progress bar.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, quiet: bool = True) -> None:
+        super().__init__(
+            pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size
+        )
+        self._max_length = self.max_length - num_virtual_tokens(model)
+        self.quiet = quiet
+        self.num_cut_contexts = 0
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[Request],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Return for each request the continuation's log-likelihood, and whether it is greedy.
+
+        The order is that of the requests. Continuations that differ in their last token share a
+        forward pass, as one-letter choices do.
+        """
+        sharing: dict[Scored, list[int]] = {}
+        for index, (texts, context, continuation) in enumerate(requests):
+            prompt, rest = tuple(self._cut(context, continuation)), tuple(continuation[:-1])
+            key = ((), prompt + rest) if texts is None else (prompt, rest)
+            sharing.setdefault((*key, len(continuation)), []).append(index)
+        # Like lengths together: little padding; the longest first: too little memory shows at once.
+        groups = sorted(sharing.items(), key=lambda item: -len(item[0][0]) - len(item[0][1]))
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        size = override_bs or int(self.batch_size)
+        starts = range(0, len(groups), size)
+        for start in progress(starts, "scoring", quiet=self.quiet or disable_tqdm):
+            batch = groups[start : start + size]
+            logits = self._last_logits([scored for scored, _ in batch])
+            for row, ((_, _, num_scored), indices) in zip(logits, batch, strict=True):
+                predicted = row[len(row) - num_scored :].float().log_softmax(-1)
+                greedy = predicted.argmax(-1)
+                for index in indices:
+                    wanted = torch.tensor(requests[index][2], device=row.device)
+                    total = predicted.gather(1, wanted[:, None]).sum()
+                    answers[index] = (float(total), bool((greedy == wanted).all()))
+        return answers
+
+    def _cut(self, context: list[int], continuation: list[int]) -> list[int]:
+        """Return the last tokens of the context that fit: the last of the whole is not read."""
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise InputError(
+                f"a continuation must leave room for its context in {self.max_length} tokens, got "
+                f"{len(continuation)}; leave the task out"
+            )
+        self.num_cut_contexts += len(context) > room
+        return context[-room:]
+
+    @torch.no_grad()
+    def _last_logits(self, sequences: Sequence[Scored]) -> Tensor:
+        """Return the logits of the last tokens of left-padded sequences, (batch, scored, vocab).
+
+        There are as many as any of the sequences needs.
+        """
+        length = max(len(prompt) + len(rest) for prompt, rest, _ in sequences)
+        num_scored = max(count for _, _, count in sequences)
+        shape, device = (len(sequences), length), device_of(self.model)
+        ids = torch.full(shape, self.tokenizer.pad_token_id)
+        mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED_LABEL)
+        for row, (prompt, rest, _) in enumerate(sequences):
+            start = length - len(prompt) - len(rest)
+            ids[row, start:] = torch.tensor([*prompt, *rest])
+            mask[row, start:] = 1
+            labels[row, start + len(prompt) :] = ids[row, start + len(prompt) :]
+        ids, mask, labels = (part.to(device) for part in (ids, mask, labels))
+        base = base_of(self.model)
+        known = inspect.signature(base.forward).parameters
+        if embeds_virtual_tokens(self.model):
+            model, inputs = base, with_virtual_tokens(self.model, ids, mask)
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            model, inputs = self.model, {"input_ids": ids, "attention_mask": mask}
+            inputs |= {"position_ids": positions, **prompt_arguments(model, labels)}
+        if "position_ids" not in known:
+            del inputs["position_ids"]
+        kept = {"logits_to_keep": num_scored} if "logits_to_keep" in known else {}
+        logits: Tensor = model(**inputs, **kept, use_cache=False).logits
+        return logits[:, -num_scored:]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Return log-likelihoods of whole texts: they have no prompt, and nothing is edited."""
+        if any(isinstance(module, ReftLayer) for module in self.model.modules()):
+            logger.warning(
+                "tasks that score whole texts have no prompt, so the adapter edits nothing there"
+            )
+        rolled: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        return rolled
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
+        """Continue left-padded contexts; return them with what is new."""
+        if not embeds_virtual_tokens(self.model):
+            continued: Tensor = super()._model_generate(context, max_length, stop, **options)
+            return continued
+        options.setdefault("do_sample", False)
+        if not options["do_sample"]:
+            options.pop("temperature", None)
+        batch = {"input_ids": context, "attention_mask": options.pop("attention_mask")}
+        new = generate(
+            self.model,
+            batch,
+            max_new_tokens=max_length - context.shape[1],
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+        return torch.cat([context, new], 1)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return nothing: the harness would ask the hub for a model that is in memory."""
+        return {}
+
+
+def _task_manager(names: Sequence[str], include_path: Path | None, *, quiet: bool) -> TaskManager:
+    """Return what knows the tasks: those of the directory alone if they are all that is needed.
+
+    The harness's own, ten thousand files, are read for their names, which takes seconds.
+    """
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(names) <= set(manager.all_tasks):
+            return manager
+    if not quiet:
+        print("reading the list of the harness's tasks", file=sys.stderr)
+    return TaskManager(include_path=None if include_path is None else str(include_path))
+
+
+def _load_task(name: str, manager: TaskManager) -> list[Any]:
+    """Build a task, a group or the tasks of a tag, with their rows."""
+    if name not in manager.all_tasks:
+        raise InputError(
+            f"lm_eval must name tasks of the harness or of --include-path, got {name!r}; "
+            "`lm-eval ls tasks` lists its own"
+        )
+    try:
+        loaded = manager.load(name)
+    except Exception as error:  # of datasets, yaml, jinja, or the task's own code
+        raise InputError(
+            f"lm_eval must name tasks that can be loaded, got {name!r}: "
+            f"{str(error).splitlines()[0]}; mend it or its rows"
+        ) from error
+    groups = loaded["groups"]
+    return [groups[name]] if name in groups else list(loaded["tasks"].values())
+
+
+def _summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Return what the harness measured, without its record of the machine."""
+    texts = ("alias", "name", "sample_len")
+
+    def metrics(by_name: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: {key: value for key, value in entry.items() if key not in texts}
+            for name, entry in by_name.items()
+        }
+
+    return {
+        "results": metrics(found["results"]),
+        "groups": metrics(found.get("groups", {})),
+        "task_versions": found["versions"],
+        "num_fewshot": found["n-shot"],
+        "num_examples": {name: count["effective"] for name, count in found["n-samples"].items()},
+        "lm_eval_version": metadata.version("lm_eval"),
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    """Print a line per metric; with ``--json`` standard output is elsewhere by now."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "metric"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    for kind in ("results", "groups"):
+        for task, metrics in result[kind].items():
+            for metric, value in metrics.items():
+                table.add_row(task, metric, f"{value:.4f}" if type(value) is float else str(value))
+    Console(width=max(80, Console().width)).print(table)
+
+
+def _write_samples(samples: dict[str, list[Any]], path: Path) -> None:
+    """Write one line per example: what was asked, answered and right, as the harness keeps it."""
+    with path.open("w", encoding="utf-8") as file:
+        for task, examples in samples.items():
+            for example in examples:
+                file.write(json.dumps({"task": task, **example}, default=str) + "\n")
+
+
+@contextmanager
+def _bars(*, shown: bool) -> Iterator[None]:
+    """Keep the harness's own progress bars off what is no terminal."""
+    if shown:
+        yield
+        return
+    start = tqdm.__init__
+
+    def start_hidden(bar: Any, *args: Any, **options: Any) -> None:
+        start(bar, *args, **{**options, "disable": True})
+
+    with mock.patch.object(tqdm, "__init__", start_hidden):
+        yield
+
+
+@contextmanager
+def _notices_hidden() -> Iterator[None]:
+    """Keep notices off the terminal that are about how the harness itself would load a model."""
+    harness = logging.getLogger("lm_eval")
+    before = harness.level
+    harness.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        harness.setLevel(before)

@@ -1,0 +1,193 @@
+"""The README.md of a trained adapter: what it is, what it needs and what was measured.
+
+It is written from the run itself, in the form that the hub reads, and replaces PEFT's template.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from lowmem_reft.methods import resolve_learning_rate
+from lowmem_reft.options import TrainOptions
+from lowmem_reft.provenance import device_name
+
+if TYPE_CHECKING:
+    from lowmem_reft.training_card import TrainingCard
+
+_UNSAID = {"json", "quiet", "resume"}
+"""Options that say nothing about the adapter."""
+
+_SETTINGS = (
+    *("rank", "r", "alpha", "lora_alpha", "layers", "positions", "tie", "component", "act", "init"),
+    *("dropout", "lora_dropout", "num_virtual_tokens"),
+)
+"""Of the adapter's configuration, under PEFT's names or ours."""
+
+
+def write_model_card(
+    directory: Path, options: TrainOptions, card: TrainingCard, result: dict[str, Any]
+) -> None:
+    """Write ``README.md`` into the adapter's directory.
+
+    Args:
+        directory: Where the adapter was saved.
+        options: Of the run.
+        card: What the adapter was trained on.
+        result: What ``run_training`` returns, as far as it is known.
+    """
+    name = directory.parent.resolve().name if directory.name == "adapter" else directory.name
+    data = ModelCardData(
+        base_model=None if Path(card.base).exists() else card.base,
+        library_name="peft",
+        pipeline_tag="text-generation" if card.task_type == "CAUSAL_LM" else "text-classification",
+        tags=["lowmem-reft", str(card.method)],
+        datasets=None if Path(options.data.data).exists() else [options.data.data],
+        model_name=name,
+        eval_results=_eval_results(options, card, result),
+    )
+    text = "\n\n".join(_sections(directory, options, card, result, name))
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(directory / "README.md")
+
+
+def command_of(options: TrainOptions) -> str:
+    """Return the command that trains the same again, without the directories of this machine."""
+    return shlex.join(["lowmem-reft", "train", *_words(options)])
+
+
+def _words(options: Any) -> list[str]:
+    words: list[str] = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            words += _words(value)
+        elif value != field.default and field.name not in _UNSAID:
+            flag = f"--{field.name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, _portable(value)]
+    return words
+
+
+def _portable(value: Any) -> str:
+    """Leave out the directories above a file or folder that is named absolutely."""
+    path = Path(str(value))
+    return path.name if path.is_absolute() and path.name else str(value)
+
+
+def _sections(
+    directory: Path, options: TrainOptions, card: TrainingCard, result: dict[str, Any], name: str
+) -> list[str]:
+    base, is_local = _portable(card.base), Path(card.base).exists()
+    where = (
+        f"a local directory named `{base}`, which is not on the hub: say where it is from, and set "
+        "`base_model_name_or_path` in `adapter_config.json`, before you share this"
+        if is_local
+        else f"[`{base}`](https://huggingface.co/{base})"
+    )
+    facts = [
+        ("base", where),
+        ("checkpoint digest", card.base_digest and f"`{card.base_digest}`"),
+        ("stored as", f"`{card.storage}`, computed in `{card.compute_dtype}`"),
+        ("method", f"`{card.method}`, {result['num_trainable_params']:,} trained parameters"),
+        ("settings", _settings(directory)),
+        ("training", _training(options)),
+        ("training rows", f"{result['num_examples']:,}, SHA-256 `{card.data_digest}`"),
+        ("prompts", f"`{card.template!r}`, at most {card.max_length} tokens with the answer"),
+        ("seed", card.seed),
+    ]
+    return [
+        f"# {name}",
+        f"A `{card.method}` adapter, trained with lowmem-reft. On another base, or one that is "
+        "stored otherwise, it may answer differently; loading it there says so.",
+        _table(("", ""), facts),
+        "## Use",
+        f"```python\n{_usage(card, base, name)}\n```",
+        "## Measured",
+        _table(("", ""), [*_scores(result), *_costs(result)]),
+        f"Trained on {device_name(options.model.device)}.",
+        "## Command",
+        f"```bash\n{command_of(options)}\n```",
+        "Absolute paths are shortened to their last part.",
+        "## Versions",
+        _table(("package", "version"), list(result["versions"].items())),
+    ]
+
+
+def _settings(directory: Path) -> str:
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    given = {name: config[name] for name in _SETTINGS if config.get(name) not in (None, 0.0)}
+    return ", ".join(f"{name} `{value}`" for name, value in given.items())
+
+
+def _training(options: TrainOptions) -> str:
+    optim = resolve_learning_rate(options.method, options.optim)
+    length = f"{optim.max_steps} steps" if optim.max_steps > 0 else f"{optim.epochs:g} epochs"
+    batch = f"{optim.batch_size} x {optim.gradient_accumulation}"
+    return f"`{optim.optim}`, peak rate {optim.lr:g} ({optim.schedule}), {length}, batches {batch}"
+
+
+def _usage(card: TrainingCard, base: str, name: str) -> str:
+    more = "" if card.task_type == "CAUSAL_LM" else f', task_type="{card.task_type}"'
+    if card.num_classes is not None:
+        more += f", num_labels={card.num_classes}"
+    return (
+        "import lowmem_reft as lr\n"
+        "from peft import PeftModel\n\n"
+        f'base = lr.load_base("{base}", storage="{card.storage}"{more})\n'
+        f'model = PeftModel.from_pretrained(base, "{name}")  # this folder, or its name on the hub'
+    )
+
+
+def _scores(result: dict[str, Any]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = [("training loss", f"{result['train_loss']:.4g}")]
+    if "validation_value" in result:
+        best = next(e for e in result["validation"] if e["epoch"] == result["best_epoch"])
+        value = f"{result['validation_value']:.4g}, epoch {result['best_epoch']:g} of the run"
+        rows.append((f"validation {best['metric']}", value))
+    if "eval" in result:
+        score = result["eval"]
+        rows.append((f"test {score['metric']}", f"{score['value']:.4g}"))
+        if score["metric"] != "accuracy":
+            rows.append(("test accuracy", f"{score['accuracy']:.4g}"))
+        rows.append(("test rows", score["num_examples"]))
+        if "loss" in score:
+            rows.append(("test loss", f"{score['loss']:.4g}"))
+    return rows
+
+
+def _costs(result: dict[str, Any]) -> list[tuple[str, Any]]:
+    peak, speed = result.get("peak_bytes"), result.get("tokens_per_s")
+    return [
+        ("peak memory of a step", peak and f"{peak / 2**20:,.1f} MiB"),
+        ("speed", speed and f"{speed:,.0f} tokens/s"),
+        ("optimizer steps", result["num_steps"]),
+    ]
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|:--|:--|"]
+    lines += [f"| {name} | {value} |" for name, value in rows if value is not None]
+    return "\n".join(lines)
+
+
+def _eval_results(
+    options: TrainOptions, card: TrainingCard, result: dict[str, Any]
+) -> list[EvalResult] | None:
+    """Return the test score in the form of the hub's model index."""
+    if "eval" not in result or options.held_out.eval_data is None:
+        return None
+    name = _portable(options.held_out.eval_data)
+    return [
+        EvalResult(
+            task_type="text-generation" if card.task_type == "CAUSAL_LM" else "text-classification",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=options.held_out.eval_split,
+            metric_type=result["eval"]["metric"],
+            metric_value=result["eval"]["value"],
+        )
+    ]

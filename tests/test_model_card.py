@@ -1,0 +1,225 @@
+"""What a trained adapter says about itself, and what is said when it is put on another base."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from lowmem_reft import cli, evaluate
+from lowmem_reft.base import load_base
+from lowmem_reft.config import ReftConfig
+from lowmem_reft.evaluate import run_evaluation
+from lowmem_reft.identity import checkpoint_digest, storage_of
+from lowmem_reft.model_card import command_of, write_model_card
+from lowmem_reft.options import (
+    DataOptions,
+    EvaluateOptions,
+    HeldOutOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    TrainOptions,
+)
+from lowmem_reft.train import run_training
+from lowmem_reft.training_card import load_card
+
+
+@pytest.fixture
+def options(tiny_llama_dir: Path, tmp_path: Path) -> TrainOptions:
+    data = tmp_path / "films.jsonl"
+    row = {"prompt": "is the film good? label:", "choices": ["good", "bad"], "answer": 1}
+    data.write_text(f"{json.dumps(row)}\n" * 8)
+    return TrainOptions(
+        model=ModelOptions(model=str(tiny_llama_dir), storage="nf4", device="cpu"),
+        data=DataOptions(data=str(data)),
+        held_out=HeldOutOptions(eval_data=str(data), validation_data=str(data)),
+        method=MethodOptions(rank=2, positions="f1+l2"),
+        optim=OptimOptions(max_steps=2, batch_size=4),
+        run=RunOptions(output_dir=tmp_path / "film-adapter", quiet=True),
+    )
+
+
+@pytest.fixture
+def trained(options: TrainOptions) -> tuple[Path, dict[str, Any]]:
+    result = run_training(options)
+    return Path(result["adapter_dir"]), result
+
+
+def test_the_folder_is_ready_to_be_shared(
+    trained: tuple[Path, dict[str, Any]], options: TrainOptions, tiny_llama_dir: Path
+) -> None:
+    directory, result = trained
+    names = {path.name for path in directory.iterdir()}
+    files = {"adapter_model.safetensors", "adapter_config.json", "training.json", "README.md"}
+    assert names == files
+    card = ModelCard.load(directory / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.tags == ["lowmem-reft", "loreft"]
+    assert card.data.base_model is None  # a local directory
+    (score,) = card.data.eval_results
+    assert (score.metric_type, score.metric_value) == ("accuracy", result["eval"]["value"])
+    kept = load_card(directory)
+    assert kept is not None
+    assert kept.base_digest == checkpoint_digest(tiny_llama_dir)
+    for said in (
+        "a local directory named",
+        str(kept.base_digest),
+        "`nf4`",
+        "rank `2`",
+        "positions `f1+l2`",
+        str(kept.data_digest),
+        f"{result['peak_bytes'] / 2**20:,.1f} MiB",
+        f"{result['tokens_per_s']:,.0f} tokens/s",
+        "| validation accuracy |",
+        "| test accuracy |",
+        f"| torch | {torch.__version__} |",
+        "--max-steps 2",
+    ):
+        assert said in card.text
+    assert str(tiny_llama_dir) not in card.content
+    assert str(options.run.output_dir.parent) not in card.content
+
+
+def test_no_local_path_is_in_the_folder_where_the_base_is_a_hub_id(
+    trained: tuple[Path, dict[str, Any]], options: TrainOptions
+) -> None:
+    directory, result = trained
+    kept = load_card(directory)
+    assert kept is not None
+    model = replace(options.model, model="maker/tiny")
+    write_model_card(
+        directory, replace(options, model=model), replace(kept, base="maker/tiny"), result
+    )
+    card = ModelCard.load(directory / "README.md")
+    assert card.data.base_model == "maker/tiny"
+    assert "https://huggingface.co/maker/tiny" in card.text
+    assert str(options.run.output_dir.parent) not in card.content
+    replace(kept, base="maker/tiny").save(directory)
+    assert str(options.run.output_dir.parent) not in (directory / "training.json").read_text()
+
+
+def test_the_command_in_the_card_is_parsed_to_the_same_settings(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(options, data=replace(options.data, template="Q: {prompt} A:"))
+    words = shlex.split(command_of(options))
+    assert words[:2] == ["lowmem-reft", "train"]
+    seen: list[Any] = []
+    monkeypatch.setattr(cli, "_run", lambda parsed: seen.append(parsed) or 0)
+    assert cli.main(words[1:]) == 0
+    assert (seen[0].method, seen[0].optim) == (options.method, options.optim)
+    assert seen[0].data == replace(options.data, data="films.jsonl")
+
+
+@pytest.fixture
+def other_base(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """The same model with one weight of one linear layer changed, as by a merged LoRA."""
+    directory = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1.01)
+    model.save_pretrained(directory)
+    for path in tiny_llama_dir.glob("tokenizer*"):
+        (directory / path.name).write_bytes(path.read_bytes())
+    return directory
+
+
+@pytest.mark.parametrize("storage", ["nf4", "fp4", "int8", "bf16", "fp32"])
+def test_the_storage_of_a_loaded_base_is_known(tiny_llama_dir: Path, storage: Any) -> None:
+    assert storage_of(load_base(tiny_llama_dir, storage=storage, device="cpu")) == storage
+
+
+def test_the_digest_tells_checkpoints_apart(tiny_llama_dir: Path, other_base: Path) -> None:
+    assert checkpoint_digest(tiny_llama_dir) == checkpoint_digest(str(tiny_llama_dir))
+    assert checkpoint_digest(tiny_llama_dir) != checkpoint_digest(other_base)
+    assert checkpoint_digest("no-such/model") is None
+    assert checkpoint_digest("") is None
+
+
+def test_peft_warns_when_an_adapter_is_loaded_on_another_base_or_storage(
+    trained: tuple[Path, dict[str, Any]], tiny_llama_dir: Path, other_base: Path
+) -> None:
+    directory = str(trained[0])
+    config = PeftConfig.from_pretrained(directory)
+    assert (config.base_storage, config.base_digest) == ("nf4", checkpoint_digest(tiny_llama_dir))
+    PeftModel.from_pretrained(load_base(tiny_llama_dir, storage="nf4", device="cpu"), directory)
+    with pytest.warns(UserWarning, match="trained on a base stored as nf4 and is loaded on fp32"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), directory)
+    with pytest.warns(UserWarning, match=f"and is loaded on '{re.escape(str(other_base))}'"):
+        PeftModel.from_pretrained(load_base(other_base, storage="nf4", device="cpu"), directory)
+
+
+def test_a_configuration_that_is_used_again_is_of_the_base_it_is_used_on(
+    tiny_llama_dir: Path, other_base: Path
+) -> None:
+    config = ReftConfig(task_type="CAUSAL_LM")
+    for directory in (tiny_llama_dir, other_base):
+        base = AutoModelForCausalLM.from_pretrained(directory)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*base_model_name_or_path", UserWarning)
+            model = get_peft_model(base, config)
+        assert model.peft_config["default"].base_digest == checkpoint_digest(directory)
+
+
+@pytest.fixture
+def evaluation(trained: tuple[Path, dict[str, Any]], options: TrainOptions) -> EvaluateOptions:
+    return EvaluateOptions(model=options.model, data=options.data, adapter=trained[0], quiet=True)
+
+
+def test_evaluate_warns_of_another_storage_and_scores_on_both(
+    evaluation: EvaluateOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = run_evaluation(evaluation)
+    assert "trained_storage" not in own
+    assert "the adapter was trained on" not in caplog.text
+    model = replace(evaluation.model, storage="fp32")
+    both = run_evaluation(replace(evaluation, model=model))
+    assert "stored as nf4 and is loaded on fp32" in caplog.text
+    assert (both["storage"], both["trained_storage"]) == ("fp32", "nf4")
+    assert both["accuracy_trained_storage"] == own["accuracy"]
+    assert both["loss_trained_storage"] == pytest.approx(own["loss"])
+    assert both["loss"] != own["loss"]
+    alone = run_evaluation(replace(evaluation, model=model, only_given_storage=True))
+    assert alone["loss"] == both["loss"]
+    assert "accuracy_trained_storage" not in alone
+
+
+def test_a_score_is_not_lost_if_the_storage_of_the_training_does_not_fit(
+    evaluation: EvaluateOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real = evaluate.load_adapted
+
+    def load(options: Any, adapter: Any, card: Any, **more: Any) -> Any:
+        if card.storage == "nf4":
+            raise RuntimeError("CUDA out of memory")
+        return real(options, adapter, card, **more)
+
+    monkeypatch.setattr(evaluate, "load_adapted", load)
+    result = run_evaluation(replace(evaluation, model=replace(evaluation.model, storage="fp32")))
+    assert "not scored on nf4: out of memory" in caplog.text
+    assert result["accuracy"] in (0.0, 1.0)
+    assert result["trained_storage"] == "nf4"
+    assert "accuracy_trained_storage" not in result
+
+
+def test_evaluate_warns_of_another_base(
+    evaluation: EvaluateOptions, other_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = replace(evaluation.model, model=str(other_base))
+    run_evaluation(replace(evaluation, model=model))
+    assert caplog.text.count("the adapter was trained on") == 1
+    assert f"loaded on '{other_base}'" in caplog.text
