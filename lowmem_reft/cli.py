@@ -1,6 +1,6 @@
 """The command line, ``lowmem-reft COMMAND``: train, evaluate, generate, compare, plan, ...
 
-Parsed by tyro from the dataclasses in ``options.py``, so every flag, default and help text is
+Parsed by tyro from the dataclasses in ``options``, so every flag, default and help text is
 written there. Nothing heavy is imported before the options are known to be well-formed.
 
 Exit codes: 0; 2: input that the user can fix; 1: any other failure; 130: Ctrl-C or SIGTERM.

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import inspect
 import json
 import re
 import signal
@@ -72,8 +73,8 @@ def raising(error):
 
 def option_docstrings(class_name):
     """Flag and docstring of every field of an options class, groups included, from the source."""
-    source = ast.parse(Path(options.__file__).read_text(encoding="utf-8"))
-    (body,) = (n.body for n in source.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    source = ast.parse(inspect.getsource(getattr(options, class_name)))
+    (body,) = (n.body for n in source.body if isinstance(n, ast.ClassDef))
     fields = {}
     for node, following in zip(body, [*body[1:], None], strict=True):
         if not isinstance(node, ast.AnnAssign):

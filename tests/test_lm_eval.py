@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lowmem_reft import cli, options
+from lowmem_reft import cli
 from lowmem_reft.adapted import load_adapted
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.data import Collator, Row, encode_choices, encode_prompts
@@ -277,6 +277,6 @@ def test_options_that_contradict_each_other_are_refused(tasks: Path) -> None:
 
 
 def test_without_the_harness_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "find_spec", lambda _name: None)
+    monkeypatch.setattr("lowmem_reft.options.running.find_spec", lambda _name: None)
     with pytest.raises(InputError, match=r"pip install 'lowmem-reft\[eval\]'"):
         HarnessOptions(lm_eval="films")

@@ -115,7 +115,7 @@ def test_every_tracker_of_transformers_is_offered_and_no_other() -> None:
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem_reft.options.find_spec", lambda _: None)
+    monkeypatch.setattr("lowmem_reft.options.values.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"^report_to must .* got 'tensorboard'; install tensorb"):
         RunOptions(output_dir=Path("out"), report_to="none,tensorboard")
     RunOptions(output_dir=Path("out"), report_to="none")
@@ -123,7 +123,7 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_tracker_that_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem_reft.options.find_spec", lambda name: name == "tensorboardX")
+    monkeypatch.setattr("lowmem_reft.options.values.find_spec", lambda name: name == "tensorboardX")
     RunOptions(output_dir=Path("out"), report_to="tensorboard")
     with pytest.raises(InputError, match="got 'wandb'; install wandb"):
         RunOptions(output_dir=Path("out"), report_to="tensorboard,wandb")

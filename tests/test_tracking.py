@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from lowmem_reft import cli, options
+from lowmem_reft import cli
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import (
     DataOptions,
@@ -80,7 +80,7 @@ class OtherTracker(TensorBoardCallback):  # stands for one that ends its run wit
 def test_a_tracker_is_ended_once_and_after_the_final_figures(
     run: TrainOptions, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    monkeypatch.setattr(options, "find_spec", lambda _name: True)
+    monkeypatch.setattr("lowmem_reft.options.values.find_spec", lambda _name: True)
     monkeypatch.setattr(OtherTracker, "calls", [])
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", OtherTracker)
     options_ = replace(run, run=replace(run.run, report_to="trackio"))
@@ -112,7 +112,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_the_base_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(options, "find_spec", lambda _name: None)
+    monkeypatch.setattr("lowmem_reft.options.values.find_spec", lambda _name: None)
     with pytest.raises(InputError, match=message):
         RunOptions(output_dir=Path("out"), report_to=name)
     arguments = ["train", "--model", "m", "--data", "d.jsonl", "--output-dir", "out"]

@@ -1,0 +1,292 @@
+"""Groups of options that several subcommands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lowmem_reft.errors import InputError, check_counts, check_not_negative, check_positive
+from lowmem_reft.options.values import (
+    OPTIMIZERS,
+    SCHEDULES,
+    Component,
+    ComputeDtype,
+    Scoring,
+    Storage,
+    TaskType,
+    Tie,
+    check_choice,
+    check_directory,
+    check_seed,
+    check_tracker,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The frozen base."""
+
+    model: str
+    """Hub id or local directory of the base model."""
+    storage: Storage | None = None
+    """How the frozen weights are stored; default: the method's own (nf4 for loreft and qlora)."""
+    compute_dtype: ComputeDtype = "auto"
+    """Arithmetic of the base: auto is bf16 where the device has it, else fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    task_type: TaskType | None = None
+    """CAUSAL_LM, or SEQ_CLS for a classification head on {"text", "label"} rows; default: the
+    adapter's own, else CAUSAL_LM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The rows to train on or to score."""
+
+    data: str
+    """JSONL, CSV or Parquet file, or a datasets id."""
+    split: str = "train"
+    """Split of a datasets id; files have only one."""
+    template: str | None = None
+    """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; default: the adapter's
+    own, else "{prompt}". {messages} rows use the tokenizer's chat template."""
+    max_length: int | None = None
+    """Tokens of prompt + response; longer prompts are cut from the left, a response that does not
+    fit is an error. Default: the adapter's own, else 512."""
+    limit: int | None = None
+    """Use only the first N rows."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(max_length=self.max_length, limit=self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutOptions:
+    """The rows to choose the best epoch by, and those to score after training."""
+
+    validation_data: str | None = None
+    """Rows to score after every epoch; the adapter of the best one is kept."""
+    validation_split: str = "validation"
+    """Split of --validation-data where that is a datasets id."""
+    validation_limit: int | None = None
+    """Score only the first N rows of --validation-data."""
+    eval_data: str | None = None
+    """Rows to score after training (never trained on, and nothing is chosen by them)."""
+    eval_split: str = "test"
+    """Split of --eval-data where that is a datasets id."""
+    eval_limit: int | None = None
+    """Score only the first N rows of --eval-data."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(validation_limit=self.validation_limit, eval_limit=self.eval_limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How answers are found and scored."""
+
+    scoring: Scoring = "auto"
+    """likelihood of each choice, or generation and answer extraction; auto: likelihood where rows
+    have choices."""
+    metric: str = "accuracy"
+    """accuracy, f1, matthews, pearson, spearman or another that lowmem-reft tasks names."""
+    extra_metrics: str | None = None
+    """Comma-separated metrics that are reported beside it."""
+    extractor: str | None = None
+    """Finds the answer in generated text by name: number, option_letter, true_false, ..."""
+    answer_pattern: str | None = None
+    """Regular expression with one group that finds the answer in generated text; default: all."""
+    max_new_tokens: int = 64
+    """Tokens generated per example."""
+
+    def __post_init__(self) -> None:
+        """Check the count, and that there is one way to find the answer."""
+        check_counts(max_new_tokens=self.max_new_tokens)
+        if self.extractor is not None and self.answer_pattern is not None:
+            raise InputError(
+                f"extractor must be left out with answer_pattern, got {self.extractor!r} and "
+                f"{self.answer_pattern!r}; choose one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """What is trained on top of the base. Options that do not belong to the method are refused."""
+
+    method: str = "loreft"
+    """Name in the method table, for example loreft, noreft, direft, red, lora, qlora."""
+    profile: Literal["fast", "balanced", "paper"] | None = None
+    """Where ReFT edits, unless --layers, --positions or --rank say otherwise. fast: upper half, l3,
+    rank 16; balanced: upper half, all, rank 16; paper: all layers, f7+l7, rank 8."""
+    rank: int | None = None
+    """Rank of the intervention (default 4) or of the LoRA update (default 16); a bottleneck's width
+    (default 8) or of P-tuning's network (default 128)."""
+    layers: str | None = None
+    """Blocks that are touched: all, "8;12;16" (0-based) or upper:0.5 (the upper half)."""
+    positions: str | None = None
+    """Prompt tokens that are edited: f7+l7, f3, l1 or all."""
+    tie: Tie | None = None
+    """One set of parameters for all positions of a layer, one per side, or one per position."""
+    component: Component | None = None
+    """Where in the block the edit is made."""
+    act: str | None = None
+    """Non-linearity on the learned source: relu, gelu, silu, tanh."""
+    dropout: float | None = None
+    """Dropout on the edit (ReFT) or on the update's input (LoRA)."""
+    init: Literal["identity", "paper"] | None = None
+    """Start of LoReFT: identity (W = R, b = 0) or the paper's random W."""
+    alpha: float | None = None
+    """LoRA scaling numerator; the update is multiplied by alpha / rank (default 2 * rank). Strength
+    of a steering vector (default 1)."""
+    target_modules: str | None = None
+    """Comma-separated linear layers that LoRA touches (default: all of them)."""
+    lora_rank: int | None = None
+    """Rank of the LoRA update beside the intervention in lora_reft (default 16)."""
+    num_virtual_tokens: int | None = None
+    """Trained tokens before the prompt: prefix, prompt and p_tuning (default 20)."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers; what depends on the method is checked where it is built."""
+        check_counts(
+            rank=self.rank,
+            lora_rank=self.lora_rank,
+            num_virtual_tokens=self.num_virtual_tokens,
+        )
+        if self.profile is not None:
+            check_choice("profile", self.profile, ("fast", "balanced", "paper"))
+        check_positive(alpha=self.alpha)
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), got {self.dropout!r}; for example 0.05")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    """The optimizer and its schedule."""
+
+    epochs: float = 3.0
+    """Passes over the data."""
+    max_steps: int = -1
+    """Stop after this many optimizer steps; -1: after --epochs."""
+    lr: float | None = None
+    """Peak learning rate; the method's default if not given."""
+    batch_size: int = 8
+    """Examples per forward pass, in each process."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimizer step."""
+    schedule: str = "linear"
+    """Learning-rate schedule, by its transformers name (linear, cosine, constant, ...)."""
+    warmup_ratio: float = 0.1
+    """Share of the steps during which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    optim: str = "adamw_torch"
+    """Optimizer, by its transformers name (adamw_torch, paged_adamw_8bit, ...)."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        check_counts(batch_size=self.batch_size, gradient_accumulation=self.gradient_accumulation)
+        check_positive(epochs=self.epochs, lr=self.lr, max_grad_norm=self.max_grad_norm)
+        check_not_negative(weight_decay=self.weight_decay)
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise InputError(
+                f"max_steps must be -1 or at least 1, got {self.max_steps!r}; -1 goes by epochs"
+            )
+        if not 0 <= self.warmup_ratio <= 1:
+            raise InputError(
+                f"warmup_ratio must be from 0 to 1, got {self.warmup_ratio!r}; it is a share of "
+                "the steps"
+            )
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("optim", self.optim, OPTIMIZERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """How the run saves memory."""
+
+    activation_checkpointing: Annotated[bool, tyro.conf.arg(aliases=("--checkpointing",))] = False
+    """Recompute blocks above the first intervention in the backward pass."""
+    checkpoint_every: int = 1
+    """With --activation-checkpointing: recompute blocks 0, n, 2n, ... only."""
+    offload_activations: bool = False
+    """With --activation-checkpointing: keep the blocks' inputs in host memory (CUDA only)."""
+    mlp_tokens: int | None = None
+    """Run MLPs on this many tokens at a time and recompute each part in the backward pass."""
+    embedding_on_host: bool = False
+    """Keep the input embedding in host memory, where the output head does not share it."""
+    memory_gib: float | None = None
+    """Fit into this much memory: the fastest split of the batch and the ways to save memory that
+    are needed are chosen before anything is loaded; what cannot fit is refused."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(checkpoint_every=self.checkpoint_every, mlp_tokens=self.mlp_tokens)
+        check_positive(memory_gib=self.memory_gib)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseOptions:
+    """What is constant is computed once and stored."""
+
+    reuse: Literal["auto", "off", "prefix", "trunk"] = "auto"
+    """trunk: store what leaves the blocks below the first trained one; prefix: also keys and values
+    of the tokens before the first edit; auto: what saves time; off: neither."""
+    reuse_dir: Path | None = None
+    """Directory of stores, which runs share; default: reuse in --output-dir."""
+    reuse_limit_gib: float | None = 20.0
+    """Most that one store may take on the disk."""
+    resident: Literal["all", "upper"] = "all"
+    """upper: only the blocks above the constant ones are ever on the device; the others are read
+    one after the other while the store is built, so that a base larger than the card trains."""
+    dequantize_upper: bool = False
+    """Keep the 4-bit blocks above the constant ones dequantized while training from a store: the
+    same numbers, faster steps, four (16-bit) or eight times their memory."""
+
+    def __post_init__(self) -> None:
+        """Check the limit, and that a part of the base has something to train from."""
+        check_positive(reuse_limit_gib=self.reuse_limit_gib)
+        check_directory("reuse_dir", self.reuse_dir)
+        if self.resident == "upper" and self.reuse == "off":
+            raise InputError(
+                "reuse must be auto, prefix or trunk with --resident upper, got 'off'; the upper "
+                "blocks train from what is stored of the lower ones"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run writes and what it says."""
+
+    output_dir: Path
+    """Directory for the adapter, checkpoints and result.json."""
+    seed: int = 0
+    """Seed of the adapter's initialisation, the data order and dropout."""
+    resume: bool = False
+    """Go on from the last checkpoint in --output-dir."""
+    save_steps: int | None = None
+    """Optimizer steps between checkpoints; default: one every epoch."""
+    logging_steps: int = 10
+    """Optimizer steps between loss reports."""
+    report_to: str = "none"
+    """Trackers, comma-separated, by their transformers names (tensorboard, wandb, ...); all: those
+    that are installed."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        """Check the counts, the seed and the trackers."""
+        check_counts(save_steps=self.save_steps, logging_steps=self.logging_steps)
+        check_directory("output_dir", self.output_dir)
+        check_seed(self.seed)
+        if self.report_to != "all":
+            for name in self.report_to.split(","):
+                check_tracker(name)

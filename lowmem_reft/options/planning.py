@@ -1,0 +1,116 @@
+"""Options of the subcommands that say what fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lowmem_reft.errors import check_counts
+from lowmem_reft.options.groups import MemoryOptions, MethodOptions, ModelOptions
+from lowmem_reft.options.values import ComputeDtype, Storage, TaskType
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthOptions:
+    """How much goes through the model at once."""
+
+    seq_len: int = 2048
+    """Tokens of prompt + response of the longest example."""
+    response_len: int | None = None
+    """Supervised tokens of it; default: half."""
+    batch_size: int = 1
+    """Examples per forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimizer step."""
+    unpadded: bool = False
+    """All examples of a batch have the same length: no attention mask is needed."""
+    max_new_tokens: int = 256
+    """Tokens generated after a prompt of --seq-len tokens, for the peak of generation."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(
+            seq_len=self.seq_len,
+            response_len=self.response_len,
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeOptions:
+    """The base as it would be loaded."""
+
+    model: str = "llama-3.1-8b"
+    """Hub id, directory, config.json, or a known model by its short name (llama-3.2-1b,
+    llama-3.2-3b, llama-3.1-8b, llama-3.3-70b, qwen3-4b, qwen3-8b, qwen3-14b, qwen3-32b); with
+    --table several, separated by commas."""
+    storage: Storage | None = None
+    """How the frozen weights are stored; default: the method's own (nf4 for loreft and qlora)."""
+    compute_dtype: ComputeDtype = "auto"
+    """Arithmetic of the base: auto is bf16 (fp32 with --device cpu)."""
+    task_type: TaskType = "CAUSAL_LM"
+    """CAUSAL_LM, or SEQ_CLS for a classification head."""
+    attn_implementation: str | None = None
+    """eager, sdpa, ...; default: what transformers picks."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Whose kernels are planned for; cuda needs no card here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Predict the peak memory of training before a byte is loaded; no weights, no GPU needed."""
+
+    shape: ShapeOptions = field(default_factory=ShapeOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    lengths: LengthOptions = field(default_factory=LengthOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    reuse: Literal["auto", "off", "prefix", "trunk"] = "off"
+    """Predict the step that trains from a store (see train --reuse); off: the plain step."""
+    resident: Literal["all", "upper"] = "all"
+    """upper: without the blocks below the constant ones (see train --resident)."""
+    gpu: str | None = None
+    """A card to fit into, by name (a10, 4090, 3060, t4, ...); or give --memory-gib."""
+    optim: str = "adamw_torch"
+    """Optimizer: adamw_torch, adamw_torch_fused or sgd."""
+    loss: Literal["chunked", "model"] = "chunked"
+    """chunked: ours, on supervised tokens; model: the model's own, with logits for all tokens."""
+    fit: bool = False
+    """Search the fastest setting that fits and the longest context, and print the train command."""
+    table: bool = False
+    """Print the longest context of models and methods on cards of 8 to 80 GB."""
+    methods: str = "loreft,qlora"
+    """Methods of the table."""
+    num_examples: int = 1000
+    """Examples of the data set, all of --seq-len tokens, for what training could reuse."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """Say nothing about what is being tried."""
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        check_counts(num_examples=self.num_examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """Run one training step for real, measure its memory, and compare it with the prediction."""
+
+    model: ModelOptions
+    method: MethodOptions = field(default_factory=MethodOptions)
+    lengths: LengthOptions = field(default_factory=lambda: LengthOptions(seq_len=256))
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    loss: Literal["chunked", "model"] = "chunked"
+    """chunked: ours, on supervised tokens; model: the model's own, with logits for all tokens."""
+    output_dir: Path = Path("profile")
+    """Where the timelines (PNG and HTML), profile.json and, on CUDA, the snapshot for torch's
+    memory viewer go."""
+    random_weights: bool = False
+    """Fill the configuration's shapes with random weights instead of loading the checkpoint."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """No progress bar."""

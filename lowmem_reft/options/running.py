@@ -1,0 +1,210 @@
+"""Options of the subcommands that train, score and answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from lowmem_reft.errors import InputError, check_counts, check_not_negative
+from lowmem_reft.options.groups import (
+    DataOptions,
+    HeldOutOptions,
+    MemoryOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimOptions,
+    ReuseOptions,
+    RunOptions,
+    ScoringOptions,
+)
+from lowmem_reft.options.values import check_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Fine-tune one adapter on a frozen base."""
+
+    model: ModelOptions
+    data: DataOptions
+    held_out: HeldOutOptions = field(default_factory=HeldOutOptions)
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    reuse: ReuseOptions = field(default_factory=ReuseOptions)
+    run: RunOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredDataOptions(DataOptions):
+    """The rows to score."""
+
+    data: str = ""
+    """JSONL, CSV or Parquet file, or a datasets id. Not with --lm-eval, whose tasks have rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessOptions:
+    """What EleutherAI's lm-eval scores (pip install 'lowmem-reft[eval]')."""
+
+    lm_eval: str | None = None
+    """Comma-separated tasks or groups of lm-eval to score instead of --data. They write their own
+    prompts; the adapter edits these, not the answers. --limit is then per task."""
+    include_path: Path | None = None
+    """Directory with further lm-eval tasks (YAML), yours for example."""
+    num_fewshot: int | None = None
+    """Solved examples before each question; default: as each task says."""
+    apply_chat_template: bool = False
+    """Write the tasks' prompts with the tokenizer's chat template."""
+
+    def __post_init__(self) -> None:
+        """Check that tasks are named, and that the harness is installed."""
+        if self.lm_eval is None:
+            given = [name for name in ("include_path", "num_fewshot") if getattr(self, name)]
+            given += ["apply_chat_template"] if self.apply_chat_template else []
+            if given:
+                raise InputError(
+                    f"{given[0]} must come with lm_eval, got {str(getattr(self, given[0]))!r} "
+                    "alone; add --lm-eval TASKS"
+                )
+            return
+        if self.num_fewshot is not None:
+            check_not_negative(num_fewshot=self.num_fewshot)
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise InputError(
+                f"include_path must be a directory, got {str(self.include_path)!r}; give the one "
+                "that holds the tasks"
+            )
+        if find_spec("lm_eval") is None:
+            raise InputError(
+                f"lm_eval must be installed to score its tasks, got {self.lm_eval!r} without it; "
+                "pip install 'lowmem-reft[eval]'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Score a base with or without an adapter: accuracy by choice likelihood or by generation."""
+
+    model: ModelOptions
+    data: DataOptions = field(default_factory=ScoredDataOptions)
+    harness: HarnessOptions = field(default_factory=HarnessOptions)
+    adapter: Path | None = None
+    """Adapter directory; without it the base itself is scored."""
+    only_given_storage: bool = False
+    """Where --storage is not that of the training: score on it alone, not on both in turn."""
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    batch_size: int = 16
+    """Sequences per forward pass."""
+    reuse: ReuseOptions = field(default_factory=ReuseOptions)
+    predictions: Path | None = None
+    """Write one JSON line per example here."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        """Check the count, and that it is said what to score."""
+        check_counts(batch_size=self.batch_size)
+        tasks = self.harness.lm_eval
+        if bool(self.data.data) == bool(tasks):
+            raise InputError(
+                f"data must be given, or lm_eval, and not both, got {self.data.data!r} and "
+                f"{tasks!r}; for example --data test.jsonl"
+            )
+        if tasks and self.reuse.resident != "all":
+            raise InputError(
+                f"resident must be all with lm_eval, got {self.reuse.resident!r}; leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """How new tokens are chosen, and when there are enough."""
+
+    max_new_tokens: int = 128
+    """Tokens generated per prompt."""
+    temperature: float = 0.0
+    """0 is greedy decoding; above it tokens are drawn."""
+    top_p: float = 1.0
+    """Draw among the most probable tokens that have this much probability together."""
+    stop: tuple[str, ...] = ()
+    """Texts at which an answer ends, and which are left out of it; "\\n" is a new line."""
+    seed: int = 0
+    """Seed of the sampling; what is drawn also depends on the batch size."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_counts(max_new_tokens=self.max_new_tokens)
+        check_not_negative(temperature=self.temperature)
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p!r}; 1 is off")
+        if self.top_p < 1 and self.temperature == 0:
+            raise InputError(
+                f"top_p must be 1 where nothing is drawn, got {self.top_p!r}; raise temperature"
+            )
+        if "" in self.stop:
+            raise InputError(f"stop must be texts that are not empty, got {self.stop!r}; change it")
+        check_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Continue prompts from a file, or one prompt, with a base and one or several adapters."""
+
+    model: ModelOptions
+    adapter: str | None = None
+    """Adapter directory, or several with commas between them: each answers every prompt, and so
+    does the base where __base__ is among them. Without it the base alone answers."""
+    input: Path | None = None
+    """JSONL file with {"prompt"} or {"messages"} rows."""
+    prompt: str | None = None
+    """One prompt instead of a file."""
+    output: Path | None = None
+    """JSONL file to write; default: standard output. One that is there is completed: the same
+    command goes on where it was interrupted."""
+    overwrite: bool = False
+    """Write --output anew, whatever is there."""
+    template: str | None = None
+    """How a prompt is written; default: as in each adapter's training, else "{prompt}"."""
+    max_length: int | None = None
+    """Tokens of the prompt; longer ones are cut from the left and counted. Default: the adapter's
+    own, else 512."""
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    batch_size: int = 8
+    """Prompts per forward pass (left-padded), of several adapters together."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(batch_size=self.batch_size, max_length=self.max_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """Talk to a base and its adapters in the terminal; /help says how."""
+
+    model: ModelOptions
+    adapter: str | None = None
+    """Adapter directory, or several with commas between them; the first one answers until
+    /adapter NAME chooses another. Without it the base answers."""
+    system: str | None = None
+    """System message of the chat."""
+    template: str | None = None
+    """Write each message by this template, on its own, instead of the tokenizer's chat template;
+    default, where the tokenizer has none: as in the adapter's training, else "{prompt}"."""
+    max_length: int | None = None
+    """Tokens of the conversation before an answer; the oldest messages that do not fit are left
+    out. Default: as many as the model has positions for."""
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    quiet: bool = False
+    """Say nothing but the answers."""
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        check_counts(max_length=self.max_length)

@@ -1,0 +1,137 @@
+"""What several options take: names of formats, optimizers and trackers, and the checks of them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from lowmem_reft.errors import InputError
+
+Storage = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
+
+ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+
+Tie = Literal["tied", "sides", "positions"]
+
+Component = Literal["block_output", "mlp_output", "attention_output"]
+
+Scoring = Literal["auto", "likelihood", "generation"]
+
+Workers = int | Literal["ray"]
+
+PyreftClass = Literal[
+    "LoreftIntervention",
+    "NoreftIntervention",
+    "DireftIntervention",
+    "NodireftIntervention",
+    "ConsreftIntervention",
+    "LobireftIntervention",
+]
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Those of transformers that need no arguments of their own and no evaluation during training."""
+
+OPTIMIZERS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "ademamix",
+    "ademamix_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+    "adafactor",
+    "adagrad",
+    "sgd",
+)
+"""Those of transformers that need no package beside torch and bitsandbytes."""
+
+TRACKERS: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+"""Those of transformers, with the modules of which each needs one."""
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the choices.
+
+    Raises:
+        InputError: It is not.
+    """
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}; choose one")
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that transformers does not know or that is not installed.
+
+    Raises:
+        InputError: It is one of these.
+    """
+    if name == "none":
+        return
+    if name not in TRACKERS:
+        raise InputError(
+            f"report_to must be none, all or names among {', '.join(TRACKERS)}, got {name!r}; "
+            "change it"
+        )
+    modules = TRACKERS[name]
+    if modules and not any(map(find_spec, modules)):
+        raise InputError(
+            f"report_to must name trackers that are installed, got {name!r}; install "
+            f"{' or '.join(modules)}, or leave it out"
+        )
+
+
+def check_directory(name: str, path: Path | None) -> None:
+    """Refuse a path at which there is a file.
+
+    Raises:
+        InputError: There is one.
+    """
+    if path is not None and path.exists() and not path.is_dir():
+        raise InputError(f"{name} must be a directory, got the file {str(path)!r}; choose another")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that numpy would not take.
+
+    Raises:
+        InputError: It is negative or has more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must be from 0 to {2**32 - 1}, got {seed!r}; for example 0")
