@@ -264,7 +264,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "paper": {"layers": "all", "positions": "f7+l7", "rank": 8},
 }
 """Name to what ``--profile`` stands for: the less is edited, the more is computed once. Accuracy
-and cost of each are in the README."""
+and cost of such settings are in docs/choose.md."""
 
 
 def find_method(name: str) -> Method:

@@ -10,7 +10,7 @@ search``); the test file is read by ``--stage final`` and ``--stage frontier`` a
 ``--source`` holds TREC.train and TREC.test (https://cogcomp.seas.upenn.edu/Data/QA/QC), or SST-2's
 train_full.tsv and dev.tsv with a header and ``sentence<TAB>label`` lines.
 
-Expected with a 3 M-parameter TinyStories Llama: the tables in the README; about an hour for TREC
+Expected with a 3 M-parameter TinyStories Llama: benchmarks/RESULTS.md; about an hour for TREC
 and 20 minutes for SST-2 on one core, 2026-11.
 """
 

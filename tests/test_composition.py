@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from snippets import read_blocks
 from torch import Tensor, nn
 
 import lowmem_reft as lr
@@ -363,20 +363,20 @@ def test_a_copy_of_a_model_keeps_its_own_parts_orthogonal(base: Any) -> None:
     assert (rows[0] @ rows[1].T).abs().max() < 1e-6
 
 
-def test_the_example_of_the_readme_composes_two_adapters(
+def test_the_example_of_the_documentation_composes_two_adapters(
     base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    (code,) = (block for block in blocks if "keep_orthogonal" in block)
+    page = Path(__file__).parent.parent / "docs" / "how-to" / "adapters.md"
+    (block,) = (block for block in read_blocks(page) if "keep_orthogonal" in block.code)
     monkeypatch.chdir(tmp_path)
-    model = get_peft_model(base, reft(init="paper"), adapter_name="instruct").eval()
-    of_instruct = logits(model)
-    exec(code, {"model": model, "config": reft(init="paper", rank=2), "lr": lr})
-    assert not torch.allclose(logits(model), of_instruct, atol=1e-3)
-    rows = [rotation_of(model, name)() for name in ("instruct", "german")]
+    config = reft(layers="all", positions="f7+l7", init="paper")  # as the page's first adapter
+    model = get_peft_model(base, config, adapter_name="first").eval()
+    of_first = logits(model)
+    exec(block.code, {"model": model, "lr": lr})
+    torch.testing.assert_close(logits(model), of_first)  # "third" is not trained yet
+    rows = [rotation_of(model, name)() for name in ("first", "third")]
     assert (rows[0] @ rows[1].T).abs().max() < 1e-6
-    assert (tmp_path / "composed" / "both" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "composed" / "apart" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_parts_that_cannot_be_orthogonal_are_refused(
         lr.keep_orthogonal(model, "two", to=[to])
 
 
-# What combines with what: the table of the README, cell by cell.
+# What combines with what: the table of docs/how-to/adapters.md, cell by cell.
 
 LORA = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
 KINDS: dict[str, Any] = {

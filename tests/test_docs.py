@@ -27,11 +27,16 @@ from lowmem_reft.engines.child import result_or_cause
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-WITH_CODE = [page for page in PAGES if any(b.language != "text" for b in read_blocks(page))]
+WITH_CODE = [
+    page
+    for page in (ROOT / "README.md", *PAGES)
+    if any(b.language != "text" for b in read_blocks(page))
+]
 
 QUICK = {
     "train": ["--max-steps", "3", "--device", "cpu"],
     "compare": ["--max-steps", "2", "--eval-limit", "4", "--device", "cpu"],
+    "sweep": ["--trials", "1", "--max-steps", "2", "--device", "cpu"],
 }
 ROWS = [
     {"prompt": "is the film good or bad?", "choices": ["good", "bad"], "answer": 0},
@@ -115,7 +120,7 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # the Trainer's default
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL
 @pytest.mark.filterwarnings("ignore:something cast the interventions:UserWarning")  # TRL
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page: Path, runner: Runner, uploads: dict[str, list[str]]) -> None:
     for block in read_blocks(page):
         runner.run(block)

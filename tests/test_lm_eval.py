@@ -13,6 +13,7 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from snippets import read_blocks
 from transformers import AutoModelForCausalLM
 
 from lowmem_reft import cli
@@ -154,11 +155,11 @@ def test_choices_get_the_log_likelihoods_of_our_own_scorer_item_by_item(
     assert result["num_cut_contexts"] == 0
 
 
-def test_the_task_of_the_readme_runs(
+def test_the_task_of_the_documentation_runs(
     evaluation: EvaluateOptions, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (task,) = re.findall(r"```yaml\n(task: .*?)```", readme, re.DOTALL)
+    page = Path(__file__).parent.parent / "docs" / "how-to" / "lm-eval.md"
+    (task,) = (block.code for block in read_blocks(page) if block.language == "yaml")
     (tasks / "films.yaml").write_text(task)
     (tasks / "rows.jsonl").rename(tasks / "films.jsonl")
     monkeypatch.chdir(tasks)

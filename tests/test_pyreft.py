@@ -385,17 +385,6 @@ def test_the_commands_print_json_and_end_with_2_where_the_user_can_help(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_interventions"] == 2
 
 
-def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^lowmem-reft ((?:import|export)-pyreft .*)$", readme, re.MULTILINE)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(DATA / "loreft_tied", "pyreft-run")
-    for command in commands:
-        arguments = command.replace("meta-llama/Llama-3.1-8B", str(DATA / "base")).split()
-        assert cli.main(arguments) == 0
-    assert Path("for-pyreft", LAYER_0).is_file()
-
-
 @pytest.mark.parametrize("name", [*SIX, "classifier", "loreft_relu"])
 def test_export_and_import_bring_an_adapter_back(name: str, tmp_path: Path) -> None:
     import_case(name, tmp_path / "adapter")

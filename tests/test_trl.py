@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -756,24 +754,3 @@ def test_where_nothing_can_be_reused_a_note_says_why(
 
 def lora() -> Any:
     return LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-
-
-# The README.
-
-
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # the Trainer's default
-def test_the_example_of_the_readme_runs_as_written(
-    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (code,) = (c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "trl" in c)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    Path("pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in PAIRS))
-    names: dict[str, Any] = {}
-    code = code.replace('"meta-llama/Llama-3.1-8B"', repr(str(tiny_llama_dir)))
-    # TRL asks for bf16, which transformers does not expect of a CPU unless told.
-    on_cpu = not torch.cuda.is_available()
-    exec(code.replace('SFTConfig("out"', f'SFTConfig("out", use_cpu={on_cpu}'), names)
-    assert len(names["trainer"].train_dataset) == len(PAIRS)
-    assert names["trainer"].state.global_step == 3  # one batch an epoch
