@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from lowmem_reft import cell, report
 from lowmem_reft.cell import Cell, Result, write_cell
 from lowmem_reft.engines import processes
 from lowmem_reft.engines.child import result_or_cause
+from lowmem_reft.interventions import INTERVENTIONS
+from lowmem_reft.tasks.registry import TASKS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -61,6 +64,17 @@ class CellHere:
 
     def result(self) -> Result:
         return result_or_cause(self.cell, "left no result", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _tables_as_before() -> Iterator[None]:
+    """Takes interventions and tasks that a page adds out of the tables again."""
+    tables: list[dict[str, Any]] = [INTERVENTIONS, TASKS]
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
 
 
 @pytest.fixture
