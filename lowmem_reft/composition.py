@@ -157,26 +157,37 @@ def summed_config(
 class RotationBeside(Rotation):
     r"""R beside others: Gram–Schmidt goes on where their rows end, so RRᵀ = I and R R_otherᵀ = 0.
 
-    The gradient reaches the rows of R alone. In a ``state_dict`` stands R itself, so that what is
-    saved is an ordinary rotation.
+    The gradient reaches the rows of R alone. After every optimizer step the parameter becomes R
+    itself, so that what is saved is an ordinary rotation, from which training goes on as it would.
     """
 
     def __init__(self, own: Rotation, others: Sequence[Rotation]) -> None:
         nn.Module.__init__(self)
         self.raw = own.raw
         self._cache = None
+        self._placed: tuple[Any, ...] | None = None
         # Not submodules: they belong to their own adapters.
         self.__dict__["others"] = tuple(others)
 
     def forward(self) -> Float[Tensor, "rank hidden"]:
         """Return R, with RRᵀ = I to fp32 rounding."""
+        if self.training and self._placed != self._stamp():
+            self.place()
+        return self._beside()
+
+    def place(self) -> None:
+        """Make the parameter R itself."""
+        self.raw.data.copy_(self._beside().detach())
+        self._placed = self._stamp()
+
+    def _beside(self) -> Tensor:
         before = torch.cat([other() for other in self.__dict__["others"]]).detach()
         return orthonormal_rows(torch.cat([before, self.raw]))[len(before) :]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.raw.is_meta:
-            destination[f"{prefix}raw"] = self().detach()
+            self.place()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 def keep_orthogonal(model: Any, adapter: str, to: Sequence[str]) -> None:
@@ -228,6 +239,7 @@ def _place_beside(phi: nn.Module, others: Sequence[nn.Module]) -> None:
     beside = RotationBeside(own, fixed)
     with torch.no_grad():
         if isinstance(phi, LoReft) and phi.act is None:  # the edit keeps its A = W − R
-            phi.source.weight += beside() - own()
-        beside.raw.copy_(beside())
+            phi.source.weight -= own()
+            phi.source.weight += beside()
+        beside.place()
     phi.rotation = beside

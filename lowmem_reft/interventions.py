@@ -133,6 +133,10 @@ class Rotation(nn.Module):
             self._cache = None
         return super().train(mode)
 
+    def _stamp(self) -> tuple[Any, ...]:
+        """What changes whenever an optimizer, or a load, writes to the parameter."""
+        return (self.raw._version, self.raw.data_ptr(), self.raw.device, _num_optimizer_steps)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the factorization out of copies and pickles."""
         return {**self.__dict__, "_cache": None}
@@ -141,7 +145,7 @@ class Rotation(nn.Module):
         """Return R, with RRᵀ = I to fp32 rounding."""
         if not self.training:
             return orthonormal_rows(self.raw)  # nothing tells whether `raw.data` was written to
-        key = (self.raw._version, self.raw.data_ptr(), self.raw.device, _num_optimizer_steps)
+        key = self._stamp()
         if self._cache is None or self._cache[0] != key:
             # The values are kept so that no later ones can come to lie at the same address.
             self._cache = (key, self.raw.detach(), _factorize(self.raw))

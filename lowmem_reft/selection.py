@@ -9,6 +9,7 @@ Other tasks: every attended token is prompt. ``prompt_mask`` says instead which 
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -99,11 +100,11 @@ class Selector:
     @contextmanager
     def mixed(self, adapter_names: Sequence[str]) -> Iterator[None]:
         """Let each example be edited by its own adapter ("__base__": by none) for a while."""
-        self._adapter_names = adapter_names
+        before, self._adapter_names = self._adapter_names, adapter_names
         try:
             yield
         finally:
-            self._adapter_names = None
+            self._adapter_names = before
 
     @contextmanager
     def generation(
@@ -118,18 +119,19 @@ class Selector:
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
-        if inputs is None or kwargs.get("past_key_values") is not None:
+        if inputs is None:
             yield kwargs
             return
         mask = kwargs.get("attention_mask")
         if mask is None and inputs.ndim == 2:
             mask = kwargs["attention_mask"] = _infer_mask(model, inputs, kwargs)
+        before = self._prompt, self._prompt_choice  # of a generate around this one
         self._prompt_choice = kwargs.pop("intervention_mask", None)
         self._prompt = torch.ones(inputs.shape[:2]) if mask is None else mask
         try:
             yield kwargs
         finally:
-            self._prompt = self._prompt_choice = None
+            self._prompt, self._prompt_choice = before
 
     def _prompt_length(self) -> int:
         """Return from which cache length on a forward pass is a decode step, past the prompt."""
@@ -142,7 +144,7 @@ class Selector:
         if self._adapter_names is None:
             return {name: None for name in active if name in self.configs}
         names = self._adapter_names
-        if batch % len(names):
+        if batch % len(names) or (self._prompt is None and batch != len(names)):
             raise InputError(
                 f"adapter_names must have one name per example ({batch}), got {len(names)}; "
                 "use '__base__' for examples without an adapter"
@@ -226,8 +228,18 @@ def _shape(call: dict[str, Any]) -> tuple[int, int]:
 
 
 def _past_length(call: dict[str, Any]) -> int:
+    """Return how many tokens the cache of a call holds."""
     cache = call.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length())
+    if cache is not None:
+        return int(cache.get_seq_length())
+    # Recurrent models: their state says at most whether it holds any tokens, which are all so far.
+    state = call.get("cache_params")
+    state = call.get("state") if state is None else state
+    if state is None:
+        return 0
+    if hasattr(state, "has_previous_state"):
+        return sys.maxsize if state.has_previous_state() else 0
+    return sys.maxsize if int(getattr(state, "seqlen_offset", 1)) else 0
 
 
 def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:

@@ -324,6 +324,16 @@ class ReftModel(BaseTuner):
         with self.current.selector.generation(self.model, args, kwargs) as model_kwargs:
             return self.model.generate(*args, **model_kwargs)
 
+    def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse: continuous batching mixes prompts and new tokens in one sequence.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "ReFT edits prompts, which generate_batch packs together with new tokens; use generate"
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's entry for ``adapter_names``: one adapter (or ``__base__``) per example."""

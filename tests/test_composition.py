@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from snippets import read_blocks
 from torch import Tensor, nn
 
@@ -266,18 +267,23 @@ def test_a_rotation_beside_others_is_the_rest_of_one_larger_rotation() -> None:
     own, first, second = (Rotation(16, rank).double() for rank in (3, 2, 4))
     for index, each in enumerate((own, first, second)):
         randomize(each, index)
-    beside = RotationBeside(own, [first, second])
+    beside = RotationBeside(own, [first, second])  # in training it makes the parameter R itself
+    beside.eval()
     fixed = torch.cat([first(), second()])
     whole = orthonormal_rows(torch.cat([fixed, own.raw]))
     assert torch.equal(beside(), whole[6:])
     identity = torch.eye(3, dtype=torch.float64)
     torch.testing.assert_close(beside() @ beside().T, identity, rtol=1e-12, atol=1e-12)
     assert (beside() @ fixed.T).abs().max() < 1e-12
+    rows = beside().detach()
+    torch.testing.assert_close(beside.train()(), rows, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(own.raw.detach(), rows, rtol=1e-12, atol=1e-12)
 
 
 def test_the_gradient_of_a_rotation_beside_others_is_that_of_autograd() -> None:
     own, other = Rotation(7, 2).double(), Rotation(7, 3).double()
     beside = RotationBeside(own, [other])
+    beside.eval()
 
     def rows(raw: Tensor) -> Tensor:
         beside.raw.data = raw.detach()
@@ -351,6 +357,44 @@ def test_a_part_that_is_trained_stays_orthogonal_and_leaves_the_other_alone(
     torch.testing.assert_close(logits(loaded), of_b, rtol=1e-5, atol=1e-5)
     assert type(rotation_of(loaded, "two")) is Rotation
     torch.testing.assert_close(rotation_of(loaded, "two")(), rows_b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_whose_training_was_interrupted_ends_as_it_would_have(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    labels = IDS.clone()
+    labels[:, :6] = -100
+
+    def start() -> tuple[Any, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        base = lr.load_base(tiny_llama_dir, storage="fp32", device="cpu")
+        model = get_peft_model(base, reft(), adapter_name="one")
+        model.add_adapter("two", reft())
+        lr.keep_orthogonal(model, "two", to=["one"])
+        model.set_adapter("two")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return model.train(), torch.optim.AdamW(trained, lr=0.05)
+
+    def step(model: Any, optimizer: torch.optim.Optimizer) -> float:
+        loss = model(input_ids=IDS, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    model, optimizer = start()
+    for _ in range(3):
+        step(model, optimizer)
+    weights = get_peft_model_state_dict(model, adapter_name="two")
+    weights = {name: value.clone() for name, value in weights.items()}
+    moments = copy.deepcopy(optimizer.state_dict())
+    expected = [step(model, optimizer) for _ in range(3)]
+    again, optimizer = start()
+    set_peft_model_state_dict(again, weights, adapter_name="two")
+    optimizer.load_state_dict(moments)
+    resumed = [step(again, optimizer) for _ in range(3)]
+    assert expected[-1] < expected[0]
+    assert resumed == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_copy_of_a_model_keeps_its_own_parts_orthogonal(base: Any) -> None:

@@ -15,7 +15,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    RwkvConfig,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import lowmem_reft as lr
@@ -344,8 +351,9 @@ def test_an_unknown_name_in_a_mixed_batch_is_refused(two: Any) -> None:
 
 
 def test_a_mixed_batch_needs_one_name_per_example(two: Any) -> None:
-    with pytest.raises(InputError, match=r"one name per example \(2\), got 3"):
-        logits(two, adapter_names=["default"] * 3)
+    for count in (1, 3):
+        with pytest.raises(InputError, match=rf"one name per example \(2\), got {count}"):
+            logits(two, adapter_names=["default"] * count)
 
 
 def test_a_mixed_batch_is_refused_in_training(two: Any) -> None:
@@ -728,6 +736,71 @@ def test_generation_without_a_mask_leaves_padding_alone(base: Any, with_config: 
         arguments = {"generation_config": GenerationConfig(**arguments)}
     with_mask = model.generate(input_ids=ids, attention_mask=(ids != PAD).long(), **arguments)
     assert torch.equal(model.generate(input_ids=ids, **arguments), with_mask)
+
+
+@pytest.mark.parametrize("way", ["empty", "chunked", "of_the_start", "assisted"])
+def test_generation_from_a_cache_of_the_caller_edits_the_same_tokens(base: Any, way: str) -> None:
+    model = adapt(base, layers="0;2")
+    ids = IDS[:1]
+    base.generation_config.eos_token_id = None
+    cache, more = DynamicCache(config=base.config), {}
+    if way == "chunked":
+        more = {"prefill_chunk_size": 3}
+    if way == "assisted":
+        more = {"assistant_model": copy.deepcopy(base)}
+    if way == "of_the_start":
+        edited = torch.zeros(1, 5, dtype=torch.bool)
+        edited[0, 0] = True
+        with torch.no_grad():
+            model(input_ids=ids[:, :5], past_key_values=cache, intervention_mask=edited)
+    new = model.generate(
+        input_ids=ids, past_key_values=cache, max_new_tokens=5, do_sample=False, **more
+    )
+    assert torch.equal(new, generated_by_hand(model, ids, torch.ones_like(ids), 5))
+
+
+def test_a_model_that_assists_itself_generates_the_same(base: Any) -> None:
+    model = adapt(base, layers="0;2")
+    arguments = {"input_ids": IDS[:1], "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**arguments)
+    assert torch.equal(model.generate(assistant_model=model, **arguments), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # that fast kernels are not installed
+@pytest.mark.parametrize("num_prompt", [1, 6])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+        RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+    ],
+    ids=["mamba", "rwkv"],
+)
+def test_a_recurrent_model_edits_the_prompt_and_no_new_token(config: Any, num_prompt: int) -> None:
+    model = adapt(AutoModelForCausalLM.from_config(config).eval(), positions="all")
+    ids = torch.randint(1, 64, (1, num_prompt))
+
+    def scores(**arguments: Any) -> Tensor:
+        out = model.generate(
+            input_ids=ids,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **arguments,
+        )
+        return torch.stack(out.logits)
+
+    from_state = scores(use_cache=True)
+    torch.testing.assert_close(from_state, scores(use_cache=False), rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        assert not torch.allclose(from_state, scores(), atol=1e-4)
+
+
+def test_continuous_batching_is_refused(base: Any) -> None:
+    with pytest.raises(NotImplementedError, match="use generate"):
+        adapt(base).generate_batch([[1, 2, 3]])
 
 
 def test_generation_takes_positional_input(base: Any) -> None:
