@@ -9,8 +9,8 @@ recomputation under activation checkpointing.
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -35,6 +35,8 @@ from lowmem_reft.selection import Selection, Selector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+logger = logging.getLogger(__name__)
 
 SUBMODULE = "reft"
 
@@ -189,11 +191,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 restored = True
             if not parameter.is_meta:
                 self._full_precision[name] = parameter.data
-        if restored:
-            warnings.warn(
-                "something cast the interventions to 16 bit; they are restored to fp32",
-                stacklevel=2,
-            )
+        if restored:  # nothing to act on: TRL does it to every quantized base
+            logger.info("something cast the interventions to 16 bit; they are restored to fp32")
         return restored
 
     def _move_adapter_to_device_of_base_layer(

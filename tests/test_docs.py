@@ -133,7 +133,6 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # the Trainer's default
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL
-@pytest.mark.filterwarnings("ignore:something cast the interventions:UserWarning")  # TRL
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page: Path, runner: Runner, uploads: dict[str, list[str]]) -> None:
     for block in read_blocks(page):

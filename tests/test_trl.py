@@ -29,9 +29,8 @@ from lowmem_reft.trainers import PromptMixin, ReuseMixin
 trl = pytest.importorskip("trl", minversion="1.16")
 
 pytestmark = [
-    # TRL speaks transformers' older names, and casts what is trained on a 4-bit base.
+    # TRL speaks transformers' older names.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:something cast the interventions:UserWarning"),
 ]
 
 CHAT_TEMPLATE = (
