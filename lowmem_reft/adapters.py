@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.adapted import load_adapted
-from lowmem_reft.attach import keep_dtypes, peft_notices_hidden
+from lowmem_reft.adapted import load_adapted, other_base_said
+from lowmem_reft.attach import keep_dtypes
 from lowmem_reft.errors import InputError
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
 
@@ -31,7 +31,7 @@ class NamedAdapter:
     """One of the adapters that answer, or the base."""
 
     name: str
-    """The name of its folder, or ``__base__``."""
+    """The name of its folder (of the run's, where that is ``adapter``), or ``__base__``."""
     peft_name: str
     """Its name in the model, which may not hold dots."""
     directory: Path | None
@@ -90,7 +90,7 @@ def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tu
     model, tokenizer = load_adapted(options, trained[0].directory if trained else None, card)
     for adapter in trained[1:]:
         try:
-            with peft_notices_hidden():
+            with other_base_said(options.model, Path(str(adapter.directory)), adapter.card):
                 model.load_adapter(str(adapter.directory), adapter_name=adapter.peft_name)
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(
@@ -142,7 +142,11 @@ def _split(given: str | None) -> list[str]:
 
 
 def _name(part: str) -> str:
-    return part if part == BASE else Path(part).resolve().name
+    if part == BASE:
+        return part
+    path = Path(part).resolve()
+    run = path.parent.name  # empty for /adapter
+    return run if run and path.name == "adapter" else path.name
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -1,30 +1,36 @@
 """Continues prompts in left-padded batches, from a file or the command line.
 
 Every adapter answers every prompt. Answers are written as they come, prompt by prompt and adapter
-by adapter, and a file that is there is completed.
+by adapter, and a file that is there is completed if the same would have made its answers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowmem_reft.adapters import answering, find_adapters, load_together, mixes_in_a_batch
-from lowmem_reft.answer_file import as_line, keep_answers
+from lowmem_reft.answer_file import as_line, keep_answers, lock, note_run
+from lowmem_reft.base import QUANTIZED
 from lowmem_reft.data import Collator, Row, encode_prompts, load_rows
+from lowmem_reft.devices import dtype_name, resolve_compute_dtype
 from lowmem_reft.errors import InputError
+from lowmem_reft.identity import checkpoint_digest
 from lowmem_reft.options import DecodingOptions
 from lowmem_reft.progress import progress
+from lowmem_reft.provenance import file_digest
 from lowmem_reft.virtual_tokens import generate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
     from typing import TextIO
 
     from lowmem_reft.adapters import NamedAdapter
@@ -50,7 +56,8 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
     )
     named = options.adapter is not None
     questions = [_question(row, each if named else None) for row in rows for each in adapters]
-    texts = _kept(options, questions, adapters)
+    run = {} if options.output is None else _run(options, adapters)
+    texts = _kept(options, questions, run)
     result: dict[str, Any] = {
         "num_examples": len(questions),
         "num_kept": len(texts),
@@ -63,11 +70,13 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
         print(f"{options.output} holds all answers; --overwrite writes it anew", file=sys.stderr)
     else:
         model, tokenizer = load_together(options.model, adapters)
+        # Of a base of the hub it may be known only now.
+        run["base_digest"] = checkpoint_digest(options.model.model)
         prompts, result["num_cut_prompts"] = _encode(rows, adapters, tokenizer)
         started = time.perf_counter()
         names = [each.peft_name for _ in rows for each in adapters]
         new = _new_answers(model, tokenizer, prompts, names, len(texts), options)
-        texts = [*texts, *_written(new, questions[len(texts) :], options)]
+        texts = [*texts, *_written(new, questions, len(texts), options, run)]
         encoded = tokenizer(texts[result["num_kept"] :], add_special_tokens=False)["input_ids"]
         result["num_new_tokens"] = sum(map(len, encoded))
         result["tokens_per_s"] = result["num_new_tokens"] / (time.perf_counter() - started)
@@ -100,11 +109,15 @@ def _new_answers(
 
 
 def _written(
-    texts: Iterator[str], questions: Sequence[dict[str, Any]], options: GenerateOptions
+    texts: Iterator[str],
+    questions: Sequence[dict[str, Any]],
+    num_kept: int,
+    options: GenerateOptions,
+    run: dict[str, Any],
 ) -> Iterator[str]:
-    """Write every answer as soon as it is there, and pass it on."""
-    with _opened(options) as stream:
-        for question, text in zip(questions, texts, strict=True):
+    """Write every answer after the first ``num_kept`` as soon as it is there, and pass it on."""
+    with _opened(options, run, num_kept) as stream:
+        for question, text in zip(questions[num_kept:], texts, strict=True):
             stream.write(as_line(question, text))
             stream.flush()
             yield text
@@ -216,9 +229,7 @@ def _question(row: Row, adapter: NamedAdapter | None) -> dict[str, Any]:
 
 
 def _kept(
-    options: GenerateOptions,
-    questions: Sequence[dict[str, Any]],
-    adapters: Sequence[NamedAdapter],
+    options: GenerateOptions, questions: Sequence[dict[str, Any]], run: dict[str, Any]
 ) -> list[str]:
     if options.output is None:
         return []
@@ -228,20 +239,41 @@ def _kept(
         )
     if options.overwrite:
         return []
-    kept = keep_answers(options.output, questions)
-    newer = [each.name for each in adapters if kept and _is_newer(each, options.output)]
-    if newer:
-        warnings.warn(
-            f"adapter {', '.join(newer)} was written after {len(kept)} answers in "
-            f"{options.output}, which are kept; --overwrite asks it again",
-            stacklevel=3,
-        )
-    return kept
+    return keep_answers(options.output, questions, run)
 
 
-def _is_newer(adapter: NamedAdapter, output: Path) -> bool:
-    files = [] if adapter.directory is None else adapter.directory.glob("adapter_model.*")
-    return any(file.stat().st_mtime > output.stat().st_mtime for file in files)
+def _run(options: GenerateOptions, adapters: Sequence[NamedAdapter]) -> dict[str, Any]:
+    """Return what determines the answers to given prompts, as JSON has it."""
+    base, card = Path(options.model.model), adapters[0].card
+    dtype = card.compute_dtype
+    if card.storage not in QUANTIZED:
+        dtype = card.storage
+    elif dtype == "auto":
+        dtype = dtype_name(resolve_compute_dtype(dtype, options.model.device))
+    run: dict[str, Any] = {
+        "base": str(base.resolve()) if base.is_dir() else options.model.model,
+        "base_digest": checkpoint_digest(options.model.model),
+        "storage": card.storage,
+        "compute_dtype": dtype,
+        "adapters": [adapter.name for adapter in adapters],
+    }
+    for adapter in adapters:
+        if adapter.directory is not None:
+            run[f"{adapter.name}: digest"] = _adapter_digest(adapter.directory)
+        run[f"{adapter.name}: template"] = adapter.card.template
+        run[f"{adapter.name}: max_length"] = adapter.card.max_length
+    decoding = asdict(options.decoding)
+    run |= decoding | {"stop": list(options.decoding.stop), "batch_size": options.batch_size}
+    if not options.decoding.temperature:  # nothing is drawn
+        del run["seed"], run["batch_size"]
+    return run
+
+
+def _adapter_digest(directory: Path) -> str:
+    """Digest of an adapter's weights and configuration."""
+    files = sorted(path for path in directory.glob("adapter_*") if path.is_file())
+    digests = [file_digest(file) for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def _encode(
@@ -266,12 +298,21 @@ def _encode(
 
 
 @contextmanager
-def _opened(options: GenerateOptions) -> Iterator[TextIO]:
+def _opened(options: GenerateOptions, run: dict[str, Any], num_kept: int) -> Iterator[TextIO]:
     if options.output is None:
         yield sys.stdout
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w" if options.overwrite else "a", encoding="utf-8") as stream:
+    with options.output.open("a", encoding="utf-8") as stream:
+        if options.output.is_file():  # not a device
+            if not lock(stream, as_it_was=None if options.overwrite else num_kept):
+                raise InputError(
+                    f"output must be written by one process, got {str(options.output)!r}, which "
+                    "another one is writing; name another file"
+                )
+            if options.overwrite:
+                stream.truncate(0)
+            note_run(options.output, run)
         yield stream
 
 

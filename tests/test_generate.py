@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_reft import cli
+from lowmem_reft import cli, generate
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
 from lowmem_reft.generate import generate_batches, run_generation
@@ -178,24 +180,67 @@ def test_an_interrupted_file_becomes_what_it_would_have_been(
 
 
 def test_a_whole_file_is_neither_redone_nor_overwritten(
-    options: GenerateOptions, no_base: None, capsys: pytest.CaptureFixture[str]
+    options: GenerateOptions, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options.output.parent.mkdir()
-    lines = [json.dumps({"prompt": prompt, "response": "my own"}) for prompt in PROMPTS]
-    options.output.write_text("\n".join(lines) + "\n")
+    run_generation(options)
     before = written(options)
+    request.getfixturevalue("no_base")
     result = run_generation(options)
     assert (result["num_examples"], result["num_kept"], result["num_new_tokens"]) == (5, 5, 0)
     assert written(options) == before
     assert "holds all answers; --overwrite writes it anew" in capsys.readouterr().err
 
 
-def test_overwrite_starts_anew(options: GenerateOptions) -> None:
+def run_file(options: GenerateOptions) -> Path:
+    return options.output.with_name("answers.jsonl.run.json")
+
+
+def begun(options: GenerateOptions, num_kept: int = 2) -> bytes:
+    """Leave what an interrupted run leaves: some answers, and what made them."""
+    run_generation(replace(options, overwrite=True))
+    lines = written(options).splitlines(keepends=True)[:num_kept]
+    options.output.write_bytes(b"".join(lines))
+    return written(options)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_another_process_writes_to_is_left_alone(
+    options: GenerateOptions, overwrite: bool
+) -> None:
+    assert options.output is not None
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"one process, .* another one is writing"):
+            run_generation(replace(options, overwrite=overwrite))
+        assert options.output.read_bytes() == b""
+    assert run_generation(options)["num_kept"] == 0
+
+
+def test_answers_that_another_process_adds_meanwhile_are_not_written_twice(
+    options: GenerateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = generate.load_together
+
+    def load_while_another_run_finishes(*arguments: Any) -> Any:
+        monkeypatch.setattr(generate, "load_together", load)
+        run_generation(options)
+        return load(*arguments)
+
+    monkeypatch.setattr(generate, "load_together", load_while_another_run_finishes)
+    with pytest.raises(InputError, match="another one is writing"):
+        run_generation(options)
+    assert run_generation(options)["num_kept"] == run_generation(options)["num_examples"]
+
+
+def test_overwrite_replaces_the_answers_and_what_is_known_of_them(options: GenerateOptions) -> None:
     run_generation(options)
     before = written(options)
     options.output.write_text("something else")
+    run_file(options).write_text("something else")
     assert run_generation(replace(options, overwrite=True))["num_kept"] == 0
     assert written(options) == before
+    assert run_generation(options)["num_kept"] == 5
 
 
 @pytest.mark.parametrize(
@@ -213,9 +258,10 @@ def test_overwrite_starts_anew(options: GenerateOptions) -> None:
     ],
 )
 def test_a_file_of_something_else_is_refused_and_left_as_it_is(
-    options: GenerateOptions, no_base: None, content: str, line: int
+    options: GenerateOptions, request: pytest.FixtureRequest, content: str, line: int
 ) -> None:
-    options.output.parent.mkdir()
+    run_generation(options)
+    request.getfixturevalue("no_base")
     options.output.write_text(content)
     with pytest.raises(InputError, match=rf"line {line}; name another file, or add --overwrite"):
         run_generation(options)
@@ -259,11 +305,143 @@ def test_a_run_that_is_interrupted_keeps_what_it_has_and_says_so(
     assert written(options) == whole
 
 
+def greedy(options: GenerateOptions) -> GenerateOptions:
+    return replace(options, decoding=DecodingOptions(max_new_tokens=5))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"decoding": {"max_new_tokens": 12}}, r"got max_new_tokens 12 \(was 5\) for"),
+        ({"decoding": {"temperature": 0.0}}, r"got temperature 0.0 \(was 1.0\) for"),
+        ({"decoding": {"top_p": 0.5}}, r"got top_p 0.5 \(was 1.0\) for"),
+        ({"decoding": {"stop": ("\n", "b")}}, r"got stop \['\\n', 'b'\] \(was \[\]\) for"),
+        ({"decoding": {"seed": 1}}, r"got seed 1 \(was 0\) for"),
+        ({"batch_size": 4}, r"got batch_size 4 \(was 2\) for"),
+        ({"template": "Q: {prompt}"}, r"template 'Q: \{prompt\}' \(was '\{prompt\}'\) for"),
+        ({"max_length": 16}, r"max_length 16 \(was 512\) for"),
+        (
+            {"model": {"storage": "bf16"}},
+            r"got storage 'bf16' \(was 'fp32'\), compute_dtype 'bf16'",
+        ),
+        (
+            {"decoding": {"max_new_tokens": 12}, "template": "Q: {prompt}"},
+            r"template 'Q: \{prompt\}' \(was '\{prompt\}'\), max_new_tokens 12 \(was 5\) for",
+        ),
+    ],
+)
+def test_answers_that_were_made_otherwise_are_refused_and_left_as_they_are(
+    options: GenerateOptions,
+    request: pytest.FixtureRequest,
+    changed: dict[str, Any],
+    message: str,
+) -> None:
+    before, run = begun(options), run_file(options).read_bytes()
+    request.getfixturevalue("no_base")
+    fields = {
+        name: replace(getattr(options, name), **value) if isinstance(value, dict) else value
+        for name, value in changed.items()
+    }
+    with pytest.raises(InputError, match=f"{message}.*name another file, or add --overwrite"):
+        run_generation(replace(options, **fields))
+    assert (written(options), run_file(options).read_bytes()) == (before, run)
+
+
+def test_the_dtype_of_quantized_arithmetic_is_part_of_a_run(options: GenerateOptions) -> None:
+    nf4 = replace(options.model, storage="nf4", compute_dtype="fp32")
+    begun(replace(options, model=nf4))
+    with pytest.raises(InputError, match=r"got compute_dtype 'bf16' \(was 'fp32'\) for"):
+        run_generation(replace(options, model=replace(nf4, compute_dtype="bf16")))
+
+
+def test_where_nothing_is_drawn_neither_seed_nor_batch_size_is_part_of_a_run(
+    options: GenerateOptions,
+) -> None:
+    begun(greedy(options))
+    other = DecodingOptions(max_new_tokens=5, seed=1)
+    assert run_generation(replace(options, decoding=other, batch_size=3))["num_kept"] == 2
+
+
+def test_answers_of_another_base_are_refused(
+    options: GenerateOptions, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    shutil.copytree(tiny_llama_dir, mine)
+    shutil.copytree(tiny_llama_dir, other)
+    asked = replace(options, model=replace(options.model, model=str(mine)))
+    before = begun(asked)
+    with pytest.raises(InputError, match=r"got base '.*other' \(was '.*mine'\) for"):
+        run_generation(replace(options, model=replace(options.model, model=str(other))))
+    model = AutoModelForCausalLM.from_pretrained(mine)
+    model.lm_head.weight.data.mul_(2)
+    model.save_pretrained(mine)
+    with pytest.raises(InputError, match=r"got base_digest '\w+' \(was '\w+'\) for"):
+        run_generation(asked)
+    assert written(options) == before
+
+
+def test_a_base_that_is_fetched_again_is_compared_once_it_is_there(
+    options: GenerateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = begun(options)
+
+    def fetched(digest: str) -> None:  # it is in no cache at first
+        digests = iter([None, digest])
+        monkeypatch.setattr("lowmem_reft.generate.checkpoint_digest", lambda _: next(digests))
+
+    fetched("another")
+    with pytest.raises(InputError, match="base_digest 'another'"):
+        run_generation(options)
+    assert written(options) == before
+    fetched(json.loads(run_file(options).read_text())["base_digest"])
+    assert run_generation(options)["num_kept"] == 2
+    fetched("never asked for")
+    assert run_generation(options)["num_kept"] == 5
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"base": '])
+def test_answers_of_which_nothing_is_known_are_refused(
+    options: GenerateOptions, content: str | None
+) -> None:
+    before = begun(options)
+    if content is None:
+        run_file(options).unlink()
+    else:
+        run_file(options).write_text(content)
+    with pytest.raises(InputError, match=r"without answers\.jsonl\.run\.json, .* add --overwrite"):
+        run_generation(options)
+    assert written(options) == before
+    assert run_generation(replace(options, overwrite=True))["num_kept"] == 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_is_interrupted_before_its_first_answer_binds_nobody(
+    options: GenerateOptions, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    if overwrite:
+        begun(greedy(options))
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lowmem_reft.generate.torch.manual_seed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_generation(replace(options, overwrite=overwrite))
+    assert run_file(options).is_file()
+    assert written(options) == b""
+    other = replace(options, batch_size=4)
+    assert [run_generation(each)["num_kept"] for each in (other, other)] == [0, 5]
+    options.output.unlink()  # who removes the answers is not bound either
+    assert [run_generation(each)["num_kept"] for each in (options, options)] == [0, 5]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_said(options: GenerateOptions) -> None:
     with pytest.raises(OSError, match="No space") as said:
         run_generation(replace(options, output=Path("/dev/full")))
     assert said.value.errno == errno.ENOSPC
+    assert not Path("/dev/full.run.json").exists()
 
 
 # How tokens are chosen.
@@ -369,16 +547,36 @@ def test_adapters_that_do_not_go_together_are_refused_before_the_base_is_loaded(
         run_generation(unsaid)
 
 
-def test_answers_of_an_adapter_that_was_trained_again_are_kept_and_said(
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_answers_of_an_adapter_that_was_trained_again_are_refused(
+    options: GenerateOptions, tiny_llama_dir: Path, tmp_path: Path, file: str
+) -> None:
+    one = save_adapter(tiny_llama_dir, tmp_path / "one")
+    save_adapter(tiny_llama_dir, tmp_path / "two", seed=1)
+    asked = replace(options, adapter=one)
+    before = begun(asked)
+    (tmp_path / "one" / "adapter_2").mkdir()  # as PEFT saves a second one
+    content = (tmp_path / "two" / file).read_bytes()
+    (tmp_path / "one" / file).write_bytes(content + b" " * file.endswith("json"))
+    os.utime(tmp_path / "one" / file, (1, 1))  # also if it is older than the answers
+    with pytest.raises(InputError, match=r"got one: digest '\w+' \(was '\w+'\) for"):
+        run_generation(asked)
+    assert written(options) == before
+
+
+def test_an_adapter_in_a_folder_named_adapter_has_the_name_of_its_run(
     options: GenerateOptions, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    asked = replace(options, adapter=save_adapter(tiny_llama_dir, tmp_path / "one"))
-    run_generation(asked)
-    assert run_generation(asked)["num_kept"] == 5
-    later = options.output.stat().st_mtime + 10
-    os.utime(tmp_path / "one" / "adapter_model.safetensors", (later, later))
-    with pytest.warns(UserWarning, match="adapter one was written after 5 answers"):
-        assert run_generation(asked)["num_kept"] == 5
+    one = save_adapter(tiny_llama_dir, tmp_path / "runA" / "adapter", seed=1)
+    two = save_adapter(tiny_llama_dir, tmp_path / "runB" / "adapter", seed=2)
+    run_generation(replace(options, adapter=f"{one},{two}"))
+    names = [json.loads(line)["adapter"] for line in written(options).splitlines()]
+    assert names == ["runA", "runB"] * 5
+    whole = replace(options, adapter=str(tmp_path / "runA"), overwrite=True)
+    run_generation(whole)
+    assert run_generation(replace(options, adapter=one))["num_kept"] == 5
+    with pytest.raises(InputError, match=r"got adapters \['runB'\] \(was \['runA'\]\) for"):
+        run_generation(replace(options, adapter=two))
 
 
 def test_adapters_of_bases_with_other_names_are_warned_of(
