@@ -189,6 +189,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "embedded": comparison,
     "trec": comparison,
     "trec2500": comparison,
+    "trec500": comparison,
     "trec_frontier": comparison,
     "sst2": comparison,
     "tasks": tasks,
