@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.attach import keep_dtypes, peft_notices_hidden, prepare_base
@@ -14,6 +15,7 @@ from lowmem_reft.identity import OTHER_BASE, checkpoint_digest, other_base
 from lowmem_reft.training_card import load_card
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from lowmem_reft.options import ModelOptions
@@ -76,8 +78,6 @@ def load_adapted(
     from peft import PeftConfig, PeftModel
 
     tokenizer = load_tokenizer(options.model)
-    if adapter is not None:
-        _warn_of_another_base(options.model, adapter, card)
     if adapter is None and resident != "all":
         raise InputError(f"resident must be all without an adapter, got {resident!r}; leave it out")
     upper_for = PeftConfig.from_pretrained(str(adapter)) if resident == "upper" else None
@@ -86,25 +86,41 @@ def load_adapted(
         return base.eval(), tokenizer
     try:
         prepare_base(base, PeftConfig.from_pretrained(str(adapter)))
-        with peft_notices_hidden():
-            warnings.filterwarnings("ignore", OTHER_BASE, UserWarning)  # it is said by now
+        with other_base_said(options.model, adapter, card):
             model = PeftModel.from_pretrained(base, str(adapter)).eval()
     except (RuntimeError, ValueError, OSError) as error:
+        named = f" {card.base!r}" if card.base != options.model else ", which it does not name"
         raise InputError(
-            f"adapter must fit the model {options.model!r}, got {str(adapter)!r}; it was made for "
-            f"{card.base!r} ({str(error).splitlines()[0]})"
+            f"adapter must fit the model {options.model!r}, got {str(adapter)!r}; give the base "
+            f"that it was made for{named} ({what_differs(error)})"
         ) from error
     keep_dtypes(model)
     return model, tokenizer
 
 
-def _warn_of_another_base(model: str, adapter: Path, card: TrainingCard) -> None:
-    """Say that an adapter is put on another base, or another quantization, than its own."""
-    trained = load_card(adapter)
+def what_differs(error: Exception) -> str:
+    """Return the first thing that torch, or whoever raised it, says of an adapter and a base."""
+    first, *rest = (line.strip() for line in str(error).splitlines() or [type(error).__name__])
+    return rest[0] if first.endswith(":") and rest else first
+
+
+@contextmanager
+def other_base_said(model: str, adapter: Path, card: TrainingCard) -> Iterator[None]:
+    """Say that an adapter is put on another base, or another storage, than its own, and only once.
+
+    Args:
+        model: Hub id or directory of the base at hand.
+        adapter: Directory of the adapter, which PEFT loads meanwhile.
+        card: How the base at hand is stored.
+    """
+    trained, said = load_card(adapter), None
     if trained is not None:
         said = other_base(
             (trained.base, trained.storage, trained.base_digest),
             (model, card.storage, checkpoint_digest(model)),
         )
+    with peft_notices_hidden():
         if said is not None:
             logger.warning(said)
+            warnings.filterwarnings("ignore", OTHER_BASE, UserWarning)
+        yield

@@ -21,9 +21,15 @@ import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from lowmem_reft.blocks import find_blocks
@@ -36,6 +42,7 @@ from lowmem_reft.devices import (
 )
 from lowmem_reft.distributed import shards_model
 from lowmem_reft.errors import InputError
+from lowmem_reft.identity import commit_of
 from lowmem_reft.options import Storage
 from lowmem_reft.residency import EMBEDDING, Checkpoint, Residency, fill_buffers
 
@@ -160,6 +167,7 @@ def load_base(
     freeze(base, task_type)
     if activation_checkpointing:
         enable_activation_checkpointing(base)
+    base.config._commit_hash = commit_of(model, revision)  # which transformers has left out
     return_freed_memory()
     return base
 
@@ -171,6 +179,8 @@ def load_tokenizer(model: str | Path, *, revision: str = "main") -> Any:
         InputError: there is no tokenizer, or it has neither a pad nor an eos token.
     """
     _check_path(model)
+    if not Path(model).is_dir():
+        _check_on_hub(model, revision)  # transformers would ask for one file after the other
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(model), revision=revision, trust_remote_code=False
@@ -340,6 +350,33 @@ def _check_path(model: str | Path) -> None:
         )
 
 
+def _check_on_hub(model: str | Path, revision: str) -> None:
+    """Refuse a hub id of which nothing can be had."""
+    try:
+        cached_file(
+            str(model), CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+    except OSError as error:
+        raise _not_found(model, error) from error
+
+
+def _not_found(model: str | Path, error: Exception) -> InputError:
+    """Return what to say of a hub id, or a directory's name, that transformers does not find."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, LocalEntryNotFoundError):
+        why = "the hub cannot be reached"
+    elif isinstance(cause, GatedRepoError):
+        why = "its repository on the hub is gated"
+    elif isinstance(cause, RepositoryNotFoundError):
+        why = "the hub has no such repository, or none that you may read"
+    else:
+        why = _line(error)
+    return InputError(
+        f"model must be a directory with a config.json or a hub id, got {str(model)!r}: there is "
+        f"no such directory, and {why}; check name, network and access rights"
+    )
+
+
 def load_config(model: str | Path, revision: str = "main") -> Any:
     """Read the configuration of a hub id or a directory.
 
@@ -352,9 +389,11 @@ def load_config(model: str | Path, revision: str = "main") -> Any:
             str(model), revision=revision, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not Path(model).exists():
+            raise _not_found(model, error) from error
         raise InputError(
-            "model must be a directory with a config.json or a reachable hub id, "
-            f"got {str(model)!r}; check name, network and access rights ({_line(error)})"
+            f"model must be a directory with a config.json or a hub id, got {str(model)!r}; check "
+            f"what is there ({_line(error)})"
         ) from error
 
 

@@ -9,6 +9,7 @@ output holds nothing but the answers.
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ def run_chat(options: ChatOptions) -> dict[str, Any]:
     with contextlib.suppress(ValueError):  # not in the main thread
         # SIGTERM ends the program, unlike Ctrl-C; the command line restores its own handler.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # one byte that is no UTF-8 does not end a pipe
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     chat.say_how_messages_are_written()
     if is_terminal:

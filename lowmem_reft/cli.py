@@ -9,6 +9,13 @@ With ``--json`` the last line of standard output is one JSON object; all else go
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # before the imports below: Ctrl-C is heard during them too
+    from lowmem_reft.entry import main as guarded
+
+    sys.exit(guarded())
+
 import contextlib
 import errno
 import gc
@@ -19,13 +26,12 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from unittest import mock
 
 import tyro
@@ -65,21 +71,21 @@ Options = (
     | ExportPyreftOptions
 )
 
-_Commands = (
-    Annotated[TrainOptions, tyro.conf.subcommand("train")]
-    | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
-    | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
-    | Annotated[ChatOptions, tyro.conf.subcommand("chat")]
-    | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
-    | Annotated[SweepOptions, tyro.conf.subcommand("sweep")]
-    | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
-    | Annotated[ProfileOptions, tyro.conf.subcommand("profile")]
-    | Annotated[TasksOptions, tyro.conf.subcommand("tasks")]
-    | Annotated[MethodsOptions, tyro.conf.subcommand("methods")]
-    | Annotated[CacheOptions, tyro.conf.subcommand("cache")]
-    | Annotated[ImportPyreftOptions, tyro.conf.subcommand("import-pyreft")]
-    | Annotated[ExportPyreftOptions, tyro.conf.subcommand("export-pyreft")]
-)
+_COMMANDS: dict[str, Any] = {
+    "train": TrainOptions,
+    "evaluate": EvaluateOptions,
+    "generate": GenerateOptions,
+    "chat": ChatOptions,
+    "compare": CompareOptions,
+    "sweep": SweepOptions,
+    "plan": PlanOptions,
+    "profile": ProfileOptions,
+    "tasks": TasksOptions,
+    "methods": MethodsOptions,
+    "cache": CacheOptions,
+    "import-pyreft": ImportPyreftOptions,
+    "export-pyreft": ExportPyreftOptions,
+}
 
 # Module and function of each: imported when it is called, because most import torch.
 _HANDLERS: dict[type, tuple[str, str]] = {
@@ -97,6 +103,26 @@ _HANDLERS: dict[type, tuple[str, str]] = {
     ImportPyreftOptions: ("pyreft.importing", "run_import"),
     ExportPyreftOptions: ("pyreft.exporting", "run_export"),
 }
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _choice_or_nothing(info: Any) -> Any:
+    """Offer the choices of ``Literal | None`` in their order; tyro's own would be that of a set."""
+    first, *rest = get_args(info.type) or (None,)
+    if rest != [type(None)] or get_origin(first) is not Literal:
+        return None
+    choices = get_args(first)
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or value in choices,
+        str_from_instance=lambda value: [str(value)],
+        choices=choices,
+    )
+
 
 _LAUNCHER_ENDS_ALL_S = 2.0
 """Within this time a launcher that sees one process fail has ended the others."""
@@ -134,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"num_processes must be 1 for {arguments[0]}, got {distributed.num_processes()}; "
                 "only train shares its work between processes, so leave the launcher out"
             )
+    except BrokenPipeError:
+        return _reader_left()
     except InputError as error:
         return _report(arguments[0], f"error: {error}", code=2)
     command = arguments[0]
@@ -141,9 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _sigterm_as_interrupt():
             num_failed = _run(options)
     except BrokenPipeError:
-        # The reader (head, less) has left. Python's own flush at exit must not fail over it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _reader_left()
     except KeyboardInterrupt:
         return _report(command, "interrupted", _what_is_kept(options), code=130)
     except InputError as error:
@@ -158,6 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _reader_left() -> int:
+    """End after the reader of a pipe (head, less), so that Python's flush at exit does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
 def _parse(arguments: list[str]) -> Options:
     """Turn the arguments into options.
 
@@ -165,18 +197,24 @@ def _parse(arguments: list[str]) -> Options:
         InputError: a value breaks its rule.
         SystemExit: the help was asked for, or tyro has said what is wrong.
     """
+    # tyro knows of the one subcommand alone, so what it suggests for a typo is an option of that.
+    name, is_known = (
+        arguments[0] if arguments else "",
+        bool(arguments) and arguments[0] in _COMMANDS,
+    )
 
     def parse() -> Options:
         options: Options = tyro.cli(
-            _Commands,
-            prog="lowmem-reft",
-            description=_DESCRIPTION,
-            args=arguments,
+            _COMMANDS[name] if is_known else _all_commands(),
+            prog=f"lowmem-reft {name}" if is_known else "lowmem-reft",
+            description=None if is_known else _DESCRIPTION,
+            args=arguments[1:] if is_known else arguments,
             config=(
                 tyro.conf.OmitArgPrefixes,  # --rank, not --method.rank
                 tyro.conf.DisallowNone,  # "--rank INT", not "--rank {None}|INT"
                 tyro.conf.FlagCreatePairsOff,  # every flag is off by default: no --no-json
             ),
+            registry=_REGISTRY,
         )
         return options
 
@@ -193,6 +231,12 @@ def _parse(arguments: list[str]) -> Options:
                 raise error from None
             error = error.__context__
     return parse()
+
+
+def _all_commands() -> Any:
+    """Return the union of all subcommands' options."""
+    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in _COMMANDS.items()]
+    return Union[tuple(named)]  # noqa: UP007 - there is no | of a list
 
 
 def _run(options: Options) -> int:
@@ -390,7 +434,3 @@ def _report(command: str, *lines: str, code: int) -> int:
     for line in lines:
         print(f"lowmem-reft {command}: {line}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

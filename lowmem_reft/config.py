@@ -56,7 +56,7 @@ class ReftConfig(PeftConfig):
     target_modules: str | None = field(default=None, repr=False)
     """Derived from ``layers`` and ``component``: a regular expression over module names."""
     base_storage: str | None = field(default=None, repr=False)
-    """How the base was stored in training; noted when the adapter is made."""
+    """How the base was stored in training; noted when the adapter is put on it."""
     base_digest: str | None = field(default=None, repr=False)
     """Of the base's checkpoint, noted likewise; another one is warned of when it is loaded."""
 
@@ -64,7 +64,6 @@ class ReftConfig(PeftConfig):
         """Check every field."""
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = peft_type(NAME)
-        self.is_of_a_base = self.base_storage is not None or self.base_digest is not None
         reads = intervention_options(self.intervention)
         if self.init is None:
             self.init = "paper" if self.act else "identity"

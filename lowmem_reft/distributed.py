@@ -206,6 +206,13 @@ def check_sharded_run(options: TrainOptions, storage: str) -> None:
         "dequantize_upper": options.reuse.dequantize_upper,
         "embedding_on_host": options.memory.embedding_on_host,
     }
+    from accelerate.utils import compare_versions
+
+    if options.run.resume and compare_versions("accelerate", "<", "1.15"):
+        raise InputError(
+            "resume must be left out with FSDP before accelerate 1.15, got it: the state of the "
+            "optimizer would be lost; pip install 'accelerate>=1.15'"
+        )
     for name, is_set in ours.items():
         if is_set:
             raise InputError(

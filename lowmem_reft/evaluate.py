@@ -170,7 +170,11 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
             for line in _prediction_lines(rows, scores, card):
                 file.write(json.dumps(line) + "\n")
     summary = scores.summary() | {"storage": card.storage}
-    if trained is not None and trained.storage != card.storage and not options.only_given_storage:
+    if (
+        trained is not None
+        and trained.storage not in (None, card.storage)
+        and not options.only_given_storage
+    ):
         own = replace(card, storage=trained.storage, compute_dtype=trained.compute_dtype)
         summary |= _score_as_trained(options, adapter, own, rows)
     return summary

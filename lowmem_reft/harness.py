@@ -314,11 +314,15 @@ def _bars(*, shown: bool) -> Iterator[None]:
 
 @contextmanager
 def _notices_hidden() -> Iterator[None]:
-    """Keep notices off the terminal that are about how the harness itself would load a model."""
+    """Keep notices off the terminal that are about how the harness itself would load a model.
+
+    And git's complaint about a directory that is none of its own: the harness asks it for a commit.
+    """
     harness = logging.getLogger("lm_eval")
     before = harness.level
     harness.setLevel(logging.ERROR)
     try:
-        yield
+        with mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None):
+            yield
     finally:
         harness.setLevel(before)

@@ -1,61 +1,122 @@
 """Which base an adapter belongs to: how it is stored, and a digest of its checkpoint.
 
 An adapter computes what it learned only on the base that it was trained on. The digest is that of
-the files, so it is the same for every storage, dtype and device.
+the tensors on the disk, so it is the same for every storage, compute dtype and device.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.blocks import device_of, find_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
-_NUM_SAMPLES = 32
-_SAMPLE_BYTES = 1 << 14
+_NUM_SAMPLES = 8
+_SAMPLE_BYTES = 1 << 12
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def checkpoint_digest(model: str | Path) -> str | None:
-    """SHA-256 over evenly spaced samples of a checkpoint's weights, as 16 hexadecimal digits.
+def checkpoint_digest(model: str | Path, revision: str | None = "main") -> str | None:
+    """SHA-256 over names, dtypes, shapes and samples of a checkpoint's tensors, as 16 hex digits.
 
-    It reads half a MiB of each file, whatever its size; all of a file that is smaller.
+    It does not depend on how the tensors are spread over files. Of each, at most 32 KiB are read,
+    evenly spaced from its first byte to its last: a few MiB of a 7B model. A change that misses all
+    of them, as of a single row of a large matrix, is not seen.
 
     Args:
         model: Hub id (of which only the local cache is looked at) or local directory.
+        revision: Branch, tag or commit of a hub id. None: not known, which is no matter if there is
+            only one in the cache.
 
     Returns:
-        None if there are no safetensors files.
+        None if there are no safetensors that can be read (a checkpoint of ``.bin`` files has no
+        digest), or if it is not known which revision is meant.
     """
-    directory = _directory(str(model))
-    files = [] if directory is None else sorted(directory.glob("model*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for index in range(_NUM_SAMPLES):
-                file.seek(index * size // _NUM_SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16] if files else None
+    directory = _directory(str(model), revision)
+    try:
+        files = [] if directory is None else _weight_files(directory)
+        tensors = sorted(tensor for path in files for tensor in _tensors(path))
+        return _digest(tensors) if tensors else None
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # loading it says what is wrong
+        return None
 
 
-def _directory(model: str) -> Path | None:
+def commit_of(model: str | Path, revision: str) -> str | None:
+    """Return the commit of a hub id's revision in the local cache; None of a directory."""
+    if Path(model).is_dir():
+        return None
+    directory = _directory(str(model), revision)
+    return None if directory is None else directory.name
+
+
+def _directory(model: str, revision: str | None) -> Path | None:
     if not model or Path(model).is_dir():
         return Path(model) if model else None
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, local_files_only=True))
+        found = Path(snapshot_download(model, revision=revision, local_files_only=True))
     except (OSError, ValueError):  # not in the cache, or not a name of the hub at all
         return None
+    return None if revision is None and len(list(found.parent.iterdir())) > 1 else found
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Return the files that transformers would load: the whole one, else those of the index."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [directory / name for name in sorted(set(names))]
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str, Path, int, int]]:
+    """Yield each tensor's name, its dtype and shape, and where in the file it starts and ends."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("not a safetensors file")
+        header = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            yield name, f"{entry['dtype']} {entry['shape']}", path, start, end
+
+
+def _digest(tensors: list[tuple[str, str, Path, int, int]]) -> str:
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        # Unbuffered: a buffer would read ahead of every sample.
+        opened = {
+            path: stack.enter_context(path.open("rb", buffering=0))
+            for path in dict.fromkeys(tensor[2] for tensor in tensors)
+        }
+        for name, kind, path, start, end in tensors:
+            digest.update(f"{name} {kind}\n".encode())
+            file, last = opened[path], max(start, end - _SAMPLE_BYTES)
+            for index in range(_NUM_SAMPLES if last > start else 1):
+                file.seek(start + index * (last - start) // (_NUM_SAMPLES - 1))
+                digest.update(file.read(min(_SAMPLE_BYTES, end - start)))
+    return digest.hexdigest()[:16]
 
 
 def storage_of(model: nn.Module) -> str | None:
@@ -72,25 +133,30 @@ def storage_of(model: nn.Module) -> str | None:
 
 
 def note_base(config: Any, model: nn.Module) -> None:
-    """Write into a new adapter's configuration what it is trained on; compare a loaded one's.
+    """Write into an adapter's configuration what it is trained on; compare a loaded one's.
+
+    An adapter that is loaded to be used keeps the base of its training. One that is made, or that
+    is trained further, is from now on of the base that it is put on; if it was of one of another
+    name, which ``get_peft_model`` has replaced by then, there is a warning.
 
     Args:
-        config: A ``ReftConfig``; one that was read from a file has the base of its training.
+        config: A ``ReftConfig`` or ``LoraReftConfig``.
         model: The base that the adapter is put on.
     """
     if device_of(model).type == "meta":  # a prediction
         return
-    storage = storage_of(model)
-    digest = checkpoint_digest(getattr(model, "name_or_path", ""))
-    if config.is_of_a_base:
-        said = other_base(
-            (config.base_model_name_or_path, config.base_storage, config.base_digest),
-            (getattr(model, "name_or_path", None), storage, digest),
-        )
+    name = getattr(model, "name_or_path", None) or None
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    here = name, storage_of(model), checkpoint_digest(name or "", commit)
+    trained = config.base_model_name_or_path, config.base_storage, config.base_digest
+    if config.inference_mode or trained[0] not in (None, name):
+        said = other_base(trained, here)
         if said:
             warnings.warn(said, stacklevel=2)
-    else:
-        config.base_storage, config.base_digest = storage, digest
+    if not config.inference_mode:
+        config.base_model_name_or_path = name or trained[0]
+    if not config.inference_mode or trained[1:] == (None, None):
+        config.base_storage, config.base_digest = here[1:]
 
 
 def other_base(

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
+from lowmem_reft.identity import note_base
 from lowmem_reft.registration import peft_type, register
 from lowmem_reft.tuner import ReftModel
 
@@ -39,6 +40,10 @@ class LoraReftConfig(LoraConfig):
 
     reft: dict[str, Any] = field(default_factory=dict)
     """Fields of the ``ReftConfig``; its ``task_type`` is that of this configuration."""
+    base_storage: str | None = field(default=None, repr=False)
+    """As in ``ReftConfig``."""
+    base_digest: str | None = field(default=None, repr=False)
+    """As in ``ReftConfig``."""
 
     def __post_init__(self) -> None:
         """Check both."""
@@ -58,6 +63,7 @@ class LoraReftModel(LoraModel):
     tuner_layer_cls: Any = BaseTunerLayer
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        note_base(config, model)
         # PEFT wants a prefix of its own for each method; LoRA's layers are found by theirs.
         self.prefix = LoraModel.prefix
         super()._pre_injection_hook(model, config, adapter_name)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype
 from lowmem_reft.methods import resolve_learning_rate
 from lowmem_reft.options import TrainOptions
 from lowmem_reft.provenance import device_name
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 _UNSAID = {"json", "quiet", "resume"}
 """Options that say nothing about the adapter."""
+
+_FILES = {"model", "data", "validation_data", "eval_data"}
+"""Options whose text may be a file or a folder; the others that name one hold a ``Path``."""
 
 _SETTINGS = (
     *("rank", "r", "alpha", "lora_alpha", "layers", "positions", "tie", "component", "act", "init"),
@@ -55,9 +59,13 @@ def write_model_card(
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(directory / "README.md")
 
 
-def command_of(options: TrainOptions) -> str:
+def command_of(options: TrainOptions, num_processes: int = 1) -> str:
     """Return the command that trains the same again, without the directories of this machine."""
-    return shlex.join(["lowmem-reft", "train", *_words(options)])
+    start = ["lowmem-reft"]
+    if num_processes > 1:
+        start = ["accelerate", "launch", "--num_processes", str(num_processes)]
+        start += ["-m", "lowmem_reft.cli"]
+    return shlex.join([*start, "train", *_words(options)])
 
 
 def _words(options: Any) -> list[str]:
@@ -68,7 +76,9 @@ def _words(options: Any) -> list[str]:
             words += _words(value)
         elif value != field.default and field.name not in _UNSAID:
             flag = f"--{field.name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, _portable(value)]
+            is_file = isinstance(value, Path) or field.name in _FILES
+            text = _portable(value) if is_file else str(value)
+            words += [flag] if value is True else [flag, text]
     return words
 
 
@@ -88,13 +98,14 @@ def _sections(
         if is_local
         else f"[`{base}`](https://huggingface.co/{base})"
     )
+    launched = "; Accelerate's own configuration is not named" * (result["num_processes"] > 1)
     facts = [
         ("base", where),
         ("checkpoint digest", card.base_digest and f"`{card.base_digest}`"),
-        ("stored as", f"`{card.storage}`, computed in `{card.compute_dtype}`"),
+        ("stored as", f"`{card.storage}`, computed in `{_computed_in(options, card)}`"),
         ("method", f"`{card.method}`, {result['num_trainable_params']:,} trained parameters"),
         ("settings", _settings(directory)),
-        ("training", _training(options)),
+        ("training", _training(options, result)),
         ("training rows", f"{result['num_examples']:,}, SHA-256 `{card.data_digest}`"),
         ("prompts", f"`{card.template!r}`, at most {card.max_length} tokens with the answer"),
         ("seed", card.seed),
@@ -105,13 +116,14 @@ def _sections(
         "stored otherwise, it may answer differently; loading it there says so.",
         _table(("", ""), facts),
         "## Use",
-        f"```python\n{_usage(card, base, name)}\n```",
+        f"```python\n{_usage(card, base, is_local=is_local)}\n```",
+        "The first line registers ReFT with PEFT, which without it ends in `KeyError: 'REFT'`.",
         "## Measured",
         _table(("", ""), [*_scores(result), *_costs(result)]),
         f"Trained on {device_name(options.model.device)}.",
         "## Command",
-        f"```bash\n{command_of(options)}\n```",
-        "Absolute paths are shortened to their last part.",
+        f"```bash\n{command_of(options, result['num_processes'])}\n```",
+        f"Absolute paths are shortened to their last part{launched}.",
         "## Versions",
         _table(("package", "version"), list(result["versions"].items())),
     ]
@@ -123,22 +135,36 @@ def _settings(directory: Path) -> str:
     return ", ".join(f"{name} `{value}`" for name, value in given.items())
 
 
-def _training(options: TrainOptions) -> str:
+def _training(options: TrainOptions, result: dict[str, Any]) -> str:
     optim = resolve_learning_rate(options.method, options.optim)
     length = f"{optim.max_steps} steps" if optim.max_steps > 0 else f"{optim.epochs:g} epochs"
-    batch = f"{optim.batch_size} x {optim.gradient_accumulation}"
-    return f"`{optim.optim}`, peak rate {optim.lr:g} ({optim.schedule}), {length}, batches {batch}"
+    batch = f"{optim.batch_size} x {optim.gradient_accumulation} accumulation"
+    if result["num_processes"] > 1:
+        batch += f" x {result['num_processes']} processes"
+    return (
+        f"`{optim.optim}`, peak rate {optim.lr:g} ({optim.schedule}), {length}, batches of "
+        f"{result['effective_batch']} ({batch})"
+    )
 
 
-def _usage(card: TrainingCard, base: str, name: str) -> str:
-    more = "" if card.task_type == "CAUSAL_LM" else f', task_type="{card.task_type}"'
+def _computed_in(options: TrainOptions, card: TrainingCard) -> str:
+    """Return what the base computed in, where ``auto`` was given too."""
+    dtype = card.storage if card.storage in DTYPES else card.compute_dtype
+    return dtype_name(resolve_compute_dtype(dtype, options.model.device))
+
+
+def _usage(card: TrainingCard, base: str, *, is_local: bool) -> str:
+    more = "" if card.compute_dtype == "auto" else f', compute_dtype="{card.compute_dtype}"'
+    if card.task_type != "CAUSAL_LM":
+        more += f', task_type="{card.task_type}"'
     if card.num_classes is not None:
         more += f", num_labels={card.num_classes}"
+    where = f"PATH/TO/{base}" if is_local else base
     return (
         "import lowmem_reft as lr\n"
         "from peft import PeftModel\n\n"
-        f'base = lr.load_base("{base}", storage="{card.storage}"{more})\n'
-        f'model = PeftModel.from_pretrained(base, "{name}")  # this folder, or its name on the hub'
+        f'base = lr.load_base("{where}", storage="{card.storage}"{more})\n'
+        'model = PeftModel.from_pretrained(base, ".")  # this folder, or its name on the hub'
     )
 
 

@@ -20,30 +20,35 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[\w-]+(/[\w-]+(\.\d[\w-]*)*)?(:[\w.-]+)?")
 
 
-def read_records(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def read_records(source: str, split: str, name: str = "data") -> Iterator[tuple[str, Any]]:
     """Yield (place, unchecked record) for every row of a file or a ``datasets`` id.
 
     The place is ``file:line``, or ``file, row n`` where there are no lines.
+
+    Args:
+        source: The file or id.
+        split: Of a ``datasets`` id.
+        name: The option that named the source, for messages.
 
     Raises:
         InputError: If the source is missing, broken or of an unknown kind.
     """
     path = Path(source).expanduser()
     if not path.exists() and _HUB_ID.fullmatch(source):
-        yield from _hub_records(source, split)
+        yield from _hub_records(source, split, name)
         return
     if path.suffix not in _READERS:
         raise InputError(
-            f"data must be a {', '.join(_READERS)} file or a datasets id, got {source!r}; "
+            f"{name} must be a {', '.join(_READERS)} file or a datasets id, got {source!r}; "
             "convert it to JSON lines"
         )
     if not path.is_file():
-        raise InputError(f"data must be an existing file, got {source!r}; check the path")
+        raise InputError(f"{name} must be an existing file, got {source!r}; check the path")
     try:
         yield from _READERS[path.suffix](path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"data must be readable UTF-8 text, got {source!r} ({error}); check the file"
+            f"{name} must be readable UTF-8 text, got {source!r} ({error}); check the file"
         ) from error
 
 
@@ -114,7 +119,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: must be a Parquet file ({error}); check the file") from error
 
 
-def _hub_records(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def _hub_records(source: str, split: str, option: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     name, _, config = source.partition(":")
@@ -123,8 +128,8 @@ def _hub_records(source: str, split: str) -> Iterator[tuple[str, Any]]:
     except (OSError, ValueError, RuntimeError) as error:
         # Not found, offline, no such split or configuration, or it wants to run a script.
         raise InputError(
-            f"data must be a {', '.join(_READERS)} file or a datasets id with a split {split!r}, "
-            f"got {source!r} ({error}); check path, id and split"
+            f"{option} must be a {', '.join(_READERS)} file or a datasets id with a split "
+            f"{split!r}, got {source!r} ({error}); check path, id and split"
         ) from error
     for number, record in enumerate(records, start=1):
         yield f"{source}[{split}], row {number}", record

@@ -41,7 +41,12 @@ _KINDS = {
     "label": ("text", "label"),
     "target": ("text", "target"),
 }
+_ALPACA = (
+    "of an Alpaca row, write instruction, and input below it where there is one, as prompt, and "
+    "output as response"
+)
 _WANTED = "prompt + response, messages, prompt + choices + answer, text + label, or text + target"
+_TO_ANSWER = "prompt or messages"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +106,17 @@ def load_rows(
             (``openai/gsm8k:main``).
         split: Split of a ``datasets`` id.
         limit: Read only the first rows.
-        require_response: False also takes prompts and chats that are still to be answered.
+        require_response: False also takes prompts and chats that are still to be answered, as
+            ``generate --input`` does; errors then name that option.
 
     Raises:
         InputError: If the source cannot be read or a row is wrong; the message names file and line.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}; leave it out to use all rows")
+    name, wanted = ("data", _WANTED) if require_response else ("input", _TO_ANSWER)
     rows: list[Row] = []
-    for where, record in islice(read_records(str(source), split), limit):
+    for where, record in islice(read_records(str(source), split, name), limit):
         row = _checked_row(record, where, require_response=require_response)
         if rows and row.kind != rows[0].kind:
             raise InputError(
@@ -119,7 +126,7 @@ def load_rows(
         rows.append(row)
     if not rows:
         raise InputError(
-            f"data must have at least one row, got none in {str(source)!r}; give {_WANTED}"
+            f"{name} must have at least one row, got none in {str(source)!r}; give {wanted}"
         )
     return rows
 
@@ -260,18 +267,21 @@ def _label(row: Row) -> str:
 
 def _checked_row(record: Any, where: str, *, require_response: bool) -> Row:
     """Check one record and build its row; a null is a missing column."""
+    wanted = _WANTED if require_response else _TO_ANSWER
     if not isinstance(record, dict):
         raise InputError(
-            f"{where}: a row must be a JSON object, got {type(record).__name__}; give {_WANTED}"
+            f"{where}: a row must be a JSON object, got {type(record).__name__}; give {wanted}"
         )
     present = {name for name, value in record.items() if value is not None}
     kinds = [kind for kind, names in _KINDS.items() if present.issuperset(names)]
     if not kinds and not require_response and "prompt" in present:
         kinds = ["prompt"]
     if len(kinds) != 1:
-        rule = f"fit only one of: {_WANTED}" if kinds else f"have {_WANTED}"
+        rule = f"fit only one of: {_WANTED}" if kinds else f"have {wanted}"
+        is_alpaca = not kinds and present.issuperset(("instruction", "output"))
         raise InputError(
-            f"{where}: a row must {rule}, got {sorted(map(str, present))}; rename or remove columns"
+            f"{where}: a row must {rule}, got {sorted(map(str, present))}; "
+            f"{_ALPACA if is_alpaca else 'rename or remove columns'}"
         )
     kind = kinds[0]
     if kind == "messages":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import signal
 import statistics
 import sys
@@ -17,12 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from lowmem_reft import distributed
 from lowmem_reft.adapted import load_frozen
 from lowmem_reft.base import load_config, load_tokenizer
 from lowmem_reft.blocks import device_of
+from lowmem_reft.config import ReftConfig
 from lowmem_reft.data import (
     Collator,
     EncodedRows,
@@ -51,8 +57,10 @@ from lowmem_reft.methods import (
 )
 from lowmem_reft.model_card import write_model_card
 from lowmem_reft.plan import fit_into_memory
+from lowmem_reft.positions import IGNORED_LABEL, num_groups, parse_positions
 from lowmem_reft.progress import counter
 from lowmem_reft.provenance import versions
+from lowmem_reft.run_directory import last_checkpoint, prepare_directory
 from lowmem_reft.tracking import RunArguments, Trackers
 from lowmem_reft.training_card import TrainingCard, merge_card
 from lowmem_reft.validation import BestEpoch
@@ -110,7 +118,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     )
     held_out = _read_held_out(chosen.eval_data, chosen.eval_split, chosen.eval_limit, card)
     options = fit_into_memory(options, card, encoded.examples)
-    _prepare_directory(options)
+    prepare_directory(options, card, validation, num_examples=len(encoded.examples))
     model = _attach(options, card, tokenizer)
     settings = _scoring_settings(options)
     best = None
@@ -181,35 +189,6 @@ def _scoring_settings(options: TrainOptions) -> ScoringSettings:
     )
 
 
-def _prepare_directory(options: TrainOptions) -> None:
-    """Clear the checkpoints of a finished run out of the way of a new one.
-
-    Raises:
-        InputError: the checkpoints are of a run that has not finished, and it is not resumed.
-    """
-    directory, result = options.run.output_dir, options.run.output_dir / "result.json"
-    if not distributed.is_main():
-        distributed.wait()
-        if not directory.is_dir():
-            raise InputError(
-                f"output_dir must be a directory that all machines see, got {str(directory)!r}; "
-                "choose one on a shared file system"
-            )
-        return
-    old = sorted(directory.glob("checkpoint-*"))
-    if old and not options.run.resume:
-        if not result.is_file():
-            raise InputError(
-                f"output_dir must not hold checkpoints of an unfinished run, got "
-                f"{str(directory)!r}; add --resume, choose another directory or delete them"
-            )
-        for checkpoint in old:
-            shutil.rmtree(checkpoint)
-    result.unlink(missing_ok=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    distributed.wait()
-
-
 def fit(
     model: PeftModel,
     tokenizer: Any,
@@ -243,7 +222,12 @@ def fit(
     reuse = _prepare_reuse(model, collator, encoded, options)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    checkpoint = None
+    if options.run.resume:
+        checkpoint = str(last_checkpoint(options.run.output_dir))
     training_arguments = _training_arguments(options)
+    if _edits_in_every_batch(model.peft_config["default"], encoded.examples):
+        training_arguments.ddp_find_unused_parameters = False  # there are none
     distributed.shard_on_cpu(training_arguments)
     arguments: dict[str, Any] = {
         "model": model,
@@ -260,6 +244,8 @@ def fit(
         ]
         arguments["data_collator"] = IndexCollator(collator, reuse.announce)
         trainer = ReuseTrainer(**arguments, reuse=reuse)
+    if trainer.pop_callback(PrinterCallback) is not None and not options.run.quiet:
+        trainer.add_callback(_LossLines())
     if trackers is not None:
         trackers.hold(trainer)
     with ExitStack() as stack:
@@ -271,7 +257,7 @@ def fit(
                     "dequantize_upper has no effect: %s",
                     "nothing is reused" if reuse is None else "the base has no 4-bit layers",
                 )
-        outcome = trainer.train(resume_from_checkpoint=_checkpoint(options))
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
         peak = _cuda_peak(device)
         peak = {**_peak_of_a_step(trainer, collator, encoded.examples, reuse), **peak}
     if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
@@ -478,21 +464,23 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
     return arguments
 
 
-def _checkpoint(options: TrainOptions) -> str | None:
-    """Return the newest checkpoint's directory if the run is to be resumed."""
-    if not options.run.resume:
-        return None
-    found = [
-        path
-        for path in options.run.output_dir.glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file()
-    ]
-    if not found:
-        raise InputError(
-            f"resume must find a checkpoint in {str(options.run.output_dir)!r}, got none; "
-            "leave it out"
-        )
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2])))
+def _edits_in_every_batch(config: Any, examples: Sequence[dict[str, Any]]) -> bool:
+    """Return whether each parameter is sure to have a gradient in each batch of each process.
+
+    ReFT's do if no prompt is too short for all of a layer's interventions. Of other methods, which
+    may reach into experts that no token is sent to, it is not known.
+    """
+    if not isinstance(config, ReftConfig):
+        return False
+    needed = num_groups(parse_positions(config.positions), config.tie)  # a token for each
+    return all(_num_prompt_tokens(example) >= needed for example in examples)
+
+
+def _num_prompt_tokens(example: dict[str, Any]) -> int:
+    labels = example["labels"]
+    if not isinstance(labels, list):  # of a classifier, all of whose tokens are prompt
+        return len(example["input_ids"])
+    return next(i for i, label in enumerate(labels) if label != IGNORED_LABEL)
 
 
 def _cuda_peak(device: torch.device) -> dict[str, Any]:
@@ -537,6 +525,19 @@ def _peak_of_a_step(
         "reserved_bytes": None,
         "breakdown_bytes": memory.peak.breakdown_bytes,
     }
+
+
+class _LossLines(TrainerCallback):
+    """Prints a line for each loss report where there is no terminal to show a bar on."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print it."""
+        if logs and "loss" in logs and state.is_world_process_zero:
+            print(
+                f"step {state.global_step}/{state.max_steps}  epoch {logs['epoch']:.2f}  "
+                f"loss {logs['loss']:.4g}  learning rate {logs['learning_rate']:.3g}",
+                file=sys.stderr,
+            )
 
 
 @dataclass

@@ -21,13 +21,13 @@ class TrainingCard:
     """Facts that scoring and generation must share with training."""
 
     base: str
-    """Hub id or directory of the base."""
+    """Hub id or directory of the base; empty: not known."""
     storage: Any
-    """How the base was stored."""
+    """How the base was stored; None: not known."""
     compute_dtype: str = "auto"
     """Arithmetic of the base."""
     task_type: str = "CAUSAL_LM"
-    """PEFT task type."""
+    """PEFT task type; empty: not known."""
     template: str = "{prompt}"
     """How a prompt was written."""
     max_length: int = 512
@@ -59,14 +59,17 @@ class TrainingCard:
 
 
 def load_card(directory: Path) -> TrainingCard | None:
-    """Read the card of an adapter; None if it was saved by something else.
+    """Read the card of an adapter; without one, what its PEFT configuration knows of it.
+
+    Returns:
+        None if there is no adapter either.
 
     Raises:
         InputError: the file is there but is not a card.
     """
     path = directory / FILE_NAME
     if not path.is_file():
-        return None
+        return _card_of_config(directory)
     try:
         content = json.loads(path.read_text())
         known = {item.name for item in fields(TrainingCard)}
@@ -74,6 +77,25 @@ def load_card(directory: Path) -> TrainingCard | None:
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} must be a training card, got {error}; delete or restore it"
+        ) from error
+
+
+def _card_of_config(directory: Path) -> TrainingCard | None:
+    """Make a card for an adapter that a Trainer saved."""
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return TrainingCard(
+            base=config.get("base_model_name_or_path") or "",
+            storage=config.get("base_storage"),
+            task_type=config.get("task_type") or "",
+            base_digest=config.get("base_digest"),
+        )
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path} must be a PEFT configuration, got {error}; save the adapter again"
         ) from error
 
 
@@ -95,9 +117,10 @@ def merge_card(
     Raises:
         InputError: the task type contradicts the card.
     """
-    if trained is not None and model.task_type not in (None, trained.task_type):
+    card = trained or TrainingCard(base="", storage=None)
+    if trained is not None and card.task_type and model.task_type not in (None, card.task_type):
         raise InputError(
-            f"task_type must be {trained.task_type}, which the adapter was trained for, got "
+            f"task_type must be {card.task_type}, which the adapter was trained for, got "
             f"{model.task_type!r}; leave it out"
         )
     choices = {
@@ -108,7 +131,9 @@ def merge_card(
         "max_length": max_length,
     }
     given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
-    return replace(trained or TrainingCard(base=model.model, storage="nf4"), **given)
+    defaults = {"base": model.model, "storage": "nf4", "task_type": "CAUSAL_LM"}
+    unknown = {name: value for name, value in defaults.items() if not getattr(card, name)}
+    return replace(card, **(unknown | given))
 
 
 def find_adapter(directory: Path) -> Path:

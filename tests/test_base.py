@@ -9,12 +9,14 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import transformers
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
 from reference import dequantized_copy, relative_error
 from torch import Tensor, nn
@@ -553,15 +555,35 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
         load_base(tmp_path / "nowhere")
 
 
-def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*args: object, **kwargs: object) -> None:
-        raise OSError("We couldn't connect\nand much more")
+@pytest.mark.parametrize(
+    ("cause", "why"),
+    [
+        (LocalEntryNotFoundError("no connection"), "the hub cannot be reached"),
+        (
+            RepositoryNotFoundError("404", response=MagicMock()),
+            "the hub has no such repository, or none that you may read",
+        ),
+        (GatedRepoError("403", response=MagicMock()), "its repository on the hub is gated"),
+        (None, "We couldn't connect"),
+    ],
+)
+def test_a_hub_id_that_cannot_be_had_is_asked_for_once_and_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception | None, why: str
+) -> None:
+    asked = []
+
+    def unreachable(name: str, *args: object, **kwargs: object) -> None:
+        asked.append(name)
+        raise OSError("We couldn't connect\nand much more") from cause
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
-    with pytest.raises(
-        InputError, match=r"'some/model'; check name, network .*couldn't connect\)$"
-    ):
-        load_base("some/model")
+    monkeypatch.setattr("lowmem_reft.base.cached_file", unreachable)
+    for load in (load_base, load_tokenizer):
+        with pytest.raises(
+            InputError, match=rf"'some/model': there is no such directory, and {why}; check name"
+        ):
+            load("some/model")
+    assert asked == ["some/model"] * 2
 
 
 def test_a_directory_without_a_model_or_tokenizer_is_named(tmp_path: Path) -> None:

@@ -242,6 +242,19 @@ def read_until(terminal: int, text: str, timeout_s: float = 60) -> str:
     return seen
 
 
+def test_a_byte_that_is_no_utf_8_does_not_end_a_pipe(
+    chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As Python opens standard input where the locale says nothing of an encoding.
+    said = io.BytesIO(b"caf\xe9 \xff\n/reset\na fox\n")
+    stdin = io.TextIOWrapper(said, encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    command = f"chat --model {chat_dir} --device cpu --storage fp32 --max-new-tokens 6"
+    assert cli.main(command.split()) == 0
+    answers = [continued(chat_dir, None, f"u: {text}\na:") for text in ("caf� �", "a fox")]
+    assert capsys.readouterr().out == shown(*answers)
+
+
 def test_in_a_terminal_there_is_a_prompt_and_ctrl_c_and_ctrl_d_work(
     chat_dir: Path, adapters: Path
 ) -> None:

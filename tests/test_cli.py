@@ -4,6 +4,7 @@ import ast
 import errno
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
@@ -320,3 +321,46 @@ def test_a_reader_that_leaves_is_not_a_traceback():
     assert process.stderr.read() == ""
     assert process.wait() == 1
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        ["-m", "lowmem_reft.cli"],
+        ["-c", "import sys; from lowmem_reft.entry import main; sys.exit(main())"],
+    ],
+)
+def test_ctrl_c_during_the_imports_is_no_traceback(start, tmp_path):
+    # tyro is imported first of all that is large: here it interrupts, inside exec as it may happen.
+    (tmp_path / "tyro.py").write_text(
+        "import os, signal\nexec('os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(9): pass')\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, *start, "tasks"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(cli.__file__).parents[1]}"},
+    )
+    assert (finished.returncode, finished.stderr) == (130, "\nlowmem-reft: interrupted\n")
+
+
+def test_a_reader_that_leaves_the_help_is_not_a_traceback():
+    command = f"{sys.executable} -m lowmem_reft.cli train --help | true"
+    finished = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert finished.stderr == ""
+
+
+def test_choices_are_shown_in_their_order_and_none_is_not_among_them(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*TRAIN, "--storage", "nf5"])
+    said = re.sub(r"[│\s]+", " ", capsys.readouterr().err)
+    assert "('nf4', 'fp4', 'int8', 'bf16', 'fp16', 'fp32')" in said
+
+
+def test_a_typo_is_answered_with_options_of_the_same_subcommand(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*GENERATE, "--adaptr", "x"])
+    said = capsys.readouterr().err
+    assert said.count("--adapter ") == 1
+    assert "lowmem-reft generate --help" in said

@@ -262,6 +262,11 @@ USER = {"role": "user", "content": "hi"}
 BAD_ROWS = {
     "not an object": ([1], "must be a JSON object, got list"),
     "unknown columns": ({"question": "a"}, r"must have prompt \+ response.*got \['question'\]"),
+    "alpaca": (
+        {"instruction": "a", "input": "b", "output": "c"},
+        r"got \['input', 'instruction', 'output'\]; of an Alpaca row, write instruction, and input "
+        "below it where there is one, as prompt, and output as response",
+    ),
     "null response": ({"prompt": "a", "response": None}, r"got \['prompt'\]; rename"),
     "two kinds": ({**GOOD, "text": "a", "label": "b"}, "must fit only one of"),
     "empty prompt": ({"prompt": "", "response": "b"}, "prompt must be a non-empty string, got ''"),
@@ -333,6 +338,21 @@ def test_a_wrong_file_is_an_error_that_names_it(name: str, tmp_path: Path) -> No
 def test_a_missing_file_is_an_error_that_names_it(source: str) -> None:
     with pytest.raises(InputError, match=f"must be an existing file, got '{source}'"):
         load_rows(source)
+
+
+def test_a_source_of_prompts_that_is_wrong_is_called_input_and_is_asked_for_prompts(
+    tmp_path: Path,
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for path, message in {
+        empty: "input must have at least one row, got none in .*; give prompt or messages$",
+        tmp_path / "none.jsonl": "input must be an existing file",
+        tmp_path / "rows.txt": "input must be a .jsonl",
+        _write(tmp_path / "rows.jsonl", {"question": "a"}): "must have prompt or messages, got",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            load_rows(path, require_response=False)
 
 
 def test_prompts_without_response_are_read_on_request(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
-from peft import get_peft_model
+from accelerate.utils import compare_versions
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lowmem_reft import ReftConfig, cli, distributed, load_base
@@ -32,7 +33,8 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.train import run_training
+from lowmem_reft.positions import assign_groups, num_groups, parse_positions
+from lowmem_reft.train import _edits_in_every_batch, run_training
 from lowmem_reft.tuner import ReftLayer
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +115,7 @@ def test_two_processes_train_the_adapter_of_one_with_twice_the_accumulation(
     assert (two["num_processes"], two["effective_batch"]) == (2, one["effective_batch"])
     assert "2 examples x 2 accumulation x 2 processes = 8" in done.stderr
     assert done.stderr.count("reuse: trunk") == 1
+    assert "find_unused_parameters" not in done.stderr
     assert two["best_epoch"] == one["best_epoch"]
     assert two["eval"]["loss"] == pytest.approx(one["eval"]["loss"], abs=1e-5)
     assert json.loads((out / "result.json").read_text())["eval"] == two["eval"]
@@ -120,6 +123,9 @@ def test_two_processes_train_the_adapter_of_one_with_twice_the_accumulation(
     assert len(list((out / "reuse").glob("trunk-*"))) == 1
 
 
+@pytest.mark.skipif(
+    compare_versions("accelerate", "<", "1.15"), reason="loses the optimizer's state under FSDP"
+)
 def test_a_killed_process_ends_a_sharded_run_in_words_and_resume_trains_the_same_adapter(
     options: TrainOptions, tmp_path: Path
 ) -> None:
@@ -226,6 +232,16 @@ def test_what_a_sharded_base_cannot_be_trained_with_is_refused(
         run_training(replace(options, **changes))
 
 
+def test_a_sharded_run_is_not_resumed_by_an_accelerate_that_loses_the_optimizer(
+    monkeypatch: pytest.MonkeyPatch, options: TrainOptions
+) -> None:
+    monkeypatch.setattr("accelerate.utils.compare_versions", lambda *_: True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(InputError, match=r"before accelerate 1\.15"):
+        run_training(replace(options, run=replace(options.run, resume=True)))
+
+
 def test_a_base_in_8_bits_is_not_sharded(
     monkeypatch: pytest.MonkeyPatch, options: TrainOptions
 ) -> None:
@@ -246,6 +262,44 @@ def test_a_part_that_edits_nothing_has_a_gradient_only_where_processes_must_redu
     (out.sum() + 0 * hidden.sum()).backward()
     grad = layer.reft_phi["default"][0].source.weight.grad
     assert (grad if grad is None else float(grad.abs().max())) == gradient
+
+
+@pytest.mark.parametrize(
+    ("positions", "tie", "num_prompt_tokens", "is_sure"),
+    [
+        ("f7+l7", "sides", 2, True),
+        ("f7+l1", "sides", 2, True),
+        ("f1+l7", "sides", 1, False),
+        ("l7", "sides", 1, True),
+        ("f2+l2", "tied", 1, True),
+        ("l3", "positions", 3, True),
+        ("l3", "positions", 2, False),
+        ("f2+l2", "positions", 3, False),
+        ("all", "tied", 1, True),
+    ],
+)
+def test_processes_need_not_look_for_unused_parameters_if_every_prompt_is_long_enough(
+    positions: str, tie: str, num_prompt_tokens: int, is_sure: bool
+) -> None:
+    config = ReftConfig(positions=positions, tie=tie, task_type="CAUSAL_LM")
+    labels = [-100] * num_prompt_tokens + [5]
+    examples = [
+        {"input_ids": [5] * 9, "labels": [-100] * 8 + [5]},
+        {"input_ids": [5] * len(labels), "labels": labels},
+    ]
+    assert _edits_in_every_batch(config, examples) == is_sure
+    # What the rule rests on: the shortest prompt alone has a token for each intervention or not.
+    groups = assign_groups(
+        parse_positions(positions), tie, torch.ones(1, num_prompt_tokens, dtype=torch.bool)
+    )
+    wanted = num_groups(parse_positions(positions), tie)
+    assert ({*groups[0].tolist()} >= {*range(wanted)}) == is_sure
+
+
+def test_processes_look_for_unused_parameters_of_methods_that_may_have_some() -> None:
+    examples = [{"input_ids": [5] * 9, "labels": 1}]
+    assert not _edits_in_every_batch(LoraConfig(), examples)
+    assert _edits_in_every_batch(ReftConfig(positions="f2+l2", task_type="SEQ_CLS"), examples)
 
 
 def test_mixed_precision_is_refused_where_it_would_cast_what_is_gathered(

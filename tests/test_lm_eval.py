@@ -155,6 +155,41 @@ def test_choices_get_the_log_likelihoods_of_our_own_scorer_item_by_item(
     assert result["num_cut_contexts"] == 0
 
 
+def test_choices_that_begin_with_a_space_need_the_empty_delimiter_that_the_documentation_names(
+    evaluation: EvaluateOptions, tasks: Path
+) -> None:
+    answers = []
+    for space, delimiter in (("", " "), (" ", " "), (" ", "")):
+        lines = [
+            json.dumps(
+                {"prompt": prompt, "choices": [space + c for c in choices], "answer": answer}
+            )
+            for prompt, choices, answer in ROWS
+        ]
+        rows = tasks / f"rows{len(answers)}.jsonl"
+        rows.write_text("\n".join(lines))
+        head = CHOICE_TASK.format(name="films", file=rows, kind="multiple_choice")
+        more = f"doc_to_target: answer\ndoc_to_choice: choices\ntarget_delimiter: '{delimiter}'\n"
+        (tasks / "films.yaml").write_text(head + more)
+        run_evaluation(evaluation)
+        answers.append([sample["resps"] for sample in samples(evaluation)])
+    page = Path(__file__).parent.parent / "docs" / "how-to" / "lm-eval.md"
+    assert 'set `target_delimiter: ""`' in page.read_text(encoding="utf-8")
+    assert answers[2] == answers[0]  # what --data scores, with and without the space
+    assert answers[1] != answers[0]
+
+
+def test_git_does_not_complain_where_there_is_no_repository(
+    evaluation: EvaluateOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_evaluation(evaluation)
+    assert "git" not in capfd.readouterr().err
+
+
 def test_the_task_of_the_documentation_runs(
     evaluation: EvaluateOptions, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

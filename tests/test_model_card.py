@@ -14,11 +14,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_reft import cli, evaluate
 from lowmem_reft.base import load_base
 from lowmem_reft.config import ReftConfig
+from lowmem_reft.devices import resolve_compute_dtype
+from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import run_evaluation
 from lowmem_reft.identity import checkpoint_digest, storage_of
 from lowmem_reft.model_card import command_of, write_model_card
@@ -86,10 +88,52 @@ def test_the_folder_is_ready_to_be_shared(
         "| test accuracy |",
         f"| torch | {torch.__version__} |",
         "--max-steps 2",
+        "computed in `fp32`" if resolve_compute_dtype("auto") == torch.float32 else "in `bf16`",
     ):
         assert said in card.text
     assert str(tiny_llama_dir) not in card.content
     assert str(options.run.output_dir.parent) not in card.content
+
+
+def test_the_loading_code_of_the_card_runs_in_the_folder_once_the_base_is_filled_in(
+    trained: tuple[Path, dict[str, Any]], tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = trained
+    text = (directory / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    placeholder = f'"PATH/TO/{tiny_llama_dir.name}"'
+    assert placeholder in code
+    monkeypatch.chdir(directory)
+    names: dict[str, Any] = {}
+    exec(code.replace(placeholder, repr(str(tiny_llama_dir))), names)
+    assert names["model"].peft_config["default"].positions == "f1+l2"
+    assert "without it ends in `KeyError: 'REFT'`" in text
+
+
+def test_an_adapter_for_a_base_of_another_shape_is_refused_with_both_shapes(
+    trained: tuple[Path, dict[str, Any]], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    narrow = tmp_path / "narrow"
+    config = AutoConfig.from_pretrained(tiny_llama_dir)
+    config.hidden_size, config.head_dim = 32, 8
+    AutoModelForCausalLM.from_config(config).save_pretrained(narrow)
+    for path in tiny_llama_dir.glob("tokenizer*"):
+        (narrow / path.name).write_bytes(path.read_bytes())
+    evaluation = EvaluateOptions(
+        model=ModelOptions(model=str(narrow), device="cpu"),
+        data=DataOptions(data=str(tmp_path / "films.jsonl")),
+        adapter=trained[0],
+        quiet=True,
+    )
+    made_for = f"give the base that it was made for {str(tiny_llama_dir)!r} \\(size mismatch for .*"
+    with pytest.raises(InputError, match=made_for + r"\[64, 2\].*\[32, 2\]|\[2, 64\].*\[2, 32\]"):
+        run_evaluation(evaluation)
+    (trained[0] / "training.json").unlink()
+    config_path = trained[0] / "adapter_config.json"
+    known = json.loads(config_path.read_text())
+    config_path.write_text(json.dumps(known | {"base_model_name_or_path": None}))
+    with pytest.raises(InputError, match="that it was made for, which it does not name \\(size"):
+        run_evaluation(evaluation)
 
 
 def test_no_local_path_is_in_the_folder_where_the_base_is_a_hub_id(
@@ -121,6 +165,42 @@ def test_the_command_in_the_card_is_parsed_to_the_same_settings(
     assert cli.main(words[1:]) == 0
     assert (seen[0].method, seen[0].optim) == (options.method, options.optim)
     assert seen[0].data == replace(options.data, data="films.jsonl")
+
+
+def test_only_what_names_files_is_shortened_in_the_command(options: TrainOptions) -> None:
+    template = "/inst {prompt}"
+    options = replace(options, data=replace(options.data, template=template))
+    words = shlex.split(command_of(options))
+    assert words[words.index("--template") + 1] == template
+    for option in ("--model", "--data", "--eval-data", "--validation-data", "--output-dir"):
+        assert not Path(words[words.index(option) + 1]).is_absolute()
+
+
+def test_several_processes_are_in_the_command_and_in_the_batch(
+    trained: tuple[Path, dict[str, Any]], options: TrainOptions
+) -> None:
+    directory, result = trained
+    kept = load_card(directory)
+    assert kept is not None
+    alone = (directory / "README.md").read_text()
+    assert "lowmem-reft train" in alone
+    assert "batches of 4 (4 x 1 accumulation)" in alone
+    result = {**result, "num_processes": 3, "effective_batch": 12}
+    write_model_card(directory, options, kept, result)
+    said = (directory / "README.md").read_text()
+    assert "accelerate launch --num_processes 3 -m lowmem_reft.cli train --model" in said
+    assert "batches of 12 (4 x 1 accumulation x 3 processes)" in said
+
+
+def test_the_use_names_the_dtype_that_was_asked_for(
+    trained: tuple[Path, dict[str, Any]], options: TrainOptions
+) -> None:
+    directory, result = trained
+    kept = load_card(directory)
+    assert kept is not None
+    assert "compute_dtype=" not in (directory / "README.md").read_text()
+    write_model_card(directory, options, replace(kept, compute_dtype="fp32"), result)
+    assert 'storage="nf4", compute_dtype="fp32")' in (directory / "README.md").read_text()
 
 
 @pytest.fixture

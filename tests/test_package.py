@@ -45,11 +45,12 @@ ROWS = (
         "plan",
         "model_card",
         "tracking",
+        "run_directory",
         "train",
     ),
     ("sources", "cell", "engines", "schedule", "report", "budget", "compare", "sweep"),
     ("profile", "cache", "pyreft"),
-    ("cli",),
+    ("entry", "cli"),
 )
 LAYOUT = [module for row in ROWS for module in row]
 WITHOUT_A_PLACE = {"__init__", "_peft_hook"}  # they only name modules; who uses a name imports it

@@ -353,14 +353,27 @@ def test_the_rotation_is_the_one_that_torch_computes(rank: int) -> None:
 
 
 def test_missing_directories_and_trainer_folders_say_what_to_give(tmp_path: Path) -> None:
+    several = copy_of("trainer", tmp_path)
+    shutil.copytree(several / "checkpoint-10", several / "checkpoint-20")
     for directory, hint in (
         (tmp_path / "none", "that pyreft's save wrote"),
-        (DATA / "trainer", "checkpoint-10"),
+        (several, "checkpoint-10, .*checkpoint-20"),
     ):
         with pytest.raises(InputError, match=f"intkey_.*{hint}"):
             run_import(
                 ImportPyreftOptions(directory=directory, positions="l1", output_dir=tmp_path / "o")
             )
+
+
+def test_the_only_checkpoint_of_a_trainer_is_taken(tmp_path: Path) -> None:
+    import_case("trainer", tmp_path / "adapter", directory=DATA / "trainer")
+    check_logits("trainer", tmp_path / "adapter")
+
+
+def test_sides_are_spoken_of_only_where_there_are_two(tmp_path: Path) -> None:
+    for positions, is_said in (("f1", False), ("f1+l1", True)):
+        done = import_case("loreft_tied", tmp_path / positions, positions=positions)
+        assert any("one side alone" in note for note in done["notes"]) == is_said
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -426,7 +439,7 @@ def test_exported_files_are_like_those_that_pyreft_itself_writes(name: str, tmp_
         (ReftConfig(tie="positions", positions="f1+l1"), "tie must be tied or sides"),
         (ReftConfig(intervention="red"), "intervention must be one that pyreft has, got 'red'"),
         (ReftConfig(intervention="bottleneck", component="mlp_output"), "one that pyreft has"),
-        (LoraConfig(target_modules=["q_proj"]), "adapter_dir must hold a ReFT adapter, got one"),
+        (LoraConfig(target_modules=["q_proj"]), "must hold a ReFT adapter, got one of LORA; "),
     ],
 )
 def test_what_pyreft_cannot_express_is_refused(config: Any, message: str, tmp_path: Path) -> None:

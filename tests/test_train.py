@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,6 +160,71 @@ def test_ctrl_c_keeps_a_checkpoint_to_resume_from(options: TrainOptions, tmp_pat
 def test_resume_without_a_checkpoint_is_refused(options: TrainOptions) -> None:
     with pytest.raises(InputError, match="resume must find a checkpoint"):
         run_training(with_run(options, resume=True))
+
+
+@pytest.fixture
+def begun(options: TrainOptions) -> TrainOptions:
+    """Options of a run with a checkpoint of its step 2, and one of step 4."""
+    options = with_run(replace(options, optim=replace(options.optim, max_steps=4)), save_steps=2)
+    run_training(options)
+    return with_run(options, resume=True)
+
+
+def test_other_settings_than_those_of_the_checkpoint_are_refused_and_named(
+    begun: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem_reft.train.load_frozen", lambda *_, **__: pytest.fail("loaded"))
+    less = tmp_path / "less.jsonl"
+    less.write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
+    for message, changes in {
+        "rank 8 instead of not given": {"method": replace(begun.method, rank=8)},
+        "seed 1 instead of 0": {"run": replace(begun.run, seed=1)},
+        "lr 0.1 instead of 0.01": {"optim": replace(begun.optim, lr=0.1)},
+        "effective batch 4 instead of 3": {"optim": replace(begun.optim, batch_size=4)},
+        "storage 'fp32' instead of 'nf4'": {"model": replace(begun.model, storage="fp32")},
+        r"data \(rows \w{12}\) instead of": {"data": DataOptions(data=str(less))},
+        r"validation_data \(rows": {"held_out": HeldOutOptions(validation_data=str(less))},
+        "max_steps must reach the last checkpoint, which is of step 4, got 3": {
+            "optim": replace(begun.optim, max_steps=3)
+        },
+        r"epochs must reach .* of step 4, got 0.5, which are 2 steps": {
+            "optim": replace(begun.optim, max_steps=-1, epochs=0.5)
+        },
+    }.items():
+        with pytest.raises(InputError, match=message):
+            run_training(replace(begun, **changes))
+    assert (begun.run.output_dir / "checkpoint-4").is_dir()
+    assert (begun.run.output_dir / "result.json").is_file()
+
+
+def test_a_run_goes_on_for_longer_and_with_another_split_of_the_batch(begun: TrainOptions) -> None:
+    optim = replace(begun.optim, max_steps=6, batch_size=1, gradient_accumulation=3)
+    result = run_training(with_run(replace(begun, optim=optim), logging_steps=2, save_steps=5))
+    assert result["num_steps"] == 6
+
+
+def test_a_run_that_replaces_an_adapter_says_so(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = with_run(replace(options, optim=replace(options.optim, max_steps=1)), quiet=False)
+    said = f"the adapter in {options.run.output_dir} is replaced: a run has finished there"
+    for is_there in (False, True):
+        run_training(options)
+        assert (said in capsys.readouterr().err) == is_there
+
+
+def test_without_a_terminal_losses_are_lines_and_quiet_leaves_them_out(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = replace(options, optim=replace(options.optim, max_steps=2))
+    run_training(options)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "loss" not in err
+    run_training(with_run(options, quiet=False))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(r"^step 2/2  epoch 0\.50  loss \S+  learning rate \S+$", err, re.MULTILINE)
 
 
 def test_checkpoints_of_an_unfinished_run_are_not_trained_over(options: TrainOptions) -> None:

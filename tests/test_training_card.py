@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import ModelOptions
-from lowmem_reft.training_card import TrainingCard, merge_card
+from lowmem_reft.training_card import TrainingCard, load_card, merge_card
 
 TRAINED = TrainingCard(
     base="base",
@@ -42,3 +44,18 @@ def test_a_task_type_that_contradicts_the_card_is_refused() -> None:
     model = ModelOptions(model="m", task_type="CAUSAL_LM")
     with pytest.raises(InputError, match=r"task_type must be SEQ_CLS.*got 'CAUSAL_LM'; leave it"):
         merge_card(TRAINED, model, template=None, max_length=None)
+
+
+def test_what_neither_the_user_nor_the_adapter_says_is_a_default() -> None:
+    unknown = TrainingCard(base="", storage=None, task_type="")
+    for task_type in (None, "SEQ_CLS"):
+        model = ModelOptions(model="m", task_type=task_type)
+        card = merge_card(unknown, model, template=None, max_length=None)
+        assert card == TrainingCard(base="m", storage="nf4", task_type=task_type or "CAUSAL_LM")
+
+
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
+    for content in ("[]", "{"):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(InputError, match=r"adapter_config\.json must be a PEFT configuration"):
+            load_card(tmp_path)

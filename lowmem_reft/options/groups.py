@@ -47,7 +47,7 @@ class DataOptions:
     """The rows to train on or to score."""
 
     data: str
-    """JSONL, CSV or Parquet file, or a datasets id."""
+    """JSONL, JSON, CSV or Parquet file, or a datasets id."""
     split: str = "train"
     """Split of a datasets id; files have only one."""
     template: str | None = None

@@ -41,7 +41,8 @@ class ScoredDataOptions(DataOptions):
     """The rows to score."""
 
     data: str = ""
-    """JSONL, CSV or Parquet file, or a datasets id. Not with --lm-eval, whose tasks have rows."""
+    """JSONL, JSON, CSV or Parquet file, or a datasets id. Not with --lm-eval, whose tasks have
+    rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

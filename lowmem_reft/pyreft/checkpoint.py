@@ -153,6 +153,8 @@ def _find(directory: Path) -> Path:
     checkpoints = sorted(
         path.parent for path in directory.glob("checkpoint-*/intervenable_model") if path.is_dir()
     )
+    if len(checkpoints) == 1:
+        return _find(checkpoints[0])
     hint = (
         f"give one of {', '.join(map(str, checkpoints))}"
         if checkpoints

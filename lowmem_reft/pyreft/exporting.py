@@ -141,9 +141,10 @@ def _read(directory: Path) -> Adapter:
 
 def _check_expressible(config: Any) -> None:
     if not isinstance(config, ReftConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
         raise InputError(
-            f"adapter_dir must hold a ReFT adapter, got one of {config.peft_type}; pyreft has "
-            "interventions only"
+            f"adapter_dir must hold a ReFT adapter, got one of {kind}; pyreft has interventions "
+            "only"
         )
     if config.intervention not in _CLASSES:
         raise InputError(

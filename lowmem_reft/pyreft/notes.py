@@ -32,7 +32,7 @@ def import_notes(config: ReftConfig, *, model: str | None, is_interleaved: bool)
             "half of that list the first tokens, so unless its locations were made by hand, it was "
             "trained on other tokens than are edited here"
         )
-    if not positions.every:
+    if positions.first and positions.last:
         notes.append(
             f"where a prompt is too short for {config.positions}, each of its tokens is edited "
             "once here, also by one side alone; pyreft's sides edit at most half of a prompt each"

@@ -1,0 +1,173 @@
+"""The directory of a run: what the run began with, and the checkpoints that it goes on from.
+
+``run.json`` holds the settings that decide what is trained. ``--resume`` takes the same ones alone:
+with others the checkpoint would be of another adapter, or of other rows. How long the run goes on,
+where and how fast may change.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from lowmem_reft import distributed
+from lowmem_reft.data import rows_digest
+from lowmem_reft.errors import InputError
+from lowmem_reft.files import write_whole
+from lowmem_reft.methods import resolve_learning_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lowmem_reft.data import Row
+    from lowmem_reft.options import TrainOptions
+    from lowmem_reft.training_card import TrainingCard
+
+FILE_NAME = "run.json"
+
+_OF_THE_CARD = ("storage", "compute_dtype", "task_type", "template", "max_length", "seed")
+_OF_THE_OPTIMIZER = ("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optim")
+
+
+def prepare_directory(
+    options: TrainOptions, card: TrainingCard, validation: Sequence[Row], *, num_examples: int
+) -> None:
+    """Make the directory ready for a run: a new one, or one that goes on.
+
+    The checkpoints of a finished run make way for a new one.
+
+    Args:
+        options: Of the run.
+        card: What is trained, and on what.
+        validation: The rows that choose the best epoch.
+        num_examples: Rows to train on.
+
+    Raises:
+        InputError: the checkpoints are of a run that has not finished and is not resumed; it is to
+            go on with other settings; or there is none to go on from.
+    """
+    directory = options.run.output_dir
+    if not distributed.is_main():
+        distributed.wait()
+        if not directory.is_dir():
+            raise InputError(
+                f"output_dir must be a directory that all machines see, got {str(directory)!r}; "
+                "choose one on a shared file system"
+            )
+        return
+    settings = _settings(options, card, validation)
+    if options.run.resume:
+        _check_same(directory, settings)
+        _check_length(options, num_examples)
+    else:
+        _clear(directory, quiet=options.run.quiet)
+    (directory / "result.json").unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=2) + "\n"
+    write_whole(directory / FILE_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    distributed.wait()
+
+
+def last_checkpoint(directory: Path) -> Path:
+    """Return the newest checkpoint in a run's directory.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [
+        path for path in directory.glob("checkpoint-*") if (path / "trainer_state.json").is_file()
+    ]
+    if not found:
+        raise InputError(
+            f"resume must find a checkpoint in {str(directory)!r}, got none; leave it out"
+        )
+    return max(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _clear(directory: Path, *, quiet: bool) -> None:
+    """Remove the checkpoints of a finished run, and say that its adapter will be replaced."""
+    old = sorted(directory.glob("checkpoint-*"))
+    is_finished = (directory / "result.json").is_file()
+    if old and not is_finished:
+        raise InputError(
+            f"output_dir must not hold checkpoints of an unfinished run, got "
+            f"{str(directory)!r}; add --resume, choose another directory or delete them"
+        )
+    if is_finished and (directory / "adapter").is_dir() and not quiet:
+        print(f"the adapter in {directory} is replaced: a run has finished there", file=sys.stderr)
+    for checkpoint in old:
+        shutil.rmtree(checkpoint)
+
+
+def _settings(
+    options: TrainOptions, card: TrainingCard, validation: Sequence[Row]
+) -> dict[str, Any]:
+    """Return what decides the trained adapter, by the names of the options."""
+    optim = resolve_learning_rate(options.method, options.optim)
+    batch = optim.batch_size * optim.gradient_accumulation * distributed.num_processes()
+    settings = {
+        "model": f"checkpoint {card.base_digest}" if card.base_digest else card.base,
+        "data": f"rows {card.data_digest}",
+        **{name: getattr(card, name) for name in _OF_THE_CARD},
+        **asdict(options.method),
+        **{name: getattr(optim, name) for name in _OF_THE_OPTIMIZER},
+        "effective batch": batch,
+        "validation_data": f"rows {rows_digest(validation)}" if validation else None,
+    }
+    if validation:
+        settings |= asdict(options.scoring)
+    return settings
+
+
+def _check_same(directory: Path, settings: dict[str, Any]) -> None:
+    """Refuse other settings than the run began with, where these are known."""
+    path = directory / FILE_NAME
+    if not path.is_file():
+        return
+    try:
+        begun = dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(f"{path} must be JSON, got {error}; restore or delete it") from error
+    differing = [
+        f"{name} {_shown(value)} instead of {_shown(begun[name])}"
+        for name, value in settings.items()
+        if name in begun and begun[name] != value
+    ]
+    if differing:
+        raise InputError(
+            f"resume must keep the settings that the run in {str(directory)!r} began with, got "
+            f"{', '.join(differing)}; give the old ones, or choose another output_dir and leave "
+            "--resume out"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and value.startswith(("rows ", "checkpoint ")):
+        return f"({value[: value.index(' ') + 13]})"
+    return "not given" if value is None else repr(value)
+
+
+def _check_length(options: TrainOptions, num_examples: int) -> None:
+    """Refuse fewer steps than were taken before the last checkpoint."""
+    step, optim = _step(last_checkpoint(options.run.output_dir)), options.optim
+    if optim.max_steps > 0:
+        name, value, num_steps = "max_steps", float(optim.max_steps), optim.max_steps
+    else:
+        batches = math.ceil(num_examples / (optim.batch_size * distributed.num_processes()))
+        per_epoch = math.ceil(batches / optim.gradient_accumulation)
+        name, value, num_steps = "epochs", optim.epochs, math.ceil(optim.epochs * per_epoch)
+    if num_steps < step:
+        raise InputError(
+            f"{name} must reach the last checkpoint, which is of step {step}, got {value:g}"
+            + ("" if name == "max_steps" else f", which are {num_steps} steps")
+            + "; raise it, or use that checkpoint's adapter"
+        )
