@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.adapted import load_adapted, other_base_said
+from lowmem_reft.adapted import load_adapted, other_base_said, what_differs
 from lowmem_reft.attach import keep_dtypes
 from lowmem_reft.errors import InputError
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
@@ -96,7 +96,7 @@ def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tu
             raise InputError(
                 f"adapter must fit the model {options.model!r} beside {trained[0].name!r}, got "
                 f"{str(adapter.directory)!r}; it was made for {adapter.card.base!r} "
-                f"({str(error).splitlines()[0]})"
+                f"({what_differs(error)})"
             ) from error
     if len(trained) > 1:
         keep_dtypes(model)

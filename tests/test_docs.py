@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from snippets import Runner, read_blocks
 from test_report_browser import CHROMEDRIVER, CHROMIUM, FLAGS
 
-import lowmem_reft
+import lowmem_reft.memory
 from lowmem_reft import cell, report
 from lowmem_reft.cell import Cell, Result, write_cell
 from lowmem_reft.engines import processes
