@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.files import write_whole
+from lowmem_reft.files import write_text_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +93,7 @@ def note_run(path: Path, run: dict[str, Any]) -> None:
     """
     _check_run(path, run)
     text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
-    write_whole(_run_file(path), lambda file: file.write_text(text, encoding="utf-8"))
+    write_text_whole(_run_file(path), text)
 
 
 def _check_run(path: Path, run: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_reft.files import write_whole
+from lowmem_reft.files import write_text_whole
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
@@ -209,7 +209,7 @@ def write_json(path: Path, content: object) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(content), indent=1, allow_nan=False)
-    return write_whole(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+    return write_text_whole(path, text + "\n")
 
 
 def main(arguments: list[str]) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from lowmem_reft.options import TrainOptions
+    from lowmem_reft.options import OptimOptions, TrainOptions
 
 LONGEST_WAIT = timedelta(minutes=30)
 """After this, a process that waits gives up. One that dies is noticed at once, by its connection
@@ -43,6 +43,11 @@ def process_index() -> int:
 def is_main() -> bool:
     """Return whether this process is the one that writes files and speaks."""
     return process_index() == 0
+
+
+def effective_batch(optim: OptimOptions) -> int:
+    """Return the examples of an optimizer step, of all processes together."""
+    return optim.batch_size * optim.gradient_accumulation * num_processes()
 
 
 def shards_model() -> bool:

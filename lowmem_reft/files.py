@@ -14,3 +14,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     write(temporary)
     temporary.replace(path)
     return path
+
+
+def write_text_whole(path: Path, text: str) -> Path:
+    """Write a text file, UTF-8, the same way; return ``path``."""
+    return write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem_reft import distributed
 from lowmem_reft.data import rows_digest
 from lowmem_reft.errors import InputError
-from lowmem_reft.files import write_whole
+from lowmem_reft.files import write_text_whole
 from lowmem_reft.methods import resolve_learning_rate
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def prepare_directory(
     (directory / "result.json").unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings, indent=2) + "\n"
-    write_whole(directory / FILE_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text_whole(directory / FILE_NAME, text)
     distributed.wait()
 
 
@@ -113,14 +113,13 @@ def _settings(
 ) -> dict[str, Any]:
     """Return what decides the trained adapter, by the names of the options."""
     optim = resolve_learning_rate(options.method, options.optim)
-    batch = optim.batch_size * optim.gradient_accumulation * distributed.num_processes()
     settings = {
         "model": f"checkpoint {card.base_digest}" if card.base_digest else card.base,
         "data": f"rows {card.data_digest}",
         **{name: getattr(card, name) for name in _OF_THE_CARD},
         **asdict(options.method),
         **{name: getattr(optim, name) for name in _OF_THE_OPTIMIZER},
-        "effective batch": batch,
+        "effective batch": distributed.effective_batch(optim),
         "validation_data": f"rows {rows_digest(validation)}" if validation else None,
     }
     if validation:

@@ -217,7 +217,8 @@ def fit(
     device = device_of(model)
     watch = _StepWatch(device)
     trainable, total = model.get_nb_trainable_parameters()  # of the base before it is sharded
-    per_step = _effective_batch(options, len(encoded.examples))
+    per_step = distributed.effective_batch(options.optim)
+    _say_effective_batch(options, len(encoded.examples))
     collator: Any = Collator(tokenizer)
     reuse = _prepare_reuse(model, collator, encoded, options)
     if device.type == "cuda":
@@ -301,20 +302,18 @@ def fit(
     }
 
 
-def _effective_batch(options: TrainOptions, num_examples: int) -> int:
-    """Return the examples of an optimizer step; say it where several processes share them."""
+def _say_effective_batch(options: TrainOptions, num_examples: int) -> None:
+    """Say how several processes share the examples of an optimizer step."""
     optim, processes = options.optim, distributed.num_processes()
-    per_step = optim.batch_size * optim.gradient_accumulation * processes
     if processes > 1 and distributed.is_main():
         line = (
             f"effective batch: {optim.batch_size} examples x {optim.gradient_accumulation} "
-            f"accumulation x {processes} processes = {per_step}"
+            f"accumulation x {processes} processes = {distributed.effective_batch(optim)}"
         )
         repeated = -num_examples % (optim.batch_size * processes)
         if repeated:
             line += f"; each epoch ends with {repeated} repeated rows, so that all have as many"
         print(line, file=sys.stderr)
-    return per_step
 
 
 def _prepare_reuse(
@@ -325,8 +324,7 @@ def _prepare_reuse(
     device = device_of(model)
     epochs = optim.epochs
     if optim.max_steps > 0:
-        per_step = optim.batch_size * optim.gradient_accumulation * distributed.num_processes()
-        epochs = optim.max_steps * per_step / len(encoded.examples)
+        epochs = optim.max_steps * distributed.effective_batch(optim) / len(encoded.examples)
     root = _reuse_directory(options)
 
     def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from lowmem_reft.distributed import agree, is_main, set_trained_values, trained_values
-from lowmem_reft.files import write_whole
+from lowmem_reft.files import write_text_whole, write_whole
 
 EPOCHS_FILE = "epochs.jsonl"
 WEIGHTS_FILE = "best.safetensors"
@@ -71,7 +71,7 @@ class BestEpoch(TrainerCallback):
         if weights:
             write_whole(self._directory / WEIGHTS_FILE, lambda path: save_file(weights, path))
         lines = "".join(json.dumps(known) + "\n" for known in self.epochs)
-        write_whole(self._directory / EPOCHS_FILE, lambda path: path.write_text(lines))
+        write_text_whole(self._directory / EPOCHS_FILE, lines)
 
     def restore(self) -> None:
         """Load the weights of the best epoch; they are no longer needed on the disk then."""

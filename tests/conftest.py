@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    """File of eight equal rows with choices."""
+    row = {"prompt": "is the film good? label:", "choices": ["good", "bad"], "answer": 1}
+    path = tmp_path / "films.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 8)
+    return path
 
 
 @pytest.fixture

@@ -39,14 +39,11 @@ from lowmem_reft.training_card import load_card
 
 
 @pytest.fixture
-def options(tiny_llama_dir: Path, tmp_path: Path) -> TrainOptions:
-    data = tmp_path / "films.jsonl"
-    row = {"prompt": "is the film good? label:", "choices": ["good", "bad"], "answer": 1}
-    data.write_text(f"{json.dumps(row)}\n" * 8)
+def options(tiny_llama_dir: Path, films: Path, tmp_path: Path) -> TrainOptions:
     return TrainOptions(
         model=ModelOptions(model=str(tiny_llama_dir), storage="nf4", device="cpu"),
-        data=DataOptions(data=str(data)),
-        held_out=HeldOutOptions(eval_data=str(data), validation_data=str(data)),
+        data=DataOptions(data=str(films)),
+        held_out=HeldOutOptions(eval_data=str(films), validation_data=str(films)),
         method=MethodOptions(rank=2, positions="f1+l2"),
         optim=OptimOptions(max_steps=2, batch_size=4),
         run=RunOptions(output_dir=tmp_path / "film-adapter", quiet=True),
