@@ -10,14 +10,15 @@ bare base, and a batch in which every row has an adapter of its own at least 0.9
 throughput of one adapter for all rows. LoRA r16 on all linear layers is not merged: a 4-bit base
 cannot take it up without rounding, and several adapters share the base.
 
-``prefill_s`` is a call for one new token; ``decode_step_s`` what each further one takes. Every
-method is shown to change the logits of the base (``max_logit_change``).
+``prefill_s`` is what comes before the first new token; ``decode_step_s`` the median of what each
+further one takes. Every method is shown to change the logits of the base (``max_logit_change``).
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from peft import LoraConfig, get_peft_model
+from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.common import environment, ratio, report, summarize
 from benchmarks.reuse import config_of
@@ -122,21 +124,19 @@ def with_adapters(base: Any, configs: Mapping[str, Any]) -> Any:
 def methods_of(options: GenerateBenchmark) -> list[Method]:
     """Return the methods: the bare base, LoReFT and LoRA, each on a base of its own."""
     rows = tuple(f"row_{number}" for number in range(options.batch_size))
-    names = {f"all_rows_{number}": positions for number, positions in enumerate(LOREFT)}
-    names |= dict.fromkeys(rows, "f7+l7")
-    loreft = with_adapters(
-        random_base(options), {name: loreft_config(positions) for name, positions in names.items()}
-    )
-    lora = with_adapters(random_base(options), {name: lora_config() for name in rows})
+
+    def method(label: str, adapters: tuple[str, ...], config: Any) -> Method:
+        model = random_base(options)
+        if config is not None:
+            model = with_adapters(model, dict.fromkeys(adapters, config))
+        return Method(label=label, model=model, adapters=adapters)
+
     return [
-        Method(label=BARE, model=random_base(options), adapters=(BASE,)),
-        *(
-            Method(label=label, model=loreft, adapters=(name,))
-            for label, name in zip(LOREFT.values(), names, strict=False)
-        ),
-        Method(label=LOREFT_MIXED, model=loreft, adapters=rows),
-        Method(label=LORA, model=lora, adapters=rows[:1]),
-        Method(label=LORA_MIXED, model=lora, adapters=rows),
+        method(BARE, (BASE,), None),
+        *(method(label, rows[:1], loreft_config(at)) for at, label in LOREFT.items()),
+        method(LOREFT_MIXED, rows, loreft_config("f7+l7")),
+        method(LORA, rows[:1], lora_config()),
+        method(LORA_MIXED, rows, lora_config()),
     ]
 
 
@@ -152,36 +152,98 @@ def lora_config() -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
 
 
-def generator_of(method: Method, ids: torch.Tensor) -> Callable[[int], float]:
-    """Return what continues the prompts by so many tokens, and says how many seconds it took."""
-    mixed = {"adapter_names": list(method.adapters)} if len(method.adapters) > 1 else {}
+class Continuation(BaseStreamer):
+    """A call of ``generate`` in a thread of its own that stops after each token.
 
-    def generate(num_tokens: int) -> float:
+    Args:
+        method: Who continues.
+        ids: (batch, sequence), the prompts.
+        num_tokens: By how many tokens.
+    """
+
+    def __init__(self, method: Method, ids: torch.Tensor, num_tokens: int) -> None:
+        """Wait for the first turn."""
+        self._method = method
+        self._ids = ids
+        self._num_tokens = num_tokens
+        self._threads = torch.get_num_threads()
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def advance(self) -> float:
+        """Go on until the next token is there and return the seconds that it took.
+
+        The first call goes as far as the prompt, the second one includes the prefill.
+
+        Raises:
+            RuntimeError: ``generate`` failed.
+        """
+        started = time.perf_counter()
+        self._go.release()
+        self._stopped.acquire()
+        seconds = time.perf_counter() - started
+        if self._error is not None:
+            raise RuntimeError(f"{self._method.label} failed in generate") from self._error
+        return seconds
+
+    def put(self, value: torch.Tensor) -> None:
+        """Stop until the next turn; ``generate`` calls it with the prompt and with each token."""
+        self._stopped.release()
+        self._go.acquire()
+
+    def end(self) -> None:
+        """Do nothing: the call is over."""
+
+    def _run(self) -> None:
+        self._go.acquire()
+        torch.set_num_threads(self._threads)
+        try:
+            self._generate()
+        except BaseException as error:
+            self._error = error
+        self._stopped.release()
+
+    def _generate(self) -> None:
+        method, ids = self._method, self._ids
         with torch.no_grad(), answering(method.model, method.adapters[0]):
-            _wait_for(ids.device)
-            started = time.perf_counter()
             output = method.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=num_tokens,
+                max_new_tokens=self._num_tokens,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=0,
-                **mixed,
+                streamer=self,
+                **_mixed(method),
             )
-            _wait_for(ids.device)
-            seconds = time.perf_counter() - started
-        assert output.shape[1] == ids.shape[1] + num_tokens
-        return seconds
+        if output.shape[1] != ids.shape[1] + self._num_tokens:
+            raise RuntimeError(f"{output.shape[1] - ids.shape[1]} tokens came")
 
-    return generate
+
+def _mixed(method: Method) -> dict[str, Any]:
+    return {"adapter_names": list(method.adapters)} if len(method.adapters) > 1 else {}
+
+
+def continue_together(
+    methods: list[Method], ids: torch.Tensor, num_tokens: int
+) -> dict[str, list[float]]:
+    """Return, by method, the seconds of the prefill and of each further token, taken in turns."""
+    running = {each.label: Continuation(each, ids, num_tokens) for each in methods}
+    turns: dict[str, list[float]] = {label: [] for label in running}
+    for number in range(num_tokens + 1):  # the first turn ends at the prompt
+        for label in running if number % 2 else reversed(running):
+            turns[label].append(running[label].advance())
+    for label, continuation in running.items():
+        turns[label][:2] = [sum(turns[label][:2])]
+        turns[label][-1] += continuation.advance()  # what generate does after the last token
+    return turns
 
 
 def logits_of(method: Method, ids: torch.Tensor) -> torch.Tensor:
     """Return (batch, vocabulary): what comes after the prompts."""
-    mixed = {"adapter_names": list(method.adapters)} if len(method.adapters) > 1 else {}
     with torch.no_grad(), answering(method.model, method.adapters[0]):
-        logits: torch.Tensor = method.model(input_ids=ids, **mixed).logits[:, -1]
+        logits: torch.Tensor = method.model(input_ids=ids, **_mixed(method)).logits[:, -1]
     return logits.float()
 
 
@@ -201,26 +263,23 @@ def measure(options: GenerateBenchmark) -> list[dict[str, Any]]:
     for label, change in changes.items():
         if not bool((change > 0).all()):
             raise RuntimeError(f"{label} has no effect on some row: {change.tolist()}")
-    generators = {each.label: generator_of(each, ids) for each in methods}
-    samples: dict[str, list[tuple[float, float]]] = {label: [] for label in generators}
+    samples: dict[str, list[list[float]]] = {each.label: [] for each in methods}
     for number in range(options.repeats + 1):
-        for label in generators if number % 2 else reversed(list(generators)):
-            print(f"round {number}: {label}", file=sys.stderr, flush=True)
-            taken = (generators[label](options.new_tokens), generators[label](1))
+        print(f"round {number} of {options.repeats}", file=sys.stderr, flush=True)
+        for label, turns in continue_together(methods, ids, options.new_tokens).items():
             if number:
-                samples[label].append(taken)
+                samples[label].append(turns)
     num_tokens = options.batch_size * options.new_tokens
     rows = []
-    for label, pairs in samples.items():
-        whole = summarize([pair[0] for pair in pairs])
-        prefill = statistics.median(pair[1] for pair in pairs)
+    for label, rounds in samples.items():
+        whole = summarize([sum(turns) for turns in rounds])
         change = changes.get(label)
         rows.append(
             {
                 "method": label,
                 **whole,
-                "prefill_s": prefill,
-                "decode_step_s": (whole["median_s"] - prefill) / (options.new_tokens - 1),
+                "prefill_s": statistics.median(turns[0] for turns in rounds),
+                "decode_step_s": statistics.median(step for turns in rounds for step in turns[1:]),
                 "tokens_per_s": num_tokens / whole["median_s"],
                 "max_logit_change": None if change is None else float(change.max()),
             }
@@ -243,11 +302,6 @@ def run(options: GenerateBenchmark) -> dict[str, Any]:
         "ratios": [ratio(rows, *goal) for goal in goals],
         "environment": record,
     }
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:
