@@ -105,7 +105,7 @@ def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tu
 
 @contextmanager
 def answering(model: Any, peft_name: str) -> Iterator[None]:
-    """Let one adapter, or the base, answer for a while.
+    """Let one adapter, or the base, answer for a while; then the one that did before.
 
     Args:
         model: as ``load_together`` returns it.
@@ -117,8 +117,12 @@ def answering(model: Any, peft_name: str) -> Iterator[None]:
         with model.disable_adapter():
             yield
     else:
+        before = model.active_adapter
         model.set_adapter(peft_name, inference_mode=True)
-        yield
+        try:
+            yield
+        finally:
+            model.set_adapter(before, inference_mode=True)
 
 
 def mixes_in_a_batch(model: Any) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
@@ -57,7 +56,6 @@ def keep_answers(path: Path, questions: Sequence[dict[str, Any]], run: dict[str,
         start = start.removesuffix(b'"}\n')
         if not (start and (rest.startswith(start) or start.startswith(rest))):
             raise _other(path, len(lines) + 1)
-        os.truncate(path, path.stat().st_size - len(rest))
     return [answer for answer in answers if answer is not None]
 
 
@@ -69,7 +67,8 @@ def lock(stream: TextIO, *, as_it_was: int | None) -> bool:
         as_it_was: Lines that it is to have, as read before; None: any.
 
     Returns:
-        False if another process is writing to it, or has since it was read.
+        False if another process is writing to it, or has since it was read. Else the file ends
+        with a whole line: what a killed process wrote of the next one is cut off.
     """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +77,11 @@ def lock(stream: TextIO, *, as_it_was: int | None) -> bool:
     if as_it_was is None:
         return True
     with open(stream.name, "rb") as file:
-        return sum(1 for _ in file) == as_it_was
+        content = file.read()
+    if content.count(b"\n") != as_it_was:
+        return False
+    stream.truncate(content.rfind(b"\n") + 1)
+    return True
 
 
 def note_run(path: Path, run: dict[str, Any]) -> None:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
-import os
 import shutil
 import sys
 import time
@@ -21,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_reft.files import write_text_whole
+from lowmem_reft.files import write_json
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
@@ -202,16 +200,6 @@ def failed_result(cell: Cell, error: str, wall_time_s: float) -> Result:
     return {**EMPTY_RESULT, **cell.record, "wall_time_s": wall_time_s, "error": error}
 
 
-def write_json(path: Path, content: object) -> Path:
-    """Write JSON so that the file is complete or absent, also if the process is killed meanwhile.
-
-    A loss that is not a number (a diverged run) is written as null, which every JSON reader takes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(content), indent=1, allow_nan=False)
-    return write_text_whole(path, text + "\n")
-
-
 def main(arguments: list[str]) -> int:
     """Run the cell described in the file ``arguments[0]``; 0 if it finished, 1 if it raised."""
     cell = read_cell(Path(arguments[0]))
@@ -224,16 +212,6 @@ def main(arguments: list[str]) -> int:
         result = failed_result(cell, message, time.perf_counter() - start)
     write_json(cell.result_path, result)
     return 1 if result["error"] else 0
-
-
-def _plain(content: object) -> object:
-    if isinstance(content, dict):
-        return {name: _plain(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return os.fspath(content) if isinstance(content, Path) else content
 
 
 def _train_options(content: dict[str, Any]) -> TrainOptions:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
-from lowmem_reft.adapters import BASE, answering, find_adapters, load_together
+from lowmem_reft.adapters import BASE, find_adapters, load_together
 from lowmem_reft.data import Row, encode_prompts
 from lowmem_reft.errors import InputError
-from lowmem_reft.generate import continue_prompts
+from lowmem_reft.generate import continue_prompts, until_stop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -112,12 +112,17 @@ class Chat:
             asked = asked[:-1]
         ids = self._prompt(asked, name)
         known = self.adapters.get(name)
-        streamer = _Streamer(self.tokenizer, self.options.decoding.stop)
+        decoding = self.options.decoding
+        streamer = _Streamer(self.tokenizer, decoding.stop_texts)
         try:
-            with answering(self.model, known.peft_name if known else BASE):
-                (answer,) = continue_prompts(
-                    self.model, self.tokenizer, [ids], self.options.decoding, streamer=streamer
-                )
+            (answer,) = continue_prompts(
+                self.model,
+                self.tokenizer,
+                [ids],
+                decoding,
+                adapters=[known.peft_name if known else BASE],
+                streamer=streamer,
+            )
         except KeyboardInterrupt:
             streamer.end()  # type: ignore[no-untyped-call]
             self.note("stopped")
@@ -125,15 +130,15 @@ class Chat:
         return answer
 
     def say_how_messages_are_written(self) -> None:
-        """Say it once, where it is not the chat template that the adapter was trained with."""
-        template = self.adapters[self.current].card.template
+        """Say it where it is not the chat template that the adapter was trained with."""
+        template = self._template(self.current)
         if not self.uses_chat_template:
             why = "" if self.options.template else "the tokenizer has no chat template: "
             self.note(
                 f"{why}each message is written as {template!r} and answered on its own, without "
                 "those before it"
             )
-        elif template != "{prompt}":
+        elif template != "{prompt}" and self.current != BASE:
             self.note(
                 f"messages are written by the chat template; {self.current} was trained with "
                 f"--template {template!r}"
@@ -171,7 +176,9 @@ class Chat:
 
     def _choose(self, name: str) -> None:
         if name in self.adapters or name == BASE:
-            self.current = name
+            before, self.current = self.current, name
+            if self._template(name) != self._template(before):
+                self.say_how_messages_are_written()
         elif name:
             self.complain(f"{name} is not loaded; there are {', '.join((*self.adapters, BASE))}")
         if name != self.current:
@@ -182,8 +189,7 @@ class Chat:
         """Return the tokens of a conversation, without the oldest messages if it is too long."""
         if not self.uses_chat_template:
             row = Row(source="message", prompt=asked[-1]["content"])
-            card = (self.adapters.get(name) or self.adapters[self._first]).card
-            return self._encoded(row, card.template)[0]
+            return self._encoded(row, self._template(name))[0]
         system = [{"role": "system", "content": self.system}] if self.system else []
         for start in range(0, len(asked), 2):
             ids, is_cut = self._encoded(Row(source="chat", messages=(*system, *asked[start:])))
@@ -195,9 +201,10 @@ class Chat:
             self.note(f"the message is cut to its last {self.max_length} tokens")
         return ids
 
-    @property
-    def _first(self) -> str:
-        return next(iter(self.adapters))
+    def _template(self, name: str) -> str:
+        """Return how an adapter reads messages; the base is asked as the first adapter is."""
+        first = next(iter(self.adapters))
+        return self.adapters[name if name in self.adapters else first].card.template
 
     def _encoded(self, row: Row, template: str = "{prompt}") -> tuple[list[int], bool]:
         encoded = encode_prompts(
@@ -211,15 +218,14 @@ class _Streamer(TextStreamer):
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stops = [stop.replace("\\n", "\n") for stop in stops]
+        self.stops = stops
         self.text = self.visible = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what is new."""
         self.text += text
-        ends = [self.text.find(stop) for stop in self.stops if stop in self.text]
-        shown = self.text[: min(ends)] if ends else self.text
-        if not ends and not stream_end:
+        shown = until_stop(self.text, self.stops)
+        if shown == self.text and not stream_end:
             shown = shown[: len(shown) - self._num_held(shown)]
         print(shown[len(self.visible) :], end="\n" if stream_end else "", flush=True)
         self.visible = shown

@@ -13,6 +13,7 @@ import sys
 
 if __name__ == "__main__":  # before the imports below: Ctrl-C is heard during them too
     from lowmem_reft.entry import main as guarded
+    from lowmem_reft.files import plain
 
     sys.exit(guarded())
 
@@ -23,7 +24,6 @@ import importlib
 import io
 import json
 import logging
-import math
 import os
 import signal
 import time
@@ -38,6 +38,7 @@ import tyro
 
 from lowmem_reft import __version__, distributed
 from lowmem_reft.errors import InputError, is_out_of_memory
+from lowmem_reft.files import plain
 from lowmem_reft.options import (
     CacheOptions,
     ChatOptions,
@@ -254,7 +255,7 @@ def _run(options: Options) -> int:
     if not distributed.is_main():
         return 0
     if as_json:
-        print(json.dumps(_finite(result), allow_nan=False, default=str))
+        print(json.dumps(plain(result), allow_nan=False, default=str))
     elif isinstance(options, GenerateOptions):
         _print_summary(result, to_stderr=True)  # standard output belongs to the generated text
     elif not isinstance(options, _WITH_TABLES):
@@ -353,15 +354,6 @@ def _stdout_to_stderr() -> Iterator[None]:
     finally:
         os.dup2(real_stdout, 1)
         os.close(real_stdout)
-
-
-def _finite(value: Any) -> Any:
-    """The value with NaN and infinities as null: JSON has no other way to write them."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_summary(result: dict[str, Any], *, to_stderr: bool = False) -> None:

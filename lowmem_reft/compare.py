@@ -19,9 +19,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.cell import EMPTY_RESULT, Cell, Result, write_json
+from lowmem_reft.cell import EMPTY_RESULT, Cell, Result
 from lowmem_reft.engines.child import CHILD_COMMAND
 from lowmem_reft.errors import InputError
+from lowmem_reft.files import write_json
 from lowmem_reft.options import (
     CompareOptions,
     DataOptions,
@@ -267,7 +268,7 @@ def _method_cell(options: CompareOptions, sources: Sources, spec: MethodSpec, se
         method=spec.options,
         optim=resolve_learning_rate(spec.options, replace(options.optim, **spec.optim_overrides)),
         memory=options.memory,
-        reuse=evaluate.reuse,
+        reuse=replace(evaluate.reuse, dequantize_upper=options.reuse.dequantize_upper),
         run=RunOptions(output_dir=training, seed=seed, quiet=True),
     )
     command = _command(options, sources, spec.label, seed)
@@ -302,7 +303,9 @@ def _evaluate_options(
         scoring=sources.scoring,
         # Cells share their stores: another seed or rank on the same layers builds nothing.
         reuse=replace(
-            options.reuse, reuse_dir=options.reuse.reuse_dir or options.output_dir / "reuse"
+            options.reuse,
+            reuse_dir=options.reuse.reuse_dir or options.output_dir / "reuse",
+            dequantize_upper="auto",  # it is for training
         ),
         predictions=directory / "predictions.jsonl",
         quiet=True,

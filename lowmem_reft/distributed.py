@@ -208,7 +208,7 @@ def check_sharded_run(options: TrainOptions, storage: str) -> None:
         )
     ours = {
         "resident": options.reuse.resident != "all",
-        "dequantize_upper": options.reuse.dequantize_upper,
+        "dequantize_upper": options.reuse.dequantize_upper == "on",
         "embedding_on_host": options.memory.embedding_on_host,
     }
     from accelerate.utils import compare_versions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +12,33 @@ from typing import Any
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     """Let ``write`` fill a file beside ``path``, then put it in its place; return ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
 def write_text_whole(path: Path, text: str) -> Path:
     """Write a text file, UTF-8, the same way; return ``path``."""
     return write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: object) -> Path:
+    """Write JSON the same way, in a directory that is made if need be; see ``plain``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plain(content), indent=1, allow_nan=False)
+    return write_text_whole(path, text + "\n")
+
+
+def plain(content: object) -> Any:
+    """Return what JSON has: paths as text, and null for what is not a number (a diverged loss)."""
+    if isinstance(content, dict):
+        return {name: plain(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return os.fspath(content) if isinstance(content, Path) else content

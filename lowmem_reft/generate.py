@@ -173,7 +173,14 @@ def continue_prompts(
 
     Returns:
         The continuations, without special tokens.
+
+    Raises:
+        InputError: there is a streamer for several prompts.
     """
+    if streamer is not None and len(prompts) > 1:
+        raise InputError(
+            f"prompts must be one with a streamer, got {len(prompts)}; leave the streamer out"
+        )
     if adapters is None:
         return _continue(model, tokenizer, prompts, decoding, streamer=streamer)
     different = list(dict.fromkeys(adapters))
@@ -198,9 +205,8 @@ def _continue(
     **options: Any,
 ) -> list[str]:
     batch = Collator(tokenizer, padding_side="left")([{"input_ids": ids} for ids in prompts])
-    stops = [text.replace("\\n", "\n") for text in decoding.stop]
-    if stops:
-        options |= {"stop_strings": stops, "tokenizer": tokenizer}
+    if decoding.stop:
+        options |= {"stop_strings": list(decoding.stop_texts), "tokenizer": tokenizer}
     if decoding.temperature:
         # Also what a base's own defaults would add.
         options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
@@ -215,10 +221,11 @@ def _continue(
             **options,
         )
     texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [_until(text, stops) for text in texts]
+    return [until_stop(text, decoding.stop_texts) for text in texts]
 
 
-def _until(text: str, stops: Sequence[str]) -> str:
+def until_stop(text: str, stops: Sequence[str]) -> str:
+    """Return what stands before the first stop text; the whole text if there is none in it."""
     ends = [text.find(stop) for stop in stops if stop in text]
     return text[: min(ends)] if ends else text
 

@@ -10,7 +10,9 @@ arXiv 2110.04366.
 
 To add an intervention: write a module here whose constructor takes ``hidden_size`` and, by keyword,
 the configuration fields named in ``options``; return the change of ``h`` from ``forward``; enter it
-in ``INTERVENTIONS``. Nothing else has to know.
+in ``INTERVENTIONS``, and in ``method_table`` if ``--methods`` is to know it. An option that no
+other intervention has is a field of ``ReftConfig`` and of its ``fields()``, and of
+``MethodOptions``.
 """
 
 from __future__ import annotations
@@ -400,8 +402,8 @@ INTERVENTIONS: dict[str, type[nn.Module]] = {
     "consreft": ConsReft,
     "lobireft": LobiReft,
     "red": Red,
-    "steering": SteeringVector,
-    "learned_steering": LearnedSteering,
+    "fixed_steering": SteeringVector,
+    "steering": LearnedSteering,
     "bottleneck": Bottleneck,
     "parallel_bottleneck": Bottleneck,
 }

@@ -137,7 +137,7 @@ METHODS: dict[str, Method] = {
     "steering": _reft(
         "a learned steering vector of full rank",
         "alpha",
-        intervention="learned_steering",
+        intervention="steering",
         source="arXiv 2308.10248; learned: arXiv 2406.00045",
         defaults={"positions": "all"},
         embedded="positions=l1,lr=1e-1",

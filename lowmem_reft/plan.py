@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
+from lowmem_reft.distributed import shards_model
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.live import CATEGORIES
 from lowmem_reft.memory.planner import (
@@ -113,8 +114,13 @@ def fit_into_memory(
     chosen = fit(planner, setting, lengths, report=_reporter(quiet=options.run.quiet))
     if chosen is None:
         raise InputError(_refusal(planner, setting, lengths, budget))
+    reuse = options.reuse
+    if reuse.dequantize_upper == "auto" and reuse.reuse != "off" and not shards_model():
+        has_room = _has_room_dequantized(planner, chosen, len(examples))
+        reuse = replace(reuse, dequantize_upper="on" if has_room else "off")
+    flags = describe(chosen) + (" --dequantize-upper on" if reuse.dequantize_upper == "on" else "")
     Console(stderr=True, soft_wrap=True, highlight=False, quiet=options.run.quiet).print(
-        f"to fit into {budget:g} GiB: {describe(chosen)}"
+        f"to fit into {budget:g} GiB: {flags}"
     )
     memory = replace(chosen.setting.memory, memory_gib=budget)
     optim = replace(
@@ -122,7 +128,17 @@ def fit_into_memory(
         batch_size=chosen.lengths.batch_size,
         gradient_accumulation=chosen.lengths.gradient_accumulation,
     )
-    return replace(options, memory=memory, optim=optim)
+    return replace(options, memory=memory, optim=optim, reuse=reuse)
+
+
+def _has_room_dequantized(planner: Planner, chosen: Candidate, num_examples: int) -> bool:
+    """Return whether a run that fits also does with its upper blocks dequantized."""
+    reuse = planner.reuse(chosen.setting, chosen.lengths, num_examples)
+    if reuse is None or not reuse.dequantized_bytes:
+        return False
+    peak = planner.training_peak_bytes(chosen.setting, chosen.lengths)
+    assert planner.card is not None
+    return planner.card.holds(peak + reuse.dequantized_bytes)
 
 
 def run_setting(
@@ -312,6 +328,10 @@ def _print_reuse(console: Console, plan: Plan) -> None:
     table.add_row("store", size)
     table.add_row("building it", f"{reuse.build_steps:,.1f} ordinary steps")
     table.add_row("weights of the base that a step needs", gib(reuse.resident_bytes))
+    if reuse.dequantized_bytes:
+        fits = {None: "", True: ": fits", False: ": does not fit"}[plan.fits_dequantized]
+        size = f"{gib(reuse.dequantized_bytes)} more{fits}"
+        table.add_row("--dequantize-upper, for faster steps", size)
     table.add_row("an epoch, by its arithmetic", f"{reuse.speedup_per_epoch:.2f} × faster")
     console.print(table)
 

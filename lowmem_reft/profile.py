@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from lowmem_reft.base import load_base
 from lowmem_reft.blocks import base_of
 from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.errors import InputError
+from lowmem_reft.files import write_json
 from lowmem_reft.memory.live import CATEGORIES, LiveMemory, label_model, track
 from lowmem_reft.memory.measure import Measured, measure
 from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
@@ -183,7 +183,7 @@ def _write(
 
     directory = options.output_dir
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "profile.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(directory / "profile.json", result)
     title = f"{options.model.model}, {options.method.method}: live memory in one training step"
     paths = {
         "png": str(draw_timeline(directory / "timeline.png", live.timeline, title=title)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
@@ -41,6 +40,7 @@ from lowmem_reft.data import (
 )
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, check_rows, check_scoring, score
+from lowmem_reft.files import write_json
 from lowmem_reft.frozen.prepare import prepare
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.trainer import INDEX, IndexCollator, ReuseTrainer
@@ -164,7 +164,7 @@ def write_result(options: TrainOptions, result: dict[str, Any]) -> None:
     """Write ``output_dir/result.json``, which marks the run as finished."""
     if not distributed.is_main():
         return
-    (options.run.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.run.output_dir / "result.json", result)
 
 
 def _read_held_out(
@@ -251,7 +251,7 @@ def fit(
         trackers.hold(trainer)
     with ExitStack() as stack:
         stack.enter_context(_stop_at_a_step(watch))
-        if options.reuse.dequantize_upper:
+        if options.reuse.dequantize_upper == "on":
             held_bytes = 0 if reuse is None else stack.enter_context(reuse.dequantized())
             if not held_bytes:
                 logger.warning(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.files import write_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +56,7 @@ class TrainingCard:
 
     def save(self, directory: Path) -> None:
         """Write ``training.json`` into the adapter's directory."""
-        (directory / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(directory / FILE_NAME, asdict(self))
 
 
 def load_card(directory: Path) -> TrainingCard | None:

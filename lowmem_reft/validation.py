@@ -74,11 +74,9 @@ class BestEpoch(TrainerCallback):
         write_text_whole(self._directory / EPOCHS_FILE, lines)
 
     def restore(self) -> None:
-        """Load the weights of the best epoch; they are no longer needed on the disk then."""
+        """Load the weights of the best epoch; they stay on the disk for a run that goes on."""
         path = self._directory / WEIGHTS_FILE
         set_trained_values(self._model, load_file(path) if is_main() else {})
-        if is_main():
-            path.unlink()
 
 
 def _rank(line: dict[str, Any]) -> tuple[float, float, float]:

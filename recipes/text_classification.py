@@ -58,14 +58,24 @@ FINAL_SST2 = (
 """What searches on TREC's validation rows chose (benchmarks/LOG.md): the second one, on all rows,
 for TREC; the first one, on 2,500, for SST-2."""
 
-FRONTIER = (
-    "loreft[rank=8,layers=upper:0.5,positions=all,lr=8e-3,batch_size=8,epochs=4],"
-    "loreft[rank=16,layers=upper:0.5,positions=all,lr=8e-3,batch_size=8,epochs=10],"
-    "loreft[rank=8,layers=2;3;4;5,positions=all,lr=8e-3,batch_size=8,epochs=6],"
-    "loreft[rank=16,layers=upper:0.5,positions=l3,lr=8e-3,batch_size=8,epochs=10]"
-)
-"""Accuracy against cost where frozen computation is reused: fixed beforehand and reported whole, so
-that nothing is chosen on test rows. Epochs are such that no row costs more than QLoRA's."""
+
+def frontier(epochs: float) -> str:
+    """Return methods that show accuracy against cost where frozen computation is reused.
+
+    Fixed beforehand and reported whole, so that nothing is chosen on test rows.
+
+    Args:
+        epochs: QLoRA's; those here are such that no row costs more than it.
+    """
+    longer, longest = f"{1.5 * epochs:g}", f"{2.5 * epochs:g}"
+    settings = (
+        f"rank=8,layers=upper:0.5,positions=all,epochs={epochs:g}",
+        f"rank=16,layers=upper:0.5,positions=all,epochs={longest}",
+        f"rank=8,layers=2;3;4;5,positions=all,epochs={longer}",
+        f"rank=16,layers=upper:0.5,positions=l3,epochs={longest}",
+    )
+    return ",".join(f"loreft[{setting},lr=8e-3,batch_size=8]" for setting in settings)
+
 
 PLANS = {
     "trec": Plan(FINAL_TREC),
@@ -117,12 +127,12 @@ def main(config: Config) -> dict[str, object]:
     """Prepare the rows of the stage and compare."""
     if config.task not in PLANS:
         raise InputError(f"task must be one of {', '.join(PLANS)}, got {config.task!r}; choose one")
-    stages = {"search": SEARCH, "final": None, "frontier": FRONTIER}
+    plan, directory = PLANS[config.task], config.output_dir / config.task
+    stages = {"search": SEARCH, "final": plan.final, "frontier": frontier(plan.epochs)}
     if config.stage not in stages:
         raise InputError(
             f"stage must be one of {', '.join(stages)}, got {config.stage!r}; choose one"
         )
-    plan, directory = PLANS[config.task], config.output_dir / config.task
     rows = file_rows(config.task, "train", config.source)
     if plan.num_train is not None:
         random.Random(0).shuffle(rows)
@@ -142,7 +152,7 @@ def main(config: Config) -> dict[str, object]:
             eval_data=str(test),
             template=find_task(config.task).template,
             compute_dtype="fp32",  # blocks this small are slower in bf16 on a CPU
-            methods=config.methods or stages[config.stage] or plan.final,
+            methods=config.methods or stages[config.stage],
             seeds=config.seeds or ("0" if config.stage == "search" else "0,1,2"),
             output_dir=directory / config.stage,
             limit=config.limit,

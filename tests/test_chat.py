@@ -155,6 +155,33 @@ def test_without_a_chat_template_messages_are_written_as_in_training(
     assert err.count("written as 'question: {prompt}' and answered on its own") == 1
 
 
+@pytest.fixture
+def unlike(adapters: Path, tmp_path: Path) -> str:
+    """Three adapters, of which the last was trained with another template."""
+    shutil.copytree(adapters, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(adapters / "one", tmp_path / "three")
+    TrainingCard(base="b", storage="fp32", template="label: {prompt}").save(tmp_path / "three")
+    return ",".join(str(tmp_path / name) for name in ("one", "two", "three"))
+
+
+def test_how_messages_are_written_is_said_again_where_the_next_adapter_has_another_template(
+    talk: Any, tiny_llama_dir: Path, chat_dir: Path, unlike: str
+) -> None:
+    for model, said in (
+        (tiny_llama_dir, "written as {!r} and"),
+        (chat_dir, "trained with --template {!r}"),
+    ):
+        _, err = talk(model, "--adapter", unlike, say="/adapter two\n/adapter three\n")
+        assert err.count(said.format("question: {prompt}")) == 1
+        assert err.count(said.format("label: {prompt}")) == 1
+
+
+def test_the_base_was_not_trained_with_a_template(talk: Any, chat_dir: Path, unlike: str) -> None:
+    say = "/adapter three\n/adapter __base__\n"
+    assert "__base__" not in talk(chat_dir, "--adapter", unlike, say=say)[1]
+    assert talk(chat_dir, "--adapter", f"__base__,{unlike}", say="")[1] == ""
+
+
 def test_a_template_can_be_chosen_instead_of_the_chat_template(talk: Any, chat_dir: Path) -> None:
     out, err = talk(chat_dir, "--template", "label: {prompt}", say="a fox\n")
     assert out == shown(continued(chat_dir, None, "label: a fox"))

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from lowmem_reft import report
-from lowmem_reft.cell import EMPTY_RESULT, read_cell, run_cell, write_cell, write_json
+from lowmem_reft.cell import EMPTY_RESULT, read_cell, run_cell, write_cell
 from lowmem_reft.compare import CSV_FIELDS, build_cells, command_line, parse_seeds, run_comparison
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import METHODS, parse_methods
@@ -272,11 +272,10 @@ def test_a_cell_file_holds_the_whole_cell(options):
         assert cell.train is None or cell.train.reuse.reuse == "off"
 
 
-def test_a_file_is_written_completely_or_not_at_all(tmp_path):
-    path = write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
+def test_only_the_training_of_a_cell_dequantizes(options):
+    options = replace(options, reuse=ReuseOptions(dequantize_upper="on"))
+    (*_, cell) = build_cells(options, parse_methods("loreft"), [0], find_sources(options))
+    assert cell.train.reuse == replace(cell.evaluate.reuse, dequantize_upper="on")
 
 
 def test_without_evaluation_data_a_tenth_is_held_out(options):

@@ -36,8 +36,8 @@ SUMMABLE: list[dict[str, Any]] = [
     {"intervention": "orthogonal_direft"},
     {"intervention": "consreft"},
     {"intervention": "lobireft"},
-    {"intervention": "learned_steering", "alpha": 0.7},
     {"intervention": "steering", "alpha": 0.7},
+    {"intervention": "fixed_steering", "alpha": 0.7},
 ]
 WITH_ACTIVATION: list[dict[str, Any]] = [
     {"intervention": "direft", "act": "relu"},

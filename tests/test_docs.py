@@ -20,7 +20,7 @@ from snippets import Runner, read_blocks
 from test_report_browser import CHROMEDRIVER, CHROMIUM, FLAGS
 
 import lowmem_reft.memory
-from lowmem_reft import cell, report
+from lowmem_reft import cell, cli, report
 from lowmem_reft.cell import Cell, Result, write_cell
 from lowmem_reft.engines import processes
 from lowmem_reft.engines.child import result_or_cause
@@ -174,20 +174,23 @@ def test_the_reference_holds_every_public_name(site: Path) -> None:
     assert [name for name in public if not re.search(rf"^{name} ", names, re.MULTILINE)] == []
 
 
-def test_the_reference_holds_every_option_of_every_subcommand(site: Path) -> None:
+def test_the_reference_holds_every_option_of_every_subcommand(
+    site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = (site / "reference" / "cli.html").read_text()
-    helped = subprocess.run(
-        [sys.executable, "-m", "lowmem_reft.cli", "train", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    flags = set(re.findall(r"^│ (?:-\w, )?(--[a-z-]+)", helped.stdout, re.MULTILINE))
-    assert len(flags) > 50
-    assert [f for f in flags - {"--help"} if f"<code>{f}</code>" not in page] == []
-    commands = re.findall(r"<h2 id=\"([a-z-]+)\"", page)
-    assert commands[:4] == ["train", "evaluate", "generate", "chat"]
-    assert len(commands) == len(set(commands)) >= 14
+    _, *parts = re.split(r"<h2 id=\"([a-z-]+)\"", page)
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    nested = {"cache": ["cache ls", "cache rm"]}
+    commands = [each for name in cli._COMMANDS for each in nested.get(name, [name])]
+    assert list(sections) == [command.replace(" ", "-") for command in commands]
+    for command, section in zip(commands, sections.values(), strict=True):
+        with pytest.raises(SystemExit):
+            cli.main([*command.split(), "--help"])
+        shown = capsys.readouterr().out
+        flags = re.findall(r"^[│ ] (?:-\w, )?(--[a-z][a-z-]+)", shown, re.MULTILINE)
+        assert flags[0] == "--help"
+        missing = [flag for flag in flags[1:] if f"<code>{flag}</code>" not in section]
+        assert (command, missing) == (command, [])
 
 
 def test_no_rendered_page_shows_markup(site: Path) -> None:

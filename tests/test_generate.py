@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from lowmem_reft import cli, generate
+from lowmem_reft.adapters import answering, find_adapters, load_together
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
-from lowmem_reft.generate import generate_batches, run_generation
+from lowmem_reft.generate import continue_prompts, generate_batches, run_generation, until_stop
 from lowmem_reft.options import DecodingOptions, GenerateOptions, ModelOptions
 from lowmem_reft.selection import Selector
 from lowmem_reft.training_card import TrainingCard
@@ -215,6 +217,18 @@ def test_a_file_that_another_process_writes_to_is_left_alone(
             run_generation(replace(options, overwrite=overwrite))
         assert options.output.read_bytes() == b""
     assert run_generation(options)["num_kept"] == 0
+
+
+def test_the_line_that_another_process_is_writing_stays(options: GenerateOptions) -> None:
+    lines = begun(options).splitlines(keepends=True)
+    before = lines[0] + lines[1][: len(lines[1]) // 2]
+    options.output.write_bytes(before)
+    with options.output.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another one is writing"):
+            run_generation(options)
+    assert written(options) == before
+    assert run_generation(options)["num_kept"] == 1
 
 
 def test_answers_that_another_process_adds_meanwhile_are_not_written_twice(
@@ -456,6 +470,11 @@ def test_an_answer_ends_before_a_stop_text(options: GenerateOptions) -> None:
     assert stopped == text[: text.index(text[4:6])]
 
 
+def test_a_text_is_cut_at_the_first_of_its_stop_texts() -> None:
+    assert until_stop("one two three", ["three", "two", "four"]) == "one "
+    assert until_stop("one two three", ["four"]) == "one two three"
+
+
 def test_only_the_most_probable_tokens_are_drawn(options: GenerateOptions) -> None:
     greedy = DecodingOptions(max_new_tokens=5)
     run_generation(replace(options, decoding=greedy))
@@ -486,6 +505,33 @@ def save_adapter(base_dir: Path, directory: Path, *, seed: int = 0, **card: Any)
 
 def lora(**fields: Any) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **fields)
+
+
+def test_an_adapter_that_answers_for_a_while_leaves_the_one_before_active(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    given = [save_adapter(tiny_llama_dir, tmp_path / name) for name in ("one", "two")]
+    base = ModelOptions(model=str(tiny_llama_dir), device="cpu")
+    adapters = find_adapters(",".join(given), base, template=None, max_length=None)
+    model, _ = load_together(base, adapters)
+    assert model.active_adapters == ["default"]
+    with suppress(KeyboardInterrupt), answering(model, "adapter_1"):
+        assert model.active_adapters == ["adapter_1"]
+        raise KeyboardInterrupt
+    assert model.active_adapters == ["default"]
+    assert model.active_adapter == "default"
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_tokens_of_several_prompts_are_not_streamed(tiny_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    streamer, decoding = TextStreamer(tokenizer), DecodingOptions(max_new_tokens=1)
+    for names in (None, ["a", "b"]):
+        with pytest.raises(ValueError, match="prompts must be one with a streamer, got 2"):
+            continue_prompts(
+                model, tokenizer, [[5], [6]], decoding, adapters=names, streamer=streamer
+            )
 
 
 def alone(options: GenerateOptions, adapter: str | None) -> list[str]:

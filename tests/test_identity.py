@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowmem_reft import evaluate
 from lowmem_reft.adapters import find_adapters, load_together
 from lowmem_reft.base import load_base
 from lowmem_reft.config import ReftConfig
@@ -40,10 +43,11 @@ def base_in_fp32(directory: str | Path, **more: Any) -> Any:
     return load_base(directory, storage="fp32", device="cpu", **more)
 
 
-def save_reft(directory: Path, base: Path, **fields: Any) -> Path:
+def save_reft(directory: Path, base: Path, *, storage: Any = "fp32", **fields: Any) -> Path:
     """An adapter as any Trainer saves it: without a training.json."""
     config = ReftConfig(task_type="CAUSAL_LM", positions="f1", **fields)
-    get_peft_model(base_in_fp32(base), config).save_pretrained(directory)
+    loaded = load_base(base, storage=storage, device="cpu")
+    get_peft_model(loaded, config).save_pretrained(directory)
     return directory
 
 
@@ -314,3 +318,99 @@ def test_every_adapter_of_several_is_compared_with_the_base(
     given = f"{tmp_path / 'a'},{tmp_path / 'b'}"
     load_together(options, find_adapters(given, options, template=None, max_length=None))
     assert caplog.text.count("the adapter was trained on") == 1
+
+
+@pytest.fixture
+def evaluation(tiny_llama_dir: Path, films: Path, tmp_path: Path) -> EvaluateOptions:
+    """Scores an adapter that was made on nf4 on just that."""
+    save_reft(tmp_path / "adapter", tiny_llama_dir, storage="nf4", init="paper")
+    return EvaluateOptions(
+        model=ModelOptions(model=str(tiny_llama_dir), storage="nf4", device="cpu"),
+        data=DataOptions(data=str(films)),
+        adapter=tmp_path / "adapter",
+        quiet=True,
+    )
+
+
+@pytest.mark.parametrize("storage", ["nf4", "fp4", "int8", "bf16", "fp32"])
+def test_the_storage_of_a_loaded_base_is_known(tiny_llama_dir: Path, storage: Any) -> None:
+    assert storage_of(load_base(tiny_llama_dir, storage=storage, device="cpu")) == storage
+
+
+def test_the_digest_tells_checkpoints_apart(tiny_llama_dir: Path, other_base: Path) -> None:
+    assert checkpoint_digest(tiny_llama_dir) == checkpoint_digest(str(tiny_llama_dir))
+    assert checkpoint_digest(tiny_llama_dir) != checkpoint_digest(other_base)
+    assert checkpoint_digest("no-such/model") is None
+    assert checkpoint_digest("") is None
+
+
+def test_peft_warns_when_an_adapter_is_loaded_on_another_base_or_storage(
+    evaluation: EvaluateOptions, tiny_llama_dir: Path, other_base: Path
+) -> None:
+    directory = str(evaluation.adapter)
+    config = PeftConfig.from_pretrained(directory)
+    assert (config.base_storage, config.base_digest) == ("nf4", checkpoint_digest(tiny_llama_dir))
+    PeftModel.from_pretrained(load_base(tiny_llama_dir, storage="nf4", device="cpu"), directory)
+    with pytest.warns(UserWarning, match="trained on a base stored as nf4 and is loaded on fp32"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), directory)
+    with pytest.warns(UserWarning, match=f"and is loaded on '{re.escape(str(other_base))}'"):
+        PeftModel.from_pretrained(load_base(other_base, storage="nf4", device="cpu"), directory)
+
+
+def test_a_configuration_that_is_used_again_is_of_the_base_it_is_used_on(
+    tiny_llama_dir: Path, other_base: Path
+) -> None:
+    config = ReftConfig(task_type="CAUSAL_LM")
+    for directory in (tiny_llama_dir, other_base):
+        base = AutoModelForCausalLM.from_pretrained(directory)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*base_model_name_or_path", UserWarning)
+            model = get_peft_model(base, config)
+        assert model.peft_config["default"].base_digest == checkpoint_digest(directory)
+
+
+def test_evaluate_warns_of_another_storage_and_scores_on_both(
+    evaluation: EvaluateOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = run_evaluation(evaluation)
+    assert "trained_storage" not in own
+    assert "the adapter was trained on" not in caplog.text
+    model = replace(evaluation.model, storage="fp32")
+    both = run_evaluation(replace(evaluation, model=model))
+    assert "stored as nf4 and is loaded on fp32" in caplog.text
+    assert (both["storage"], both["trained_storage"]) == ("fp32", "nf4")
+    assert both["accuracy_trained_storage"] == own["accuracy"]
+    assert both["loss_trained_storage"] == pytest.approx(own["loss"])
+    assert both["loss"] != own["loss"]
+    alone = run_evaluation(replace(evaluation, model=model, only_given_storage=True))
+    assert alone["loss"] == both["loss"]
+    assert "accuracy_trained_storage" not in alone
+
+
+def test_a_score_is_not_lost_if_the_storage_of_the_training_does_not_fit(
+    evaluation: EvaluateOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real = evaluate.load_adapted
+
+    def load(options: Any, adapter: Any, card: Any, **more: Any) -> Any:
+        if card.storage == "nf4":
+            raise RuntimeError("CUDA out of memory")
+        return real(options, adapter, card, **more)
+
+    monkeypatch.setattr(evaluate, "load_adapted", load)
+    evaluation = replace(evaluation, model=replace(evaluation.model, storage="fp32"))
+    result = run_evaluation(evaluation)
+    assert "not scored on nf4: out of memory" in caplog.text
+    alone = run_evaluation(replace(evaluation, only_given_storage=True))
+    assert result == alone | {"trained_storage": "nf4"}
+
+
+def test_evaluate_warns_of_another_base(
+    evaluation: EvaluateOptions, other_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = replace(evaluation.model, model=str(other_base))
+    run_evaluation(replace(evaluation, model=model))
+    assert caplog.text.count("the adapter was trained on") == 1
+    assert f"loaded on '{other_base}'" in caplog.text

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.optimization import Adafactor
 
-from lowmem_reft import InputError, interventions
+from lowmem_reft import InputError, ReftConfig, interventions
 from lowmem_reft.interventions import (
     INTERVENTIONS,
     InterchangeIntervention,
@@ -64,8 +64,8 @@ def equation(name: str, phi: Any, h: Tensor, act: Callable[[Tensor], Tensor]) ->
         "consreft": lambda: (p["bias"] - h @ r.T) @ r,
         "lobireft": lambda: (p["bias"] @ r).expand_as(h),
         "red": lambda: p["scale"] * h + p["bias"] - h,
+        "fixed_steering": lambda: (0.5 * p["vector"]).expand_as(h),
         "steering": lambda: (0.5 * p["vector"]).expand_as(h),
-        "learned_steering": lambda: (0.5 * p["vector"]).expand_as(h),
         "bottleneck": lambda: (
             act(h @ p["down.weight"].T + p["down.bias"]) @ p["up.weight"].T + p["up.bias"]
         ),
@@ -92,7 +92,7 @@ def test_the_non_linearity_falls_on_the_learned_source_only(name: str, act: str)
     torch.testing.assert_close(phi(h).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in INTERVENTIONS if name != "steering"])
+@pytest.mark.parametrize("name", [name for name in INTERVENTIONS if name != "fixed_steering"])
 def test_gradients_equal_those_of_the_equation(name: str) -> None:
     phi = randomized(name, alpha=0.5).double()
     parameters = dict(phi.named_parameters())
@@ -154,8 +154,8 @@ def test_the_edit_lies_in_the_row_space(name: str) -> None:
         "orthogonal_direft",
         "lobireft",
         "red",
+        "fixed_steering",
         "steering",
-        "learned_steering",
         "bottleneck",
     ],
 )
@@ -188,6 +188,11 @@ def test_parameters_are_fp32_and_smaller_than_two_matrices_of_rank_rows(name: st
 def test_a_rank_outside_the_hidden_size_is_refused(rank: int) -> None:
     with pytest.raises(InputError, match="rank must be between 1 and the hidden size 24"):
         build_intervention("loreft", HIDDEN, rank=rank)
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_every_option_of_an_intervention_is_a_field_of_the_configuration(name: str) -> None:
+    assert set(interventions.intervention_options(name)) <= set(ReftConfig().fields())
 
 
 def test_an_unknown_intervention_is_refused_with_the_list() -> None:

@@ -31,6 +31,8 @@ from lowmem_reft.options import (
     HarnessOptions,
     ModelOptions,
     ReuseOptions,
+    ScoredDataOptions,
+    ScoringOptions,
 )
 from lowmem_reft.training_card import TrainingCard
 
@@ -304,12 +306,30 @@ def test_options_that_contradict_each_other_are_refused(tasks: Path) -> None:
         EvaluateOptions(model=model)
     with pytest.raises(InputError, match="data must be given, or lm_eval, and not both"):
         EvaluateOptions(model=model, data=DataOptions(data="d.jsonl"), harness=films)
-    with pytest.raises(InputError, match="resident must be all with lm_eval"):
-        EvaluateOptions(model=model, harness=films, reuse=ReuseOptions(resident="upper"))
     with pytest.raises(InputError, match="include_path must come with lm_eval"):
         HarnessOptions(include_path=tasks)
+    with pytest.raises(InputError, match="num_fewshot must come with lm_eval, got 0 alone"):
+        HarnessOptions(num_fewshot=0)
     with pytest.raises(InputError, match="include_path must be a directory"):
         HarnessOptions(lm_eval="films", include_path=tasks / "films.yaml")
+
+
+@pytest.mark.parametrize(
+    ("ignored", "named"),
+    [
+        ({"data": ScoredDataOptions(split="test", template="Q: {prompt}")}, "split, template"),
+        ({"data": ScoredDataOptions(max_length=64)}, "max_length"),
+        ({"scoring": ScoringOptions(metric="f1", max_new_tokens=8)}, "metric, max_new_tokens"),
+        ({"reuse": ReuseOptions(resident="upper")}, "resident"),
+        ({"reuse": ReuseOptions(reuse_dir=Path("r"), dequantize_upper="on")}, "reuse_dir, dequan"),
+        ({"only_given_storage": True}, "only_given_storage"),
+    ],
+)
+def test_what_the_harness_would_ignore_is_refused(ignored: dict[str, Any], named: str) -> None:
+    model, films = ModelOptions(model="m"), HarnessOptions(lm_eval="films")
+    EvaluateOptions(model=model, harness=films, data=ScoredDataOptions(limit=3), batch_size=2)
+    with pytest.raises(InputError, match=f"^{named}.* must be left out with lm_eval, got "):
+        EvaluateOptions(model=model, harness=films, **ignored)
 
 
 def test_without_the_harness_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

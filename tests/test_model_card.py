@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,13 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowmem_reft import cli, evaluate
-from lowmem_reft.base import load_base
-from lowmem_reft.config import ReftConfig
+from lowmem_reft import cli
 from lowmem_reft.devices import resolve_compute_dtype
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import run_evaluation
-from lowmem_reft.identity import checkpoint_digest, storage_of
+from lowmem_reft.identity import checkpoint_digest
 from lowmem_reft.model_card import command_of, write_model_card
 from lowmem_reft.options import (
     DataOptions,
@@ -123,7 +119,8 @@ def test_an_adapter_for_a_base_of_another_shape_is_refused_with_both_shapes(
         quiet=True,
     )
     made_for = f"give the base that it was made for {str(tiny_llama_dir)!r} \\(size mismatch for .*"
-    with pytest.raises(InputError, match=made_for + r"\[64, 2\].*\[32, 2\]|\[2, 64\].*\[2, 32\]"):
+    shapes = r"(?:\[64, 2\].*\[32, 2\]|\[2, 64\].*\[2, 32\])"
+    with pytest.raises(InputError, match=made_for + shapes):
         run_evaluation(evaluation)
     (trained[0] / "training.json").unlink()
     config_path = trained[0] / "adapter_config.json"
@@ -198,105 +195,3 @@ def test_the_use_names_the_dtype_that_was_asked_for(
     assert "compute_dtype=" not in (directory / "README.md").read_text()
     write_model_card(directory, options, replace(kept, compute_dtype="fp32"), result)
     assert 'storage="nf4", compute_dtype="fp32")' in (directory / "README.md").read_text()
-
-
-@pytest.fixture
-def other_base(tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    """The same model with one weight of one linear layer changed, as by a merged LoRA."""
-    directory = tmp_path / "other"
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    with torch.no_grad():
-        model.model.layers[2].mlp.up_proj.weight.mul_(1.01)
-    model.save_pretrained(directory)
-    for path in tiny_llama_dir.glob("tokenizer*"):
-        (directory / path.name).write_bytes(path.read_bytes())
-    return directory
-
-
-@pytest.mark.parametrize("storage", ["nf4", "fp4", "int8", "bf16", "fp32"])
-def test_the_storage_of_a_loaded_base_is_known(tiny_llama_dir: Path, storage: Any) -> None:
-    assert storage_of(load_base(tiny_llama_dir, storage=storage, device="cpu")) == storage
-
-
-def test_the_digest_tells_checkpoints_apart(tiny_llama_dir: Path, other_base: Path) -> None:
-    assert checkpoint_digest(tiny_llama_dir) == checkpoint_digest(str(tiny_llama_dir))
-    assert checkpoint_digest(tiny_llama_dir) != checkpoint_digest(other_base)
-    assert checkpoint_digest("no-such/model") is None
-    assert checkpoint_digest("") is None
-
-
-def test_peft_warns_when_an_adapter_is_loaded_on_another_base_or_storage(
-    trained: tuple[Path, dict[str, Any]], tiny_llama_dir: Path, other_base: Path
-) -> None:
-    directory = str(trained[0])
-    config = PeftConfig.from_pretrained(directory)
-    assert (config.base_storage, config.base_digest) == ("nf4", checkpoint_digest(tiny_llama_dir))
-    PeftModel.from_pretrained(load_base(tiny_llama_dir, storage="nf4", device="cpu"), directory)
-    with pytest.warns(UserWarning, match="trained on a base stored as nf4 and is loaded on fp32"):
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), directory)
-    with pytest.warns(UserWarning, match=f"and is loaded on '{re.escape(str(other_base))}'"):
-        PeftModel.from_pretrained(load_base(other_base, storage="nf4", device="cpu"), directory)
-
-
-def test_a_configuration_that_is_used_again_is_of_the_base_it_is_used_on(
-    tiny_llama_dir: Path, other_base: Path
-) -> None:
-    config = ReftConfig(task_type="CAUSAL_LM")
-    for directory in (tiny_llama_dir, other_base):
-        base = AutoModelForCausalLM.from_pretrained(directory)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*base_model_name_or_path", UserWarning)
-            model = get_peft_model(base, config)
-        assert model.peft_config["default"].base_digest == checkpoint_digest(directory)
-
-
-@pytest.fixture
-def evaluation(trained: tuple[Path, dict[str, Any]], options: TrainOptions) -> EvaluateOptions:
-    return EvaluateOptions(model=options.model, data=options.data, adapter=trained[0], quiet=True)
-
-
-def test_evaluate_warns_of_another_storage_and_scores_on_both(
-    evaluation: EvaluateOptions, caplog: pytest.LogCaptureFixture
-) -> None:
-    own = run_evaluation(evaluation)
-    assert "trained_storage" not in own
-    assert "the adapter was trained on" not in caplog.text
-    model = replace(evaluation.model, storage="fp32")
-    both = run_evaluation(replace(evaluation, model=model))
-    assert "stored as nf4 and is loaded on fp32" in caplog.text
-    assert (both["storage"], both["trained_storage"]) == ("fp32", "nf4")
-    assert both["accuracy_trained_storage"] == own["accuracy"]
-    assert both["loss_trained_storage"] == pytest.approx(own["loss"])
-    assert both["loss"] != own["loss"]
-    alone = run_evaluation(replace(evaluation, model=model, only_given_storage=True))
-    assert alone["loss"] == both["loss"]
-    assert "accuracy_trained_storage" not in alone
-
-
-def test_a_score_is_not_lost_if_the_storage_of_the_training_does_not_fit(
-    evaluation: EvaluateOptions,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    real = evaluate.load_adapted
-
-    def load(options: Any, adapter: Any, card: Any, **more: Any) -> Any:
-        if card.storage == "nf4":
-            raise RuntimeError("CUDA out of memory")
-        return real(options, adapter, card, **more)
-
-    monkeypatch.setattr(evaluate, "load_adapted", load)
-    result = run_evaluation(replace(evaluation, model=replace(evaluation.model, storage="fp32")))
-    assert "not scored on nf4: out of memory" in caplog.text
-    assert result["accuracy"] in (0.0, 1.0)
-    assert result["trained_storage"] == "nf4"
-    assert "accuracy_trained_storage" not in result
-
-
-def test_evaluate_warns_of_another_base(
-    evaluation: EvaluateOptions, other_base: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = replace(evaluation.model, model=str(other_base))
-    run_evaluation(replace(evaluation, model=model))
-    assert caplog.text.count("the adapter was trained on") == 1
-    assert f"loaded on '{other_base}'" in caplog.text

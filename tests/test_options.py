@@ -138,3 +138,14 @@ def test_directories_that_are_files_are_refused(tmp_path: Path) -> None:
         RunOptions(output_dir=file)
     with pytest.raises(InputError, match="reuse must be auto, prefix or trunk"):
         ReuseOptions(resident="upper", reuse="off")
+
+
+def test_what_is_for_training_alone_is_refused_in_evaluate() -> None:
+    for value in ("auto", "off"):
+        EvaluateOptions(**REQUIRED[EvaluateOptions], reuse=ReuseOptions(dequantize_upper=value))
+    with pytest.raises(InputError, match="dequantize_upper must be auto or off in evaluate"):
+        EvaluateOptions(**REQUIRED[EvaluateOptions], reuse=ReuseOptions(dequantize_upper="on"))
+
+
+def test_a_new_line_in_a_stop_text_can_be_typed() -> None:
+    assert DecodingOptions(stop=("\\n\\n", "end")).stop_texts == ("\n\n", "end")

@@ -93,6 +93,12 @@ def test_every_module_has_its_place_in_the_layout():
     assert modules - WITHOUT_A_PLACE <= set(LAYOUT)
 
 
+def test_every_module_is_in_the_tree_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("## Where things are")[2]
+    assert [name for name in LAYOUT if not re.search(rf"\b{name}(?:\.py|/)", tree)] == []
+
+
 def test_imports_point_down_the_layout():
     upward = [
         f"{path.relative_to(ROOT)} imports {imported}"

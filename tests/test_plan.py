@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from lowmem_reft import cli
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.planner import (
     GIB,
+    Candidate,
     Card,
     Lengths,
     Planner,
@@ -30,10 +32,11 @@ from lowmem_reft.options import (
     MethodOptions,
     ModelOptions,
     OptimOptions,
+    ReuseOptions,
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.plan import fit_into_memory
+from lowmem_reft.plan import fit_into_memory, required_gib
 from lowmem_reft.training_card import TrainingCard
 
 LLAMA = {
@@ -277,6 +280,25 @@ def test_train_flags_say_what_was_chosen(config_file: Path) -> None:
     assert ("--activation-checkpointing" in flags) == chosen.setting.memory.activation_checkpointing
 
 
+def test_train_flags_hold_every_way_to_save_memory() -> None:
+    every = MemoryOptions(
+        activation_checkpointing=True,
+        checkpoint_every=3,
+        offload_activations=True,
+        mlp_tokens=512,
+        embedding_on_host=True,
+    )
+    default = MemoryOptions()
+    changed = {name for name in asdict(every) if getattr(every, name) != getattr(default, name)}
+    assert changed == set(asdict(default)) - {"memory_gib"}
+    setting = Setting(method=LOREFT, memory=every)
+    flags = describe(Candidate(setting=setting, lengths=Lengths(), cost=1))
+    assert flags.endswith(
+        "--activation-checkpointing --checkpoint-every 3 --offload-activations --mlp-tokens 512 "
+        "--embedding-on-host"
+    )
+
+
 def train_options(config_file: Path, memory_gib: float) -> TrainOptions:
     return TrainOptions(
         model=ModelOptions(model=str(config_file), device="cpu"),
@@ -286,6 +308,43 @@ def train_options(config_file: Path, memory_gib: float) -> TrainOptions:
         memory=MemoryOptions(memory_gib=memory_gib),
         run=RunOptions(output_dir=config_file.parent, quiet=True),
     )
+
+
+def test_upper_blocks_are_dequantized_where_the_budget_leaves_room(config_file: Path) -> None:
+    examples = [{"input_ids": [1] * 256, "labels": [-100] * 192 + [1] * 64}]
+    training_card = TrainingCard(base=str(config_file), storage="nf4", compute_dtype="fp32")
+    method = MethodOptions(layers="upper:0.5", positions="l1")
+
+    def chosen(memory_gib: float, reuse: Any = "auto", dequantize_upper: Any = "auto") -> str:
+        options = replace(
+            train_options(config_file, memory_gib),
+            method=method,
+            reuse=ReuseOptions(reuse=reuse, dequantize_upper=dequantize_upper),
+        )
+        return fit_into_memory(options, training_card, examples).reuse.dequantize_upper
+
+    given = replace(train_options(config_file, 8), method=method)
+    needed = required_gib(given, training_card, examples)
+    lengths = Lengths(seq_len=256)
+    found = plan(config_file, lengths=lengths, method=method, compute_dtype="fp32").reuse
+    assert found is not None
+    room = 1.1 * found.dequantized_bytes / GIB
+    assert chosen(needed) == "off"
+    assert chosen(needed + room) == "on"
+    assert chosen(needed + room, dequantize_upper="off") == "off"
+    assert chosen(needed, dequantize_upper="on") == "on"
+    assert chosen(8, reuse="off") == "auto"  # nothing to decide
+
+
+def test_dequantized_blocks_of_llama_8b_take_two_bytes_a_weight() -> None:
+    found = reuse_of("llama-3.1-8b", Lengths(seq_len=256), layers="15", positions="l1")
+    assert found is not None
+    per_block = 4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336
+    assert found.dequantized_bytes == 16 * 2 * per_block
+    planned = plan("llama-3.1-8b", gpu="4090", method=MethodOptions(layers="15", positions="l1"))
+    assert (planned.fits, planned.fits_dequantized) == (True, True)
+    planned = plan("llama-3.1-8b", memory_gib=12, method=MethodOptions(layers="15"))
+    assert planned.fits_dequantized is False
 
 
 def test_training_fits_itself_into_a_budget_before_anything_is_loaded(config_file: Path) -> None:
@@ -321,6 +380,7 @@ def test_json_has_the_names_that_scripts_rely_on(
         "store_bytes",
         "build_steps",
         "resident_bytes",
+        "dequantized_bytes",
         "speedup_per_epoch",
     }
     assert sum(result["breakdown_bytes"].values()) == result["peak_bytes"]

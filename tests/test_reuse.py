@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from transformers import AutoConfig
 
 from lowmem_reft.checkpointing import enable_activation_checkpointing
@@ -466,6 +466,19 @@ def test_a_second_run_builds_nothing_and_other_data_or_weights_build_anew(tmp_pa
     assert Reuse(trained, examples, tmp_path).store.directory == first.store.directory
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_trained_norms_are_no_part_of_the_base(tmp_path: Path) -> None:
+    norms = r".*layers\.[34]\.(input|post_attention)_layernorm"
+    config = LNTuningConfig(task_type="CAUSAL_LM", target_modules=norms)
+    model, examples = make_model(peft_config=config), make_examples()
+    key = Reuse(model, examples, tmp_path).store.key
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert Reuse(model, examples, tmp_path).store.key == key
+
+
 def test_a_flipped_byte_is_found_and_built_again(tmp_path: Path) -> None:
     model, examples = make_model(), make_examples()
     reuse = Reuse(model, examples, tmp_path)
@@ -646,7 +659,9 @@ def test_an_embedding_that_an_adapter_changes_is_not_constant() -> None:
 
 
 def test_edits_without_parameters_count(tmp_path: Path) -> None:
-    config = ReftConfig(task_type="CAUSAL_LM", intervention="steering", layers="2", positions="l1")
+    config = ReftConfig(
+        task_type="CAUSAL_LM", intervention="fixed_steering", layers="2", positions="l1"
+    )
     model = make_model(peft_config=config).eval()
     for name, buffer in model.named_buffers():
         if "vector" in name:

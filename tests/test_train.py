@@ -383,7 +383,7 @@ def test_dequantizing_what_is_not_quantized_is_said_to_have_no_effect(
         method=MethodOptions(layers="upper:0.5", positions="l1"),
     )
     for reuse, said in (("off", "nothing is reused"), ("trunk", "the base has no 4-bit layers")):
-        run_training(replace(options, reuse=ReuseOptions(reuse=reuse, dequantize_upper=True)))
+        run_training(replace(options, reuse=ReuseOptions(reuse=reuse, dequantize_upper="on")))
         assert f"dequantize_upper has no effect: {said}" in caplog.text
 
 

@@ -100,7 +100,7 @@ SAVED: list[dict[str, Any]] = [
     {"positions": "f2+l2", "tie": "positions", "layers": "1;3", "component": "mlp_output"},
     {"act": "relu", "positions": "l3", "tie": "sides", "layers": "upper:0.5"},
     {"intervention": "red", "positions": "all", "component": "attention_output", "dropout": 0.1},
-    {"intervention": "steering", "alpha": 0.3},
+    {"intervention": "fixed_steering", "alpha": 0.3},
     {"intervention": "bottleneck", "positions": "all", "act": "gelu"},
 ]
 
@@ -828,7 +828,7 @@ def test_an_explicit_mask_is_used_in_generation(base: Any) -> None:
 # Precision.
 
 
-@pytest.mark.parametrize("name", ["loreft", "steering"])
+@pytest.mark.parametrize("name", ["loreft", "fixed_steering"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cast_to_16_bit_costs_no_precision(
     base: Any, dtype: torch.dtype, name: str, caplog: pytest.LogCaptureFixture

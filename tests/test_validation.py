@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowmem_reft import train, validation
+from lowmem_reft import train
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import Scores, run_evaluation
 from lowmem_reft.options import (
@@ -84,7 +84,19 @@ def test_the_adapter_is_that_of_the_best_epoch(
     assert (best["best_epoch"], best["validation_value"]) == (2, 0.9)
     assert [line["value"] for line in best["validation"]] == [0.2, 0.9, 0.5]
     assert_same(weights(best), weights(run_training(shorter)))
-    assert not (options.run.output_dir / validation.WEIGHTS_FILE).exists()
+
+
+def test_a_finished_run_goes_on_and_keeps_its_best_epoch(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores_of([0.2, 0.9, 0.5, 0.4], monkeypatch)
+    finished = run_training(options)
+    kept = weights(finished)
+    for epochs in (3, 4):
+        longer = replace(options, optim=replace(options.optim, epochs=epochs))
+        again = run_training(with_run(longer, resume=True))
+        assert (again["best_epoch"], len(again["validation"])) == (2, epochs)
+        assert_same(weights(again), kept)
 
 
 def test_of_equal_epochs_the_first_is_kept(

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowmem_reft.cell import Cell, Result, failed_result, write_json
+from lowmem_reft.cell import Cell, Result, failed_result
+from lowmem_reft.files import write_json
 
 CHILD_COMMAND = (sys.executable, "-m", "lowmem_reft.cell")
 """What runs one cell; the path of its ``cell.json`` is appended."""

@@ -37,6 +37,7 @@ from lowmem_reft.frozen.split import (
     Example,
     ReuseError,
     Split,
+    adapter_parts,
     feeding_errors,
     find_split,
     groups_of,
@@ -167,8 +168,9 @@ class Reuse:
     @cached_property
     def _facts(self) -> dict[str, Any]:
         """Everything that the stored numbers depend on, but for what is constant."""
+        adapters = tuple(f"{name}." for name, _ in adapter_parts(self.base))
         return {
-            "base": base_digest(self.base, exclude=_belongs_to_an_adapter),
+            "base": base_digest(self.base, exclude=lambda name: name.startswith(adapters)),
             "missing": None if self.residency is None else self.residency.checkpoint.digest(),
             "architecture": type(self.base).__name__,
             "config": key_of({"config": self.base.config.to_json_string(use_diff=False)}),
@@ -428,7 +430,3 @@ def _check_room(store: Store, limit_bytes: int | None) -> None:
     reason = store.check_space(limit_bytes)
     if reason is not None:
         raise NoRoomError(reason)
-
-
-def _belongs_to_an_adapter(name: str) -> bool:
-    return any(part in name for part in ("reft_phi", "lora_", "modules_to_save"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -266,14 +266,22 @@ def find_first_resident(
     return first
 
 
+def adapter_parts(base: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a base that hold the tensors of adapters, trained or not, with names."""
+    for prefix, module in base.named_modules():
+        names: Iterable[str] = ()
+        if isinstance(module, BaseTunerLayer):
+            names = module.adapter_layer_names
+        elif isinstance(module, ModulesToSaveWrapper):
+            names = ("modules_to_save",)
+        for name in names:
+            part = getattr(module, name, None)
+            if isinstance(part, nn.Module):
+                yield f"{prefix}.{name}", part
+
+
 def _changed_parameters(base: Any) -> Iterator[nn.Parameter]:
     """Yield what is trained and what belongs to adapters, trained or not."""
     yield from (parameter for parameter in base.parameters() if parameter.requires_grad)
-    for module in base.modules():
-        if isinstance(module, BaseTunerLayer):
-            for name in module.adapter_layer_names:
-                part = getattr(module, name, None)
-                if isinstance(part, nn.Module):
-                    yield from part.parameters()
-        elif isinstance(module, ModulesToSaveWrapper):
-            yield from module.modules_to_save.parameters()
+    for _, part in adapter_parts(base):
+        yield from part.parameters()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lowmem_reft.devices import DTYPES
 from lowmem_reft.errors import InputError
+from lowmem_reft.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -194,12 +195,7 @@ class Store:
         self._maps.pop(shard, None)
         self._verified.discard(shard)
         self._manifest["shards"][str(shard)] = crc
-        manifest = self.directory / f"manifest.{os.getpid()}.tmp"
-        try:
-            manifest.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
-            manifest.replace(self.directory / "manifest.json")
-        finally:
-            manifest.unlink(missing_ok=True)
+        write_json(self.directory / "manifest.json", self._manifest)
 
     def _check(self, shard: int, records: Sequence[Record]) -> None:
         layout = self.layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,10 @@ class Card:
         """Return what must be free on the card for a peak of tensors: context and gaps included."""
         return int(peak_bytes * (1 + FRAGMENTATION)) + self.context_bytes
 
+    def holds(self, peak_bytes: int) -> bool:
+        """Return whether it has room for a peak of tensors."""
+        return self.required_bytes(peak_bytes) <= self.memory_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -116,15 +120,26 @@ class Plan:
     """How much goes through at once."""
 
     @property
+    def worst_bytes(self) -> int:
+        """Return the tensors alive at the worst moment of loading, training and evaluation."""
+        return max(self.peak_bytes, self.loading_peak_bytes, self.evaluation_peak_bytes)
+
+    @property
     def required_bytes(self) -> int:
-        """Return what the card must hold for loading, training and evaluation."""
-        worst = max(self.peak_bytes, self.loading_peak_bytes, self.evaluation_peak_bytes)
-        return worst if self.card is None else self.card.required_bytes(worst)
+        """Return what the card must hold for them."""
+        return self.worst_bytes if self.card is None else self.card.required_bytes(self.worst_bytes)
 
     @property
     def fits(self) -> bool | None:
         """Return whether the card holds it; None without a card."""
-        return None if self.card is None else self.required_bytes <= self.card.memory_bytes
+        return None if self.card is None else self.card.holds(self.worst_bytes)
+
+    @property
+    def fits_dequantized(self) -> bool | None:
+        """Return whether ``--dequantize-upper`` fits; None without a card or anything to reuse."""
+        if self.card is None or self.reuse is None:
+            return None
+        return self.card.holds(self.peak_bytes + self.reuse.dequantized_bytes)
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures for ``--json``."""
@@ -140,6 +155,7 @@ class Plan:
             "peak_bytes": self.peak_bytes,
             "breakdown_bytes": self.breakdown_bytes,
             "fits": self.fits,
+            "fits_dequantized": self.fits_dequantized,
             "required_bytes": self.required_bytes,
             "overhead_bytes": overhead,
             "card": None if card is None else card.name,
@@ -249,6 +265,16 @@ class Planner:
             **options,
         )
 
+    def reuse(self, setting: Setting, lengths: Lengths, num_examples: int) -> ReusePlan | None:
+        """Return what training could reuse; None if nothing is constant."""
+        return plan_reuse(
+            self.predictor(setting),
+            num_examples=num_examples,
+            seq_len=lengths.seq_len,
+            response_len=lengths.response_len or max(1, lengths.seq_len // 2),
+            examples_per_step=lengths.batch_size * lengths.gradient_accumulation,
+        )
+
     def timeline(self, setting: Setting, lengths: Lengths) -> LiveMemory:
         """Return a predicted step with its timeline."""
         memory: LiveMemory = self._train(setting, lengths, keep_timeline=True)
@@ -298,13 +324,7 @@ class Planner:
             generation_peak_bytes=generation,
             host_bytes=predictor.host_bytes(lengths.batch_size * lengths.seq_len),
             num_trainable_params=predictor.trainable_parameters,
-            reuse=plan_reuse(
-                predictor,
-                num_examples=num_examples,
-                seq_len=lengths.seq_len,
-                response_len=response_len,
-                examples_per_step=lengths.batch_size * lengths.gradient_accumulation,
-            ),
+            reuse=self.reuse(setting, lengths, num_examples),
             card=self.card,
             setting=setting,
             lengths=lengths,
@@ -446,11 +466,11 @@ def fit(
             if best is not None and option.cost >= best.cost:
                 break
             size = option.lengths.batch_size
-            if card.required_bytes(round(0.97 * (held + per_example * size))) > card.memory_bytes:
+            if not card.holds(round(0.97 * (held + per_example * size))):
                 continue
             report(describe(option))
             peak = planner.training_peak_bytes(option.setting, option.lengths)
-            if card.required_bytes(peak) <= card.memory_bytes:
+            if card.holds(peak):
                 best = option
                 break
             per_example = (peak - held) / size
@@ -485,16 +505,10 @@ def describe(candidate: Candidate) -> str:
         f"--batch-size {lengths.batch_size}",
         f"--gradient-accumulation {lengths.gradient_accumulation}",
     ]
-    if memory.activation_checkpointing:
-        flags.append("--activation-checkpointing")
-        if memory.checkpoint_every > 1:
-            flags.append(f"--checkpoint-every {memory.checkpoint_every}")
-    if memory.offload_activations:
-        flags.append("--offload-activations")
-    if memory.mlp_tokens is not None:
-        flags.append(f"--mlp-tokens {memory.mlp_tokens}")
-    if memory.embedding_on_host:
-        flags.append("--embedding-on-host")
+    for field in fields(MemoryOptions):
+        value, flag = getattr(memory, field.name), "--" + field.name.replace("_", "-")
+        if value != field.default and field.name != "memory_gib":
+            flags.append(flag if value is True else f"{flag} {value}")
     return " ".join(flags)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from bitsandbytes.nn.modules import Linear4bit
+
 from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.split import Example, ReuseError, find_split, lower_part
@@ -19,6 +21,7 @@ from lowmem_reft.positions import IGNORED_LABEL
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
     from torch import nn
 
     from lowmem_reft.memory.predict import Predictor
@@ -45,6 +48,9 @@ class ReusePlan:
     """Frozen weights and their constants that a reused step needs on the device: blocks above the
     trunk, norms and head. The lower blocks, and an embedding that the head does not share, may
     leave it (``train --resident upper``)."""
+    dequantized_bytes: int
+    """What ``train --dequantize-upper on`` takes besides: the 4-bit layers of the blocks above the
+    trunk in the compute dtype; 0 without any."""
     speedup_per_epoch: float
     """Arithmetic of a plain epoch over that of a reused one, the build left out: see
     `Work.speedup`. Computed, not measured."""
@@ -156,7 +162,18 @@ def plan_reuse(
         build_steps=work.build_steps(num_examples, examples_per_step),
         resident_bytes=predictor.held_bytes([model])
         - predictor.held_bytes(lower_part(base, split.num_blocks)),
+        dequantized_bytes=_dequantized_bytes(blocks[split.num_blocks :], dtype),
         speedup_per_epoch=work.speedup,
+    )
+
+
+def _dequantized_bytes(blocks: Iterable[nn.Module], dtype: torch.dtype) -> int:
+    """Return the size of the 4-bit layers in a dtype."""
+    layers = (layer for block in blocks for layer in block.modules())
+    return sum(
+        layer.in_features * layer.out_features * dtype.itemsize
+        for layer in layers
+        if isinstance(layer, Linear4bit)
     )
 
 

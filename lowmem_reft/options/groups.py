@@ -245,9 +245,10 @@ class ReuseOptions:
     resident: Literal["all", "upper"] = "all"
     """upper: only the blocks above the constant ones are ever on the device; the others are read
     one after the other while the store is built, so that a base larger than the card trains."""
-    dequantize_upper: bool = False
-    """Keep the 4-bit blocks above the constant ones dequantized while training from a store: the
-    same numbers, faster steps, four (16-bit) or eight times their memory."""
+    dequantize_upper: Literal["auto", "on", "off"] = "auto"
+    """on: keep the 4-bit blocks above the constant ones dequantized while training from a store:
+    the same numbers, faster steps, four (16-bit) or eight times their memory; auto: where
+    --memory-gib leaves room for it."""
 
     def __post_init__(self) -> None:
         """Check the limit, and that a part of the base has something to train from."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from lowmem_reft.errors import InputError, check_counts, check_not_negative
 from lowmem_reft.options.groups import (
@@ -62,12 +63,9 @@ class HarnessOptions:
     def __post_init__(self) -> None:
         """Check that tasks are named, and that the harness is installed."""
         if self.lm_eval is None:
-            given = [name for name in ("include_path", "num_fewshot") if getattr(self, name)]
-            given += ["apply_chat_template"] if self.apply_chat_template else []
-            if given:
+            for name, value in _given(self).items():
                 raise InputError(
-                    f"{given[0]} must come with lm_eval, got {str(getattr(self, given[0]))!r} "
-                    "alone; add --lm-eval TASKS"
+                    f"{name} must come with lm_eval, got {value} alone; add --lm-eval TASKS"
                 )
             return
         if self.num_fewshot is not None:
@@ -115,10 +113,30 @@ class EvaluateOptions:
                 f"data must be given, or lm_eval, and not both, got {self.data.data!r} and "
                 f"{tasks!r}; for example --data test.jsonl"
             )
-        if tasks and self.reuse.resident != "all":
+        if tasks:
+            self._check_nothing_is_ignored()
+        elif self.reuse.dequantize_upper == "on":
             raise InputError(
-                f"resident must be all with lm_eval, got {self.reuse.resident!r}; leave it out"
+                "dequantize_upper must be auto or off in evaluate, got 'on'; it is for training"
             )
+
+    def _check_nothing_is_ignored(self) -> None:
+        """Refuse what the harness decides itself."""
+        given = _given(self.data) | _given(self.scoring) | _given(self.reuse)
+        if self.only_given_storage:
+            given["only_given_storage"] = True
+        ignored = {name: given[name] for name in given if name not in ("data", "limit")}
+        if ignored:
+            raise InputError(
+                f"{', '.join(ignored)} must be left out with lm_eval, got "
+                f"{', '.join(map(str, ignored.values()))}; its tasks write and score their rows"
+            )
+
+
+def _given(options: Any) -> dict[str, Any]:
+    """Return by name what is not the default."""
+    values = ((option, getattr(options, option.name)) for option in fields(options))
+    return {option.name: value for option, value in values if value != option.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +167,11 @@ class DecodingOptions:
         if "" in self.stop:
             raise InputError(f"stop must be texts that are not empty, got {self.stop!r}; change it")
         check_seed(self.seed)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """What ``stop`` means: with line breaks for each backslash and n."""
+        return tuple(text.replace("\\n", "\n") for text in self.stop)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
+from lowmem_reft.files import write_json
 from lowmem_reft.pyreft.checkpoint import CONFIG, WEIGHTS_OF_BASE
 from lowmem_reft.pyreft.importing import check_empty
 from lowmem_reft.pyreft.notes import export_notes
@@ -75,10 +75,10 @@ def run_export(options: ExportPyreftOptions) -> dict[str, Any]:
         torch.save(tensors, options.output_dir / f"intkey_{key}.bin")
     if adapter.heads:
         torch.save(adapter.heads, options.output_dir / WEIGHTS_OF_BASE)
-    hidden = next(iter(adapter.interventions.values()))
-    width = next(tensor.shape[1] for tensor in hidden.values() if tensor.ndim == 2)
+    first = next(iter(adapter.interventions.values()))
+    width = next(tensor.shape[1] for tensor in first.values() if tensor.ndim == 2)
     pyreft_config = _config(adapter, class_name, list(written), width)
-    (options.output_dir / CONFIG).write_text(json.dumps(pyreft_config, indent=2) + "\n")
+    write_json(options.output_dir / CONFIG, pyreft_config)
     notes = export_notes(config)
     readme = options.output_dir / README
     readme.write_text(_readme(adapter, class_name, width, notes), encoding="utf-8")

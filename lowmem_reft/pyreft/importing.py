@@ -178,11 +178,11 @@ def _component(base: Any, checkpoint: Checkpoint, options: ImportPyreftOptions) 
             f"{options.directory} must edit {', '.join(COMPONENTS)}, got {component!r}; ReFT here "
             "has no such component"
         )
-    check_component(blocks[0], component)
+    _check_component(blocks[0], component)
     return component
 
 
-def check_component(block: Any, component: str) -> None:
+def _check_component(block: Any, component: str) -> None:
     """Refuse a component that is another vector here than in pyreft.
 
     Raises:
