@@ -62,6 +62,21 @@ def tasks(result: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"{first['device']}; {versions}.", ""])
 
 
+def grid(result: list[dict[str, Any]]) -> str:
+    """A row per choice of layers, a column per choice of positions."""
+    values: dict[str, dict[str, str]] = {}
+    for row in result:
+        method = row["config"].get("method", {})
+        if row["num_trainable_params"]:
+            values.setdefault(method["layers"], {})[method["positions"]] = (
+                f"{100 * row['value']:.1f}"
+            )
+    columns = list(next(iter(values.values())))
+    lines = [f"| layers | {' | '.join(columns)} |", f"|:--|{'--:|' * len(columns)}"]
+    lines += [f"| {name} | {' | '.join(row[c] for c in columns)} |" for name, row in values.items()]
+    return "\n".join([*lines, ""])
+
+
 def _value(row: Any) -> str:
     if row is None or row.value_mean is None:
         return "failed" if row is not None and row.errors else "–"
@@ -192,6 +207,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "trec500": comparison,
     "trec_frontier": comparison,
     "sst2": comparison,
+    "sst2_frontier": comparison,
+    "layers_positions": grid,
     "tasks": tasks,
     "methods": comparison,
     "step": timings,
