@@ -44,6 +44,7 @@ from lowmem_reft.distributed import shards_model
 from lowmem_reft.errors import InputError
 from lowmem_reft.identity import commit_of
 from lowmem_reft.options import Storage
+from lowmem_reft.options.values import QUANTIZED
 from lowmem_reft.residency import EMBEDDING, Checkpoint, Residency, fill_buffers
 
 __all__ = [
@@ -69,7 +70,6 @@ AUTO_CLASSES: dict[str, Any] = {
 }
 """Task type, as PEFT names it, to the class that loads it."""
 
-QUANTIZED = ("nf4", "fp4", "int8")
 STORAGES = (*QUANTIZED, *DTYPES)
 
 

@@ -36,6 +36,7 @@ from lowmem_reft.options import (
     ScoringOptions,
     TrainOptions,
 )
+from lowmem_reft.options.values import QUANTIZED
 from lowmem_reft.schedule import run_cells
 from lowmem_reft.sources import Sources, find_all_sources
 
@@ -288,7 +289,7 @@ def _evaluate_options(
             model=sources.model,
             storage=storage,
             # 16- and 32-bit weights are computed in their own dtype.
-            compute_dtype=options.compute_dtype if storage in ("nf4", "fp4", "int8") else "auto",
+            compute_dtype=options.compute_dtype if storage in QUANTIZED else "auto",
             device=options.device,
             task_type=options.task_type,
         ),

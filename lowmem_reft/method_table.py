@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import Storage
+from lowmem_reft.options.values import QUANTIZED
 
 Family = Literal["reft", "lora", "lora_reft", "ia3", "ln_tuning", "virtual_tokens", "weights"]
-
-QUANTIZED = ("nf4", "fp4", "int8")
 
 REFT = "arXiv 2404.03592"
 

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from lowmem_reft.base import (
-    QUANTIZED,
     freeze,
     from_config,
     guard_linear4bit,
@@ -24,6 +23,7 @@ from lowmem_reft.base import (
 )
 from lowmem_reft.devices import DTYPES
 from lowmem_reft.options import Storage
+from lowmem_reft.options.values import QUANTIZED
 from lowmem_reft.residency import fill_buffers
 
 

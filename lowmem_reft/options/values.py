@@ -10,6 +10,9 @@ from lowmem_reft.errors import InputError
 
 Storage = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
 
+QUANTIZED = ("nf4", "fp4", "int8")
+"""Storages whose weights bitsandbytes holds."""
+
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
