@@ -13,7 +13,6 @@ runs it again without ``--equal``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -300,11 +299,6 @@ def num_steps(options: TrainOptions) -> int:
     """Return the optimizer steps of a run, as the Trainer counts them."""
     from lowmem_reft.data import load_rows
 
-    optim = options.optim
-    if optim.max_steps > 0:
-        return optim.max_steps
     data = options.data
     num_rows = len(load_rows(data.data, split=data.split, limit=data.limit))
-    passes = math.ceil(num_rows / optim.batch_size)
-    per_epoch = max(1, math.ceil(passes / optim.gradient_accumulation))
-    return math.ceil(optim.epochs * per_epoch)
+    return options.optim.num_steps(num_rows)

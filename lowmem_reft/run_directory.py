@@ -8,7 +8,6 @@ where and how fast may change.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from dataclasses import asdict
@@ -158,12 +157,8 @@ def _shown(value: Any) -> str:
 def _check_length(options: TrainOptions, num_examples: int) -> None:
     """Refuse fewer steps than were taken before the last checkpoint."""
     step, optim = _step(last_checkpoint(options.run.output_dir)), options.optim
-    if optim.max_steps > 0:
-        name, value, num_steps = "max_steps", float(optim.max_steps), optim.max_steps
-    else:
-        batches = math.ceil(num_examples / (optim.batch_size * distributed.num_processes()))
-        per_epoch = math.ceil(batches / optim.gradient_accumulation)
-        name, value, num_steps = "epochs", optim.epochs, math.ceil(optim.epochs * per_epoch)
+    num_steps = optim.num_steps(num_examples, num_processes=distributed.num_processes())
+    name, value = ("max_steps", num_steps) if optim.max_steps > 0 else ("epochs", optim.epochs)
     if num_steps < step:
         raise InputError(
             f"{name} must reach the last checkpoint, which is of step {step}, got {value:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -205,6 +206,14 @@ class OptimOptions:
             )
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("optim", self.optim, OPTIMIZERS)
+
+    def num_steps(self, num_examples: int, *, num_processes: int = 1) -> int:
+        """Return the optimizer steps of a run, as the Trainer counts them."""
+        if self.max_steps > 0:
+            return self.max_steps
+        passes = math.ceil(num_examples / (self.batch_size * num_processes))
+        per_epoch = max(1, math.ceil(passes / self.gradient_accumulation))
+        return math.ceil(self.epochs * per_epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
