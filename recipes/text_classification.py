@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -82,6 +82,19 @@ PLANS = {
     "sst2": Plan(FINAL_SST2, test="validation", num_train=1000, epochs=3),
 }
 
+WORDS = {
+    "abbreviation": "word",
+    "description": "about",
+    "entity": "thing",
+    "human": "person",
+    "location": "place",
+    "number": "number",
+    "negative": "bad",
+    "positive": "good",
+}
+"""Classes as words that are one token each for TinyStories' tokenizer, for ``--one-token``. The
+public names have up to six, and all but the first are written after the last edit."""
+
 SEARCH = (
     "qlora[rank=8,lr=1e-3],qlora[rank=8,lr=1e-3,batch_size=8],"
     "loreft[rank=8,positions=all,lr=8e-3],loreft[rank=8,positions=all,lr=8e-3,batch_size=8],"
@@ -119,6 +132,8 @@ class Config:
     """Use only the first N training rows and test rows."""
     epochs: float | None = None
     """Default: the task's."""
+    one_token: bool = False
+    """Call the classes by words that are one token each, for all methods."""
     workers: int = 1
     """Cells that run at the same time."""
 
@@ -127,13 +142,19 @@ def main(config: Config) -> dict[str, object]:
     """Prepare the rows of the stage and compare."""
     if config.task not in PLANS:
         raise InputError(f"task must be one of {', '.join(PLANS)}, got {config.task!r}; choose one")
-    plan, directory = PLANS[config.task], config.output_dir / config.task
+    plan = PLANS[config.task]
+    directory = config.output_dir / (config.task + "-one-token" * config.one_token)
     stages = {"search": SEARCH, "final": plan.final, "frontier": frontier(plan.epochs)}
     if config.stage not in stages:
         raise InputError(
             f"stage must be one of {', '.join(stages)}, got {config.stage!r}; choose one"
         )
-    rows = file_rows(config.task, "train", config.source)
+
+    def read(split: Split) -> list[Row]:
+        found = file_rows(config.task, split, config.source)
+        return [in_one_token(row) for row in found] if config.one_token else found
+
+    rows = read("train")
     if plan.num_train is not None:
         random.Random(0).shuffle(rows)
         rows = rows[: plan.num_train]
@@ -143,8 +164,7 @@ def main(config: Config) -> dict[str, object]:
         test = write_rows(directory / "validation.jsonl", validation)
     else:
         train = write_rows(directory / "train.jsonl", rows)
-        test_rows = file_rows(config.task, plan.test, config.source)
-        test = write_rows(directory / "test.jsonl", test_rows)
+        test = write_rows(directory / "test.jsonl", read(plan.test))
     return run_comparison(
         CompareOptions(
             model=config.model,
@@ -162,6 +182,12 @@ def main(config: Config) -> dict[str, object]:
             workers=config.workers,
         )
     )
+
+
+def in_one_token(row: Row) -> Row:
+    """Return the row with the words of ``WORDS``."""
+    choices = tuple(WORDS[choice] for choice in row.choices)
+    return replace(row, choices=choices, response=WORDS.get(row.response or "", row.response))
 
 
 def write_rows(path: Path, rows: list[Row]) -> Path:

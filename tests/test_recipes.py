@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from lowmem_reft.rows import Row
+from lowmem_reft.tasks.registry import find_task
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -45,3 +49,12 @@ def test_text_classification_chooses_on_validation_rows_alone(
     fitted = (tmp_path / "out/trec/fit.jsonl").read_text().splitlines()
     assert len(held_out) == 2
     assert not set(held_out) & set(fitted)
+
+
+def test_classes_can_be_called_by_words_of_one_token(recipe: ModuleType) -> None:
+    row = Row(source="TREC:1", prompt="Who ?", choices=("human", "number"), answer=0)
+    one = recipe.in_one_token(row)
+    assert (one.choices, one.answer, one.prompt) == (("person", "number"), 0, "Who ?")
+    assert recipe.in_one_token(replace(row, response="human")).response == "person"
+    for task in recipe.PLANS:
+        assert set(find_task(task).labels) <= recipe.WORDS.keys()
