@@ -203,6 +203,7 @@ def larger_than_memory(result: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[Any], str]] = {
     "embedded": comparison,
     "trec": comparison,
+    "trec_one_token": comparison,
     "trec2500": comparison,
     "trec500": comparison,
     "trec_frontier": comparison,
