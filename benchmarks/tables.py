@@ -205,7 +205,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "trec": comparison,
     "trec_one_token": comparison,
     "trec2500": comparison,
-    "trec500": comparison,
+    "ten_methods": tasks,
     "trec_frontier": comparison,
     "sst2": comparison,
     "sst2_frontier": comparison,
