@@ -45,6 +45,11 @@ class Lengths:
     max_new_tokens: int = 256
     """Tokens generated after a prompt, for the peak of generation."""
 
+    @property
+    def num_supervised(self) -> int:
+        """Return ``response_len``, or its default."""
+        return self.response_len or max(1, self.seq_len // 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
@@ -271,7 +276,7 @@ class Planner:
             self.predictor(setting),
             num_examples=num_examples,
             seq_len=lengths.seq_len,
-            response_len=lengths.response_len or max(1, lengths.seq_len // 2),
+            response_len=lengths.num_supervised,
             examples_per_step=lengths.batch_size * lengths.gradient_accumulation,
         )
 
@@ -289,7 +294,6 @@ class Planner:
             num_examples: Examples of the data set, for what could be reused.
         """
         predictor = self.predictor(setting)
-        response_len = lengths.response_len or max(1, lengths.seq_len // 2)
         peak = self._train(setting, lengths).peak
         peak_bytes = with_margin(peak.num_bytes)
         breakdown = dict(peak.breakdown_bytes)
@@ -297,7 +301,7 @@ class Planner:
         evaluation = predictor.evaluation(
             seq_len=lengths.seq_len,
             batch_size=lengths.batch_size,
-            response_len=response_len,
+            response_len=lengths.num_supervised,
             padded=lengths.batch_size > 1 if lengths.padded is None else lengths.padded,
         )
         streamed = predictor.streamed_bytes()
