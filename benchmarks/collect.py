@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from lowmem_reft.report.joining import join
+
 POINTS = 50
 """Most points of a loss history."""
 
@@ -30,11 +32,7 @@ class Collect:
 
 def collect(directories: tuple[Path, ...]) -> list[dict[str, Any]]:
     """Return the cells of all directories, each once."""
-    cells: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for directory in directories:
-        for cell in json.loads((directory / "results.json").read_text(encoding="utf-8")):
-            cells[cell["task"], cell["method"], cell["seed"]] = thinned(cell)
-    return list(cells.values())
+    return [thinned(cell) for cell in join(directories, relative_to=Path())]
 
 
 def thinned(cell: dict[str, Any]) -> dict[str, Any]:

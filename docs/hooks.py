@@ -48,7 +48,8 @@ class LiteralBlocks(griffe.Extension):
 def subcommands() -> list[Subcommand]:
     """Every subcommand with the class of its options, ``cache ls`` and its like included."""
     found = []
-    for name, options in cli._COMMANDS.items():
+    for name, command in cli._COMMANDS.items():
+        options = command.options
         nested = [field.type for field in dataclasses.fields(options) if field.name == "action"]
         if nested:
             action = typing.get_type_hints(options, include_extras=True)["action"]

@@ -13,7 +13,6 @@ import sys
 
 if __name__ == "__main__":  # before the imports below: Ctrl-C is heard during them too
     from lowmem_reft.entry import main as guarded
-    from lowmem_reft.files import plain
 
     sys.exit(guarded())
 
@@ -30,8 +29,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 from unittest import mock
 
 import tyro
@@ -50,59 +50,58 @@ from lowmem_reft.options import (
     MethodsOptions,
     PlanOptions,
     ProfileOptions,
+    ReportOptions,
     SweepOptions,
     TasksOptions,
     TrainOptions,
 )
 from lowmem_reft.progress import show_bars
 
-Options = (
-    TrainOptions
-    | EvaluateOptions
-    | GenerateOptions
-    | ChatOptions
-    | CompareOptions
-    | SweepOptions
-    | PlanOptions
-    | ProfileOptions
-    | TasksOptions
-    | MethodsOptions
-    | CacheOptions
-    | ImportPyreftOptions
-    | ExportPyreftOptions
-)
+Options: TypeAlias = Any
+"""An instance of a class of ``_COMMANDS``."""
 
-_COMMANDS: dict[str, Any] = {
-    "train": TrainOptions,
-    "evaluate": EvaluateOptions,
-    "generate": GenerateOptions,
-    "chat": ChatOptions,
-    "compare": CompareOptions,
-    "sweep": SweepOptions,
-    "plan": PlanOptions,
-    "profile": ProfileOptions,
-    "tasks": TasksOptions,
-    "methods": MethodsOptions,
-    "cache": CacheOptions,
-    "import-pyreft": ImportPyreftOptions,
-    "export-pyreft": ExportPyreftOptions,
-}
 
-# Module and function of each: imported when it is called, because most import torch.
-_HANDLERS: dict[type, tuple[str, str]] = {
-    TrainOptions: ("train", "run_training"),
-    EvaluateOptions: ("evaluate", "run_evaluation"),
-    GenerateOptions: ("generate", "run_generation"),
-    ChatOptions: ("chat", "run_chat"),
-    CompareOptions: ("compare", "run_comparison"),
-    SweepOptions: ("sweep", "run_sweep"),
-    PlanOptions: ("plan", "run_plan"),
-    ProfileOptions: ("profile", "run_profile"),
-    TasksOptions: ("tasks.listing", "run_tasks"),
-    MethodsOptions: ("method_list", "run_methods"),
-    CacheOptions: ("cache", "run_cache"),
-    ImportPyreftOptions: ("pyreft.importing", "run_import"),
-    ExportPyreftOptions: ("pyreft.exporting", "run_export"),
+@dataclass(frozen=True, kw_only=True)
+class _Command:
+    options: Any
+    """Dataclass that its flags and its help are made from."""
+    handler: str
+    """``module:function``, imported when it is called, because most import torch."""
+    prints_tables: bool = False
+    """Whether the handler shows the result itself."""
+    loads_nothing: bool = False
+    """Whether it needs neither torch nor transformers."""
+
+
+_COMMANDS: dict[str, _Command] = {
+    "train": _Command(options=TrainOptions, handler="train:run_training"),
+    "evaluate": _Command(options=EvaluateOptions, handler="evaluate:run_evaluation"),
+    "generate": _Command(options=GenerateOptions, handler="generate:run_generation"),
+    "chat": _Command(options=ChatOptions, handler="chat:run_chat"),
+    "compare": _Command(options=CompareOptions, handler="compare:run_comparison"),
+    "report": _Command(
+        options=ReportOptions, handler="report.joining:run_report", loads_nothing=True
+    ),
+    "sweep": _Command(options=SweepOptions, handler="sweep:run_sweep"),
+    "plan": _Command(options=PlanOptions, handler="plan:run_plan", prints_tables=True),
+    "profile": _Command(options=ProfileOptions, handler="profile:run_profile", prints_tables=True),
+    "tasks": _Command(
+        options=TasksOptions,
+        handler="tasks.listing:run_tasks",
+        prints_tables=True,
+        loads_nothing=True,
+    ),
+    "methods": _Command(
+        options=MethodsOptions,
+        handler="method_list:run_methods",
+        prints_tables=True,
+        loads_nothing=True,
+    ),
+    "cache": _Command(
+        options=CacheOptions, handler="cache:run_cache", prints_tables=True, loads_nothing=True
+    ),
+    "import-pyreft": _Command(options=ImportPyreftOptions, handler="pyreft.importing:run_import"),
+    "export-pyreft": _Command(options=ExportPyreftOptions, handler="pyreft.exporting:run_export"),
 }
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
@@ -127,9 +126,6 @@ def _choice_or_nothing(info: Any) -> Any:
 
 _LAUNCHER_ENDS_ALL_S = 2.0
 """Within this time a launcher that sees one process fail has ended the others."""
-
-_WITH_TABLES = (PlanOptions, ProfileOptions, TasksOptions, MethodsOptions, CacheOptions)
-"""Those whose handlers print tables of their own."""
 
 _DESCRIPTION = f"""ReFT, LoRA and QLoRA on a frozen 4- or 8-bit base (version {__version__}).
 
@@ -168,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0]
     try:
         with _sigterm_as_interrupt():
-            num_failed = _run(options)
+            num_failed = _run(_COMMANDS[command], options)
     except BrokenPipeError:
         return _reader_left()
     except KeyboardInterrupt:
@@ -206,7 +202,7 @@ def _parse(arguments: list[str]) -> Options:
 
     def parse() -> Options:
         options: Options = tyro.cli(
-            _COMMANDS[name] if is_known else _all_commands(),
+            _COMMANDS[name].options if is_known else _all_commands(),
             prog=f"lowmem-reft {name}" if is_known else "lowmem-reft",
             description=None if is_known else _DESCRIPTION,
             args=arguments[1:] if is_known else arguments,
@@ -236,20 +232,23 @@ def _parse(arguments: list[str]) -> Options:
 
 def _all_commands() -> Any:
     """Return the union of all subcommands' options."""
-    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in _COMMANDS.items()]
+    named = [
+        Annotated[command.options, tyro.conf.subcommand(name)]
+        for name, command in _COMMANDS.items()
+    ]
     return Union[tuple(named)]  # noqa: UP007 - there is no | of a list
 
 
-def _run(options: Options) -> int:
+def _run(command: _Command, options: Options) -> int:
     """Run the handler, print its result and return how many cells of a comparison failed."""
     as_json, quiet = _as_json_and_quiet(options)
     quiet = quiet or not distributed.is_main()
     show_bars(not quiet)
     with _stdout_to_stderr() if as_json else contextlib.nullcontext():
         with _collector_paused():
-            if not isinstance(options, TasksOptions | MethodsOptions | CacheOptions):
+            if not command.loads_nothing:
                 _quieten_libraries(no_bars=quiet or not sys.stderr.isatty())
-            handler = _handler(options)
+            handler = _handler(command)
         result = handler(options)
         distributed.stop()
     if not distributed.is_main():
@@ -258,7 +257,7 @@ def _run(options: Options) -> int:
         print(json.dumps(plain(result), allow_nan=False, default=str))
     elif isinstance(options, GenerateOptions):
         _print_summary(result, to_stderr=True)  # standard output belongs to the generated text
-    elif not isinstance(options, _WITH_TABLES):
+    elif not command.prints_tables:
         _print_summary(result)
     sys.stdout.flush()
     return int(result.get("num_failed", 0))
@@ -270,7 +269,7 @@ def _as_json_and_quiet(options: Options) -> tuple[bool, bool]:
     if isinstance(options, CacheOptions):
         return options.action.json, options.action.quiet
     switches = options.run if isinstance(options, TrainOptions) else options
-    return switches.json, switches.quiet
+    return bool(switches.json), bool(switches.quiet)
 
 
 def _quieten_libraries(*, no_bars: bool) -> None:
@@ -285,9 +284,9 @@ def _quieten_libraries(*, no_bars: bool) -> None:
         disable_progress_bar()
 
 
-def _handler(options: Options) -> Callable[[Options], dict[str, Any]]:
-    module, function = _HANDLERS[type(options)]
-    if isinstance(options, PlanOptions):
+def _handler(command: _Command) -> Callable[[Options], dict[str, Any]]:
+    module, _, function = command.handler.partition(":")
+    if command.options is PlanOptions:
         _import_bitsandbytes_without_compiler()
     handler: Callable[[Options], dict[str, Any]] = getattr(
         importlib.import_module(f"lowmem_reft.{module}"), function

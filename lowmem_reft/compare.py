@@ -7,7 +7,6 @@ module loads no model.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -19,10 +18,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.cell import EMPTY_RESULT, Cell, Result
+from lowmem_reft.cell import Cell, Result
 from lowmem_reft.engines.child import CHILD_COMMAND
 from lowmem_reft.errors import InputError
-from lowmem_reft.files import write_json
 from lowmem_reft.options import (
     CompareOptions,
     DataOptions,
@@ -49,13 +47,6 @@ EMBEDDED_METHODS = (
     "qlora[rank=8,lr=2e-3]"
 )
 
-CSV_FIELDS = tuple(
-    name
-    for name in EMPTY_RESULT
-    if name not in ("config", "versions", "loss_history", "validation", "breakdown_bytes", "extra")
-)
-"""Columns of results.csv: every field of a result that is one value."""
-
 
 def run_comparison(
     options: CompareOptions, *, child_command: Sequence[str] = CHILD_COMMAND
@@ -74,7 +65,7 @@ def run_comparison(
         InputError: The methods, seeds, model or data are wrong.
     """
     from lowmem_reft.methods import expand_methods, parse_methods
-    from lowmem_reft.report import write_report
+    from lowmem_reft.report import write_results
     from lowmem_reft.report.console import Progress, print_table
     from lowmem_reft.report.table import aggregate
 
@@ -95,18 +86,12 @@ def run_comparison(
         results = run_cells(
             cells, observer=progress, workers=options.workers, child_command=child_command
         )
-    directory = options.output_dir
-    write_json(directory / "results.json", results)
-    write_csv(directory / "results.csv", results)
-    report = write_report(results, directory)
+    written = write_results(results, options.output_dir)
     rows = aggregate(results)
     if not options.quiet:
         print_table(rows)
     return {
-        "output_dir": str(directory),
-        "results": str(directory / "results.json"),
-        "csv": str(directory / "results.csv"),
-        "report": str(report),
+        **written,
         "num_cells": len(results),
         "num_failed": sum(
             # Of all methods, some are refused for a reason that their rows state.
@@ -217,14 +202,6 @@ def command_line(options: CompareOptions, methods: str, seeds: int | str) -> str
                 flag = f"--{field.name.replace('_', '-')}"
                 words += [flag] if value is True else [flag, str(value)]
     return shlex.join(words)
-
-
-def write_csv(path: Path, results: Sequence[Result]) -> None:
-    """One line per cell; nested fields (config, versions, losses) are in results.json only."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CSV_FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(results)
 
 
 def _base_cell(options: CompareOptions, sources: Sources, storage: str, method: str) -> Cell:

@@ -20,7 +20,7 @@ import pytest
 
 from lowmem_reft import report
 from lowmem_reft.cell import EMPTY_RESULT, read_cell, run_cell, write_cell
-from lowmem_reft.compare import CSV_FIELDS, build_cells, command_line, parse_seeds, run_comparison
+from lowmem_reft.compare import build_cells, command_line, parse_seeds, run_comparison
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import METHODS, parse_methods
 from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions, ReuseOptions
@@ -73,7 +73,7 @@ def fake_cell(tmp_path):
 def options(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # Drawing takes longer than all the rest; test_report.py has its tests.
-    monkeypatch.setattr(report, "write_report", lambda _, directory: directory / "report.html")
+    monkeypatch.setattr(report, "write_report", lambda _, directory, **_k: directory / "report.html")
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -261,7 +261,7 @@ def test_csv_and_json_hold_the_same(options, fake_cell):
     assert len(lines) == len(results)
     for line, result in zip(lines, results, strict=True):
         assert line == {
-            name: "" if result[name] is None else str(result[name]) for name in CSV_FIELDS
+            name: "" if result[name] is None else str(result[name]) for name in report.CSV_FIELDS
         }
 
 

@@ -505,6 +505,13 @@ def test_answers_are_aligned_by_source_and_line(tmp_path):
     assert found.num_left_out == 2  # example 1, and the second line from line 0
 
 
+def test_answers_are_aligned_where_the_files_have_moved(tmp_path):
+    cells = [answered(tmp_path, result(seed=s), [1, 0, 1]) for s in (0, 1)]
+    path = tmp_path / cells[1]["predictions"]
+    path.write_text(path.read_text(encoding="utf-8").replace("/data/", "D:\\\\other\\\\"))
+    assert read_answers(cells, tmp_path)["trec"].num_left_out == 0
+
+
 def test_predictions_that_cannot_be_read_are_left_out_with_a_warning(tmp_path):
     cells = [answered(tmp_path, result(seed=s), [1, 0]) for s in (0, 1)]
     (tmp_path / cells[1]["predictions"]).write_text('{"source": "x"}\n', encoding="utf-8")
@@ -534,6 +541,20 @@ def test_the_browser_holds_every_answer(with_answers, tmp_path):
     words = [[(task["texts"][a >> 1], a % 2) for a in seeds] for seeds in answers]
     assert words[1] == [("right", 1), ("right", 1)]
     assert words[3] == [("wrong", 0), ("wrong", 0)]
+
+
+def test_a_page_without_texts_says_of_each_example_only_whether_it_is_right(tmp_path):
+    cells = [
+        answered(tmp_path, result(m), [1, 0] * 5, prompt="a secret", wrong="another secret")
+        for m in ("loreft", "qlora")
+    ]
+    path = write_report(cells, tmp_path, texts=False)
+    page = path.read_text(encoding="utf-8")
+    assert "secret" not in page
+    data = unpacked(examples.render(Comparison.read(cells, tmp_path, texts=False)))
+    assert (data["texts"], data["tasks"][0]["texts"]) == (False, [""])
+    assert data["tasks"][0]["examples"][0] == ["test.jsonl:0", "", 0, [[1], [1]]]
+    assert "secret" in write_report(cells, tmp_path).read_text(encoding="utf-8")
 
 
 def test_where_not_all_examples_fit_those_with_disagreement_come_first(

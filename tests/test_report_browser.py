@@ -243,3 +243,17 @@ def test_another_task_has_its_own_examples(page):
 
 def test_nothing_has_gone_wrong_meanwhile(page):
     assert page.get_log("browser") == []
+
+
+def test_a_page_without_texts_says_right_or_wrong(browser, tmp_path):
+    path = write_report(comparison(tmp_path), tmp_path, texts=False)
+    browser.get(path.as_uri())
+    assert texts(browser, ".examples .prompt") == []
+    assert texts(browser, ".examples li:first-child dt") == [
+        "A: loreft[rank=8,lr=4e-3]",
+        "B: qlora",
+    ]
+    assert texts(browser, ".examples li:first-child .source")[0].startswith("test.jsonl:")
+    said = {text.split()[1] for text in texts(browser, ".examples dd span:first-child")}
+    assert said == {"right", "wrong"}
+    assert browser.get_log("browser") == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 from lowmem_reft.options.comparing import (
     CompareOptions,
     MethodsOptions,
+    ReportOptions,
     SweepOptions,
     TasksOptions,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "PlanOptions",
     "ProfileOptions",
     "PyreftClass",
+    "ReportOptions",
     "ReuseOptions",
     "RunOptions",
     "ScoredDataOptions",

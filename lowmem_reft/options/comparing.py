@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.options.groups import MemoryOptions, OptimOptions, ReuseOptions, ScoringOptions
@@ -108,6 +110,32 @@ class CompareOptions:
                 f"validation_data must come with data, got {self.validation_data!r} alone; "
                 "add --data"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write the report of finished comparisons again: several as one, or without their texts."""
+
+    sources: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR ...")]
+    """Output directories of compare, or files like its results.json. A run that several of them
+    hold is taken from the last."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    """Where results.json, results.csv, plots and report.html go."""
+    hide_texts: bool = False
+    """Leave prompts, answers and what is right out of the page, so that it can be shown to those
+    who may not see the data: examples are named by file and line."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """Print no table."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to read and that a directory can be written."""
+        if not self.sources:
+            raise InputError(
+                "sources must name a directory of lowmem-reft compare at least, got none; add one"
+            )
+        check_directory("output_dir", self.output_dir)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Key = tuple[str, int]
-"""An example: its source, and which of the lines from that source it is."""
+"""An example: name of its file with the line, and which of the lines from there it is."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,7 +22,7 @@ class Example:
     """One example of a task."""
 
     source: str
-    """File and line it is from, as the run saw them."""
+    """Name of the file and line it is from; directories are the run's own, and may have moved."""
     prompt: str
     reference: Any
     """What is right: the index of a choice, a number or a text."""
@@ -82,7 +82,7 @@ def _read_lines(path: Path) -> dict[Key, dict[str, Any]]:
         with path.open(encoding="utf-8") as file:
             for text in file:
                 line = json.loads(text)
-                source = str(line["source"])
+                source = str(line["source"]).replace("\\", "/").rpartition("/")[2]
                 lines[source, seen[source]] = line
                 seen[source] += 1
                 _ = line["prediction"], line["correct"]

@@ -29,12 +29,19 @@ class Comparison:
     """Methods with means over seeds, one per method and task."""
     answers: dict[str, TaskAnswers]
     """By task; only tasks whose cells have predictions."""
+    texts: bool = True
+    """Whether the page may hold the texts of the examples."""
 
     @classmethod
-    def read(cls, results: Sequence[dict[str, Any]], directory: Path) -> Comparison:
+    def read(
+        cls, results: Sequence[dict[str, Any]], directory: Path, *, texts: bool = True
+    ) -> Comparison:
         """Aggregate the cells and read their predictions, which are relative to ``directory``."""
         return cls(
-            results=results, rows=aggregate(results), answers=read_answers(results, directory)
+            results=results,
+            rows=aggregate(results),
+            answers=read_answers(results, directory),
+            texts=texts,
         )
 
     @cached_property

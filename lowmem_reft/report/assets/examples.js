@@ -61,7 +61,8 @@ if (root) {
     const value = make("dd");
     for (const [answer, count] of [...seeds].sort((a, b) => b[1] - a[1])) {
       const right = answer % 2 === 1;
-      const words = (right ? "✓ " : "✗ ") + (textOf(answer) || "no answer");
+      const said = data.texts ? textOf(answer) || "no answer" : right ? "right" : "wrong";
+      const words = (right ? "✓ " : "✗ ") + said;
       value.append(make("span", words, right ? "good" : "bad"));
       if (answers.length > 1) {
         value.append(make("span", ` ${count} of ${answers.length} seeds`, "muted"));
@@ -75,13 +76,18 @@ if (root) {
   function card(example) {
     const item = make("li");
     const answers = make("dl");
-    answers.append(make("dt", "right answer"), make("dd", task.texts[example[2]] || "–"));
+    if (data.texts) {
+      answers.append(make("dt", "right answer"), make("dd", task.texts[example[2]] || "–"));
+    }
     for (const [letter, select] of [["A", one], ["B", two]]) {
       const name = `${letter}: ${task.methods[select.value]}`;
       answers.append(...answerLine(name, example[3][select.value]));
     }
-    const prompt = make("div", example[1] || "The run did not store the prompt.", "prompt");
-    item.append(make("p", example[0], "source"), prompt, answers);
+    item.append(make("p", example[0], "source"));
+    if (data.texts) {
+      item.append(make("div", example[1] || "The run did not store the prompt.", "prompt"));
+    }
+    item.append(answers);
     return item;
   }
 

@@ -53,8 +53,12 @@ def render(comparison: Comparison) -> Section | None:
         return None
     room = MAX_CHARACTERS // len(shown)
     data = {
-        "tasks": [pack(answers, comparison.names, room) for answers in shown.values()],
+        "tasks": [
+            pack(answers, comparison.names, room, texts=comparison.texts)
+            for answers in shown.values()
+        ],
         "pair": _first_pair(comparison),
+        "texts": comparison.texts,
     }
     lead = (
         "Which examples one method gets and the other misses. Over several seeds a method is right "
@@ -65,30 +69,39 @@ def render(comparison: Comparison) -> Section | None:
         for task in comparison.answers
         if task not in shown
     ]
+    if not comparison.texts:
+        lead += " This page was written without the texts: examples are named by file and line."
     parts = [f"<p>{lead}</p>", _SHELL, embedded_json("examples-data", data)]
     if left_out:
         parts.append(note(f"Not here, as nothing is right or wrong in it: {', '.join(left_out)}."))
     return Section(name="examples-browser", title="Example by example", body="\n".join(parts))
 
 
-def pack(answers: TaskAnswers, names: dict[str, str], max_characters: int) -> dict[str, Any]:
+def pack(
+    answers: TaskAnswers, names: dict[str, str], max_characters: int, *, texts: bool = True
+) -> dict[str, Any]:
     """One task as the script reads it: texts once, in a list, and numbers that point into it.
 
     An answer is ``2 * text + correct``; an example ``[source, prompt, reference, [[answer of each
     seed] of each method]]``. Examples on which methods disagree most come into the page first.
+    Without ``texts`` every one of them is empty.
     """
-    texts: dict[str, int] = {}
+    places: dict[str, int] = {}
+
+    def place(text: str) -> int:
+        return places.setdefault(cut(text, _MAX_ANSWER) if texts else "", len(places))
+
     rows: dict[int, list[Any]] = {}
     size = 0
     for i in order_of_interest(answers)[:MAX_EXAMPLES].tolist():
         example = answers.examples[i]
         row = [
-            example.source.replace("\\", "/").rpartition("/")[2],
-            cut(example.prompt, _MAX_PROMPT),
-            _place(texts, example.reference_text),
+            example.source,
+            cut(example.prompt, _MAX_PROMPT) if texts else "",
+            place(example.reference_text),
             [
                 [
-                    2 * _place(texts, words[i]) + int(correct[i])
+                    2 * place(words[i]) + int(correct[i])
                     for words, correct in zip(method.texts, method.correct, strict=True)
                 ]
                 for method in answers.methods.values()
@@ -101,7 +114,7 @@ def pack(answers: TaskAnswers, names: dict[str, str], max_characters: int) -> di
     return {
         "task": answers.task,
         "methods": [names[method] for method in answers.methods],
-        "texts": list(texts),
+        "texts": list(places),
         "examples": [rows[i] for i in sorted(rows)],
         "total": len(answers.examples),
     }
@@ -120,10 +133,6 @@ def cut(text: str, max_characters: int) -> str:
     if len(text) <= max_characters:
         return text
     return f"{text[: max_characters // 3]} […] {text[-(max_characters - max_characters // 3) :]}"
-
-
-def _place(texts: dict[str, int], text: str) -> int:
-    return texts.setdefault(cut(text, _MAX_ANSWER), len(texts))
 
 
 def _first_pair(comparison: Comparison) -> Sequence[str]:
