@@ -92,7 +92,7 @@ def runner(
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(processes, "ProcessRun", CellHere)
     # Drawing takes longer than all the rest; test_report.py has its tests.
-    monkeypatch.setattr(report, "write_report", lambda _, directory, **_k: directory / "report.html")
+    monkeypatch.setattr(report, "write_report", lambda _, d, **_k: d / "report.html")
     monkeypatch.setattr("sys.stdin", io.StringIO("is it good?\n/base\n"))
     for name in ("train.jsonl", "test.jsonl"):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -102,7 +102,7 @@ def fake_cell(tmp_path):
 def options(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(report, "write_report", lambda _, directory, **_k: directory / "report.html")
+    monkeypatch.setattr(report, "write_report", lambda _, d, **_k: d / "report.html")
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
