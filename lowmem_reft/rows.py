@@ -185,14 +185,22 @@ def class_index(row: Row, names: Sequence[str]) -> int:
     return names.index(label)
 
 
-def holdout(rows: Sequence[Row], fraction: float = 0.1) -> tuple[list[Row], list[Row]]:
+def holdout(
+    rows: Sequence[Row], fraction: float = 0.1, *, fold: int = 0
+) -> tuple[list[Row], list[Row]]:
     """Split rows into (train, held out) by a hash of their content.
 
     No seed and no order takes part, so every method and seed sees the same split; identical rows
     land on the same side. ``fraction`` counts different rows; each side gets at least one.
 
+    Args:
+        rows: All rows.
+        fraction: Share that is held out.
+        fold: Which one: no row is held out in two folds.
+
     Raises:
-        InputError: If the fraction is not between 0 and 1 or fewer than two rows are different.
+        InputError: If the fraction is not between 0 and 1, fewer than two rows are different, or
+            there are not as many folds.
     """
     if not 0 < fraction < 1:
         raise InputError(f"fraction must be between 0 and 1, got {fraction}; 0.1 holds out a tenth")
@@ -202,7 +210,13 @@ def holdout(rows: Sequence[Row], fraction: float = 0.1) -> tuple[list[Row], list
         raise InputError(
             f"data must have two different rows to hold one out, got {len(different)}; add rows"
         )
-    held_out = set(different[: min(max(1, round(fraction * len(different))), len(different) - 1)])
+    size = min(max(1, round(fraction * len(different))), len(different) - 1)
+    if not 0 <= fold <= len(different) // size - 1:
+        raise InputError(
+            f"fold must be from 0 to {len(different) // size - 1} for {len(different)} different "
+            f"rows and a fraction of {fraction}, got {fold}; choose another"
+        )
+    held_out = set(different[fold * size : (fold + 1) * size])
     return (
         [row for row, digest in zip(rows, digests, strict=True) if digest not in held_out],
         [row for row, digest in zip(rows, digests, strict=True) if digest in held_out],

@@ -122,6 +122,8 @@ class Config:
     stage: str = "final"
     """search (scored on validation rows), final (all rows, scored on the test file) or frontier (as
     final, accuracy against cost with frozen computation reused)."""
+    fold: int = 0
+    """Which tenth of the training rows a search is scored on, from 0 to 9."""
     methods: str | None = None
     """Methods of the stage; default: those above."""
     seeds: str | None = None
@@ -159,7 +161,8 @@ def main(config: Config) -> dict[str, object]:
         random.Random(0).shuffle(rows)
         rows = rows[: plan.num_train]
     if config.stage == "search":
-        fit, validation = holdout(rows, 0.1)
+        directory /= f"fold-{config.fold}"
+        fit, validation = holdout(rows, 0.1, fold=config.fold)
         train = write_rows(directory / "fit.jsonl", fit)
         test = write_rows(directory / "validation.jsonl", validation)
     else:

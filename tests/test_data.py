@@ -425,6 +425,16 @@ def test_holdout_depends_on_content_only_and_keeps_identical_rows_together() -> 
     assert sorted(r.prompt for r in holdout(moved)[1]) == sorted(r.prompt for r in held_out)
 
 
+def test_folds_hold_out_each_row_once() -> None:
+    rows = [Row(prompt=f"question {i}", response="yes", source=f"d:{i}") for i in range(40)]
+    held_out = [holdout(rows, 0.1, fold=fold)[1] for fold in range(10)]
+    assert sorted(row.prompt for part in held_out for row in part) == sorted(r.prompt for r in rows)
+    assert held_out[0] == holdout(rows)[1]
+    for fold in (-1, 10):
+        with pytest.raises(InputError, match=f"fold must be from 0 to 9 .* got {fold}"):
+            holdout(rows, 0.1, fold=fold)
+
+
 def test_holdout_leaves_both_sides_a_row_or_refuses() -> None:
     rows = [_row("a", "x"), _row("b", "x")]
     assert [len(side) for side in holdout(rows, 0.01)] == [1, 1]

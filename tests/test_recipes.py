@@ -45,8 +45,8 @@ def test_text_classification_chooses_on_validation_rows_alone(
         )
     )
     assert result["num_failed"] == 0
-    held_out = (tmp_path / "out/trec/validation.jsonl").read_text().splitlines()
-    fitted = (tmp_path / "out/trec/fit.jsonl").read_text().splitlines()
+    held_out = (tmp_path / "out/trec/fold-0/validation.jsonl").read_text().splitlines()
+    fitted = (tmp_path / "out/trec/fold-0/fit.jsonl").read_text().splitlines()
     assert len(held_out) == 2
     assert not set(held_out) & set(fitted)
 
