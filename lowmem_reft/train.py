@@ -217,36 +217,16 @@ def fit(
     device = device_of(model)
     watch = _StepWatch(device)
     trainable, total = model.get_nb_trainable_parameters()  # of the base before it is sharded
-    per_step = distributed.effective_batch(options.optim)
     _say_effective_batch(options, len(encoded.examples))
-    collator: Any = Collator(tokenizer)
+    collator = Collator(tokenizer)
     reuse = _prepare_reuse(model, collator, encoded, options)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     checkpoint = None
     if options.run.resume:
         checkpoint = str(last_checkpoint(options.run.output_dir))
-    training_arguments = _training_arguments(options)
-    if _edits_in_every_batch(model.peft_config["default"], encoded.examples):
-        training_arguments.ddp_find_unused_parameters = False  # there are none
-    distributed.shard_on_cpu(training_arguments)
-    arguments: dict[str, Any] = {
-        "model": model,
-        "args": training_arguments,
-        "train_dataset": encoded.examples,
-        "data_collator": collator,
-        "callbacks": [watch] if best is None else [watch, best],
-    }
-    if reuse is None:
-        trainer = Trainer(**arguments)
-    else:
-        arguments["train_dataset"] = [
-            {**example, INDEX: index} for index, example in enumerate(encoded.examples)
-        ]
-        arguments["data_collator"] = IndexCollator(collator, reuse.announce)
-        trainer = ReuseTrainer(**arguments, reuse=reuse)
-    if trainer.pop_callback(PrinterCallback) is not None and not options.run.quiet:
-        trainer.add_callback(_LossLines())
+    callbacks: list[TrainerCallback] = [watch] if best is None else [watch, best]
+    trainer = _build_trainer(model, collator, encoded, options, reuse, callbacks)
     if trackers is not None:
         trackers.hold(trainer)
     with ExitStack() as stack:
@@ -266,27 +246,12 @@ def fit(
             f"a checkpoint of step {trainer.state.global_step} is in {options.run.output_dir}; "
             "add --resume to go on"
         )
-    chosen: dict[str, Any] = {}
-    if best is not None and best.best is not None:
-        best.restore()
-        chosen = {
-            "validation": best.epochs,
-            "best_epoch": best.best["epoch"],
-            "validation_value": best.best["value"],
-        }
-    tokens = sum(len(example["input_ids"]) for example in encoded.examples)
-    tokens_per_step = tokens / len(encoded.examples) * min(per_step, len(encoded.examples))
-    step_time = watch.step_time_s()
     return {
         "train_loss": outcome.training_loss,
         "num_trainable_params": trainable,
         "trainable_percent": 100 * trainable / total,
         "num_steps": trainer.state.global_step,
-        "num_processes": distributed.num_processes(),
-        "effective_batch": per_step,
-        "step_time_s": step_time,
-        "tokens_per_s": tokens_per_step / step_time if step_time else None,
-        "train_time_s": watch.total_s,
+        **_speed(watch, encoded, options),
         **peak,
         "rss_bytes": peak_rss_bytes(),
         "loss_history": [
@@ -298,7 +263,64 @@ def fit(
         "reuse": "off" if reuse is None else reuse.mode,
         "store_bytes": 0 if reuse is None else reuse.layout.total_bytes,
         "build_time_s": 0.0 if reuse is None else reuse.build_time_s,
-        **chosen,
+        **_restore_best(best),
+    }
+
+
+def _build_trainer(
+    model: PeftModel,
+    collator: Collator,
+    encoded: EncodedRows,
+    options: TrainOptions,
+    reuse: Reuse | None,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    """The stock Trainer, or the one whose batches begin behind what is constant."""
+    arguments = _training_arguments(options)
+    if _edits_in_every_batch(model.peft_config["default"], encoded.examples):
+        arguments.ddp_find_unused_parameters = False  # there are none
+    distributed.shard_on_cpu(arguments)
+    common: dict[str, Any] = {"model": model, "args": arguments, "callbacks": callbacks}
+    if reuse is None:
+        trainer = Trainer(**common, train_dataset=encoded.examples, data_collator=collator)
+    else:
+        trainer = ReuseTrainer(
+            **common,
+            train_dataset=[{**example, INDEX: i} for i, example in enumerate(encoded.examples)],
+            data_collator=IndexCollator(collator, reuse.announce),
+            reuse=reuse,
+        )
+    if trainer.pop_callback(PrinterCallback) is not None and not options.run.quiet:
+        trainer.add_callback(_LossLines())
+    return trainer
+
+
+def _speed(watch: _StepWatch, encoded: EncodedRows, options: TrainOptions) -> dict[str, Any]:
+    """How long steps took, and how many tokens of how many examples they had."""
+    num_examples = len(encoded.examples)
+    per_step = distributed.effective_batch(options.optim)
+    tokens = sum(len(example["input_ids"]) for example in encoded.examples)
+    step_time = watch.step_time_s()
+    return {
+        "num_processes": distributed.num_processes(),
+        "effective_batch": per_step,
+        "step_time_s": step_time,
+        "tokens_per_s": tokens / num_examples * min(per_step, num_examples) / step_time
+        if step_time
+        else None,
+        "train_time_s": watch.total_s,
+    }
+
+
+def _restore_best(best: BestEpoch | None) -> dict[str, Any]:
+    """Put the weights of the best epoch back, if epochs were scored."""
+    if best is None or best.best is None:
+        return {}
+    best.restore()
+    return {
+        "validation": best.epochs,
+        "best_epoch": best.best["epoch"],
+        "validation_value": best.best["value"],
     }
 
 

@@ -363,6 +363,16 @@ def test_several_tasks_are_averaged_over_methods_that_finished_all():
     assert re.search(r"dora – failed 80\.0", text)
 
 
+def test_what_was_not_run_on_every_task_is_folded_away_and_what_failed_is_not():
+    cells = [result(method, task=task) for method in ("loreft", "qlora") for task in ("a", "b")]
+    cells += [result("ia3", task="a"), result("red", task="a"), failed("dora") | {"task": "a"}]
+    body = ranking.render(compared(cells)).body
+    overview, rest = body.split("2 that were not run on every task")
+    assert [name in plain(overview) for name in ("dora", "ia3", "red")] == [True, False, False]
+    folded_away = plain(rest.split("</details>")[0])
+    assert [name in folded_away for name in ("dora", "ia3", "red")] == [False, True, True]
+
+
 def test_metrics_that_differ_are_averaged_as_they_are():
     [row] = over_tasks([result(value=0.5), result(task="cola", metric="matthews", value=0.1)])
     assert (row.metric, row.value_mean) == ("mean", pytest.approx(0.3))

@@ -76,22 +76,28 @@ def _overview(comparison: Comparison) -> str:
     headings += [(f"{task}, {metrics.get(task, '–')}", False) for task in comparison.tasks]
     costs = _measured(comparison.mean_rows)
     headings += [(title, False) for title, *_ in costs]
-    others = [method for method in comparison.names if method not in means]
-    cells = []
-    for rank, method in enumerate([row.method for row in ranked(list(means.values()))] + others, 1):
+    order = [row.method for row in ranked(list(means.values()))]
+    failed = {row.method for row in comparison.rows if row.errors} - means.keys()
+    partly = [m for m in comparison.names if m not in means and m not in failed]
+
+    def line(method: str, rank: int | None) -> list[str]:
         mean = means.get(method)
-        cells.append(
-            [
-                row_name(method, rank if mean else None),
-                _value(mean) if mean else number(None),
-                *(
-                    _overview_cell(comparison, by_place.get((method, task)))
-                    for task in comparison.tasks
-                ),
-                *_costs(mean, costs),
-            ]
-        )
-    return table(headings, cells, by=1)
+        return [
+            row_name(method, rank),
+            _value(mean) if mean else number(None),
+            *(
+                _overview_cell(comparison, by_place.get((method, task)))
+                for task in comparison.tasks
+            ),
+            *_costs(mean, costs),
+        ]
+
+    ranks = [line(method, rank) for rank, method in enumerate(order, 1)]
+    body = table(headings, ranks + [line(m, None) for m in comparison.names if m in failed], by=1)
+    if partly:
+        rest = table(headings, [line(method, None) for method in partly])
+        body += folded(f"{len(partly)} that were not run on every task", rest)
+    return body
 
 
 def _overview_cell(comparison: Comparison, row: Row | None) -> str:
