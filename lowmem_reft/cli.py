@@ -47,6 +47,7 @@ from lowmem_reft.options import (
     ExportPyreftOptions,
     GenerateOptions,
     ImportPyreftOptions,
+    JudgeOptions,
     MethodsOptions,
     PlanOptions,
     ProfileOptions,
@@ -82,6 +83,7 @@ _COMMANDS: dict[str, _Command] = {
     "report": _Command(
         options=ReportOptions, handler="report.joining:run_report", loads_nothing=True
     ),
+    "judge": _Command(options=JudgeOptions, handler="tasks.judge:run_judge"),
     "sweep": _Command(options=SweepOptions, handler="sweep:run_sweep"),
     "plan": _Command(options=PlanOptions, handler="plan:run_plan", prints_tables=True),
     "profile": _Command(options=ProfileOptions, handler="profile:run_profile", prints_tables=True),

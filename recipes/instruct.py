@@ -4,8 +4,8 @@ Aim: LoReFT and DiReFT with the paper's hyperparameters beside QLoRA. The paper'
 rate over text-davinci-003 on Alpaca-Eval 1.0 with GPT-4 as the judge. No such judge is asked here:
 measured are the loss on held-out responses and how much of the references' wording the model's
 responses share (ROUGE-L). Neither is a win rate, and a ranking by them need not be the judge's.
-The responses are in the cells' predictions.jsonl; ``lowmem_reft.tasks.judge`` compares two of them
-by a judge of your own.
+The responses are in the cells' predictions.jsonl; ``lowmem-reft judge`` compares two of them by a
+judge of your own.
 
     python recipes/instruct.py --model meta-llama/Llama-2-7b-hf --data-dir DIR --memory-gib 24
     python recipes/instruct.py --model DIR --data-dir DIR --limit 200 --epochs 3 --seeds 0

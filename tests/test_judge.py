@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from lowmem_reft import cli
+from lowmem_reft import files as files_module
 from lowmem_reft.errors import InputError
 from lowmem_reft.tasks.judge import (
     PENALTY,
@@ -146,8 +149,46 @@ def test_files_of_other_prompts_are_refused(files: tuple[Path, Path], tmp_path: 
         judge_files(files[0], shorter, lambda questions: [0.5] * len(questions))
     choices = tmp_path / "choices.jsonl"
     choices.write_text('{"prompt": "do 0", "prediction": 1}\n')
-    with pytest.raises(InputError, match=r"choices.jsonl:1: prediction must be a text, got 1"):
+    with pytest.raises(InputError, match=r"choices.jsonl:1: response must be a text, got 1"):
         judge_files(choices, files[1], lambda questions: [0.5] * len(questions))
+
+
+def test_answers_of_generate_are_judged_too(tmp_path: Path) -> None:
+    asked: list[Question] = []
+
+    def judge(questions: Sequence[Question]) -> list[float]:
+        asked.extend(questions)
+        return [0.5] * len(questions)
+
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    for name, response in (("a", "Hi"), ("b", "No")):
+        lines = [{"prompt": "do", "response": response}]
+        lines += [{"messages": messages, "response": response}]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judge_files(tmp_path / "a", tmp_path / "b", judge)
+    assert asked[0] == Question(prompt="do", first="Hi", second="No")
+    assert asked[1].prompt == "system: Be kind.\n\nuser: Hello"
+    (tmp_path / "b").write_text('{"messages": [1], "response": ""}')
+    with pytest.raises(InputError, match=r"b:1: messages must be a list of role and content"):
+        judge_files(tmp_path / "a", tmp_path / "b", judge)
+
+
+def test_the_command_line_judges_by_a_program_or_a_model(
+    files: tuple[Path, Path],
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = program(tmp_path / "judge.py", LONGER)
+    words = ["judge", *map(str, files), "--json"]
+    assert cli.main([*words, "--command", command]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == files_module.plain(asdict(judge_files(*files, command_judge(command))))
+    assert cli.main([*words, "--model", str(tiny_llama_dir), "--storage", "fp32"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_examples"] == 4
+    for both in ([], ["--command", command, "--model", str(tiny_llama_dir)]):
+        assert cli.main([*words, *both]) == 2
+        assert "command or model must be given" in capsys.readouterr().err
 
 
 def test_a_language_model_judges_by_the_likelihoods_of_a_and_b(

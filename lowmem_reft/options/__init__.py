@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from lowmem_reft.options.comparing import (
     CompareOptions,
+    JudgeOptions,
     MethodsOptions,
     ReportOptions,
     SweepOptions,
@@ -79,6 +80,7 @@ __all__ = [
     "HarnessOptions",
     "HeldOutOptions",
     "ImportPyreftOptions",
+    "JudgeOptions",
     "LengthOptions",
     "MemoryOptions",
     "MethodOptions",

@@ -10,7 +10,14 @@ import tyro
 
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.options.groups import MemoryOptions, OptimOptions, ReuseOptions, ScoringOptions
-from lowmem_reft.options.values import ComputeDtype, TaskType, Workers, check_directory, check_seed
+from lowmem_reft.options.values import (
+    ComputeDtype,
+    Storage,
+    TaskType,
+    Workers,
+    check_directory,
+    check_seed,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +143,38 @@ class ReportOptions:
                 "sources must name a directory of lowmem-reft compare at least, got none; add one"
             )
         check_directory("output_dir", self.output_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """Let a judge of yours say which of two models responds better, at equal lengths too."""
+
+    first: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FIRST")]
+    """Responses: what generate --output writes, or evaluate --predictions by generation."""
+    second: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SECOND")]
+    """Another model's responses to the same prompts."""
+    command: str | None = None
+    """A program that judges. It reads JSON lines with prompt, first and second, and writes for each
+    {"preferred": "first"}, "second" or "tie", or {"probability": 0.8} that the first is better."""
+    model: str | None = None
+    """A causal language model that judges: hub id or directory; asked for A or B."""
+    storage: Storage = "nf4"
+    """How that model is stored."""
+    batch_size: int = 8
+    """Sequences per forward pass of that model."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        """Check that there is one judge."""
+        check_counts(batch_size=self.batch_size)
+        if (self.command is None) == (self.model is None):
+            given = "neither" if self.command is None else "both"
+            raise InputError(
+                f"command or model must be given, and one of them, got {given}; name the judge"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.options import JudgeOptions
+from lowmem_reft.progress import progress
 from lowmem_reft.rows import Row
 from lowmem_reft.tasks.files import read_json, text_of
 
@@ -85,23 +87,42 @@ class Verdict:
     """Mean length of the first's responses minus that of the second's, in characters."""
 
 
+def run_judge(options: JudgeOptions) -> dict[str, Any]:
+    """Judge two files of responses; return the fields of ``Verdict``.
+
+    Raises:
+        InputError: As ``judge_files`` says, or there is no such model.
+    """
+    if options.command is not None:
+        judge = command_judge(options.command)
+    else:
+        judge = model_judge(
+            str(options.model),
+            storage=options.storage,
+            batch_size=options.batch_size,
+            quiet=options.quiet,
+        )
+    return asdict(judge_files(options.first, options.second, judge))
+
+
 def judge_files(first: str | Path, second: str | Path, judge: Judge) -> Verdict:
-    """Compare two files of predictions to the same prompts.
+    """Compare two files of responses to the same prompts.
 
     Args:
-        first: JSON lines with ``prompt`` and ``prediction_text`` (else ``prediction``), as
-            ``evaluate --predictions`` writes.
+        first: JSON lines with ``prompt`` (or ``messages``) and ``response``, as ``generate
+            --output`` writes, or ``prediction_text`` (else ``prediction``), as ``evaluate
+            --predictions`` does.
         second: The same of another model.
         judge: Who decides: ``command_judge`` or ``model_judge``.
 
     Raises:
         InputError: If a file is wrong, the prompts differ, or the judge's answer cannot be read.
     """
-    left, right = _predictions(Path(first)), _predictions(Path(second))
+    left, right = _responses(Path(first)), _responses(Path(second))
     if [prompt for prompt, _ in left] != [prompt for prompt, _ in right]:
         raise InputError(
             f"both files must have the same prompts in the same order, got {len(left)} in "
-            f"{str(first)!r} and {len(right)} others in {str(second)!r}; predict the same rows"
+            f"{str(first)!r} and {len(right)} others in {str(second)!r}; respond to the same rows"
         )
     pairs = [
         Question(prompt=prompt, first=ours, second=theirs)
@@ -206,6 +227,7 @@ def model_judge(
     template: str = MODEL_TEMPLATE,
     max_length: int = 2048,
     batch_size: int = 8,
+    quiet: bool = True,
 ) -> Judge:
     """Return a judge that is a causal language model: the likelihood of "A" against that of "B".
 
@@ -215,6 +237,7 @@ def model_judge(
         template: What it is asked; holds ``{prompt}``, ``{first}`` and ``{second}``.
         max_length: Most tokens; longer questions are cut from the left.
         batch_size: Sequences per forward pass.
+        quiet: No progress bar.
 
     Raises:
         InputError: If there is no such model.
@@ -243,7 +266,8 @@ def model_judge(
             examples += encode_choices(row, tokenizer, max_length=max_length).examples
         sums: list[float] = []
         with torch.no_grad():
-            for start in range(0, len(examples), batch_size):
+            starts = range(0, len(examples), batch_size)
+            for start in progress(starts, "judging", quiet=quiet):
                 batch = collate(examples[start : start + batch_size])
                 sums += response_log_likelihood(base, batch)[0].tolist()
         both = np.array(sums, dtype=np.float64).reshape(-1, 2)  # (questions, A and B)
@@ -262,21 +286,35 @@ def _filled(template: str, question: Question) -> str:
     return "".join(values[part] if i % 2 else part for i, part in enumerate(parts))
 
 
-def _predictions(path: Path) -> list[tuple[str, str]]:
+def _responses(path: Path) -> list[tuple[str, str]]:
     """(Prompt, response) of every line; a response may be empty."""
-    form = '{"prompt": "...", "prediction": "..."}'
+    form = '{"prompt": "...", "response": "..."}'
     found = []
     for place, record in read_json(path):
-        prompt = text_of(record, "prompt", place, form=form)
-        prediction = record.get("prediction_text", record.get("prediction"))
-        if not isinstance(prediction, str):
+        if isinstance(record, dict) and "messages" in record:
+            prompt = _conversation(record["messages"], place)
+        else:
+            prompt = text_of(record, "prompt", place, form=form)
+        names = ("response", "prediction_text", "prediction")
+        response = next((record[name] for name in names if name in record), None)
+        if not isinstance(response, str):
             raise InputError(
-                f"{place}: prediction must be a text, got {prediction!r}; predict by generation"
+                f"{place}: response must be a text, got {response!r}; generate the responses"
             )
-        found.append((prompt, prediction))
+        found.append((prompt, response))
     if not found:
-        raise InputError(f"predictions must be at least one, got none in {str(path)!r}; add them")
+        raise InputError(f"responses must be at least one, got none in {str(path)!r}; add them")
     return found
+
+
+def _conversation(messages: Any, place: str) -> str:
+    """What was said before the response, each with its role."""
+    try:
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{place}: messages must be a list of role and content, got {messages!r}; mend them"
+        ) from error
 
 
 def _preference(line: str, number: int) -> float:
