@@ -220,7 +220,9 @@ def measured_peak_bytes(case: Case, base: Any) -> int:
     gc.disable()  # what it frees at a random moment would blur the peak
     try:
         with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            activities=[torch.profiler.ProfilerActivity.CPU],
+            profile_memory=True,
+            acc_events=True,
         ) as profiler:
             training_step(model, batch, optimizer)
     finally:

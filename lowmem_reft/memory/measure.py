@@ -41,7 +41,11 @@ def measure(device: torch.device, run: Callable[[], Any]) -> Measured:
     gc_was_on = gc.isenabled()
     gc.disable()  # what it frees at a random moment would blur the peak
     try:
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        with torch.profiler.profile(
+            activities=activities,
+            profile_memory=True,
+            acc_events=True,  # torch 2.11 warns without it
+        ) as profiler:
             run()
     finally:
         if gc_was_on:
