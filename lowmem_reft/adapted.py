@@ -7,7 +7,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.attach import keep_dtypes, peft_notices_hidden, prepare_base
+from lowmem_reft.attach import complete, peft_notices_hidden, prepare_base
 from lowmem_reft.base import load_base, load_config, load_tokenizer, share_pad_token
 from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.split import find_first_resident
@@ -94,7 +94,7 @@ def load_adapted(
             f"adapter must fit the model {options.model!r}, got {str(adapter)!r}; give the base "
             f"that it was made for{named} ({what_differs(error)})"
         ) from error
-    keep_dtypes(model)
+    complete(model)
     return model, tokenizer
 
 

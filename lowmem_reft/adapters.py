@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.adapted import load_adapted, other_base_said, what_differs
-from lowmem_reft.attach import keep_dtypes
+from lowmem_reft.attach import complete
 from lowmem_reft.errors import InputError
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
 
@@ -99,7 +99,7 @@ def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tu
                 f"({what_differs(error)})"
             ) from error
     if len(trained) > 1:
-        keep_dtypes(model)
+        complete(model)
     return model.eval(), tokenizer
 
 

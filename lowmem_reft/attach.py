@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager, nullcontext
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
@@ -89,6 +88,7 @@ def attach(
     from peft import get_peft_model
 
     from lowmem_reft.blocks import device_of, find_blocks
+    from lowmem_reft.caches import cache_argument, keeps_keys_and_values
     from lowmem_reft.loss import use_chunked_loss
     from lowmem_reft.techniques import save_memory
 
@@ -96,7 +96,8 @@ def attach(
     config = build_peft_config(options, task_type=task_type, num_layers=len(find_blocks(base)[1]))
     if options.target_modules is not None:
         _check_targets(options.target_modules, base)
-    if options.method == "prefix" and "past_key_values" not in signature(base.forward).parameters:
+    takes_prefix = cache_argument(base) is not None and keeps_keys_and_values(base.config)
+    if options.method == "prefix" and not takes_prefix:
         raise InputError(
             f"method must not be prefix for {type(base).__name__}, which reads no cache of keys "
             "and values; choose another method"
@@ -114,7 +115,7 @@ def attach(
                 f"method must suit the base, got {options.method!r} for {type(base).__name__}: "
                 f"{str(error).splitlines()[0]}; choose another method"
             ) from error
-    keep_dtypes(model)
+    complete(model)
     if options.method == "prefix" and device.type != "meta":
         _start_from_vocabulary(model)
     save_memory(model, memory)
@@ -216,10 +217,20 @@ def _restore_dtype(norm: Any, _args: Any, output: Any) -> Any:
     return output.to(norm.input_dtype)
 
 
-def keep_dtypes(model: Any) -> None:
-    """Make IA3's layers on a quantized base return the dtype that they are given, not fp32."""
+def complete(model: Any) -> None:
+    """Do what PEFT leaves undone once it has attached or loaded an adapter.
+
+    IA3's layers on a quantized base return the dtype that they are given, not fp32; a prefix
+    reaches the base under the name that its version of transformers has for a cache.
+
+    Args:
+        model: a PeftModel.
+    """
     from peft.tuners.ia3 import IA3Layer
 
+    from lowmem_reft.virtual_tokens import take_prefix_as_cache
+
+    take_prefix_as_cache(model)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, IA3Layer)]
     for layer in layers:
         layer.register_forward_hook(_as_given)
@@ -237,6 +248,8 @@ def _start_from_vocabulary(model: Any) -> None:
     import torch
     from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 
+    from lowmem_reft.caches import caches_in
+
     base = model.get_base_model()
     config = model.active_peft_config
     embedding = base.get_input_embeddings().weight
@@ -244,6 +257,7 @@ def _start_from_vocabulary(model: Any) -> None:
     was_training = base.training
     base.eval()
     with torch.no_grad():
-        cache = base(input_ids=ids.to(embedding.device), use_cache=True).past_key_values
+        output = base(input_ids=ids.to(embedding.device), use_cache=True)
+    (cache,) = caches_in(output.values())
     base.train(was_training)
     initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)

@@ -101,10 +101,6 @@ class LoraReftModel(LoraModel):
         ):
             yield
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the base model's ``generate``; the prompt is edited, new tokens are not."""
-        return self._reft.generate(*args, **kwargs)
-
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters active in both."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)

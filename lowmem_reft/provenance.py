@@ -37,6 +37,18 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def installed(name: str) -> str:
+    """A package with its version, as messages name it, for example ``transformers 5.24.0``.
+
+    Args:
+        name: of the distribution.
+    """
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return f"{name}, which is not installed"
+
+
 def device_name(device: str = "auto") -> str:
     """What the run was measured on: CPU model and threads, or GPU name and memory in GiB.
 

@@ -9,7 +9,7 @@ Other tasks: every attended token is prompt. ``prompt_mask`` says instead which 
 from __future__ import annotations
 
 import inspect
-import sys
+import threading
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.past import Branch, Generation, Place, place_by_hand, shape_of
 from lowmem_reft.positions import (
     assign_groups,
     find_prompt,
@@ -47,14 +48,32 @@ class Selector:
         self.parameter_names = list(inspect.signature(model.forward).parameters)
         self.is_causal = bool(getattr(model, "can_generate", lambda: False)())
         self._adapter_names: Sequence[str] | None = None
-        # While generating: (batch, prompt), the attended tokens, and the caller's explicit choice.
-        self._prompt: Tensor | None = None
-        self._prompt_choice: Tensor | None = None
+        self._generation: Generation | None = None
+        """The running ``generate``, whose passes are counted."""
         self._had_prompt = False
         """Some training batch had a prompt."""
 
+    def place(self, args: Any, kwargs: dict[str, Any], *, training: bool) -> Place:
+        """Return where the tokens of one forward pass stand: in a prompt, or past it.
+
+        Args:
+            args: positional arguments of the base model's forward.
+            kwargs: its keyword arguments.
+            training: whether gradients will be taken.
+        """
+        call = self._by_name(args, kwargs)
+        if self._generation is not None:
+            return self._generation.place(call)
+        return place_by_hand(call, training=training)
+
     def select(
-        self, active: list[str], args: Any, kwargs: dict[str, Any], *, training: bool
+        self,
+        active: list[str],
+        args: Any,
+        kwargs: dict[str, Any],
+        *,
+        training: bool,
+        place: Place | None = None,
     ) -> tuple[Selection, dict[str, Any]]:
         """Return the selection of one forward pass and its keyword arguments without our own.
 
@@ -63,21 +82,26 @@ class Selector:
             args: positional arguments of the base model's forward.
             kwargs: its keyword arguments, perhaps with ``prompt_mask`` or ``intervention_mask``.
             training: whether gradients will be taken, so that labels are needed to tell the prompt.
+            place: of its tokens, if it is known.
 
         Raises:
             InputError: no labels in training, or labels without a prompt from the first batch on,
-                or a mask of the wrong shape.
+                a mask of the wrong shape, or a past that cannot be told.
         """
-        call = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
+        call = self._by_name(args, kwargs)
+        place = place or self.place(args, kwargs, training=training)
         kwargs = {key: value for key, value in kwargs.items() if key not in OWN_ARGUMENTS}
         selection: Selection = {}
-        no_adapter = not active and self._adapter_names is None
-        is_decoding = _past_length(call) >= self._prompt_length()
-        if no_adapter or (is_decoding and call.get("intervention_mask") is None):
+        if not active and self._adapter_names is None:
             return selection, kwargs
-        for name, examples in self._examples(active, _shape(call)[0]).items():
+        if call.get("intervention_mask") is None:
+            if place.problem is not None:
+                raise InputError(place.problem)
+            if place.is_decoding:
+                return selection, kwargs
+        for name, examples in self._examples(active, shape_of(call)[0]).items():
             config = self.configs[name]
-            groups = self._groups(config, call, training=training)
+            groups = self._groups(config, call, place, training=training)
             if examples is not None:
                 groups = torch.where(examples[:, None].to(groups.device), groups, -1)
             count = num_groups(parse_positions(config.positions), config.tie)
@@ -85,17 +109,8 @@ class Selector:
             selection[name] = [(rows, columns) for rows, columns in tokens]
         return selection, kwargs
 
-    def is_decode_step(self, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Return whether a forward pass is past the prompt and has no argument of our own.
-
-        Args:
-            args: positional arguments of the base model's forward.
-            kwargs: its keyword arguments.
-        """
-        if any(name in kwargs for name in OWN_ARGUMENTS):
-            return False
-        call = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
-        return _past_length(call) >= self._prompt_length()
+    def _by_name(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
 
     @contextmanager
     def mixed(self, adapter_names: Sequence[str]) -> Iterator[None]:
@@ -114,37 +129,29 @@ class Selector:
 
         Knowing the whole prompt beforehand is what makes chunked prefill, prepared 4-D masks,
         beams and speculative decoding come out right.
+
+        Raises:
+            InputError: another thread is generating with this model, or there is a second prompt
+                for an explicit ``intervention_mask``.
         """
-        kwargs = dict(kwargs)
-        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        if inputs is None:
-            inputs = kwargs.get("inputs_embeds")
-        if inputs is None:
-            yield kwargs
-            return
-        mask = kwargs.get("attention_mask")
-        if mask is None and inputs.ndim == 2:
-            mask = kwargs["attention_mask"] = _infer_mask(model, inputs, kwargs)
-        before = self._prompt, self._prompt_choice  # of a generate around this one
-        self._prompt_choice = kwargs.pop("intervention_mask", None)
-        self._prompt = torch.ones(inputs.shape[:2]) if mask is None else mask
+        kwargs, before = dict(kwargs), self._generation
+        if before is not None and before.thread != threading.get_ident():
+            raise InputError(
+                "one thread at a time can generate with an adapted model, got a second one; wait "
+                "for the first, or give each its own model"
+            )
+        self._generation = _begin(model, args, kwargs)
         try:
             yield kwargs
         finally:
-            self._prompt, self._prompt_choice = before
-
-    def _prompt_length(self) -> int:
-        """Return from which cache length on a forward pass is a decode step, past the prompt."""
-        if self._prompt is not None:
-            return self._prompt.shape[1]
-        return 1
+            self._generation = before
 
     def _examples(self, active: list[str], batch: int) -> dict[str, Tensor | None]:
         """Return for each adapter which examples it edits; None means all of them."""
         if self._adapter_names is None:
             return {name: None for name in active if name in self.configs}
         names = self._adapter_names
-        if batch % len(names) or (self._prompt is None and batch != len(names)):
+        if batch % len(names) or (self._generation is None and batch != len(names)):
             raise InputError(
                 f"adapter_names must have one name per example ({batch}), got {len(names)}; "
                 "use '__base__' for examples without an adapter"
@@ -157,15 +164,17 @@ class Selector:
             if name != "__base__"
         }
 
-    def _groups(self, config: ReftConfig, call: dict[str, Any], *, training: bool) -> Tensor:
+    def _groups(
+        self, config: ReftConfig, call: dict[str, Any], place: Place, *, training: bool
+    ) -> Tensor:
         """Return (batch, length): the index of the φ that edits each token, or -1."""
-        batch, length = _shape(call)
-        if self._prompt is not None:
-            past = _past_length(call)
-            groups = _groups_of_prompt(config, self._prompt, self._prompt_choice)
-            groups = groups.repeat_interleave(batch // groups.shape[0], 0)[:, past : past + length]
+        batch, length = shape_of(call)
+        branch, explicit = place.branch, call.get("intervention_mask")
+        if branch is not None and branch.mask is not None and explicit is None:
+            groups = _groups_of_prompt(config, branch.mask, branch.choice)
+            groups = groups.repeat_interleave(batch // groups.shape[0], 0)
+            groups = groups[:, place.past : place.past + length]
             return torch.nn.functional.pad(groups, (0, length - groups.shape[1]), value=-1)
-        explicit = call.get("intervention_mask")
         if explicit is not None:
             return _explicit_groups(explicit, config, (batch, length))
         mask = _attended(call, batch, length)
@@ -215,31 +224,6 @@ def _groups_of_prompt(config: ReftConfig, attended: Tensor, explicit: Tensor | N
         return _explicit_groups(explicit, config, attended.shape)
     prompt = attended.bool()
     return assign_groups(parse_positions(config.positions), config.tie, prompt)
-
-
-def _shape(call: dict[str, Any]) -> tuple[int, int]:
-    inputs = call.get("input_ids")
-    inputs = call.get("inputs_embeds") if inputs is None else inputs
-    if inputs is None:
-        raise InputError(
-            "input_ids must be given (or inputs_embeds), got neither; pass one of them"
-        )
-    return int(inputs.shape[0]), int(inputs.shape[1])
-
-
-def _past_length(call: dict[str, Any]) -> int:
-    """Return how many tokens the cache of a call holds."""
-    cache = call.get("past_key_values")
-    if cache is not None:
-        return int(cache.get_seq_length())
-    # Recurrent models: their state says at most whether it holds any tokens, which are all so far.
-    state = call.get("cache_params")
-    state = call.get("state") if state is None else state
-    if state is None:
-        return 0
-    if hasattr(state, "has_previous_state"):
-        return sys.maxsize if state.has_previous_state() else 0
-    return sys.maxsize if int(getattr(state, "seqlen_offset", 1)) else 0
 
 
 def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:
@@ -292,16 +276,58 @@ def _check_shape(name: str, mask: Tensor, shape: Sequence[int]) -> None:
         )
 
 
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
+    """Return the branches of a ``generate``; put the mask that it would infer into its arguments.
+
+    Raises:
+        InputError: there is a second prompt for an explicit ``intervention_mask``.
+    """
+    choice = kwargs.pop("intervention_mask", None)
+    first = args[0] if args else kwargs.get("inputs")
+    given = {"input_ids": kwargs.get("input_ids"), "inputs_embeds": kwargs.get("inputs_embeds")}
+    if first is not None:
+        given["input_ids" if first.ndim == 2 else "inputs_embeds"] = first
+    inputs = {name: value for name, value in given.items() if value is not None}
+    mask = kwargs.get("attention_mask")
+    if inputs and mask is None:
+        if "input_ids" in inputs and "inputs_embeds" not in inputs:
+            mask = _infer_mask(model, inputs["input_ids"], kwargs)
+            kwargs["attention_mask"] = mask
+        else:
+            mask = torch.ones(next(iter(inputs.values())).shape[:2], dtype=torch.long)
+    branches = [Branch(inputs, mask, choice)]
+    if _setting(model, kwargs, "guidance_scale") not in (None, 1):
+        if choice is not None:
+            raise InputError(
+                "intervention_mask must not be given with guidance_scale, which has a prompt of "
+                "its own to steer away from; leave one of them out"
+            )
+        branches.append(_negative(inputs.get("input_ids"), kwargs))
+    return Generation(*branches)
+
+
+def _negative(input_ids: Tensor | None, kwargs: dict[str, Any]) -> Branch:
+    """Return what classifier-free guidance steers away from; by default the last token alone."""
+    ids = kwargs.get("negative_prompt_ids")
+    if ids is None:
+        ids = None if input_ids is None else input_ids[:, -1:]
+    if ids is None:
+        return Branch({}, None)
+    mask = kwargs.get("negative_prompt_attention_mask")
+    return Branch({"input_ids": ids}, torch.ones_like(ids) if mask is None else mask)
+
+
 def _infer_mask(model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Return the mask that ``generate`` would infer: padding is masked where it is unambiguous."""
-
-    def token(name: str) -> Any:
-        configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
-        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value is not None), None)
-
-    pad, eos = token("pad_token_id"), token("eos_token_id")
+    pad, eos = (_setting(model, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
     if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         return torch.ones_like(input_ids)
     attended: Tensor = input_ids != pad
     return attended.long()
+
+
+def _setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
+    """Return what a ``generate`` takes for one of its options; None if nothing says."""
+    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)

@@ -36,6 +36,8 @@ from lowmem_reft.selection import Selection, Selector
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from lowmem_reft.past import Place
+
 logger = logging.getLogger(__name__)
 
 SUBMODULE = "reft"
@@ -52,6 +54,10 @@ class CurrentSelection:
     def __init__(self, selector: Selector) -> None:
         self.selector = selector
         self.value: Selection | None = None
+        self.place: Place | None = None
+        """Where the tokens of the running forward pass stand."""
+        self.generate: Any = None
+        """The model's own ``generate``, which knows no prompt."""
         self.handles: list[Any] = []
         """The hooks on the model that set the selection."""
 
@@ -242,6 +248,10 @@ class ReftModel(BaseTuner):
                 model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
                 model.register_forward_hook(self._after_forward, always_call=True),
             ]
+            # Also where the model itself is called, as after transformers' own add_adapter.
+            self.current.generate = getattr(model, "generate", None)
+            if self.current.generate is not None:
+                model.generate = self.generate  # type: ignore[assignment]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # PEFT matches module names; this is the one hook that add_adapter goes through as well.
@@ -296,7 +306,10 @@ class ReftModel(BaseTuner):
                 _restore_head(module)
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if self.current.selector.is_decode_step(args, kwargs) and not model.training:
+        training = model.training and torch.is_grad_enabled()
+        place = self.current.selector.place(args, kwargs, training=training)
+        self.current.place = place
+        if place.is_decoding and not model.training and "intervention_mask" not in kwargs:
             self.current.value = {}  # without a walk over all modules
             return args, kwargs
         refuse_casts()
@@ -306,22 +319,27 @@ class ReftModel(BaseTuner):
             [] if enabled is None else list(enabled.active_adapters),
             args,
             kwargs,
-            training=model.training and torch.is_grad_enabled(),
+            training=training,
+            place=place,
         )
         self.current.value = selection
         _keep_selection_in_recompute(model, self.current)
         return args, kwargs
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        self.current.value = None
+        if self.current.place is not None and output is not None:
+            self.current.place.passed(output)
+        self.current.value = self.current.place = None
 
     def _layers(self) -> Iterator[ReftLayer]:
         return (module for module in self.model.modules() if isinstance(module, ReftLayer))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the base model's ``generate``; the prompt is edited, new tokens are not."""
+        if self.current.generate is None:
+            raise AttributeError(f"{type(self.model).__name__} does not generate")
         with self.current.selector.generation(self.model, args, kwargs) as model_kwargs:
-            return self.model.generate(*args, **model_kwargs)
+            return self.current.generate(*args, **model_kwargs)
 
     def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refuse: continuous batching mixes prompts and new tokens in one sequence.
@@ -406,6 +424,7 @@ class ReftModel(BaseTuner):
         """Remove every adapter and return the base model as it was."""
         for handle in self.current.handles:
             handle.remove()
+        self.model.__dict__.pop("generate", None)
         for parent in list(self.model.modules()):
             layer = getattr(parent, SUBMODULE, None)
             if isinstance(layer, ReftLayer):

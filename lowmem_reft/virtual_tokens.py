@@ -8,12 +8,15 @@ Prefix tuning has its tokens in the cache, whose positions PEFT counts rightly.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lowmem_reft.caches import cache_argument
 from lowmem_reft.positions import IGNORED_LABEL
 
 
@@ -84,6 +87,51 @@ def with_virtual_tokens(
     if labels is not None:
         result["labels"] = extended(labels, IGNORED_LABEL)
     return result
+
+
+# As PEFT 0.21 hands a prefix to the base, and looks for the cache in the arguments of generate.
+_NAME_IN_PEFT = "past_key_values"
+
+
+def take_prefix_as_cache(model: Any) -> None:
+    """Make the base take PEFT's prefix as its cache, whatever transformers calls the argument.
+
+    transformers 5.24 calls it ``cache``. PEFT 0.21 then refuses classifiers, and in ``generate``
+    it sees no cache, so that every step got a new prefix, which the base ignored.
+
+    Args:
+        model: a PeftModel; one without prefix tuning is left alone.
+    """
+    config = model.active_peft_config
+    base = model.get_base_model()
+    name = cache_argument(base)
+    if config.peft_type != "PREFIX_TUNING" or name is None or name == _NAME_IN_PEFT:
+        return
+    plain = base.forward
+    forward: Any = functools.partial(_with_cache_as, plain, name)
+    signature = inspect.signature(plain)
+    older = inspect.Parameter(_NAME_IN_PEFT, inspect.Parameter.KEYWORD_ONLY, default=None)
+    *first, last = signature.parameters.values()
+    parameters = [*first, older, last] if last.kind is last.VAR_KEYWORD else [*first, last, older]
+    base.forward = functools.wraps(plain)(forward)
+    base.forward.__signature__ = signature.replace(parameters=parameters)
+    if hasattr(model, "base_model_prepare_inputs_for_generation"):
+        model.base_model_prepare_inputs_for_generation = functools.partial(
+            _with_cache_for_peft, model.base_model_prepare_inputs_for_generation, name
+        )
+
+
+def _with_cache_as(forward: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for a base's forward: take the cache under PEFT's name for it, too."""
+    cache = kwargs.pop(_NAME_IN_PEFT, None)
+    return forward(*args, **(kwargs if cache is None else {**kwargs, name: cache}))
+
+
+def _with_cache_for_peft(prepare: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Prepare the inputs of a step of ``generate``, with the cache under PEFT's name for it."""
+    inputs = prepare(*args, **kwargs)
+    inputs[_NAME_IN_PEFT] = inputs.pop(name, None)
+    return inputs
 
 
 def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Int[Tensor, "batch new"]:

@@ -676,9 +676,9 @@ def test_blocks_that_return_tuples_train_the_plain_way(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
-    shape = {"vocab_size": 256, "n_embd": 64, "n_layer": 5, "n_head": 4, "rotary_dim": 8}
+    shape = {"vocab_size": 256, "hidden_size": 64, "n_layer": 5, "n_head": 4}
     base: Any = base_with_random_weights(
-        AutoConfig.for_model("gptj", **shape),
+        AutoConfig.for_model("bloom", **shape),
         device=torch.device("cpu"),
         storage="fp32",
         compute_dtype=torch.float32,
@@ -689,7 +689,7 @@ def test_blocks_that_return_tuples_train_the_plain_way(
         model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
     )
     assert found is None
-    assert "GPTJForCausalLM cannot be fed" in caplog.text
+    assert "BloomForCausalLM cannot be fed" in caplog.text
 
 
 def test_lengths_that_change_constants_are_refused() -> None:

@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import lowmem_reft as lr
 from lowmem_reft import InputError
 from lowmem_reft.base import base_digest, enable_activation_checkpointing
+from lowmem_reft.caches import caches_in, with_cache
 from lowmem_reft.interventions import orthonormal_rows
 from lowmem_reft.techniques import chunk_mlps
 from lowmem_reft.tuner import prompt_arguments
@@ -605,12 +606,8 @@ def test_an_explicit_mask_reaches_a_forward_pass_with_a_cache(base: Any) -> None
     expected = logits(model, intervention_mask=mask)[:, 5:]
     with torch.no_grad():
         first = model(input_ids=IDS[:, :5], intervention_mask=mask[:, :5], use_cache=True)
-    rest = logits(
-        model,
-        IDS[:, 5:],
-        past_key_values=first.past_key_values,
-        intervention_mask=mask[:, 5:],
-    )
+    (cache,) = caches_in(first.values())
+    rest = logits(model, IDS[:, 5:], **with_cache(base, cache), intervention_mask=mask[:, 5:])
     torch.testing.assert_close(rest, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -752,9 +749,9 @@ def test_generation_from_a_cache_of_the_caller_edits_the_same_tokens(base: Any, 
         edited = torch.zeros(1, 5, dtype=torch.bool)
         edited[0, 0] = True
         with torch.no_grad():
-            model(input_ids=ids[:, :5], past_key_values=cache, intervention_mask=edited)
+            model(input_ids=ids[:, :5], **with_cache(base, cache), intervention_mask=edited)
     new = model.generate(
-        input_ids=ids, past_key_values=cache, max_new_tokens=5, do_sample=False, **more
+        input_ids=ids, **with_cache(base, cache), max_new_tokens=5, do_sample=False, **more
     )
     assert torch.equal(new, generated_by_hand(model, ids, torch.ones_like(ids), 5))
 

@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from lowmem_reft.caches import caches_in
 from lowmem_reft.loss import response_log_likelihood
 from lowmem_reft.methods import attach
 from lowmem_reft.options import MemoryOptions, MethodOptions
@@ -215,6 +216,7 @@ def test_a_prefix_starts_as_keys_and_values_of_the_base() -> None:
     keys = prefix.view(NUM_VIRTUAL, 2, 2, 2, 16)[:, 0, 0]  # (token, head, width): first layer
     base = model.get_base_model()
     with torch.no_grad():
-        cache = base(input_ids=torch.arange(128)[:, None], use_cache=True).past_key_values
+        output = base(input_ids=torch.arange(128)[:, None], use_cache=True)
+    (cache,) = caches_in(output.values())
     first = cache.layers[0].keys[:, :, 0]  # (vocab, head, width): all tokens at position 0
     assert (first - keys[0]).abs().amax((1, 2)).min() < 1e-5

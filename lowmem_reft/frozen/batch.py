@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lowmem_reft.blocks import base_of, device_of
+from lowmem_reft.caches import with_cache
 from lowmem_reft.frozen.feed import feeding
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.store import CorruptShardError, Record
@@ -126,7 +127,8 @@ def run_stacked(
         assert groups is not None
         arguments["intervention_mask"] = groups.to(there)
         arguments["position_ids"] = positions.to(there)
-        arguments["past_key_values"] = _cache(base_of(model).config, num_blocks, stacked, device)
+        base = base_of(model)
+        arguments |= with_cache(base, _cache(base.config, num_blocks, stacked, device))
     with feeding(model, num_blocks, hidden):
         return (wrapped or model)(**arguments)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lowmem_reft.blocks import base_of, find_blocks, standing_in
+from lowmem_reft.caches import with_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -97,7 +98,7 @@ def keys_and_values(
     cache = _Cache(config=base.config)
     cache.last = len(blocks_of(model)) - 1
     try:
-        base(**inputs, past_key_values=cache, use_cache=True)
+        base(**inputs, **with_cache(base, cache))
     except Reached:
         upper: Any = cache.layers[num_blocks:]
         return [(layer.keys, layer.values) for layer in upper]

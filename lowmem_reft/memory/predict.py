@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from lowmem_reft.blocks import base_of, find_blocks
+from lowmem_reft.caches import with_cache
 from lowmem_reft.devices import DTYPES
 from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.batch import Stacked, aligned, run_stacked
@@ -268,8 +269,9 @@ class Predictor:
         memory, kernels = self._count(padded)
         ids = torch.zeros(batch_size, prompt_len, dtype=torch.long)
         with kernels.imitated(), memory, torch.no_grad():
-            cache = DynamicCache(config=base_of(self.model).config)
-            arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            base = base_of(self.model)
+            cache = DynamicCache(config=base.config)
+            arguments = {**with_cache(base, cache), "logits_to_keep": 1}
             mask = torch.ones_like(ids)
             model(input_ids=ids, attention_mask=mask, **arguments)
             for layer in cache.layers:

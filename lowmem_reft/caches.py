@@ -1,0 +1,155 @@
+"""A model's cache of the tokens that it has seen: known by what it is, not by what it is called.
+
+transformers has called the argument ``past_key_values``, ``cache_params``, ``state`` and, since
+5.24, ``cache``. Nothing here or above relies on such a name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from lowmem_reft.provenance import installed
+
+_PLAIN = (type(None), Tensor, bool, int, float, str)
+
+# Where a forward declares no type: names that attention caches have had, the newest first.
+_OLDER_NAMES = ("cache", "past_key_values")
+
+# Objects that are searched for tensors before an argument is taken to hold none.
+_MOST_VISITED = 10_000
+
+
+class Seen(NamedTuple):
+    """How many tokens a cache holds."""
+
+    tokens: int
+    is_exact: bool
+    """False: at least one; a recurrent state does not count them."""
+
+
+def caches_in(values: Iterable[Any]) -> list[Any]:
+    """Return what is a cache among values, each once: of transformers' class, or like one.
+
+    Args:
+        values: arguments of a model's forward, or the parts of its output.
+    """
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, _PLAIN) or any(value is other for other in found):
+            continue
+        if is_cache(value):
+            found.append(value)
+        elif isinstance(value, dict):  # arguments in a dictionary of their own
+            found += caches_in(value.values())
+    return found
+
+
+def is_cache(value: Any) -> bool:
+    """Return whether a value is a cache whose length can be asked for."""
+    return isinstance(value, Cache) or any(
+        hasattr(value, name) for name in ("get_seq_length", "has_previous_state", "seqlen_offset")
+    )
+
+
+def tokens_in(cache: Any) -> Seen | None:
+    """Return how many tokens a cache holds; None where it does not say.
+
+    Args:
+        cache: one of those that ``caches_in`` found.
+    """
+    length = _answer(cache, "get_seq_length")  # None: layers without keys have no length
+    if length:
+        return Seen(length, True)
+    is_filled = _answer(cache, "has_previous_state")
+    if is_filled is None:
+        offset = getattr(cache, "seqlen_offset", length)
+        return None if offset is None else Seen(int(offset), True)
+    return Seen(1, False) if is_filled else Seen(0, True)
+
+
+def _answer(cache: Any, question: str) -> int | None:
+    """Return what a method of a cache says; None if there is none or it does not apply."""
+    try:
+        return int(getattr(cache, question)())
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def states_in(values: Iterable[Any]) -> list[Any]:
+    """Return what holds tensors and is none, such as a list: it may be a state without a length.
+
+    Args:
+        values: arguments of a model's forward without masks, or the parts of its output.
+    """
+    return [v for v in values if not isinstance(v, _PLAIN) and _has_tensor(v)]
+
+
+def _has_tensor(value: Any) -> bool:
+    """Return whether a value holds a tensor at any depth, in containers and in attributes."""
+    waiting: list[Any] = [value]
+    visited: set[int] = set()
+    while waiting and len(visited) < _MOST_VISITED:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            return True
+        if id(value) in visited or isinstance(value, (*_PLAIN, nn.Module, type)):
+            continue
+        visited.add(id(value))
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        else:
+            waiting += getattr(value, "__dict__", {}).values()
+    return False
+
+
+def cache_argument(model: Any) -> str | None:
+    """Return the name under which a model's forward takes a cache; None if it takes none.
+
+    Args:
+        model: a model of transformers, not wrapped.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    for name, parameter in parameters.items():
+        if re.search(r"\b(Dynamic|EncoderDecoder)?Cache\b", str(parameter.annotation)):
+            return name
+    return next((name for name in _OLDER_NAMES if name in parameters), None)
+
+
+def keeps_keys_and_values(config: Any) -> bool:
+    """Return whether a model's cache holds keys and values, and not recurrent states alone.
+
+    Args:
+        config: of the model.
+    """
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except ValueError:
+        return False
+    return True
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the arguments that hand a cache to a model.
+
+    Args:
+        model: a model of transformers, not wrapped.
+        cache: to read and fill.
+
+    Raises:
+        TypeError: its forward takes none, or not under a name that can be recognized.
+    """
+    name = cache_argument(model)
+    if name is None:
+        raise TypeError(
+            f"the forward of {type(model).__name__} takes no cache of keys and values that can be "
+            f"recognized ({installed('transformers')})"
+        )
+    return {name: cache, "use_cache": True}

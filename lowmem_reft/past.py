@@ -1,0 +1,306 @@
+"""Where the tokens of a forward pass stand: in a prompt, or past it.
+
+In a ``generate`` the prompt is known beforehand and every forward pass is counted: what has been
+read so far tells which tokens come next. What else can be seen of the past, the length of a cache
+or the width of the attention mask, has to agree with it. Outside of ``generate`` that is all there
+is, and one token after others is read as a new one.
+
+Where the two disagree, or nothing of the past can be seen, the pass is refused: edits of the wrong
+tokens would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_reft.caches import Seen, caches_in, states_in, tokens_in
+from lowmem_reft.errors import InputError
+from lowmem_reft.provenance import installed
+
+# Arguments of a forward pass that hold tensors and are no cache.
+_NO_CACHE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
+
+_REMEDY = (
+    "give intervention_mask, which names the tokens to edit in each pass, or let generate read the "
+    "prompt (prefill_chunk_size reads it in parts)"
+)
+
+
+@dataclass(slots=True)
+class Branch:
+    """What a ``generate`` goes on with, and how much of it was read so far."""
+
+    inputs: dict[str, Tensor]
+    """The prompt: ``input_ids`` (batch, given), ``inputs_embeds`` (batch, given, hidden), or both.
+    Empty where ``generate`` makes it up; then it is what the first pass reads."""
+    mask: Tensor | None
+    """(batch, prompt): the attended tokens, perhaps with some in front that a cache holds."""
+    choice: Tensor | None = None
+    """(batch, prompt): the caller's own ``intervention_mask``."""
+    num_read: int = 0
+    was_read: bool = False
+    caches: list[Any] = field(default_factory=list)
+    """What holds it: the caches that the last pass was given, and what it returned."""
+
+    @property
+    def prompt_length(self) -> int:
+        """The number of tokens in the prompt."""
+        return 0 if self.mask is None else int(self.mask.shape[1])
+
+    def has_next(self, call: dict[str, Any], start: int) -> bool:
+        """Return whether a pass reads this prompt from ``start`` on, as far as the prompt goes."""
+        name = _input_name(call)
+        mine, given = self.inputs.get(name), call[name]
+        if mine is None:
+            return False
+        start -= self.prompt_length - mine.shape[1]  # those in front are not given again
+        mine = mine[:, max(start, 0) :][:, : given.shape[1]]
+        if start < 0 or mine.shape[1] == 0 or given.shape[0] % mine.shape[0]:
+            return False
+        # Beams and returned sequences repeat each example in place.
+        mine = mine.repeat_interleave(given.shape[0] // mine.shape[0], 0)
+        return torch.equal(mine.to(given.device, given.dtype), given[:, : mine.shape[1]])
+
+    def agrees(self, seen: Seen) -> bool:
+        """Return whether a length that can be seen is what was counted, as far as it matters.
+
+        Past the prompt it may be less: assisted decoding takes tokens back.
+        """
+        if not seen.is_exact:
+            return self.num_read > 0
+        return min(self.num_read, self.prompt_length) <= seen.tokens <= self.num_read
+
+
+@dataclass(slots=True)
+class Place:
+    """Where the tokens of one forward pass stand."""
+
+    length: int
+    """Tokens of the pass."""
+    past: int = 0
+    """Tokens before them."""
+    branch: Branch | None = None
+    """What they belong to, in a ``generate``."""
+    is_decoding: bool = False
+    """All of them are past the prompt, so none is edited."""
+    problem: str | None = None
+    """Why this cannot be told; an error where an adapter edits."""
+    caches: list[Any] = field(default_factory=list)
+    """Those among the arguments."""
+
+    def passed(self, output: Any) -> None:
+        """Count the pass once it has been made.
+
+        Args:
+            output: of the model.
+        """
+        if self.branch is not None:
+            parts = output.values() if isinstance(output, dict) else output
+            parts = list(parts) if isinstance(output, dict | tuple) else []
+            returned = caches_in(parts) or self.caches or states_in(parts)
+            self.branch.num_read, self.branch.was_read = self.past + self.length, True
+            self.branch.caches = [*self.caches, *returned]
+
+
+class Generation:
+    """The branches of one running ``generate``.
+
+    Args:
+        branches: The prompt's own first. Classifier-free guidance steers away from another one,
+            which transformers runs through the same model.
+    """
+
+    def __init__(self, *branches: Branch) -> None:
+        self.branches = branches
+        self.thread = threading.get_ident()
+
+    def place(self, call: dict[str, Any]) -> Place:
+        """Return where the tokens of the next pass stand.
+
+        Args:
+            call: Its arguments by name.
+        """
+        place = Place(shape_of(call)[1], caches=caches_in(call.values()))
+        lengths = {tokens_in(cache) for cache in place.caches}
+        seen = next(iter(lengths)) if len(lengths) == 1 else None
+        if lengths <= {None}:  # no cache that tells
+            seen = _before_the_mask(call, place.length) or _by_position(call)
+        given = place.caches or states_in(_further(call))
+        held = next((b for b in self.branches if _share(b.caches, given)), None)
+        if len(lengths) > 1:
+            place.problem = _untold("caches of different lengths")
+        elif held is not None:
+            self._go_on(place, held, seen)
+        elif seen is None or seen.tokens == 0:
+            self._start(place, call, is_told=seen is not None)
+        elif not self.branches[0].was_read:  # a cache of the caller
+            if seen.is_exact and self.branches[0].has_next(call, seen.tokens):
+                _put(place, self.branches[0], seen.tokens)
+            else:
+                place.problem = _other_tokens()
+        else:  # the model keeps its cache where it cannot be seen
+            candidates = [b for b in self.branches if b.was_read and b.agrees(seen)]
+            if len(candidates) == 1 and not place.caches:
+                self._go_on(place, candidates[0], seen)
+            else:
+                place.problem = _untold(f"{seen.tokens} tokens behind it that were not counted")
+        return place
+
+    def _go_on(self, place: Place, branch: Branch, seen: Seen | None) -> None:
+        """Place a pass that goes on with a branch, if what can be seen agrees with the count."""
+        if seen is None or branch.agrees(seen):
+            _put(place, branch, seen.tokens if seen and seen.is_exact else branch.num_read)
+        else:
+            place.problem = (
+                f"{branch.num_read} tokens were read and the cache holds {seen.tokens} "
+                f"({_versions()}), so the prompt cannot be told from the answer; {_REMEDY}"
+            )
+
+    def _start(self, place: Place, call: dict[str, Any], *, is_told: bool) -> None:
+        """Place a pass without a past: the first of a branch, or all of it read once more."""
+        first = self.branches[0]
+        if not first.inputs:
+            _take_as_prompt(first, call)
+        # Without a cache everything is read again with what is new.
+        found = [
+            branch
+            for branch in self.branches
+            if branch.has_next(call, 0) and (place.length > branch.num_read or not branch.was_read)
+        ]
+        if len(found) > 1:  # one prompt begins the other
+            found = [b for b in found if place.length == _expected(b)]
+            alike = {(b.prompt_length, b.num_read) for b in found}
+            found = found[:1] if len(alike) == 1 else []
+        if len(found) == 1 and (is_told or not found[0].was_read or _is_whole(found[0], place)):
+            _put(place, found[0], 0)
+        elif is_told or not any(branch.was_read for branch in self.branches):
+            place.problem = _other_tokens()
+        else:
+            place.problem = _untold("neither a cache nor an attention mask")
+
+
+def place_by_hand(call: dict[str, Any], *, training: bool) -> Place:
+    """Return where the tokens of a pass outside of ``generate`` stand, by its cache.
+
+    Args:
+        call: Its arguments by name.
+        training: Whether gradients will be taken, which needs no cache.
+    """
+    place = Place(shape_of(call)[1], caches=caches_in(call.values()))
+    lengths = {tokens_in(cache) for cache in place.caches}
+    seen = next(iter(lengths)) if len(lengths) == 1 else None
+    if lengths <= {None}:
+        seen = _before_the_mask(call, place.length)
+        if not (seen and seen.tokens) and (lengths or (not training and states_in(_further(call)))):
+            place.problem = _untold("an argument that may be a cache, but not its length")
+            return place
+    if len(lengths) > 1:
+        place.problem = _untold("caches of different lengths")
+    elif seen is not None and seen.tokens:
+        place.past = seen.tokens
+        # After a single token the next may be the answer's or, token by token, the prompt's.
+        is_next = place.length == 1 and seen != Seen(1, True)
+        if is_next and call.get("prompt_mask") is None:
+            place.is_decoding = True
+        else:
+            place.problem = (
+                f"a pass over tokens that follow {seen.tokens} in a cache ({place.length} here) "
+                "may read more of the prompt or of the answer, which cannot be told; "
+                f"{_REMEDY}"
+            )
+    return place
+
+
+def shape_of(call: dict[str, Any]) -> tuple[int, int]:
+    """Return (batch, length) of a forward pass.
+
+    Args:
+        call: Its arguments by name.
+
+    Raises:
+        InputError: It has no tokens.
+    """
+    inputs = call.get(_input_name(call))
+    if inputs is None:
+        raise InputError(
+            "input_ids must be given (or inputs_embeds), got neither; pass one of them"
+        )
+    return int(inputs.shape[0]), int(inputs.shape[1])
+
+
+def _input_name(call: dict[str, Any]) -> str:
+    return "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
+
+
+def _put(place: Place, branch: Branch, past: int) -> None:
+    place.past, place.branch = past, branch
+    place.is_decoding = past >= branch.prompt_length
+
+
+def _take_as_prompt(branch: Branch, call: dict[str, Any]) -> None:
+    """Take what a pass reads as the prompt, which ``generate`` was not given."""
+    name, mask = _input_name(call), call.get("attention_mask")
+    branch.inputs = {name: call[name]}
+    is_plain = isinstance(mask, Tensor) and mask.shape == call[name].shape[:2]
+    branch.mask = mask if is_plain else torch.ones(call[name].shape[:2], dtype=torch.long)
+
+
+def _expected(branch: Branch) -> int:
+    """Return the length of the next pass over all of a branch."""
+    return branch.num_read + 1 if branch.was_read else branch.prompt_length
+
+
+def _is_whole(branch: Branch, place: Place) -> bool:
+    return place.length >= branch.prompt_length
+
+
+def _further(call: dict[str, Any]) -> list[Any]:
+    """Return the arguments that may be a state of a kind that is not known."""
+    return [value for name, value in call.items() if name not in _NO_CACHE]
+
+
+def _share(caches: list[Any], others: list[Any]) -> bool:
+    return any(one is other for one in caches for other in others)
+
+
+def _before_the_mask(call: dict[str, Any], length: int) -> Seen | None:
+    """Return how many tokens the attention mask has in front of a pass's own; None without one."""
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+        return Seen(int(mask.shape[1]) - length, True)
+    return None
+
+
+def _by_position(call: dict[str, Any]) -> Seen | None:
+    """Return the position of a pass's first token: how many came before it, without padding.
+
+    transformers 5.24 leaves out a mask that masks nothing.
+    """
+    positions = call.get("position_ids")
+    if call.get("attention_mask") is not None or not isinstance(positions, Tensor):
+        return None
+    first = set(positions[:, 0].tolist()) if positions.ndim == 2 else set()
+    return Seen(int(first.pop()), True) if len(first) == 1 else None
+
+
+def _other_tokens() -> str:
+    return (
+        f"generate reads other tokens first than the prompt that it was given ({_versions()}), so "
+        f"which ones to edit cannot be told; {_REMEDY}"
+    )
+
+
+def _untold(what: str) -> str:
+    return (
+        f"what came before this forward pass cannot be told: it has {what} ({_versions()}), so new "
+        f"tokens might be edited; {_REMEDY}"
+    )
+
+
+def _versions() -> str:
+    return f"{installed('transformers')}, {installed('peft')}"
