@@ -3,7 +3,8 @@
 PEFT has no plug-in entry point: a method exists once the module that registers it is imported.
 The tuners do that, but they need torch, which ``lowmem-reft --help`` must not wait for. So they
 are imported right away if ``peft`` is already there, and otherwise as soon as somebody, this
-package's own modules included, has imported ``peft``. The hook then removes itself.
+package's own modules included, has imported ``peft``. The hook then removes itself, and what
+transformers says of ``peft``'s version says from then on what to do.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def install() -> None:
 def _import_tuners() -> None:
     for name in _TUNERS:
         importlib.import_module(name)
+    importlib.import_module("lowmem_reft.registration").explain_peft_check()
 
 
 class _AfterPeft(MetaPathFinder):

@@ -1,9 +1,19 @@
-"""Makes our methods PEFT's own, which PEFT keeps in an enum and refuses outside it."""
+"""Makes our methods PEFT's own, which PEFT keeps in an enum and refuses outside it.
+
+transformers checks PEFT's version in its own ``add_adapter``; what to do about it is said here.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import sys
+from typing import Any
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
+
+from lowmem_reft.errors import InputError
 
 NAME = "REFT"
 PREFIX = "reft_"
@@ -38,3 +48,40 @@ def register(name: str, config_cls: type, model_cls: type, *, prefix: str | None
         register_peft_method(
             name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=prefix
         )
+
+
+def explain_peft_check() -> None:
+    """Let transformers' check of PEFT's version say what to do, where PEFT is too old for it.
+
+    transformers 5.24 asks for a version of PEFT that is not out, without a word on the way round.
+    Nothing is replaced where the check passes, is not there, or has been replaced before.
+    """
+    integration: Any = sys.modules.get("transformers.integrations.peft")  # peft imports it
+    check = getattr(integration, "check_peft_version", None)
+    needed = getattr(integration, "MIN_PEFT_VERSION", None)
+    if check is None or needed is None:
+        return
+    try:
+        check(min_version=needed)
+    except InputError:
+        pass  # it is the explained one
+    except ValueError:
+        integration.check_peft_version = _explained(check)
+
+
+def _explained(check: Any) -> Any:
+    @functools.wraps(check)
+    def explained(min_version: str) -> None:
+        try:
+            check(min_version=min_version)
+        except ValueError as error:
+            transformers = importlib.metadata.version("transformers")
+            raise InputError(
+                f"peft must be {min_version} or newer for the add_adapter, set_adapter, ... of "
+                f"transformers {transformers}, got {importlib.metadata.version('peft')!r}; attach "
+                "with peft.get_peft_model(model, config) or PeftModel.from_pretrained(model, "
+                f"directory) instead, or install peft>={min_version} if it is out, else "
+                f"transformers<{'.'.join(transformers.split('.')[:2])}"
+            ) from error
+
+    return explained

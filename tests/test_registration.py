@@ -1,0 +1,89 @@
+"""What transformers' own ``add_adapter`` says of a PEFT that is too old for it."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+from packaging.version import Version
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations import peft as integration
+from transformers.utils import check_peft_version
+
+from lowmem_reft import InputError, ReftConfig
+from lowmem_reft.registration import explain_peft_check
+
+IS_REFUSED = Version(version("peft")) < Version(integration.MIN_PEFT_VERSION)
+CALLS = {
+    "add_adapter": (ReftConfig(task_type="CAUSAL_LM", rank=2),),
+    "set_adapter": ("default",),
+    "disable_adapters": (),
+    "delete_adapter": ("default",),
+}
+
+
+@pytest.fixture
+def transformers_own(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that makes the check, as transformers has it."""
+    monkeypatch.setattr(integration, "check_peft_version", check_peft_version)
+    return integration
+
+
+@pytest.fixture(scope="module")
+def base() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=16, num_hidden_layers=2, **sizes))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_peft_that_transformers_refuses_is_an_input_error_that_says_what_to_do(
+    call: str, base: Any, transformers_own: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers_own, "MIN_PEFT_VERSION", "99.0.0")
+    explain_peft_check()
+    with pytest.raises(InputError) as raised:
+        getattr(base, call)(*CALLS[call])
+    said = str(raised.value)
+    major, minor = version("transformers").split(".")[:2]
+    assert said.startswith("peft must be 99.0.0 or newer")
+    assert f"transformers {version('transformers')}, got {version('peft')!r}" in said
+    assert "get_peft_model" in said
+    assert "PeftModel.from_pretrained" in said
+    assert said.endswith(f"install peft>=99.0.0 if it is out, else transformers<{major}.{minor}")
+
+
+@pytest.mark.skipif(not IS_REFUSED, reason="transformers takes this peft")
+def test_importing_the_package_is_enough_where_transformers_refuses_the_installed_peft(
+    base: Any,
+) -> None:
+    with pytest.raises(InputError, match=rf"peft must be {integration.MIN_PEFT_VERSION} or newer"):
+        base.add_adapter(*CALLS["add_adapter"])
+
+
+def test_the_check_is_explained_once(
+    transformers_own: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers_own, "MIN_PEFT_VERSION", "99.0.0")
+    explain_peft_check()
+    explained = transformers_own.check_peft_version
+    explain_peft_check()
+    assert transformers_own.check_peft_version is explained
+    assert explained.__wrapped__ is check_peft_version
+
+
+def test_a_check_that_passes_is_left_alone(
+    transformers_own: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers_own, "MIN_PEFT_VERSION", version("peft"))
+    explain_peft_check()
+    assert transformers_own.check_peft_version is check_peft_version
+
+
+@pytest.mark.parametrize("name", ["check_peft_version", "MIN_PEFT_VERSION"])
+def test_a_transformers_without_the_check_is_left_alone(
+    name: str, transformers_own: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(transformers_own, name)
+    explain_peft_check()
+    assert not hasattr(transformers_own, name)
