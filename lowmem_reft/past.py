@@ -43,7 +43,7 @@ class Branch:
     choice: Tensor | None = None
     """(batch, prompt): the caller's own ``intervention_mask``."""
     num_read: int = 0
-    was_read: bool = False
+    num_passes: int = 0
     caches: list[Any] = field(default_factory=list)
     """What holds it: the caches that the last pass was given, and what it returned."""
 
@@ -65,6 +65,14 @@ class Branch:
         # Beams and returned sequences repeat each example in place.
         mine = mine.repeat_interleave(given.shape[0] // mine.shape[0], 0)
         return torch.equal(mine.to(given.device, given.dtype), given[:, : mine.shape[1]])
+
+    def may_begin(self, call: dict[str, Any]) -> bool:
+        """Return whether a pass reads this from its start: for the first time, or all of it again.
+
+        Without a cache everything is read again with what is new.
+        """
+        is_more = shape_of(call)[1] > self.num_read or not self.num_passes
+        return is_more and self.has_next(call, 0)
 
     def agrees(self, seen: Seen) -> bool:
         """Return whether a length that can be seen is what was counted, as far as it matters.
@@ -103,7 +111,8 @@ class Place:
             parts = output.values() if isinstance(output, dict) else output
             parts = list(parts) if isinstance(output, dict | tuple) else []
             returned = caches_in(parts) or self.caches or states_in(parts)
-            self.branch.num_read, self.branch.was_read = self.past + self.length, True
+            self.branch.num_read = self.past + self.length
+            self.branch.num_passes += 1
             self.branch.caches = [*self.caches, *returned]
 
 
@@ -138,13 +147,13 @@ class Generation:
             self._go_on(place, held, seen)
         elif seen is None or seen.tokens == 0:
             self._start(place, call, is_told=seen is not None)
-        elif not self.branches[0].was_read:  # a cache of the caller
+        elif not self.branches[0].num_passes:  # a cache of the caller
             if seen.is_exact and self.branches[0].has_next(call, seen.tokens):
                 _put(place, self.branches[0], seen.tokens)
             else:
                 place.problem = _other_tokens()
         else:  # the model keeps its cache where it cannot be seen
-            candidates = [b for b in self.branches if b.was_read and b.agrees(seen)]
+            candidates = [b for b in self.branches if b.num_passes and b.agrees(seen)]
             if len(candidates) == 1 and not place.caches:
                 self._go_on(place, candidates[0], seen)
             else:
@@ -166,19 +175,15 @@ class Generation:
         first = self.branches[0]
         if not first.inputs:
             _take_as_prompt(first, call)
-        # Without a cache everything is read again with what is new.
-        found = [
-            branch
-            for branch in self.branches
-            if branch.has_next(call, 0) and (place.length > branch.num_read or not branch.was_read)
-        ]
-        if len(found) > 1:  # one prompt begins the other
-            found = [b for b in found if place.length == _expected(b)]
-            alike = {(b.prompt_length, b.num_read) for b in found}
-            found = found[:1] if len(alike) == 1 else []
-        if len(found) == 1 and (is_told or not found[0].was_read or _is_whole(found[0], place)):
-            _put(place, found[0], 0)
-        elif is_told or not any(branch.was_read for branch in self.branches):
+        # The prompt's own branch is read to the end of the prompt, then they take turns.
+        is_first = first.num_read < first.prompt_length
+        found = [b for b in self.branches[: 1 if is_first else None] if b.may_begin(call)]
+        branch = min(found, key=lambda each: each.num_passes, default=None)
+        if branch is not None and (
+            is_told or not branch.num_passes or place.length >= branch.prompt_length
+        ):
+            _put(place, branch, 0)
+        elif is_told or not first.num_passes:
             place.problem = _other_tokens()
         else:
             place.problem = _untold("neither a cache nor an attention mask")
@@ -248,15 +253,6 @@ def _take_as_prompt(branch: Branch, call: dict[str, Any]) -> None:
     branch.inputs = {name: call[name]}
     is_plain = isinstance(mask, Tensor) and mask.shape == call[name].shape[:2]
     branch.mask = mask if is_plain else torch.ones(call[name].shape[:2], dtype=torch.long)
-
-
-def _expected(branch: Branch) -> int:
-    """Return the length of the next pass over all of a branch."""
-    return branch.num_read + 1 if branch.was_read else branch.prompt_length
-
-
-def _is_whole(branch: Branch, place: Place) -> bool:
-    return place.length >= branch.prompt_length
 
 
 def _further(call: dict[str, Any]) -> list[Any]:

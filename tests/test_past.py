@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -255,15 +256,14 @@ def test_guidance_edits_the_negative_prompt_as_a_prompt(
     assert torch.equal(answer, guided_by_hand(model, IDS, negative, 1.7, mask))
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_guidance_away_from_the_beginning_of_the_prompt(model: Any, use_cache: bool) -> None:
-    negative = IDS[:, :3]
+@pytest.mark.parametrize("way", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 8, 9, 10])
+def test_guidance_away_from_a_prompt_that_begins_alike(
+    model: Any, length: int, way: dict[str, Any]
+) -> None:
+    negative = by_hand(model, IDS)[:, :length]
     answer = model.generate(
-        input_ids=IDS,
-        guidance_scale=1.7,
-        negative_prompt_ids=negative,
-        use_cache=use_cache,
-        **GREEDY,
+        input_ids=IDS, guidance_scale=1.7, negative_prompt_ids=negative, **way, **GREEDY
     )
     expected = guided_by_hand(model, IDS, negative, 1.7, torch.ones_like(negative))
     assert torch.equal(answer, expected)
@@ -474,8 +474,7 @@ def test_two_caches_that_differ_are_refused(by_hand_too: bool) -> None:
         with_kwargs=True,
         prepend=True,
     )
+    cache = DynamicCache(config=CONFIG)
+    run = partial(model, what_was_read=cache) if by_hand_too else partial(model.generate, **GREEDY)
     with pytest.raises(InputError, match="caches of different lengths"):
-        if by_hand_too:
-            model(input_ids=IDS, what_was_read=DynamicCache(config=CONFIG))
-        else:
-            model.generate(input_ids=IDS, **GREEDY)
+        run(input_ids=IDS)
