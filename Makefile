@@ -5,6 +5,7 @@ VENV        ?= .venv
 VENV_FLAGS  ?=
 CONSTRAINTS ?= constraints.txt lock.txt
 TORCH       ?=
+# For the newest versions: what to hold back, such as transformers<5.25.
 HOLD        ?=
 EXTRAS      ?= dev
 PYTEST_ARGS ?= -n 2
@@ -37,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt lock.txt
 		{ echo "PYTHON must be 3.10 or newer; give one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(BIN)/python -m pip install $(PINS) $(BACKENDS)
-	$(BIN)/python -m pip install $(PINS) --no-build-isolation -e '.[$(EXTRAS)]' $(TORCH)
+	$(BIN)/python -m pip install $(PINS) --no-build-isolation -e '.[$(EXTRAS)]' $(patsubst %,'%',$(TORCH))
 	@echo '$(CONSTRAINTS)' > $@  # tests/test_lock.py reads what the environment was made from
 
 test: $(STAMP) ## Run the tests
@@ -79,7 +80,7 @@ newest-versions:
 	$(PYTHON) -m venv --clear $(VENV_FLAGS) $(NEWEST)  # what is there already would pass for newest without a registry
 	@($(NAMES)) > $(NEWEST)/names.txt
 	@$(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager \
-		$(addprefix -c ,$(filter-out lock.txt,$(CONSTRAINTS))) -r $(NEWEST)/names.txt $(TORCH) $(HOLD) && \
+		$(addprefix -c ,$(filter-out lock.txt,$(CONSTRAINTS))) -r $(NEWEST)/names.txt $(patsubst %,'%',$(TORCH) $(HOLD)) && \
 		$(NEWEST)/bin/python -m pip install --no-deps -e . || \
 		{ echo "The newest versions could not be installed, see above; nothing was tested with them." >&2; exit 1; }
 	@$(NEWEST)/bin/python -m pip freeze | \
