@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft import _peft_hook
+from lowmem_reft import _peft_hook, notices
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,4 +60,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+notices.hide()  # first: the tuners import who says them
 _peft_hook.install()

@@ -10,10 +10,9 @@ import contextlib
 import copy
 import hashlib
 import json
-import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -43,6 +42,7 @@ from lowmem_reft.devices import (
 from lowmem_reft.distributed import shards_model
 from lowmem_reft.errors import InputError
 from lowmem_reft.identity import commit_of
+from lowmem_reft.notices import held
 from lowmem_reft.options import Storage
 from lowmem_reft.options.values import QUANTIZED
 from lowmem_reft.residency import EMBEDDING, Checkpoint, Residency, fill_buffers
@@ -399,15 +399,33 @@ def load_config(model: str | Path, revision: str = "main") -> Any:
 
 def _from_pretrained(auto_class: Any, model: str | Path, **options: Any) -> PreTrainedModel:
     try:
-        base: PreTrainedModel = auto_class.from_pretrained(
-            str(model), use_safetensors=True, trust_remote_code=False, **options
-        )
+        with held("transformers.modeling_utils", "LOAD REPORT") as reports:
+            base, differences = auto_class.from_pretrained(
+                str(model),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+            if auto_class is not AUTO_CLASSES["CAUSAL_LM"] and _only_heads(base, differences):
+                reports.clear()  # a checkpoint of a language model has no other
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"model must be one that {auto_class.__name__} loads from safetensors, "
             f"got {str(model)!r}; convert it or change the options ({_line(error)})"
         ) from error
-    return base
+    heads = tuple(f"{name}." for name in _head_names(base))
+    base.has_new_head = any(name.startswith(heads) for name in differences["missing_keys"])
+    return cast(PreTrainedModel, base)
+
+
+def _only_heads(base: PreTrainedModel, differences: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint and a model differ in heads alone, as from_pretrained tells it."""
+    of_backbone = {base.base_model_prefix, *(name for name, _ in base.base_model.named_children())}
+    unread = {name for name in differences["unexpected_keys"] if ".pooler." not in name}
+    return not differences["mismatched_keys"] and of_backbone.isdisjoint(
+        name.split(".")[0] for name in unread | differences["missing_keys"]
+    )
 
 
 def _load_upper(
@@ -574,9 +592,6 @@ def quantization_options(
         if skipped:
             held["llm_int8_skip_modules"] = (held.get("llm_int8_skip_modules") or []) + skipped
         config.quantization_config = held
-    if storage == "int8":
-        # bitsandbytes says at every forward pass that activations are cast to fp16 to quantize.
-        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_notice)
     if held is not None or storage not in QUANTIZED:
         return {}
     quantization: Any = transformers.BitsAndBytesConfig
@@ -607,10 +622,6 @@ def _check_held_storage(model: str | Path, held: dict[str, Any], storage: str) -
             f"storage must be {kind} for {str(model)!r}, which is already quantized, "
             f"got {storage!r}; use {kind} or an unquantized checkpoint"
         )
-
-
-def _is_no_cast_notice(record: logging.LogRecord) -> bool:
-    return "inputs will be cast from" not in record.getMessage()
 
 
 def _has_head(task_type: str) -> bool:

@@ -22,12 +22,10 @@ import gc
 import importlib
 import io
 import json
-import logging
 import os
 import signal
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,8 +246,8 @@ def _run(command: _Command, options: Options) -> int:
     show_bars(not quiet)
     with _stdout_to_stderr() if as_json else contextlib.nullcontext():
         with _collector_paused():
-            if not command.loads_nothing:
-                _quieten_libraries(no_bars=quiet or not sys.stderr.isatty())
+            if not command.loads_nothing and (quiet or not sys.stderr.isatty()):
+                _hide_bars_of_transformers()
             handler = _handler(command)
         result = handler(options)
         distributed.stop()
@@ -274,16 +272,10 @@ def _as_json_and_quiet(options: Options) -> tuple[bool, bool]:
     return bool(switches.json), bool(switches.quiet)
 
 
-def _quieten_libraries(*, no_bars: bool) -> None:
-    """Keep notices off the terminal that say nothing to the user of a command."""
-    # bitsandbytes would like a CPU kernel for inference that has no backward pass.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # PEFT asks transformers by a name that newer versions have deprecated.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-    if no_bars:
-        from transformers.utils.logging import disable_progress_bar
+def _hide_bars_of_transformers() -> None:
+    from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
+    disable_progress_bar()
 
 
 def _handler(command: _Command) -> Callable[[Options], dict[str, Any]]:

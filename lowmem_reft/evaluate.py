@@ -205,6 +205,12 @@ def _load_and_score(
     options: EvaluateOptions, adapter: Path | None, card: TrainingCard, rows: Sequence[Row]
 ) -> Scores:
     model, tokenizer = load_adapted(options.model, adapter, card, resident=options.reuse.resident)
+    if adapter is None and card.task_type == "SEQ_CLS" and model.has_new_head:
+        logger.warning(
+            "%s has no classification head: it got a new one, of random weights, and its scores "
+            "say nothing; give the --adapter that was trained with one",
+            options.model.model,
+        )
     with ExitStack() as stack:
         directory = options.reuse.reuse_dir
         if directory is None and options.reuse.resident == "upper":

@@ -41,6 +41,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import lowmem_reft  # noqa: F401 - before transformers imports bitsandbytes, whose notice it hides
+
+# isort: split
+
 import torch
 import tyro
 from rich.console import Console

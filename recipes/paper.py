@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +59,6 @@ def run_recipe(
     config: type[AnyConfig], main: Callable[[AnyConfig], dict[str, Any]], about: str | None
 ) -> None:
     """Run a recipe from the command line: tables on standard error, one JSON object after them."""
-    # PEFT asks transformers by a name that newer versions have deprecated.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     try:
         chosen = tyro.cli(config, description=about, config=(tyro.conf.DisallowNone,))
         result = main(chosen)

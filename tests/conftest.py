@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lowmem_reft.notices import WARNED
+
 # A shell starts background jobs with SIGINT ignored, which the processes of tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,7 +27,7 @@ TEXT = (
 def pytest_configure(config: pytest.Config) -> None:
     """Let through warnings that dependencies draw from each other and nobody here can avoid."""
     for ignored in (
-        "ignore:`is_gradient_checkpointing`:FutureWarning",  # PEFT's get_peft_model
+        *(f"ignore:{w.message}:{w.category.__name__}" for w in WARNED),  # which nobody is shown
         "ignore:`torch.jit.script`:DeprecationWarning",  # DeBERTa in older transformers
     ):
         config.addinivalue_line("filterwarnings", ignored)

@@ -15,7 +15,17 @@ PACKAGE = ROOT / "lowmem_reft"
 
 # Bottom to top: a module imports only what stands before it. A package counts as one module.
 ROWS = (
-    ("errors", "files", "options", "progress", "devices", "distributed", "provenance", "embedded"),
+    (
+        "errors",
+        "notices",
+        "files",
+        "options",
+        "progress",
+        "devices",
+        "distributed",
+        "provenance",
+        "embedded",
+    ),
     (
         "interventions",
         "positions",
@@ -24,6 +34,8 @@ ROWS = (
         "registration",
         "config",
         "composition",
+        "caches",
+        "past",
         "selection",
         "tuner",
     ),

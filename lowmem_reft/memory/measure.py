@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lowmem_reft.notices import written_hidden
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -41,11 +43,14 @@ def measure(device: torch.device, run: Callable[[], Any]) -> Measured:
     gc_was_on = gc.isenabled()
     gc.disable()  # what it frees at a random moment would blur the peak
     try:
-        with torch.profiler.profile(
-            activities=activities,
-            profile_memory=True,
-            acc_events=True,  # torch 2.11 warns without it
-        ) as profiler:
+        with (
+            written_hidden(),
+            torch.profiler.profile(
+                activities=activities,
+                profile_memory=True,
+                acc_events=True,  # torch 2.11 warns without it
+            ) as profiler,
+        ):
             run()
     finally:
         if gc_was_on:
