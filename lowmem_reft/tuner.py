@@ -305,6 +305,7 @@ class ReftModel(BaseTuner):
             elif isinstance(module, ModulesToSaveWrapper):
                 _restore_head(module)
 
+    @torch.compiler.disable  # what is counted would have every step of a static cache compiled anew
     def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         training = model.training and torch.is_grad_enabled()
         place = self.current.selector.place(args, kwargs, training=training)
@@ -326,6 +327,7 @@ class ReftModel(BaseTuner):
         _keep_selection_in_recompute(model, self.current)
         return args, kwargs
 
+    @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if self.current.place is not None and output is not None:
             self.current.place.passed(output)

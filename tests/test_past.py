@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.utils import ModelOutput
 
 import lowmem_reft as lr
@@ -431,6 +431,16 @@ def test_a_second_thread_is_refused_while_one_generates(model: Any) -> None:
     finally:
         go_on.set()
         thread.join()
+
+
+def test_counting_compiles_no_step_anew(model: Any) -> None:
+    compiled = CompileConfig(backend="eager")
+    compiled._compile_all_devices = True  # on a GPU static caches are compiled without asking
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    way = {"cache_implementation": "static", "compile_config": compiled}
+    assert torch.equal(model.generate(input_ids=IDS, **way, **GREEDY), by_hand(model, IDS))
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 1
 
 
 def test_an_error_in_a_pass_is_not_counted(model: Any) -> None:
