@@ -25,10 +25,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import lowmem_reft as lr  # before PEFT and bitsandbytes, whose notices it hides
-
-# isort: split
-
 import torch
 import tyro
 from peft import LoraConfig, get_peft_model
@@ -36,6 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.common import environment, ratio, report, summarize
 from benchmarks.reuse import config_of
+from lowmem_reft import ReftConfig
 from lowmem_reft.adapters import BASE, answering
 from lowmem_reft.synthetic import base_with_random_weights
 
@@ -143,9 +140,9 @@ def methods_of(options: GenerateBenchmark) -> list[Method]:
     ]
 
 
-def loreft_config(positions: str) -> lr.ReftConfig:
+def loreft_config(positions: str) -> ReftConfig:
     """Return LoReFT on every layer."""
-    return lr.ReftConfig(
+    return ReftConfig(
         task_type="CAUSAL_LM", rank=4, layers="all", positions=positions, init="paper"
     )
 

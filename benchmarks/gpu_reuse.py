@@ -34,10 +34,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lowmem_reft  # noqa: F401 - before bitsandbytes, whose notice it hides
-
-# isort: split
-
 import torch
 import tyro
 from bitsandbytes.nn.modules import Linear4bit

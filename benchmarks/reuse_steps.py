@@ -22,13 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-import lowmem_reft as lr  # before PEFT and bitsandbytes, whose notices it hides
-
-# isort: split
-
 import torch
 from peft import LoraConfig, get_peft_model
 
+from lowmem_reft import ReftConfig
 from lowmem_reft.blocks import device_of
 from lowmem_reft.checkpointing import enable_activation_checkpointing
 from lowmem_reft.frozen.reuse import Reuse
@@ -129,7 +126,7 @@ def adapted(base: Any, method: Method, shape: Shape) -> Any:
     """Return the base with the method's adapter, ready to train."""
     config: Any = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
     if method.trains == "loreft":
-        config = lr.ReftConfig(
+        config = ReftConfig(
             task_type="CAUSAL_LM",
             rank=4,
             layers=shape.layers,

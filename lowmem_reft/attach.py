@@ -6,6 +6,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from lowmem_reft.contracts import check_versions
 from lowmem_reft.errors import InputError
 from lowmem_reft.method_configs import build_peft_config, check_options, split_targets
 from lowmem_reft.method_table import check_storage, find_method
@@ -92,6 +93,7 @@ def attach(
     from lowmem_reft.loss import use_chunked_loss
     from lowmem_reft.techniques import save_memory
 
+    check_versions()
     check_run(options, memory)
     config = build_peft_config(options, task_type=task_type, num_layers=len(find_blocks(base)[1]))
     if options.target_modules is not None:

@@ -33,6 +33,7 @@ from transformers.utils.hub import cached_file
 
 from lowmem_reft.blocks import find_blocks
 from lowmem_reft.checkpointing import enable_activation_checkpointing, stop_input_gradients
+from lowmem_reft.contracts import check_versions
 from lowmem_reft.devices import (
     DTYPES,
     resolve_compute_dtype,
@@ -120,8 +121,10 @@ def load_base(
             dtype where the launcher asks for FSDP, else bytes.
 
     Raises:
-        InputError: an argument is unknown, impossible on this machine or at odds with the model.
+        InputError: an argument is unknown, impossible on this machine or at odds with the model,
+            or an untested version of a library breaks what is relied on.
     """
+    check_versions()
     if storage not in STORAGES:
         raise InputError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}; use nf4")
     if task_type not in AUTO_CLASSES:

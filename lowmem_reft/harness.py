@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from lowmem_reft.adapted import load_adapted
 from lowmem_reft.blocks import base_of, device_of
+from lowmem_reft.contracts import check_versions
 from lowmem_reft.errors import InputError
 from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.progress import progress
@@ -74,6 +75,7 @@ def run_harness(
             f"task_type must be CAUSAL_LM with --lm-eval, got {card.task_type!r}; a classifier is "
             "scored on --data"
         )
+    check_versions("eval")
     assert options.harness.lm_eval is not None
     with _bars(shown=not options.quiet and sys.stderr.isatty()), _notices_hidden():
         names = [name.strip() for name in options.harness.lm_eval.split(",")]

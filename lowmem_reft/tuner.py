@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from lowmem_reft.blocks import component_path, device_of, find_blocks, hidden_size
 from lowmem_reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.config import ReftConfig, resolve_layers
+from lowmem_reft.contracts import check_versions
 from lowmem_reft.distributed import refuse_casts, shards_model
 from lowmem_reft.errors import InputError
 from lowmem_reft.identity import note_base
@@ -232,6 +233,7 @@ class ReftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        check_versions()
         note_base(config, model)
         found = device_of(model)  # for blocks that are not there; there may be none at all
         self._device = torch.device("cpu") if found.type == "meta" else found
@@ -305,7 +307,8 @@ class ReftModel(BaseTuner):
             elif isinstance(module, ModulesToSaveWrapper):
                 _restore_head(module)
 
-    @torch.compiler.disable  # what is counted would have every step of a static cache compiled anew
+    # Compiled, what is counted would have every step of a static cache compiled anew.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         training = model.training and torch.is_grad_enabled()
         place = self.current.selector.place(args, kwargs, training=training)
@@ -327,7 +330,7 @@ class ReftModel(BaseTuner):
         _keep_selection_in_recompute(model, self.current)
         return args, kwargs
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if self.current.place is not None and output is not None:
             self.current.place.passed(output)

@@ -25,6 +25,7 @@ ROWS = (
         "distributed",
         "provenance",
         "embedded",
+        "contracts",
     ),
     (
         "interventions",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft.cell import Cell, Result, write_cell
+from lowmem_reft.contracts import check_versions
 from lowmem_reft.engines.child import available_threads, result_or_cause
 from lowmem_reft.engines.node import Input, Part, data_files, read_content, run_on_node
 from lowmem_reft.errors import InputError
@@ -49,6 +50,7 @@ def connected() -> Iterator[None]:
             "workers must be a number where Ray is not installed, got 'ray'; install it: "
             "pip install 'lowmem-reft[ray]'"
         ) from error
+    check_versions("ray")
     if ray.is_initialized():  # the caller's own
         yield
         return

@@ -1,0 +1,176 @@
+"""What is relied on inside PEFT: how it puts an adapter into a model, runs it and removes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+from lowmem_reft.contracts.contract import (
+    BrokenContractError,
+    Contract,
+    expect,
+    some_tokens,
+    tiny_llama,
+)
+
+
+@cache
+def _tuner_class() -> Any:
+    """Return a tuner that puts a layer into the second block and notes what PEFT calls."""
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from torch import nn
+
+    class Layer(nn.Module, BaseTunerLayer):
+        adapter_layer_names = ("probe_phi",)
+        other_param_names = ("probe_options",)
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.probe_phi = nn.ModuleDict()
+            self.probe_options: dict[str, int] = {}
+            self._disable_adapters = False
+            self.merged_adapters = []
+
+    class Tuner(BaseTuner):
+        prefix = "probe_"
+        tuner_layer_cls = Layer
+        target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
+
+        def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
+            self.__dict__["called"] = [f"before {adapter_name}"]
+
+        def _post_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
+            self.called.append(f"after {adapter_name}")
+
+        def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+            self.called.append("configuration")
+            peft_config.target_modules = r"model\.layers\.(1)"
+            return peft_config
+
+        def _create_and_replace(
+            self,
+            peft_config: Any,
+            adapter_name: str,
+            target: Any,
+            target_name: str,
+            parent: Any,
+            current_key: str,
+            parameter_name: str | None = None,
+        ) -> None:
+            is_target = target is parent[int(target_name)]
+            self.called.append(f"{current_key}{'' if is_target else ', which is another module'}")
+            layer = Layer()
+            layer.probe_phi[adapter_name] = nn.Linear(2, 2)
+            layer.probe_options[adapter_name] = 1
+            target.add_module("probe", layer)
+
+        def _check_merge_allowed(self) -> None:
+            raise NotImplementedError
+
+    return Tuner
+
+
+def _tuner() -> Any:
+    from peft import PeftConfig
+
+    @dataclass
+    class Config(PeftConfig):
+        target_modules: Any = field(default=None)
+
+    return _tuner_class()(tiny_llama(), Config(), "default")
+
+
+def _injects_through_hooks() -> None:
+    tuner = _tuner()
+    wanted = ["before default", "configuration", "model.layers.1", "after default"]
+    expect(tuner.called == wanted, f"calls {tuner.called}")
+    trained = [name for name, value in tuner.model.named_parameters() if value.requires_grad]
+    prefix = "model.layers.1.probe.probe_phi.default."
+    expect(trained == [f"{prefix}weight", f"{prefix}bias"], f"trained parameters {trained}")
+
+
+def _switches_layers() -> None:
+    tuner = _tuner()
+    layer = tuner.model.model.layers[1].probe
+    states = [layer.disable_adapters]
+    for switch in (tuner.disable_adapter_layers, tuner.enable_adapter_layers):
+        switch()
+        states.append(layer.disable_adapters)
+    expect(states == [False, True, False], f"layers that are disabled {states}")
+    tuner.set_adapter(["default"], inference_mode=True)
+    is_trained = any(value.requires_grad for value in tuner.model.parameters())
+    expect(not is_trained, "an adapter that is trained in inference mode")
+    tuner.delete_adapter("default")
+    left = [*layer.probe_phi, *layer.probe_options]
+    expect(not left, f"a deleted adapter that left {left}")
+
+
+def _asks_before_merging() -> None:
+    tuner = _tuner()
+    try:
+        tuner.merge_and_unload()
+    except NotImplementedError:
+        is_there = hasattr(tuner.model.model.layers[1], "probe")
+        expect(is_there, "a refused merge that removed the layers")
+        return
+    raise BrokenContractError("merge_and_unload that does not ask _check_merge_allowed")
+
+
+def _enters_hooks() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ).eval()
+    entered: list[Any] = []
+    running: list[bool] = []
+
+    @contextmanager
+    def hooks(*_: Any, **kwargs: Any) -> Iterator[None]:
+        entered.append(kwargs.get("adapter_names"))
+        running.append(True)
+        yield
+        running.pop()
+
+    def before(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        expect(bool(running), "a pass outside of the hooks")
+        expect("adapter_names" not in kwargs, "a model that is given adapter_names")
+
+    tuner: Any = model.base_model
+    tuner._enable_peft_forward_hooks = hooks
+    tuner.model.register_forward_pre_hook(before, with_kwargs=True)
+    names = ["default", "__base__"]
+    for run in (model, partial(model.generate, max_new_tokens=1)):
+        run(input_ids=some_tokens(), adapter_names=names)
+    expect(entered == [names] * 2, f"hooks that were entered with {entered}")
+
+
+CONTRACTS = (
+    Contract(
+        sentence="PEFT puts an adapter into a model through the hooks of its tuner",
+        libraries=("peft", "transformers"),
+        leaned_on_by=("tuner.py", "weights.py", "lora_reft.py"),
+        check=_injects_through_hooks,
+    ),
+    Contract(
+        sentence="PEFT switches, freezes and deletes an adapter in every layer of a tuner",
+        libraries=("peft",),
+        leaned_on_by=("tuner.py", "weights.py"),
+        check=_switches_layers,
+    ),
+    Contract(
+        sentence="PEFT asks a tuner before it merges an adapter",
+        libraries=("peft",),
+        leaned_on_by=("tuner.py", "lora_reft.py"),
+        check=_asks_before_merging,
+    ),
+    Contract(
+        sentence="forward and generate of PEFT enter the tuner's hooks with adapter_names",
+        libraries=("peft", "transformers"),
+        leaned_on_by=("tuner.py", "lora_reft.py"),
+        check=_enters_hooks,
+    ),
+)
