@@ -100,16 +100,15 @@ def take_prefix_as_cache(model: Any) -> None:
     it sees no cache, so that every step got a new prefix, which the base ignored.
 
     Args:
-        model: a PeftModel; one without prefix tuning is left alone.
+        model: a PeftModel; one without prefix tuning, or done already, is left alone.
     """
-    config = model.active_peft_config
     base = model.get_base_model()
-    name = cache_argument(base)
-    if config.peft_type != "PREFIX_TUNING" or name is None or name == _NAME_IN_PEFT:
-        return
-    plain = base.forward
-    forward: Any = functools.partial(_with_cache_as, plain, name)
+    plain, name = base.forward, cache_argument(base)
     signature = inspect.signature(plain)
+    has_prefix = any(c.peft_type == "PREFIX_TUNING" for c in model.peft_config.values())
+    if not has_prefix or name is None or _NAME_IN_PEFT in signature.parameters:
+        return
+    forward: Any = functools.partial(_with_cache_as, plain, name)
     older = inspect.Parameter(_NAME_IN_PEFT, inspect.Parameter.KEYWORD_ONLY, default=None)
     *first, last = signature.parameters.values()
     parameters = [*first, older, last] if last.kind is last.VAR_KEYWORD else [*first, last, older]

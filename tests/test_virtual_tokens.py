@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from lowmem_reft.attach import complete
 from lowmem_reft.caches import caches_in
 from lowmem_reft.loss import response_log_likelihood
 from lowmem_reft.methods import attach
@@ -220,3 +222,16 @@ def test_a_prefix_starts_as_keys_and_values_of_the_base() -> None:
     (cache,) = caches_in(output.values())
     first = cache.layers[0].keys[:, :, 0]  # (vocab, head, width): all tokens at position 0
     assert (first - keys[0]).abs().amax((1, 2)).min() < 1e-5
+
+
+def test_a_second_prefix_finds_the_cache_named_as_the_first_did(tmp_path: Path) -> None:
+    model = adapted("llama", "prefix").eval()
+    ids = torch.tensor([[5, 9, 23, 40], [6, 17, 99, 12]])
+    greedy: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), adapter_name="again")
+    complete(model)
+    model.set_adapter("again")
+    again = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
+    assert torch.equal(again, expected)
