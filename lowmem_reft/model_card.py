@@ -160,12 +160,17 @@ def _usage(card: TrainingCard, base: str, *, is_local: bool) -> str:
     if card.num_classes is not None:
         more += f", num_labels={card.num_classes}"
     where = f"PATH/TO/{base}" if is_local else base
-    return (
-        "import lowmem_reft as lr\n"
-        "from peft import PeftModel\n\n"
-        f'base = lr.load_base("{where}", storage="{card.storage}"{more})\n'
-        'model = PeftModel.from_pretrained(base, ".")  # this folder, or its name on the hub'
-    )
+    lines = [
+        "import lowmem_reft as lr",
+        "from peft import PeftModel",
+        "",
+        f'base = lr.load_base("{where}", storage="{card.storage}"{more})',
+        'model = PeftModel.from_pretrained(base, ".")  # this folder, or its name on the hub',
+    ]
+    if card.method == "prefix":  # PEFT 0.21 names a cache otherwise than transformers 5.24 does
+        lines.insert(1, "from lowmem_reft.attach import complete")
+        lines.append("complete(model)  # so that the base reads the prefix in generate, too")
+    return "\n".join(lines)
 
 
 def _scores(result: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -103,6 +103,28 @@ def test_the_loading_code_of_the_card_runs_in_the_folder_once_the_base_is_filled
     assert "without it ends in `KeyError: 'REFT'`" in text
 
 
+def test_the_loading_code_of_a_prefix_generates_with_it(
+    options: TrainOptions, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = MethodOptions(method="prefix", num_virtual_tokens=4)
+    directory = Path(run_training(replace(options, method=method))["adapter_dir"])
+    text = (directory / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(directory)
+    names: dict[str, Any] = {}
+    exec(code.replace(f'"PATH/TO/{tiny_llama_dir.name}"', repr(str(tiny_llama_dir))), names)
+    model = names["model"].eval()
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.normal_(0, 2)
+    ids = torch.arange(3, 11)[None]
+    new = model.generate(
+        input_ids=ids, attention_mask=ids > 0, max_new_tokens=4, min_new_tokens=4, do_sample=False
+    )
+    with torch.no_grad():
+        whole = model(input_ids=new[:, :-1], attention_mask=new[:, :-1] > 0).logits
+    assert torch.equal(whole[:, 7:].argmax(-1), new[:, 8:])
+
+
 def test_an_adapter_for_a_base_of_another_shape_is_refused_with_both_shapes(
     trained: tuple[Path, dict[str, Any]], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
