@@ -12,6 +12,7 @@ tokens would go unnoticed.
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,12 +67,17 @@ class Branch:
         mine = mine.repeat_interleave(given.shape[0] // mine.shape[0], 0)
         return torch.equal(mine.to(given.device, given.dtype), given[:, : mine.shape[1]])
 
-    def may_begin(self, call: dict[str, Any]) -> bool:
+    def may_begin(self, call: dict[str, Any], *, is_told: bool) -> bool:
         """Return whether a pass reads this from its start: for the first time, or all of it again.
 
         Without a cache everything is read again with what is new.
+
+        Args:
+            call: the arguments of the pass by name.
+            is_told: whether it can be seen that nothing came before.
         """
-        is_more = shape_of(call)[1] > self.num_read or not self.num_passes
+        num_more = shape_of(call)[1] - self.num_read
+        is_more = num_more > 0 or not self.num_passes or (is_told and num_more == 0)
         return is_more and self.has_next(call, 0)
 
     def agrees(self, seen: Seen) -> bool:
@@ -94,6 +100,8 @@ class Place:
     """Tokens before them."""
     branch: Branch | None = None
     """What they belong to, in a ``generate``."""
+    is_aside: bool = False
+    """Somebody else's pass over what a branch holds in a cache; it is not counted."""
     is_decoding: bool = False
     """All of them are past the prompt, so none is edited."""
     problem: str | None = None
@@ -107,13 +115,19 @@ class Place:
         Args:
             output: of the model.
         """
+        if self.is_aside:
+            return
+        parts = output.values() if isinstance(output, dict) else output
+        parts = list(parts) if isinstance(output, dict | tuple) else []
         if self.branch is not None:
-            parts = output.values() if isinstance(output, dict) else output
-            parts = list(parts) if isinstance(output, dict | tuple) else []
             returned = caches_in(parts) or self.caches or states_in(parts)
             self.branch.num_read = self.past + self.length
             self.branch.num_passes += 1
             self.branch.caches = [*self.caches, *returned]
+        elif self.problem is None:
+            for cache in [*self.caches, *caches_in(parts)]:
+                if tokens_in(cache) == Seen(1, False):
+                    _READ_BY_HAND[cache] = self.past + self.length
 
 
 class Generation:
@@ -127,6 +141,8 @@ class Generation:
     def __init__(self, *branches: Branch) -> None:
         self.branches = branches
         self.thread = threading.get_ident()
+        self.first_position = 0
+        """Of the prompt; callers may count from elsewhere."""
 
     def place(self, call: dict[str, Any]) -> Place:
         """Return where the tokens of the next pass stand.
@@ -138,7 +154,7 @@ class Generation:
         lengths = {tokens_in(cache) for cache in place.caches}
         seen = next(iter(lengths)) if len(lengths) == 1 else None
         if lengths <= {None}:  # no cache that tells
-            seen = _before_the_mask(call, place.length) or _by_position(call)
+            seen = _before_the_mask(call, place.length) or self._by_position(call)
         given = place.caches or states_in(_further(call))
         held = next((b for b in self.branches if _share(b.caches, given)), None)
         if len(lengths) > 1:
@@ -154,11 +170,29 @@ class Generation:
                 place.problem = _other_tokens()
         else:  # the model keeps its cache where it cannot be seen
             candidates = [b for b in self.branches if b.num_passes and b.agrees(seen)]
+            longest = max(branch.prompt_length for branch in self.branches)
             if len(candidates) == 1 and not place.caches:
                 self._go_on(place, candidates[0], seen)
+            elif place.length == 1 and seen.is_exact and seen.tokens >= longest:
+                place.is_decoding = True  # in a copy of a cache, past every prompt
             else:
                 place.problem = _untold(f"{seen.tokens} tokens behind it that were not counted")
         return place
+
+    def _by_position(self, call: dict[str, Any]) -> Seen | None:
+        """Return how many tokens came before a pass's first one, by its position.
+
+        transformers from 5.20 on leaves out a mask that masks nothing.
+        """
+        positions = call.get("position_ids")
+        if call.get("attention_mask") is not None or not isinstance(positions, Tensor):
+            return None
+        first = set(positions[:, 0].tolist()) if positions.ndim == 2 else set()
+        if len(first) != 1:
+            return None
+        if not self.branches[0].num_passes:
+            self.first_position = min(first)
+        return Seen(max(0, min(first) - self.first_position), True)
 
     def _go_on(self, place: Place, branch: Branch, seen: Seen | None) -> None:
         """Place a pass that goes on with a branch, if what can be seen agrees with the count."""
@@ -177,12 +211,14 @@ class Generation:
             _take_as_prompt(first, call)
         # The prompt's own branch is read to the end of the prompt, then they take turns.
         is_first = first.num_read < first.prompt_length
-        found = [b for b in self.branches[: 1 if is_first else None] if b.may_begin(call)]
+        branches = self.branches[:1] if is_first else self.branches
+        found = [branch for branch in branches if branch.may_begin(call, is_told=is_told)]
         branch = min(found, key=lambda each: each.num_passes, default=None)
         if branch is not None and (
             is_told or not branch.num_passes or place.length >= branch.prompt_length
         ):
             _put(place, branch, 0)
+            place.is_aside = bool(branch.caches)
         elif is_told or not first.num_passes:
             place.problem = _other_tokens()
         else:
@@ -196,16 +232,23 @@ def place_by_hand(call: dict[str, Any], *, training: bool) -> Place:
         call: Its arguments by name.
         training: Whether gradients will be taken, which needs no cache.
     """
+    if call.get(_input_name(call)) is None:
+        return Place(0)  # a model of something else than tokens
     place = Place(shape_of(call)[1], caches=caches_in(call.values()))
-    lengths = {tokens_in(cache) for cache in place.caches}
+    lengths = {_read_by_hand(cache) for cache in place.caches}
     seen = next(iter(lengths)) if len(lengths) == 1 else None
+    by_mask = _before_the_mask(call, place.length)
     if lengths <= {None}:
-        seen = _before_the_mask(call, place.length)
-        if not (seen and seen.tokens) and (lengths or (not training and states_in(_further(call)))):
+        seen = by_mask
+        may_be_cache = lengths or (not training and states_in(_further(call)))
+        # One token under a mask of its own may follow others: some models read no mask.
+        if may_be_cache and (seen is None or (not seen.tokens and place.length == 1)):
             place.problem = _untold("an argument that may be a cache, but not its length")
             return place
     if len(lengths) > 1:
         place.problem = _untold("caches of different lengths")
+    elif seen is not None and not seen.tokens and by_mask is not None and by_mask.tokens:
+        place.problem = _untold(f"an empty cache and a mask of {by_mask.tokens} tokens before")
     elif seen is not None and seen.tokens:
         place.past = seen.tokens
         # After a single token the next may be the answer's or, token by token, the prompt's.
@@ -219,6 +262,18 @@ def place_by_hand(call: dict[str, Any], *, training: bool) -> Place:
                 f"{_REMEDY}"
             )
     return place
+
+
+# How many tokens a state holds that was read outside of ``generate`` and does not count them.
+_READ_BY_HAND: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def _read_by_hand(cache: Any) -> Seen | None:
+    seen = tokens_in(cache)
+    if seen is None or seen.is_exact:
+        return seen
+    counted = _READ_BY_HAND.get(cache)
+    return None if counted is None else Seen(counted, True)
 
 
 def shape_of(call: dict[str, Any]) -> tuple[int, int]:
@@ -270,18 +325,6 @@ def _before_the_mask(call: dict[str, Any], length: int) -> Seen | None:
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
         return Seen(int(mask.shape[1]) - length, True)
     return None
-
-
-def _by_position(call: dict[str, Any]) -> Seen | None:
-    """Return the position of a pass's first token: how many came before it, without padding.
-
-    transformers 5.24 leaves out a mask that masks nothing.
-    """
-    positions = call.get("position_ids")
-    if call.get("attention_mask") is not None or not isinstance(positions, Tensor):
-        return None
-    first = set(positions[:, 0].tolist()) if positions.ndim == 2 else set()
-    return Seen(int(first.pop()), True) if len(first) == 1 else None
 
 
 def _other_tokens() -> str:

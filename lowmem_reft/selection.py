@@ -62,8 +62,11 @@ class Selector:
             training: whether gradients will be taken.
         """
         call = self._by_name(args, kwargs)
-        if self._generation is not None:
-            return self._generation.place(call)
+        generation = self._generation
+        is_its_own = generation is not None and generation.thread == threading.get_ident()
+        # A pass with a choice of its own is none of generate's.
+        if generation is not None and is_its_own and call.get("intervention_mask") is None:
+            return generation.place(call)
         return place_by_hand(call, training=training)
 
     def select(
@@ -283,6 +286,7 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> G
         InputError: there is a second prompt for an explicit ``intervention_mask``.
     """
     choice = kwargs.pop("intervention_mask", None)
+    options = {"generation_config": args[1], **kwargs} if len(args) > 1 else kwargs
     first = args[0] if args else kwargs.get("inputs")
     given = {"input_ids": kwargs.get("input_ids"), "inputs_embeds": kwargs.get("inputs_embeds")}
     if first is not None:
@@ -291,12 +295,12 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> G
     mask = kwargs.get("attention_mask")
     if inputs and mask is None:
         if "input_ids" in inputs and "inputs_embeds" not in inputs:
-            mask = _infer_mask(model, inputs["input_ids"], kwargs)
+            mask = _infer_mask(model, inputs["input_ids"], options)
             kwargs["attention_mask"] = mask
         else:
             mask = torch.ones(next(iter(inputs.values())).shape[:2], dtype=torch.long)
     branches = [Branch(inputs, mask, choice)]
-    if _setting(model, kwargs, "guidance_scale") not in (None, 1):
+    if _setting(model, options, "guidance_scale") not in (None, 1):
         if choice is not None:
             raise InputError(
                 "intervention_mask must not be given with guidance_scale, which has a prompt of "

@@ -59,6 +59,8 @@ class CurrentSelection:
         """Where the tokens of the running forward pass stand."""
         self.generate: Any = None
         """The model's own ``generate``, which knows no prompt."""
+        self.had_generate = False
+        """The model had one that is not its class's."""
         self.handles: list[Any] = []
         """The hooks on the model that set the selection."""
 
@@ -252,6 +254,7 @@ class ReftModel(BaseTuner):
             ]
             # Also where the model itself is called, as after transformers' own add_adapter.
             self.current.generate = getattr(model, "generate", None)
+            self.current.had_generate = "generate" in vars(model)
             if self.current.generate is not None:
                 model.generate = self.generate  # type: ignore[assignment]
 
@@ -429,7 +432,8 @@ class ReftModel(BaseTuner):
         """Remove every adapter and return the base model as it was."""
         for handle in self.current.handles:
             handle.remove()
-        self.model.__dict__.pop("generate", None)
+        if vars(self.model).pop("generate", None) is not None and self.current.had_generate:
+            self.model.generate = self.current.generate
         for parent in list(self.model.modules()):
             layer = getattr(parent, SUBMODULE, None)
             if isinstance(layer, ReftLayer):

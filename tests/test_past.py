@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,17 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    StaticCache,
+    StoppingCriteria,
+)
 from transformers.utils import ModelOutput
 
 import lowmem_reft as lr
@@ -448,6 +459,128 @@ def test_an_error_in_a_pass_is_not_counted(model: Any) -> None:
     with pytest.raises(IndexError):
         model.generate(input_ids=torch.full((1, 4), 10_000), **GREEDY)
     assert torch.equal(model.generate(input_ids=IDS, **GREEDY), expected)
+
+
+class Aside(StoppingCriteria):
+    """Runs the model beside its own generate."""
+
+    def __init__(self, model: Any, *, disabled: bool, explicit: bool, use_cache: bool) -> None:
+        self.model, self.disabled, self.explicit = model, disabled, explicit
+        self.use_cache = use_cache
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        named = {"intervention_mask": torch.zeros_like(input_ids).bool()} if self.explicit else {}
+        with self.model.disable_adapter() if self.disabled else nullcontext():
+            self.model(input_ids=input_ids, use_cache=self.use_cache, **named)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("own_cache", [True, False])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("disabled", [True, False])
+@pytest.mark.parametrize("explicit", [True, False])
+def test_passes_that_are_not_generates_own_change_nothing(
+    model: Any, explicit: bool, disabled: bool, use_cache: bool, own_cache: bool
+) -> None:
+    aside = Aside(model, disabled=disabled, explicit=explicit, use_cache=use_cache)
+    arguments = {"attention_mask": torch.ones_like(IDS), "use_cache": own_cache, **GREEDY}
+    answer = model.generate(input_ids=IDS, stopping_criteria=[aside], **arguments)
+    assert torch.equal(answer, by_hand(model, IDS))
+
+
+def test_a_copy_of_the_cache_is_past_the_prompt_too(model: Any) -> None:
+    def with_copies(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
+        cache = DynamicCache(config=CONFIG)
+        for _ in range(NEW):
+            new = input_ids if cache.get_seq_length() == 0 else input_ids[:, -1:]
+            with torch.no_grad():
+                scores = model(input_ids=new, **with_cache(model, cache)).logits[:, -1]
+            cache = copy.deepcopy(cache)
+            input_ids = torch.cat([input_ids, scores.argmax(-1, keepdim=True)], 1)
+        return input_ids
+
+    answer = model.generate(input_ids=IDS, custom_generate=with_copies, **GREEDY)
+    assert torch.equal(answer, by_hand(model, IDS))
+
+
+def test_a_pass_in_another_thread_is_none_of_generates(model: Any) -> None:
+    other = torch.cat([IDS[:1], torch.tensor([[9, 9, 4]])], 1)
+    with torch.no_grad():
+        expected = model(input_ids=other).logits
+    found: list[Tensor] = []
+
+    def score() -> None:
+        with torch.no_grad():
+            found.append(model(input_ids=other).logits)
+
+    class Between:
+        def put(self, _: Any) -> None:
+            thread = threading.Thread(target=score)
+            thread.start()
+            thread.join()
+
+        def end(self) -> None:
+            pass
+
+    answer = model.generate(input_ids=IDS[:1], streamer=Between(), **GREEDY)
+    assert torch.equal(answer, by_hand(model, IDS[:1]))
+    assert len(found) > 1
+    assert all(torch.equal(each, expected) for each in found)
+
+
+def test_a_configuration_without_its_name_is_read(model: Any) -> None:
+    settings = GenerationConfig(**GREEDY, pad_token_id=0, guidance_scale=1.7)
+    model.get_base_model().generation_config.pad_token_id = None
+    negative = IDS[:, :3]
+    by_name = model.generate(IDS, generation_config=settings, negative_prompt_ids=negative)
+    assert torch.equal(model.generate(IDS, settings, negative_prompt_ids=negative), by_name)
+    padded, settings.guidance_scale = nn.functional.pad(IDS, (2, 0)), None
+    answer = model.generate(padded, settings)
+    assert torch.equal(answer, by_hand(model, padded, (padded != 0).long()))
+
+
+def test_positions_may_start_elsewhere(model: Any) -> None:
+    positions = torch.arange(3, 11).expand(2, -1)
+    arguments = {"input_ids": IDS, "position_ids": positions, **GREEDY}
+    cached = model.generate(use_cache=True, **arguments)
+    assert torch.equal(model.generate(use_cache=False, **arguments), cached)
+
+
+def test_a_generate_of_the_instance_comes_back(model: Any) -> None:
+    base = model.base_model.unload()
+    base.generate = own = partial(LlamaForCausalLM.generate, base)
+    again = get_peft_model(base, lr.ReftConfig(task_type="CAUSAL_LM", rank=2, positions="f1+l1"))
+    assert base.generate is not own
+    assert again.base_model.unload().generate is own
+
+
+@pytest.mark.filterwarnings("ignore")  # that fast kernels are not installed
+def test_a_state_that_does_not_count_is_counted_by_hand() -> None:
+    torch.manual_seed(1)
+    config = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)
+    base = MambaForCausalLM(config).eval()
+    model = get_peft_model(base, lr.ReftConfig(task_type="CAUSAL_LM", positions="all")).eval()
+    cache = DynamicCache(config=config)
+    chunk(model, IDS[:, :1], cache)
+    with pytest.raises(InputError, match="1 in a cache"):
+        chunk(model, IDS[:, 1:2], cache)
+    cache = DynamicCache(config=config)
+    chunk(model, IDS, cache)
+    chunk(model, IDS[:, :1], cache)
+    with pytest.raises(InputError, match="may be a cache, but not its length"):
+        chunk(model, IDS[:, :1], copy.deepcopy(cache))
+
+
+def test_an_empty_cache_under_a_wide_mask_is_refused_by_hand(model: Any) -> None:
+    with pytest.raises(InputError, match="an empty cache and a mask of 8 tokens before"):
+        chunk(model, IDS[:, :1], Liar(config=CONFIG), attention_mask=torch.ones(2, 9))
+
+
+def test_further_inputs_are_no_cache_beside_a_whole_prompt() -> None:
+    model = make(Renamed)
+    images = {"encoded": torch.ones(2, 3)}
+    with torch.no_grad():
+        model(input_ids=IDS, labels=images, attention_mask=torch.ones_like(IDS))
 
 
 # What a cache is.
