@@ -173,7 +173,7 @@ class Generation:
             longest = max(branch.prompt_length for branch in self.branches)
             if len(candidates) == 1 and not place.caches:
                 self._go_on(place, candidates[0], seen)
-            elif place.length == 1 and seen.is_exact and seen.tokens >= longest:
+            elif place.caches and place.length == 1 and seen.is_exact and seen.tokens >= longest:
                 place.is_decoding = True  # in a copy of a cache, past every prompt
             else:
                 place.problem = _untold(f"{seen.tokens} tokens behind it that were not counted")
