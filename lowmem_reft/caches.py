@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -103,10 +104,11 @@ def _has_tensor(value: Any) -> bool:
         visited.add(id(value))
         if isinstance(value, Mapping):
             waiting += value.values()
-        elif isinstance(value, list | tuple | set):
+        elif isinstance(value, list | tuple | set | deque):
             waiting += value
         else:
             waiting += getattr(value, "__dict__", {}).values()
+            waiting += [getattr(value, name, None) for name in getattr(value, "__slots__", ())]
     return False
 
 

@@ -32,7 +32,7 @@ _REMEDY = (
 )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Branch:
     """What a ``generate`` goes on with, and how much of it was read so far."""
 
@@ -90,7 +90,7 @@ class Branch:
         return min(self.num_read, self.prompt_length) <= seen.tokens <= self.num_read
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Place:
     """Where the tokens of one forward pass stand."""
 
@@ -108,6 +108,8 @@ class Place:
     """Why this cannot be told; an error where an adapter edits."""
     caches: list[Any] = field(default_factory=list)
     """Those among the arguments."""
+    keeps_state: bool = True
+    """What it returns may be given to the next pass."""
 
     def passed(self, output: Any) -> None:
         """Count the pass once it has been made.
@@ -120,7 +122,9 @@ class Place:
         parts = output.values() if isinstance(output, dict) else output
         parts = list(parts) if isinstance(output, dict | tuple) else []
         if self.branch is not None:
-            returned = caches_in(parts) or self.caches or states_in(parts)
+            returned = caches_in(parts) or self.caches
+            if not returned and self.keeps_state:
+                returned = states_in(parts)
             self.branch.num_read = self.past + self.length
             self.branch.num_passes += 1
             self.branch.caches = [*self.caches, *returned]
@@ -151,6 +155,7 @@ class Generation:
             call: Its arguments by name.
         """
         place = Place(shape_of(call)[1], caches=caches_in(call.values()))
+        place.keeps_state = call.get("use_cache") is not False
         lengths = {tokens_in(cache) for cache in place.caches}
         seen = next(iter(lengths)) if len(lengths) == 1 else None
         if lengths <= {None}:  # no cache that tells

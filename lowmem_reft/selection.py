@@ -324,6 +324,8 @@ def _negative(input_ids: Tensor | None, kwargs: dict[str, Any]) -> Branch:
 def _infer_mask(model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Return the mask that ``generate`` would infer: padding is masked where it is unambiguous."""
     pad, eos = (_setting(model, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+    if isinstance(eos, Tensor):
+        eos = eos.tolist()
     if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         return torch.ones_like(input_ids)
     attended: Tensor = input_ids != pad

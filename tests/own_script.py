@@ -45,8 +45,8 @@ def main(model: str, output_dir: str, accumulation: int) -> None:
     selector = adapted.base_model.current.selector
     select = selector.select
 
-    def noted_select(active: Any, args: Any, kwargs: Any, *, training: bool) -> Any:
-        selection, kwargs = select(active, args, kwargs, training=training)
+    def noted_select(active: Any, args: Any, kwargs: Any, **more: Any) -> Any:
+        selection, kwargs = select(active, args, kwargs, **more)
         if "input_ids" in kwargs:
             (edited,) = selection["default"]
             for row, ids in enumerate(kwargs["input_ids"]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import deque
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -31,7 +32,7 @@ from transformers.utils import ModelOutput
 
 import lowmem_reft as lr
 from lowmem_reft import InputError
-from lowmem_reft.caches import cache_argument, caches_in, tokens_in, with_cache
+from lowmem_reft.caches import cache_argument, caches_in, states_in, tokens_in, with_cache
 
 IDS = torch.tensor([[5, 9, 23, 40, 41, 60, 7, 81], [6, 17, 99, 12, 33, 52, 8, 90]])
 NEW = 5
@@ -57,6 +58,15 @@ class Opaque:
 
     def __init__(self, cache: DynamicCache) -> None:
         self.insides = [cache]
+
+
+class Slotted:
+    """The same, without a dictionary of attributes."""
+
+    __slots__ = ("insides",)
+
+    def __init__(self, cache: DynamicCache) -> None:
+        self.insides = deque([cache])
 
 
 class Liar(DynamicCache):
@@ -344,6 +354,13 @@ def test_a_state_without_a_length_is_refused_by_hand() -> None:
         model(input_ids=IDS[:, :1], what_was_read=state, attention_mask=torch.ones(2, 9))
 
 
+def test_a_state_is_found_in_slots_and_queues() -> None:
+    cache = DynamicCache(config=CONFIG)
+    assert states_in([Slotted(cache), Opaque(cache), {"a": 1}, "text"]) == []
+    chunk(make(), IDS, cache)
+    assert len(states_in([Slotted(cache), Opaque(cache), {"a": 1}, "text"])) == 2
+
+
 def test_a_prompt_mask_is_not_ignored_behind_a_cache(model: Any) -> None:
     cache = DynamicCache(config=CONFIG)
     chunk(model, IDS, cache)
@@ -486,6 +503,29 @@ def test_passes_that_are_not_generates_own_change_nothing(
     arguments = {"attention_mask": torch.ones_like(IDS), "use_cache": own_cache, **GREEDY}
     answer = model.generate(input_ids=IDS, stopping_criteria=[aside], **arguments)
     assert torch.equal(answer, by_hand(model, IDS))
+
+
+def test_guidance_without_a_cache_may_return_hidden_states(model: Any) -> None:
+    negative = torch.cat([IDS, IDS[:, :3]], 1)
+    answer = model.generate(
+        input_ids=IDS,
+        guidance_scale=1.7,
+        negative_prompt_ids=negative,
+        use_cache=False,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+        **GREEDY,
+    ).sequences
+    expected = guided_by_hand(model, IDS, negative, 1.7, torch.ones_like(negative))
+    assert torch.equal(answer, expected)
+
+
+def test_several_ends_may_come_as_a_tensor(model: Any) -> None:
+    settings = {"eos_token_id": torch.tensor([126, 127]), "pad_token_id": 0}
+    padded = nn.functional.pad(IDS, (2, 0))
+    answer = model.generate(padded, max_new_tokens=1, do_sample=False, **settings)
+    expected = by_hand(model, padded, (padded != 0).long())
+    assert torch.equal(answer, expected[:, : padded.shape[1] + 1])
 
 
 def test_a_copy_of_the_cache_is_past_the_prompt_too(model: Any) -> None:
