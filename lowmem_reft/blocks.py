@@ -15,6 +15,9 @@ from torch import nn
 
 from lowmem_reft.errors import InputError
 
+SUBMODULE = "reft"
+"""Child of a block (or of a part of it) that edits its output: the name in state dicts."""
+
 # The first match is what enters the residual stream. BERT-like blocks add the residual inside
 # `output`, so it is the projection before that; Gemma 2, OLMo 2 and GLM 4 norm the sub-layer's
 # output first; elsewhere it is the sub-layer's own output.

@@ -22,9 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from lowmem_reft.blocks import find_blocks, standing_in
+from lowmem_reft.blocks import SUBMODULE, find_blocks, standing_in
 from lowmem_reft.errors import InputError
-from lowmem_reft.tuner import SUBMODULE
 
 EMBEDDING = -1
 """Stands for the input embedding among indices of blocks."""

@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowmem_reft.blocks import component_path, device_of, find_blocks, hidden_size
+from lowmem_reft.blocks import SUBMODULE, component_path, device_of, find_blocks, hidden_size
 from lowmem_reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.config import ReftConfig, resolve_layers
 from lowmem_reft.contracts import check_versions
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from lowmem_reft.past import Place
 
 logger = logging.getLogger(__name__)
-
-SUBMODULE = "reft"
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -15,12 +15,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lowmem_reft.attach import peft_notices_hidden, prepare_base
-from lowmem_reft.blocks import base_of, find_blocks
+from lowmem_reft.blocks import SUBMODULE, base_of, find_blocks
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.frozen.store import CorruptShardError
 from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.synthetic import base_on_meta
-from lowmem_reft.tuner import SUBMODULE, ReftLayer, ReftModel
+from lowmem_reft.tuner import ReftLayer, ReftModel
 from lowmem_reft.weights import WeightsConfig
 
 Example = dict[str, Any]

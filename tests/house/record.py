@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """What the package says and writes, as digests: recorded before the folders, compared after.
 
 ``python tests/house/record.py EMBEDDED OUT.json``; deleted with the test when the move is done.
@@ -14,7 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-MOVING = re.compile(r"_time_s$|^tokens_per_s|^commit$|^versions$|rss_bytes$|^step_time|^device$|_s$|^seconds")
+MOVING = re.compile(
+    r"_time_s$|^tokens_per_s|^commit$|^versions$|rss_bytes$|^step_time|^device$|_s$|^seconds"
+)
 METHODS = {
     "loreft": "--method loreft --rank 4 --positions f2+l2 --storage nf4",
     "loreft-all": "--method loreft --rank 4 --positions all --storage int8 --checkpointing",
@@ -35,7 +38,7 @@ PLANS = [
         "--method loreft --positions f7+l7 --gpu 4060",
         "--method lora --checkpointing --gpu 4090",
         "--method loreft --layers upper:0.5 --positions all --reuse trunk --gpu a10",
-        "--method qlora --mlp-tokens 64 --offload-activations --gpu 3060" ,
+        "--method qlora --mlp-tokens 64 --offload-activations --gpu 3060",
     )
 ]
 
@@ -56,7 +59,10 @@ def command(words, folder):
     words = words.replace("DIR", str(folder)).split()
     done = subprocess.run(
         [sys.executable, "-m", "lowmem_reft.cli", *words],
-        capture_output=True, text=True, check=False, cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     if done.returncode not in (0, 3):
@@ -97,13 +103,19 @@ def record(embedded):
     for name in ("loreft", "qlora", "reused", "prefix"):
         found["evaluate"][name] = command(
             f"evaluate --model DIR/model --adapter DIR/runs/{name}/adapter --data DIR/test.jsonl --limit 40 --storage nf4"
-            f" --predictions DIR/{name}.jsonl --json", folder)
+            f" --predictions DIR/{name}.jsonl --json",
+            folder,
+        )
         found["evaluate"][name + " predictions"] = digest(folder / f"{name}.jsonl")
     found["generate"] = command(
-        "generate --model DIR/model --adapter DIR/runs/loreft/adapter --prompt Returns --max-new-tokens 8 --json", folder)
+        "generate --model DIR/model --adapter DIR/runs/loreft/adapter --prompt Returns --max-new-tokens 8 --json",
+        folder,
+    )
     found["stores"] = sorted(path.name for path in (folder / "stores").iterdir())
-    found["cache"] = [sorted(entry) if isinstance(entry, dict) else entry
-                      for entry in command("cache ls --reuse-dir DIR/stores --json", folder).get("stores", [])]
+    found["cache"] = [
+        sorted(entry) if isinstance(entry, dict) else entry
+        for entry in command("cache ls --reuse-dir DIR/stores --json", folder).get("stores", [])
+    ]
     found["plans"] = [command(f"plan {words} --json", folder) for words in PLANS]
     found["fit"] = command("plan --model llama-3.1-8b --gpu 4060 --fit --json", folder)
     found["methods"] = command("methods --json", folder)
@@ -111,10 +123,14 @@ def record(embedded):
     found["sweep"] = command(
         "sweep --model DIR/model --data DIR/train.jsonl --validation-data DIR/validation.jsonl --eval-data DIR/test.jsonl"
         " --methods loreft --space lr=1e-3,4e-3 --sampler grid --prune none --limit 32 --validation-limit 8 --eval-limit 8"
-        " --output-dir DIR/sweep --epochs 1 --json", folder)
+        " --output-dir DIR/sweep --epochs 1 --json",
+        folder,
+    )
     found["compare"] = command(
         "compare --model DIR/model --data DIR/train.jsonl --eval-data DIR/test.jsonl --limit 32 --eval-limit 16 --seeds 0,1"
-        " --methods loreft[rank=8,lr=4e-3],qlora[rank=8,lr=2e-3] --output-dir DIR/compare --json", folder)
+        " --methods loreft[rank=8,lr=4e-3],qlora[rank=8,lr=2e-3] --output-dir DIR/compare --json",
+        folder,
+    )
     results = json.loads((folder / "compare/results.json").read_text())
     found["cells"] = {f"{r['method']} {r['seed']}": r["key"] for r in results}
     found["cell values"] = cleaned(results, folder)
@@ -126,12 +142,27 @@ def report(folder):
     out = Path(tempfile.mkdtemp()) / "report"
     shutil.copytree(folder, out)
     done = subprocess.run(
-        [sys.executable, "-m", "lowmem_reft.cli", "report", str(out), "--output-dir", str(out), "--json"],
-        capture_output=True, text=True, check=False,
+        [
+            sys.executable,
+            "-m",
+            "lowmem_reft.cli",
+            "report",
+            str(out),
+            "--output-dir",
+            str(out),
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     page = (out / "report.html").read_text(encoding="utf-8")
-    return {"words": visible(page).replace(str(out), "DIR"), "csv": (out / "results.csv").read_text(), "rc": done.returncode,
-            "figures": sorted(p.name for p in out.glob("*.png"))}
+    return {
+        "words": visible(page).replace(str(out), "DIR"),
+        "csv": (out / "results.csv").read_text(),
+        "rc": done.returncode,
+        "figures": sorted(p.name for p in out.glob("*.png")),
+    }
 
 
 if __name__ == "__main__":
