@@ -32,6 +32,7 @@ from transformers.modeling_outputs import (
 from lowmem_reft.blocks import base_of, device_of
 from lowmem_reft.distributed import whole
 from lowmem_reft.errors import InputError
+from lowmem_reft.marks import allocates
 from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.tuner import prompt_arguments
 from lowmem_reft.virtual_tokens import embeds_virtual_tokens, with_virtual_tokens
@@ -56,12 +57,14 @@ class Head:
     softcap: float | None = None
     """Largest magnitude of a logit; None for no cap."""
 
+    @allocates("loss")
     def transform(self, logits: Tensor) -> Tensor:
         """Apply scale and cap to the outputs of the linear head."""
         scaled = logits * self.scale
         return scaled if self.softcap is None else self.softcap * (scaled / self.softcap).tanh()
 
 
+@allocates("loss")
 def chunked_cross_entropy(
     hidden: Float[Tensor, "tokens hidden"],
     head: Head,
@@ -103,6 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
+    @allocates("loss")
     def forward(
         ctx: Any, hidden: Tensor, head: Head, targets: Tensor, smoothing: float, chunk_tokens: int
     ) -> Tensor:
@@ -125,12 +129,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @allocates("loss")
     def backward(ctx: Any, *grads: Any) -> Any:
         if ctx.gradient is None:
             return None, None, None, None, None
         return (ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None, None, None)
 
 
+@allocates("loss")
 def _losses_of_chunk(
     hidden: Tensor, head: Head, targets: Tensor, smoothing: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -295,6 +301,7 @@ class _HeadReached(Exception):  # noqa: N818 - nothing is wrong
         self.hidden = hidden
 
 
+@allocates("loss")
 def _training_forward(
     self: Any, *args: Any, recognized: bool, label_smoothing: float, **kwargs: Any
 ) -> Any:
@@ -322,6 +329,7 @@ def _training_forward(
     return CausalLMOutputWithPast(loss=total / (len(rows) if num_items is None else num_items))
 
 
+@allocates("loss")
 def _gathered(head: Head) -> Head:
     """Return a head with its whole weights, where each process holds a part of them."""
     bias = None if head.bias is None else whole(head.bias)
@@ -345,6 +353,7 @@ def _hidden_before_head(base: Any, run: Callable[[], Any]) -> Tensor:
 
 
 @torch.no_grad()
+@allocates("loss")
 def response_log_likelihood(
     model: Any, batch: dict[str, Tensor], *, chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[Tensor, list[int]]:
@@ -381,6 +390,7 @@ def response_log_likelihood(
 
 
 @torch.no_grad()
+@allocates("loss")
 def log_likelihood_of(
     base: Any, labels: Tensor, run: Callable[..., Any], *, chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[Tensor, list[int]]:

@@ -18,6 +18,7 @@ ROWS = (
     (
         "errors",
         "notices",
+        "marks",
         "files",
         "options",
         "progress",

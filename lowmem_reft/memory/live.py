@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem_reft.marks import CATEGORY_OF, STEPS
 from lowmem_reft.memory.outputs import KnownOutputs
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ CATEGORIES = (
 
 # Frames of these say nothing about which line of a model asked for memory.
 _PLUMBING = ("/torch/", "/lowmem_reft/memory/", "/bitsandbytes/", "/peft/", "/contextlib.py")
+_LOSSES = "/transformers/loss/loss_utils.py"  # a model's own, in lines that we cannot mark
 _DEQUANTIZE = ("bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockwise")
 
 
@@ -59,6 +61,8 @@ class Place:
     """Path of the innermost module, for example ``model.layers.3.mlp``; "" outside any."""
     phase: str
     """``forward``, ``recompute``, ``backward`` or ``optimizer``."""
+    category: str | None = None
+    """What the line is marked with (``marks.allocates``)."""
 
     def __str__(self) -> str:
         """Say it in words."""
@@ -126,8 +130,8 @@ class LiveMemory(TorchDispatchMode):
         self._outputs = KnownOutputs()
         self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}
         self._elsewhere: set[int] = set()
-        self._lines_of_nodes: dict[int, tuple[str, str]] = {}
-        self._last_line = ("", "")
+        self._callers_of_nodes: dict[int, _Caller] = {}
+        self._last_caller = _NOBODY
 
     @property
     def peak_bytes(self) -> int:
@@ -234,8 +238,8 @@ class LiveMemory(TorchDispatchMode):
         self.add(tensor, self._category(place), place)
 
     def _category(self, place: Place) -> str:
-        if any(name in place.line for name in ("loss.py:", "loss_utils.py:")):
-            return "loss"
+        if place.category is not None:
+            return place.category
         if place.phase == "optimizer":
             return "optimizer"
         if place.phase == "backward" or place.operator in _DEQUANTIZE:
@@ -248,28 +252,41 @@ class LiveMemory(TorchDispatchMode):
         return "recompute" if torch.is_grad_enabled() else "backward"
 
     def _place(self, func: Any) -> Place:
-        line, module = _caller(sys._getframe(2), self._names)
+        caller = _caller(sys._getframe(2), self._names)
         phase = self._current_phase()
         number = torch._C._autograd._get_sequence_nr()
         if phase != "backward":
-            self._lines_of_nodes[number - 1] = (line, module)
-        elif not line:
+            self._callers_of_nodes[number - 1] = caller
+        elif not caller.line:
             node = torch._C._current_autograd_node()
             if node is not None:
-                line, module = self._lines_of_nodes.get(node._sequence_nr(), ("", ""))
+                caller = self._callers_of_nodes.get(node._sequence_nr(), _NOBODY)
             # Gradients of a tensor with several uses are added up between the nodes.
-            line, module = (line, module) if line else self._last_line
-        self._last_line = (line, module)
-        return Place(func._schema.name, line, module, phase)
+            caller = caller if caller.line else self._last_caller
+        self._last_caller = caller
+        return Place(func._schema.name, caller.line, caller.module, phase, caller.category)
 
 
-def _caller(frame: FrameType | None, names: dict[int, str]) -> tuple[str, str]:
-    """Return the innermost line outside torch and its kind, and the innermost named module."""
-    line = module = ""
+class _Caller(NamedTuple):
+    """Who asked for memory."""
+
+    line: str
+    """The innermost outside torch and its kind."""
+    module: str
+    """The innermost named one."""
+    category: str | None
+    """The mark of the line's function."""
+
+
+_NOBODY = _Caller("", "", None)
+
+
+def _caller(frame: FrameType | None, names: dict[int, str]) -> _Caller:
+    line, module, category = _NOBODY
     while frame is not None and not (line and module):
         source = _source(frame.f_code)
         if not line and not source.is_plumbing:
-            line = f"{source.file}:{frame.f_lineno}"
+            line, category = f"{source.file}:{frame.f_lineno}", source.category
             if not names:
                 break
         if names and source.is_method:
@@ -278,7 +295,7 @@ def _caller(frame: FrameType | None, names: dict[int, str]) -> tuple[str, str]:
         if source.begins_step:
             break
         frame = frame.f_back
-    return line, module
+    return _Caller(line, module, category)
 
 
 class _Source(NamedTuple):
@@ -287,6 +304,7 @@ class _Source(NamedTuple):
     file: str
     is_plumbing: bool
     is_method: bool
+    category: str | None
     begins_step: bool
     """Frames further out are none of the model's."""
 
@@ -298,7 +316,8 @@ def _source(code: CodeType) -> _Source:
         file=path.rpartition("/")[2],
         is_plumbing=any(part in path for part in _PLUMBING),
         is_method=code.co_varnames[:1] == ("self",),
-        begins_step=path.endswith(("/memory/step.py", "/memory/planner.py")),
+        category="loss" if path.endswith(_LOSSES) else CATEGORY_OF.get(code),
+        begins_step=code in STEPS,
     )
 
 

@@ -29,6 +29,7 @@ from lowmem_reft.frozen.split import (
     num_constant_blocks,
 )
 from lowmem_reft.loss import response_log_likelihood
+from lowmem_reft.marks import begins_step
 from lowmem_reft.memory.kernels import Kernels
 from lowmem_reft.memory.live import (
     LiveMemory,
@@ -196,6 +197,7 @@ class Predictor:
             total += -(-text.num_hidden_layers // every) * num_tokens * width
         return total
 
+    @begins_step
     def training(
         self,
         *,
@@ -242,6 +244,7 @@ class Predictor:
             self.model.zero_grad()
         return memory
 
+    @begins_step
     def evaluation(
         self, *, seq_len: int, batch_size: int, response_len: int, padded: bool = True
     ) -> LiveMemory:
@@ -256,6 +259,7 @@ class Predictor:
                 self.model(**batch)
         return memory
 
+    @begins_step
     def generation(self, *, prompt_len: int, num_new_tokens: int, batch_size: int) -> LiveMemory:
         """Read a prompt, then make the last of the new tokens, with a cache of keys and values.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowmem_reft.marks import begins_step
 from lowmem_reft.positions import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def make_batch(
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+@begins_step
 def training_step(
     model: nn.Module,
     batch: dict[str, Any],
@@ -90,6 +92,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     ]
 
 
+@begins_step
 def warm_up(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer's state, as after the first step, without changing a parameter."""
     for group in optimizer.param_groups:
