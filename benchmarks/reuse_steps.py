@@ -28,9 +28,9 @@ from peft import LoraConfig, get_peft_model
 from lowmem_reft import ReftConfig
 from lowmem_reft.blocks import device_of
 from lowmem_reft.checkpointing import enable_activation_checkpointing
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.loss import use_chunked_loss
-from lowmem_reft.positions import IGNORED_LABEL
 
 Key = TypeVar("Key")
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "IGNORED",
+    "IGNORED_LABEL",
     "Collator",
     "EncodedRows",
     "Row",
@@ -51,7 +51,7 @@ __all__ = [
     "write_rows",
 ]
 
-IGNORED = -100
+IGNORED_LABEL = -100
 """Label of a token that is not supervised (the default of torch's cross-entropy)."""
 
 TEXTS_AT_ONCE = 8192
@@ -230,7 +230,7 @@ class Collator:
         if "labels" in examples[0]:
             labels = [example["labels"] for example in examples]
             is_one = isinstance(labels[0], int | float)
-            batch["labels"] = torch.tensor(labels) if is_one else self._stack(labels, IGNORED)
+            batch["labels"] = torch.tensor(labels) if is_one else self._stack(labels, IGNORED_LABEL)
         return batch
 
     def _stack(self, sequences: list[list[int]], fill: int) -> Tensor:
@@ -392,4 +392,4 @@ def _cut_left(
 
 
 def _example(prompt: list[int], response: list[int]) -> dict[str, list[int]]:
-    return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}
+    return {"input_ids": prompt + response, "labels": [IGNORED_LABEL] * len(prompt) + response}

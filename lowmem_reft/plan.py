@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.distributed import shards_model
 from lowmem_reft.errors import InputError
@@ -33,7 +34,6 @@ from lowmem_reft.memory.planner import (
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.methods import find_method, parse_methods
 from lowmem_reft.options import ReuseOptions
-from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.progress import counter
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 
 TIES = ("tied", "sides", "positions")
-IGNORED_LABEL = -100
 GRAMMAR = "'all', 'fN' (first N), 'lN' (last N) or 'fN+lM', with N and M at least 1"
 
 _SPEC = re.compile(r"(?:f(?P<first>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<last>[1-9]\d*))?")

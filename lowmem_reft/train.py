@@ -29,6 +29,7 @@ from lowmem_reft.base import load_config, load_tokenizer
 from lowmem_reft.blocks import device_of
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.data import (
+    IGNORED_LABEL,
     Collator,
     EncodedRows,
     as_choices,
@@ -57,7 +58,7 @@ from lowmem_reft.methods import (
 )
 from lowmem_reft.model_card import write_model_card
 from lowmem_reft.plan import fit_into_memory
-from lowmem_reft.positions import IGNORED_LABEL, num_groups, parse_positions
+from lowmem_reft.positions import num_groups, parse_positions
 from lowmem_reft.progress import counter
 from lowmem_reft.provenance import versions
 from lowmem_reft.run_directory import last_checkpoint, prepare_directory

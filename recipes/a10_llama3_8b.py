@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_reft.base import load_tokenizer
-from lowmem_reft.data import encode_rows, load_rows
+from lowmem_reft.data import IGNORED_LABEL, encode_rows, load_rows
 from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.memory.planner import GIB, Card, Lengths, Plan, Planner, read_config
@@ -51,7 +51,6 @@ from lowmem_reft.options import (
     Storage,
     TrainOptions,
 )
-from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.train import run_training
 
 PUBLISHED = "13 m 44 s"

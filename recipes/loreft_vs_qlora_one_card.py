@@ -34,7 +34,7 @@ from rich.table import Table
 
 from lowmem_reft.base import load_tokenizer
 from lowmem_reft.compare import run_comparison
-from lowmem_reft.data import as_choices, encode_rows, label_names, load_rows
+from lowmem_reft.data import IGNORED_LABEL, as_choices, encode_rows, label_names, load_rows
 from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.embedded import model_dir, task_files
 from lowmem_reft.errors import InputError, check_counts
@@ -52,7 +52,6 @@ from lowmem_reft.memory.planner import (
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.methods import MethodSpec, parse_methods
 from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions, Storage
-from lowmem_reft.positions import IGNORED_LABEL
 
 METHODS = "loreft[rank=8,positions=f7+l7],qlora[rank=16]"
 TINY_METHODS = "loreft[rank=8,lr=4e-3],qlora[rank=8,lr=2e-3]"

@@ -31,9 +31,9 @@ import lowmem_reft as lr
 from lowmem_reft import train
 from lowmem_reft.adapted import load_adapted
 from lowmem_reft.attach import attach, check_target_modules
+from lowmem_reft.constant import num_constant_blocks
 from lowmem_reft.errors import InputError
-from lowmem_reft.frozen.split import num_constant_blocks
-from lowmem_reft.loss import response_log_likelihood
+from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.methods import METHODS, build_peft_config
@@ -224,8 +224,8 @@ SCORE = """
 import json, sys, torch
 from pathlib import Path
 from lowmem_reft.adapted import load_adapted
-from lowmem_reft.frozen.split import num_constant_blocks
-from lowmem_reft.loss import response_log_likelihood
+from lowmem_reft.constant import num_constant_blocks
+from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.options import ModelOptions
 from lowmem_reft.profile import build_model, measure_step
 from lowmem_reft.training_card import load_card

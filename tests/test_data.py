@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from lowmem_reft.data import (
-    IGNORED,
+    IGNORED_LABEL,
     Collator,
     Row,
     as_choices,
@@ -162,8 +162,8 @@ def _chat_row(*contents: str) -> Row:
 
 def _parts(example: dict[str, list[int]]) -> tuple[list[int], list[int]]:
     """Prompt tokens and supervised tokens; they are in this order and nothing else is there."""
-    size = example["labels"].count(IGNORED)
-    assert example["labels"][:size] == [IGNORED] * size
+    size = example["labels"].count(IGNORED_LABEL)
+    assert example["labels"][:size] == [IGNORED_LABEL] * size
     assert example["labels"][size:] == example["input_ids"][size:]
     return example["input_ids"][:size], example["input_ids"][size:]
 
@@ -737,7 +737,7 @@ def test_padding_is_masked_by_length_on_either_side(tokenizer: Any, side: Any) -
         assert batch["input_ids"][i][real].tolist() == example["input_ids"]
         assert batch["labels"][i][real].tolist() == example["labels"]
         assert set(batch["input_ids"][i][~real].tolist()) <= {tokenizer.pad_token_id}
-        assert set(batch["labels"][i][~real].tolist()) <= {IGNORED}
+        assert set(batch["labels"][i][~real].tolist()) <= {IGNORED_LABEL}
         assert bool(real[-1 if side == "left" else 0])
 
 
@@ -748,7 +748,7 @@ def test_real_eos_is_attended_and_supervised_where_it_also_pads() -> None:
     end = len(examples[1]["input_ids"]) - 1
     assert batch["input_ids"][1, end:].unique().tolist() == [tokenizer.eos_token_id]
     assert batch["attention_mask"][1, end:].tolist()[:2] == [1, 0]
-    assert batch["labels"][1, end:].tolist()[:2] == [tokenizer.eos_token_id, IGNORED]
+    assert batch["labels"][1, end:].tolist()[:2] == [tokenizer.eos_token_id, IGNORED_LABEL]
 
 
 def test_prompts_and_classes_are_collated_too(byte_level: Any) -> None:

@@ -24,7 +24,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, run_evaluation, score
 from lowmem_reft.generate import generate_batches
 from lowmem_reft.harness import AdaptedModel
-from lowmem_reft.loss import response_log_likelihood
+from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from lowmem_reft import InputError, loss
 from lowmem_reft.config import ReftConfig
+from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.loss import (
     Head,
     chunked_cross_entropy,
     find_head,
-    response_log_likelihood,
     supervised_head_arguments,
     use_chunked_loss,
 )

@@ -26,6 +26,9 @@ ROWS = (
         "distributed",
         "provenance",
         "embedded",
+        "readers",
+        "rows",
+        "data",
         "contracts",
     ),
     (
@@ -43,8 +46,16 @@ ROWS = (
     ),
     ("lora_reft", "weights", "virtual_tokens"),
     ("checkpointing", "techniques", "residency", "base", "synthetic"),
-    ("readers", "rows", "data", "loss", "tasks"),
-    ("method_table", "method_configs", "attach", "methods", "method_list"),
+    ("loss",),
+    (
+        "method_table",
+        "method_configs",
+        "attach",
+        "methods",
+        "method_list",
+        "constant",
+        "likelihood",
+    ),
     ("frozen", "das", "memory", "trainers"),
     (
         "training_card",

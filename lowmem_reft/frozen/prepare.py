@@ -95,7 +95,7 @@ def prepare_scoring(
     Args:
         model: A PeftModel on its device, in evaluation mode.
         examples: What is scored, with labels.
-        batch_of: Returns some of the examples as ``loss.response_log_likelihood`` gets them.
+        batch_of: Returns some of the examples as ``likelihood.response_log_likelihood`` gets them.
         options: What may be reused, and how much it may take.
         root: Directory of stores; None if they would not be kept.
         batch_size: Examples per forward pass.

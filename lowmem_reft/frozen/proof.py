@@ -11,7 +11,7 @@ from lowmem_reft.blocks import device_of
 from lowmem_reft.devices import dtype_name
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.split import ReuseError, feeding_errors
-from lowmem_reft.loss import response_log_likelihood
+from lowmem_reft.likelihood import response_log_likelihood
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Largest relative difference, in L2, between the gradients of the reused and the plain step."""
@@ -62,7 +62,7 @@ def prove_scores(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor])
     Args:
         reuse: What is to be proved; its model is in evaluation mode.
         indices: Examples of the batch.
-        batch: What ``loss.response_log_likelihood`` gets.
+        batch: What ``likelihood.response_log_likelihood`` gets.
 
     Raises:
         ReuseError: log-likelihoods differ by more than rounding.

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from lowmem_reft.base import base_digest, dequantized
 from lowmem_reft.blocks import base_of, device_of
+from lowmem_reft.constant import adapter_parts
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.devices import dtype_name
 from lowmem_reft.distributed import main_first
 from lowmem_reft.frozen.batch import ReadAhead, Stacked, aligned, run_stacked, stack
@@ -37,7 +39,6 @@ from lowmem_reft.frozen.split import (
     Example,
     ReuseError,
     Split,
-    adapter_parts,
     feeding_errors,
     find_split,
     groups_of,
@@ -45,7 +46,6 @@ from lowmem_reft.frozen.split import (
 )
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store, key_of
 from lowmem_reft.loss import log_likelihood_of
-from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.residency import Residency
 from lowmem_reft.tuner import prompt_arguments
 
@@ -339,7 +339,7 @@ class Reuse:
         return self.forward(indices, model=model, labels=labels, **arguments)
 
     def log_likelihood(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Return what ``loss.response_log_likelihood`` returns, for a model in evaluation mode.
+        """Return what ``response_log_likelihood`` does, for a model in evaluation mode.
 
         Args:
             indices: Which examples.

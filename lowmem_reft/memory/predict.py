@@ -16,19 +16,14 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.caches import with_cache
+from lowmem_reft.constant import lower_part, num_constant_blocks
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.devices import DTYPES
 from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.batch import Stacked, aligned, run_stacked
 from lowmem_reft.frozen.layout import Layout, Shape
-from lowmem_reft.frozen.split import (
-    ReuseError,
-    find_split,
-    groups_of,
-    is_causal,
-    lower_part,
-    num_constant_blocks,
-)
-from lowmem_reft.loss import response_log_likelihood
+from lowmem_reft.frozen.split import ReuseError, find_split, groups_of, is_causal
+from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.marks import begins_step
 from lowmem_reft.memory.kernels import Kernels
 from lowmem_reft.memory.live import (
@@ -41,7 +36,6 @@ from lowmem_reft.memory.live import (
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
 from lowmem_reft.methods import attach, find_method
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
-from lowmem_reft.positions import IGNORED_LABEL
 from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.techniques import HostEmbedding
 from lowmem_reft.virtual_tokens import num_virtual_tokens

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.marks import begins_step
-from lowmem_reft.positions import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable

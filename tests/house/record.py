@@ -38,7 +38,7 @@ PLANS = [
         "--method loreft --positions f7+l7 --gpu 4060",
         "--method lora --checkpointing --gpu 4090",
         "--method loreft --layers upper:0.5 --positions all --reuse trunk --gpu a10",
-        "--method qlora --mlp-tokens 64 --offload-activations --gpu 3060",
+        "--method qlora --mlp-tokens 64 --checkpointing --offload-activations --gpu 3060",
     )
 ]
 
@@ -48,7 +48,11 @@ def cleaned(value, folder):
         return {k: cleaned(v, folder) for k, v in value.items() if not MOVING.search(k)}
     if isinstance(value, list):
         return [cleaned(v, folder) for v in value]
-    return value.replace(str(folder), "DIR") if isinstance(value, str) else value
+    return (
+        re.sub(r"\.py:\d+", ".py", value.replace(str(folder), "DIR"))
+        if isinstance(value, str)
+        else value
+    )
 
 
 def digest(path):
@@ -122,7 +126,7 @@ def record(embedded):
     found["tasks"] = command("tasks --json", folder)
     found["sweep"] = command(
         "sweep --model DIR/model --data DIR/train.jsonl --validation-data DIR/validation.jsonl --eval-data DIR/test.jsonl"
-        " --methods loreft --space lr=1e-3,4e-3 --sampler grid --prune none --limit 32 --validation-limit 8 --eval-limit 8"
+        " --methods loreft --space lr=1e-3,4e-3 --sampler grid --prune none --limit 32 --validation-limit 8"
         " --output-dir DIR/sweep --epochs 1 --json",
         folder,
     )

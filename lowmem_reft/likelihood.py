@@ -1,0 +1,52 @@
+"""How likely a model with any adapter holds the supervised tokens of a batch."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_reft.blocks import base_of, device_of
+from lowmem_reft.loss import CHUNK_BYTES, log_likelihood_of
+from lowmem_reft.marks import allocates
+from lowmem_reft.tuner import prompt_arguments
+from lowmem_reft.virtual_tokens import embeds_virtual_tokens, with_virtual_tokens
+
+
+@torch.no_grad()
+@allocates("loss")
+def response_log_likelihood(
+    model: Any, batch: dict[str, Tensor], *, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Tensor, list[int]]:
+    """Return each example's summed log-likelihood of supervised tokens, (batch,), and their number.
+
+    Args:
+        model: a causal language model in evaluation mode, with or without an adapter.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, seq).
+        chunk_bytes: bytes of fp32 logits that may exist at once.
+    """
+    labels, base = batch["labels"], base_of(model)
+    device = device_of(base)
+    # A prediction on the meta device needs the values of the masks as well.
+    there = "cpu" if device.type == "meta" else device
+    inputs = {key: value.to(there) for key, value in batch.items() if key != "labels"}
+    if embeds_virtual_tokens(model):
+        longer = with_virtual_tokens(model, inputs["input_ids"], inputs["attention_mask"], labels)
+        labels = longer.pop("labels")
+        if "position_ids" not in inspect.signature(base.forward).parameters:
+            del longer["position_ids"]
+        return log_likelihood_of(
+            base,
+            labels,
+            lambda **more: base(**longer, use_cache=False, **more),
+            chunk_bytes=chunk_bytes,
+        )
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        # Absolute positions (GPT-2) count from the first token, not from the padding.
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    arguments = {**inputs, **prompt_arguments(model, labels), "use_cache": False}
+    return log_likelihood_of(
+        base, labels, lambda **more: model(**arguments, **more), chunk_bytes=chunk_bytes
+    )
