@@ -234,7 +234,7 @@ def environment(device: str = "cpu", peer_python: str | None = None) -> dict[str
     The path of the peer's interpreter is left out of the command: it means nothing on another
     machine.
     """
-    from lowmem_reft import provenance
+    from lowmem_reft.machine import provenance
 
     command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     return {

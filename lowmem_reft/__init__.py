@@ -16,8 +16,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft import _peft_hook, notices
+from lowmem_reft import _peft_hook
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine import notices
 
 if TYPE_CHECKING:
     from lowmem_reft.base import load_base, load_tokenizer, save_base

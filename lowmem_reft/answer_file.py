@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.files import write_text_whole
+from lowmem_reft.machine.files import write_text_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

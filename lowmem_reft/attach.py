@@ -6,8 +6,8 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.contracts import check_versions
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.method_configs import build_peft_config, check_options, split_targets
 from lowmem_reft.method_table import check_storage, find_method
 

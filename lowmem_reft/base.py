@@ -33,17 +33,17 @@ from transformers.utils.hub import cached_file
 
 from lowmem_reft.blocks import find_blocks
 from lowmem_reft.checkpointing import enable_activation_checkpointing, stop_input_gradients
-from lowmem_reft.contracts import check_versions
-from lowmem_reft.devices import (
+from lowmem_reft.errors import InputError
+from lowmem_reft.identity import commit_of
+from lowmem_reft.machine.contracts import check_versions
+from lowmem_reft.machine.devices import (
     DTYPES,
     resolve_compute_dtype,
     resolve_device,
     return_freed_memory,
 )
-from lowmem_reft.distributed import shards_model
-from lowmem_reft.errors import InputError
-from lowmem_reft.identity import commit_of
-from lowmem_reft.notices import held
+from lowmem_reft.machine.notices import held
+from lowmem_reft.machine.processes import shards_model
 from lowmem_reft.options import Storage
 from lowmem_reft.options.values import QUANTIZED
 from lowmem_reft.residency import EMBEDDING, Checkpoint, Residency, fill_buffers

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from lowmem_reft.provenance import installed
+from lowmem_reft.machine.provenance import installed
 
 _PLAIN = (type(None), Tensor, bool, int, float, str)
 

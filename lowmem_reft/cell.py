@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_reft.files import write_json
+from lowmem_reft.machine.files import write_json
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
@@ -135,8 +135,8 @@ def run_cell(cell: Cell) -> Result:
     weight file only (not the model card), ``peak_bytes`` live storages on a CPU and allocated bytes
     on CUDA.
     """
-    from lowmem_reft import provenance
     from lowmem_reft.evaluate import run_evaluation
+    from lowmem_reft.machine import provenance
 
     start = time.perf_counter()
     trained: Result = {"num_trainable_params": 0, "trainable_percent": 0.0, "adapter_bytes": 0}

@@ -34,9 +34,11 @@ from unittest import mock
 
 import tyro
 
-from lowmem_reft import __version__, distributed
+from lowmem_reft import __version__
 from lowmem_reft.errors import InputError, is_out_of_memory
-from lowmem_reft.files import plain
+from lowmem_reft.machine import processes
+from lowmem_reft.machine.files import plain
+from lowmem_reft.machine.progress import show_bars
 from lowmem_reft.options import (
     CacheOptions,
     ChatOptions,
@@ -54,7 +56,6 @@ from lowmem_reft.options import (
     TasksOptions,
     TrainOptions,
 )
-from lowmem_reft.progress import show_bars
 
 Options: TypeAlias = Any
 """An instance of a class of ``_COMMANDS``."""
@@ -152,9 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         options = _parse(arguments)
-        if distributed.num_processes() > 1 and not isinstance(options, TrainOptions):
+        if processes.num_processes() > 1 and not isinstance(options, TrainOptions):
             raise InputError(
-                f"num_processes must be 1 for {arguments[0]}, got {distributed.num_processes()}; "
+                f"num_processes must be 1 for {arguments[0]}, got {processes.num_processes()}; "
                 "only train shares its work between processes, so leave the launcher out"
             )
     except BrokenPipeError:
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _report(command, f"error: {error}", code=2)
     except Exception as error:
-        if distributed.lost_a_process(error):
+        if processes.lost_a_process(error):
             lost = "error: another process of this run has ended"
             return _report(command, lost, _what_is_kept(options), code=1)
         return _report(command, *_explain(error), code=1)
@@ -242,7 +243,7 @@ def _all_commands() -> Any:
 def _run(command: _Command, options: Options) -> int:
     """Run the handler, print its result and return how many cells of a comparison failed."""
     as_json, quiet = _as_json_and_quiet(options)
-    quiet = quiet or not distributed.is_main()
+    quiet = quiet or not processes.is_main()
     show_bars(not quiet)
     with _stdout_to_stderr() if as_json else contextlib.nullcontext():
         with _collector_paused():
@@ -250,8 +251,8 @@ def _run(command: _Command, options: Options) -> int:
                 _hide_bars_of_transformers()
             handler = _handler(command)
         result = handler(options)
-        distributed.stop()
-    if not distributed.is_main():
+        processes.stop()
+    if not processes.is_main():
         return 0
     if as_json:
         print(json.dumps(plain(result), allow_nan=False, default=str))
@@ -406,12 +407,12 @@ def _explain(error: Exception) -> tuple[str, str]:
 
 
 def _report(command: str, *lines: str, code: int) -> int:
-    if not distributed.is_main():
+    if not processes.is_main():
         if code == 130:
             return code
         # What the first process says as well is said once: this one is ended meanwhile.
         time.sleep(_LAUNCHER_ENDS_ALL_S)
-        lines = tuple(f"process {distributed.process_index()}: {line}" for line in lines)
+        lines = tuple(f"process {processes.process_index()}: {line}" for line in lines)
     if code == 130:
         print(file=sys.stderr)  # ends the line of a progress bar
     elif sys.exc_info()[0] is not None and os.environ.get("LOWMEM_REFT_DEBUG") == "1":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.progress import progress
+from lowmem_reft.machine.progress import progress
 from lowmem_reft.rows import (
     Row,
     as_choices,

@@ -35,8 +35,8 @@ from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.frozen.prepare import prepare_scoring
 from lowmem_reft.generate import generate_batches
 from lowmem_reft.likelihood import response_log_likelihood
+from lowmem_reft.machine.progress import counter, progress
 from lowmem_reft.options import ReuseOptions, ScoringOptions
-from lowmem_reft.progress import counter, progress
 from lowmem_reft.tasks.answers import answers_equal, find_extractor
 from lowmem_reft.tasks.metrics import compute, find_metric
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card

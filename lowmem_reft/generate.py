@@ -20,13 +20,13 @@ import torch
 from lowmem_reft.adapters import answering, find_adapters, load_together, mixes_in_a_batch
 from lowmem_reft.answer_file import as_line, keep_answers, lock, note_run
 from lowmem_reft.data import Collator, Row, encode_prompts, load_rows
-from lowmem_reft.devices import dtype_name, resolve_compute_dtype
 from lowmem_reft.errors import InputError
 from lowmem_reft.identity import checkpoint_digest
+from lowmem_reft.machine.devices import dtype_name, resolve_compute_dtype
+from lowmem_reft.machine.progress import progress
+from lowmem_reft.machine.provenance import file_digest
 from lowmem_reft.options import DecodingOptions
 from lowmem_reft.options.values import QUANTIZED
-from lowmem_reft.progress import progress
-from lowmem_reft.provenance import file_digest
 from lowmem_reft.virtual_tokens import generate
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from lowmem_reft.adapted import load_adapted
 from lowmem_reft.blocks import base_of, device_of
-from lowmem_reft.contracts import check_versions
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
-from lowmem_reft.progress import progress
+from lowmem_reft.machine.contracts import check_versions
+from lowmem_reft.machine.progress import progress
 from lowmem_reft.tuner import ReftLayer, prompt_arguments
 from lowmem_reft.virtual_tokens import (
     embeds_virtual_tokens,

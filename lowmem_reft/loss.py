@@ -31,9 +31,9 @@ from transformers.modeling_outputs import (
 
 from lowmem_reft.blocks import base_of, device_of
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.distributed import whole
 from lowmem_reft.errors import InputError
-from lowmem_reft.marks import allocates
+from lowmem_reft.machine.marks import allocates
+from lowmem_reft.machine.processes import whole
 
 CHUNK_BYTES = 2**25
 """fp32 logits that exist at once: 262 tokens of a 32,000-word vocabulary, 65 of Llama 3's."""

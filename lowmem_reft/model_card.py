@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype
+from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype
+from lowmem_reft.machine.provenance import device_name
 from lowmem_reft.methods import resolve_learning_rate
 from lowmem_reft.options import TrainOptions
-from lowmem_reft.provenance import device_name
 
 if TYPE_CHECKING:
     from lowmem_reft.training_card import TrainingCard

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowmem_reft.caches import Seen, caches_in, states_in, tokens_in
 from lowmem_reft.errors import InputError
-from lowmem_reft.provenance import installed
+from lowmem_reft.machine.provenance import installed
 
 # Arguments of a forward pass that hold tensors and are no cache.
 _NO_CACHE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
-from lowmem_reft.distributed import shards_model
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
+from lowmem_reft.machine.processes import shards_model
+from lowmem_reft.machine.progress import counter
 from lowmem_reft.memory.live import CATEGORIES
 from lowmem_reft.memory.planner import (
     GIB,
@@ -34,7 +35,6 @@ from lowmem_reft.memory.planner import (
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.methods import find_method, parse_methods
 from lowmem_reft.options import ReuseOptions
-from lowmem_reft.progress import counter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

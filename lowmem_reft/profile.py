@@ -11,9 +11,10 @@ from rich.table import Table
 
 from lowmem_reft.base import load_base
 from lowmem_reft.blocks import base_of
-from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.errors import InputError
-from lowmem_reft.files import write_json
+from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
+from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.provenance import device_name, versions
 from lowmem_reft.memory.live import CATEGORIES, LiveMemory, label_model, track
 from lowmem_reft.memory.measure import Measured, measure
 from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
@@ -21,7 +22,6 @@ from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
 from lowmem_reft.methods import attach, find_method
 from lowmem_reft.plan import lengths_of
-from lowmem_reft.provenance import device_name, versions
 from lowmem_reft.synthetic import base_with_random_weights
 
 if TYPE_CHECKING:

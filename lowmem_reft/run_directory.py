@@ -13,10 +13,10 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft import distributed
 from lowmem_reft.data import rows_digest
 from lowmem_reft.errors import InputError
-from lowmem_reft.files import write_text_whole
+from lowmem_reft.machine import processes
+from lowmem_reft.machine.files import write_text_whole
 from lowmem_reft.methods import resolve_learning_rate
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def prepare_directory(
             go on with other settings; or there is none to go on from.
     """
     directory = options.run.output_dir
-    if not distributed.is_main():
-        distributed.wait()
+    if not processes.is_main():
+        processes.wait()
         if not directory.is_dir():
             raise InputError(
                 f"output_dir must be a directory that all machines see, got {str(directory)!r}; "
@@ -69,7 +69,7 @@ def prepare_directory(
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings, indent=2) + "\n"
     write_text_whole(directory / FILE_NAME, text)
-    distributed.wait()
+    processes.wait()
 
 
 def last_checkpoint(directory: Path) -> Path:
@@ -118,7 +118,7 @@ def _settings(
         **{name: getattr(card, name) for name in _OF_THE_CARD},
         **asdict(options.method),
         **{name: getattr(optim, name) for name in _OF_THE_OPTIMIZER},
-        "effective batch": distributed.effective_batch(optim),
+        "effective batch": processes.effective_batch(optim),
         "validation_data": f"rows {rows_digest(validation)}" if validation else None,
     }
     if validation:
@@ -157,7 +157,7 @@ def _shown(value: Any) -> str:
 def _check_length(options: TrainOptions, num_examples: int) -> None:
     """Refuse fewer steps than were taken before the last checkpoint."""
     step, optim = _step(last_checkpoint(options.run.output_dir)), options.optim
-    num_steps = optim.num_steps(num_examples, num_processes=distributed.num_processes())
+    num_steps = optim.num_steps(num_examples, num_processes=processes.num_processes())
     name, value = ("max_steps", num_steps) if optim.max_steps > 0 else ("epochs", optim.epochs)
     if num_steps < step:
         raise InputError(

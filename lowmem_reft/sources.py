@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem_reft import provenance
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine import provenance
 from lowmem_reft.options import CompareOptions, ScoringOptions
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lowmem_reft.base import (
     quantization_options,
     set_labels,
 )
-from lowmem_reft.devices import DTYPES
+from lowmem_reft.machine.devices import DTYPES
 from lowmem_reft.options import Storage
 from lowmem_reft.options.values import QUANTIZED
 from lowmem_reft.residency import fill_buffers

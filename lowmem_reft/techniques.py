@@ -4,7 +4,7 @@ To add one: write a function that changes a model in place and leaves losses and
 are, give it an option in ``options.MemoryOptions``, and call it from ``save_memory``. The
 prediction (``memory.predict``) runs the same model, so it knows of it at once; ``plan --fit`` tries
 it once ``memory.planner`` has it in ``memory_ladder`` and its price in ``estimated_cost``. What it
-does not go with is refused in ``attach.check_run`` and, sharded, in ``distributed``.
+does not go with is refused in ``attach.check_run`` and, sharded, in ``processes``.
 """
 
 from __future__ import annotations

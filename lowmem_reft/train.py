@@ -23,7 +23,6 @@ from transformers import (
     set_seed,
 )
 
-from lowmem_reft import distributed
 from lowmem_reft.adapted import load_frozen
 from lowmem_reft.base import load_config, load_tokenizer
 from lowmem_reft.blocks import device_of
@@ -41,11 +40,14 @@ from lowmem_reft.data import (
 )
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, check_rows, check_scoring, score
-from lowmem_reft.files import write_json
 from lowmem_reft.frozen.prepare import prepare
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.trainer import INDEX, IndexCollator, ReuseTrainer
 from lowmem_reft.identity import checkpoint_digest
+from lowmem_reft.machine import processes
+from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.progress import counter
+from lowmem_reft.machine.provenance import versions
 from lowmem_reft.memory import peak_rss_bytes, track
 from lowmem_reft.memory.step import optimizer_tensors
 from lowmem_reft.methods import (
@@ -59,8 +61,6 @@ from lowmem_reft.methods import (
 from lowmem_reft.model_card import write_model_card
 from lowmem_reft.plan import fit_into_memory
 from lowmem_reft.positions import num_groups, parse_positions
-from lowmem_reft.progress import counter
-from lowmem_reft.provenance import versions
 from lowmem_reft.run_directory import last_checkpoint, prepare_directory
 from lowmem_reft.tracking import RunArguments, Trackers
 from lowmem_reft.training_card import TrainingCard, merge_card
@@ -97,8 +97,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         InputError: an option, a file or a row is wrong.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved and ``--resume`` goes on from it.
     """
-    distributed.start(options.model.device)
-    if not distributed.is_main():
+    processes.start(options.model.device)
+    if not processes.is_main():
         options = replace(options, run=replace(options.run, quiet=True))
     set_seed(options.run.seed)
     rows = load_rows(options.data.data, split=options.data.split, limit=options.data.limit)
@@ -109,7 +109,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         options.method, options.model.model, task_type=card.task_type, storage=card.storage
     )
     check_run(options.method, options.memory, resume=options.run.resume)
-    distributed.check_sharded_run(options, card.storage)
+    processes.check_sharded_run(options, card.storage)
     tokenizer = load_tokenizer(options.model.model)
     encoded = _encode(rows, tokenizer, card)
     check_scoring(options.scoring)
@@ -136,7 +136,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         _save_adapter(model, card, adapter_dir)
         result = {"adapter_dir": str(adapter_dir), **result, "versions": versions()}
         _record(options, card, result)
-        if held_out and (distributed.is_main() or distributed.shards_model()):
+        if held_out and (processes.is_main() or processes.shards_model()):
             result["eval"] = score(model, tokenizer, held_out, card, settings).summary()
             result["eval_accuracy"] = result["eval"]["accuracy"]
             _record(options, card, result)
@@ -147,23 +147,23 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
 def _save_adapter(model: PeftModel, card: TrainingCard, directory: Path) -> None:
     """Write the adapter and its card, from the first process alone."""
     state = None
-    if distributed.shards_model():
-        state = {**model.state_dict(), **distributed.trained_values(model)}
-    if distributed.is_main():
+    if processes.shards_model():
+        state = {**model.state_dict(), **processes.trained_values(model)}
+    if processes.is_main():
         model.save_pretrained(str(directory), state_dict=state)
         card.save(directory)
 
 
 def _record(options: TrainOptions, card: TrainingCard, result: dict[str, Any]) -> None:
     """Write the adapter's README.md and ``result.json``."""
-    if distributed.is_main():
+    if processes.is_main():
         write_model_card(options.run.output_dir / "adapter", options, card, result)
     write_result(options, result)
 
 
 def write_result(options: TrainOptions, result: dict[str, Any]) -> None:
     """Write ``output_dir/result.json``, which marks the run as finished."""
-    if not distributed.is_main():
+    if not processes.is_main():
         return
     write_json(options.run.output_dir / "result.json", result)
 
@@ -181,7 +181,7 @@ def _read_held_out(
 
 def _scoring_settings(options: TrainOptions) -> ScoringSettings:
     reuse, kept = options.reuse, options.reuse.reuse_dir
-    if distributed.shards_model():  # a store is made of a whole base
+    if processes.shards_model():  # a store is made of a whole base
         reuse, kept = replace(reuse, reuse="off"), None
     elif kept is None and reuse.resident == "upper":
         kept = _reuse_directory(options)
@@ -280,7 +280,7 @@ def _build_trainer(
     arguments = _training_arguments(options)
     if _edits_in_every_batch(model.peft_config["default"], encoded.examples):
         arguments.ddp_find_unused_parameters = False  # there are none
-    distributed.shard_on_cpu(arguments)
+    processes.shard_on_cpu(arguments)
     common: dict[str, Any] = {"model": model, "args": arguments, "callbacks": callbacks}
     if reuse is None:
         trainer = Trainer(**common, train_dataset=encoded.examples, data_collator=collator)
@@ -299,11 +299,11 @@ def _build_trainer(
 def _speed(watch: _StepWatch, encoded: EncodedRows, options: TrainOptions) -> dict[str, Any]:
     """How long steps took, and how many tokens of how many examples they had."""
     num_examples = len(encoded.examples)
-    per_step = distributed.effective_batch(options.optim)
+    per_step = processes.effective_batch(options.optim)
     tokens = sum(len(example["input_ids"]) for example in encoded.examples)
     step_time = watch.step_time_s()
     return {
-        "num_processes": distributed.num_processes(),
+        "num_processes": processes.num_processes(),
         "effective_batch": per_step,
         "step_time_s": step_time,
         "tokens_per_s": tokens / num_examples * min(per_step, num_examples) / step_time
@@ -327,13 +327,13 @@ def _restore_best(best: BestEpoch | None) -> dict[str, Any]:
 
 def _say_effective_batch(options: TrainOptions, num_examples: int) -> None:
     """Say how several processes share the examples of an optimizer step."""
-    optim, processes = options.optim, distributed.num_processes()
-    if processes > 1 and distributed.is_main():
+    optim, number = options.optim, processes.num_processes()
+    if number > 1 and processes.is_main():
         line = (
             f"effective batch: {optim.batch_size} examples x {optim.gradient_accumulation} "
-            f"accumulation x {processes} processes = {distributed.effective_batch(optim)}"
+            f"accumulation x {number} processes = {processes.effective_batch(optim)}"
         )
-        repeated = -num_examples % (optim.batch_size * processes)
+        repeated = -num_examples % (optim.batch_size * number)
         if repeated:
             line += f"; each epoch ends with {repeated} repeated rows, so that all have as many"
         print(line, file=sys.stderr)
@@ -347,7 +347,7 @@ def _prepare_reuse(
     device = device_of(model)
     epochs = optim.epochs
     if optim.max_steps > 0:
-        epochs = optim.max_steps * distributed.effective_batch(optim) / len(encoded.examples)
+        epochs = optim.max_steps * processes.effective_batch(optim) / len(encoded.examples)
     root = _reuse_directory(options)
 
     def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -521,7 +521,7 @@ def _peak_of_a_step(
 
     It changes nothing: its gradients are dropped and no optimizer step is taken.
     """
-    if distributed.shards_model():  # weights come and go, and cannot be told from activations
+    if processes.shards_model():  # weights come and go, and cannot be told from activations
         return {"peak_bytes": None, "reserved_bytes": None, "breakdown_bytes": None}
     model: Any = trainer.model
     device = device_of(model)
@@ -582,7 +582,7 @@ class _StepWatch(TrainerCallback):
         self._steps.append(time.perf_counter() - self._started)
         self.total_s += self._steps[-1]
         # All processes stop after the same step, whichever heard of it first.
-        self.interrupted = distributed.any_of(self.interrupted)
+        self.interrupted = processes.any_of(self.interrupted)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 

@@ -25,12 +25,12 @@ from torch.utils.checkpoint import checkpoint
 from lowmem_reft.blocks import SUBMODULE, component_path, device_of, find_blocks, hidden_size
 from lowmem_reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.config import ReftConfig, resolve_layers
-from lowmem_reft.contracts import check_versions
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.distributed import refuse_casts, shards_model
 from lowmem_reft.errors import InputError
 from lowmem_reft.identity import note_base
 from lowmem_reft.interventions import READS_INPUT, build_intervention
+from lowmem_reft.machine.contracts import check_versions
+from lowmem_reft.machine.processes import refuse_casts, shards_model
 from lowmem_reft.positions import num_groups, parse_positions
 from lowmem_reft.registration import NAME, PREFIX, register
 from lowmem_reft.selection import Selection, Selector

@@ -14,8 +14,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from lowmem_reft.distributed import agree, is_main, set_trained_values, trained_values
-from lowmem_reft.files import write_text_whole, write_whole
+from lowmem_reft.machine.files import write_text_whole, write_whole
+from lowmem_reft.machine.processes import agree, is_main, set_trained_values, trained_values
 
 EPOCHS_FILE = "epochs.jsonl"
 WEIGHTS_FILE = "best.safetensors"

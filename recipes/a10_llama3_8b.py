@@ -36,8 +36,8 @@ from rich.table import Table
 
 from lowmem_reft.base import load_tokenizer
 from lowmem_reft.data import IGNORED_LABEL, encode_rows, load_rows
-from lowmem_reft.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.errors import InputError, check_counts
+from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.memory.planner import GIB, Card, Lengths, Plan, Planner, read_config
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.shapes import SHAPES

@@ -67,9 +67,9 @@ from lowmem_reft.das import (
 from lowmem_reft.embedded import model_dir
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.interventions import orthonormal_rows
+from lowmem_reft.machine.provenance import commit, device_name, versions
 from lowmem_reft.memory import peak_rss_bytes
 from lowmem_reft.options import Storage
-from lowmem_reft.provenance import commit, device_name, versions
 
 HELD_OUT = 0.25
 """Share of the prompts that neither the model nor R is trained on."""

@@ -32,6 +32,7 @@ from rich.table import Table
 from lowmem_reft.embedded import model_dir
 from lowmem_reft.errors import check_counts, check_positive
 from lowmem_reft.generate import run_generation
+from lowmem_reft.machine.provenance import commit, device_name, versions
 from lowmem_reft.options import (
     DataOptions,
     DecodingOptions,
@@ -44,7 +45,6 @@ from lowmem_reft.options import (
     Storage,
     TrainOptions,
 )
-from lowmem_reft.provenance import commit, device_name, versions
 from lowmem_reft.train import run_training
 
 ROWS = [

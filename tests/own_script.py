@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments, set_seed
 
 from lowmem_reft import ReftConfig, load_base
-from lowmem_reft.distributed import process_index, shard_on_cpu
+from lowmem_reft.machine.processes import process_index, shard_on_cpu
 
 
 def examples() -> list[dict[str, Any]]:

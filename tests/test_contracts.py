@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import lowmem_reft
-from lowmem_reft.contracts import check_versions, versions
-from lowmem_reft.contracts.contract import BrokenContractError, Contract, apart, tiny_llama
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.contracts import check_versions, versions
+from lowmem_reft.machine.contracts.contract import BrokenContractError, Contract, apart, tiny_llama
 
 BOUNDS = [
     "transformers>=5.17,<5.25",
@@ -269,7 +269,7 @@ def test_a_probe_leaves_modes_and_warnings_as_they_are() -> None:
 def test_checking_imports_no_torch_and_takes_no_time_again() -> None:
     code = """
 import sys, time
-from lowmem_reft.contracts import check_versions
+from lowmem_reft.machine.contracts import check_versions
 check_versions()
 assert "torch" not in sys.modules, "torch was imported"
 start = time.perf_counter()

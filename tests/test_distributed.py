@@ -19,9 +19,10 @@ from accelerate.utils import compare_versions
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from lowmem_reft import ReftConfig, cli, distributed, load_base
-from lowmem_reft.devices import resolve_device
+from lowmem_reft import ReftConfig, cli, load_base
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine import processes
+from lowmem_reft.machine.devices import resolve_device
 from lowmem_reft.options import (
     DataOptions,
     HeldOutOptions,
@@ -196,7 +197,7 @@ def test_each_process_takes_the_card_of_its_number(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("auto") == torch.device("cuda", 1)
     with pytest.raises(InputError, match="device must be auto, cpu or cuda with 2 processes"):
-        distributed.start("cuda:0")
+        processes.start("cuda:0")
 
 
 @pytest.mark.usefixtures("second_of_two")

@@ -20,7 +20,8 @@ import pytest
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from lowmem_reft import cli, data, options, progress
+from lowmem_reft import cli, data, options
+from lowmem_reft.machine import progress
 
 BAR_OF_TRAINER = r"\d+%\|.*?\| \d+/6 \[\d\d:\d\d<"  # done, of how many, time gone < time left
 BAR_OF_OURS = r"scoring .*?\d+% .*?\d:\d\d:\d\d"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_reft.files import write_json, write_whole
+from lowmem_reft.machine.files import write_json, write_whole
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from lowmem_reft import cli
-from lowmem_reft import files as files_module
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine import files as files_module
 from lowmem_reft.tasks.judge import (
     PENALTY,
     Question,

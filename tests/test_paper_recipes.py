@@ -15,7 +15,7 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 
 from lowmem_reft.cell import run_cell
 from lowmem_reft.errors import InputError
-from lowmem_reft.files import write_json
+from lowmem_reft.machine.files import write_json
 from lowmem_reft.methods import parse_methods
 from lowmem_reft.tasks.answers import find_extractor
 from lowmem_reft.tasks.registry import load_task

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lowmem_reft import InputError, cli, load_base, notices
+from lowmem_reft import InputError, cli, load_base
 from lowmem_reft.evaluate import run_evaluation
+from lowmem_reft.machine import notices
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem_reft.cell import Cell, Result, failed_result
-from lowmem_reft.files import write_json
+from lowmem_reft.machine.files import write_json
 
 CHILD_COMMAND = (sys.executable, "-m", "lowmem_reft.cell")
 """What runs one cell; the path of its ``cell.json`` is appended."""

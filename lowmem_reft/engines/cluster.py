@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft.cell import Cell, Result, write_cell
-from lowmem_reft.contracts import check_versions
 from lowmem_reft.engines.child import available_threads, result_or_cause
 from lowmem_reft.engines.node import Input, Part, data_files, read_content, run_on_node
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.contracts import check_versions
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster that is started here: rows and parts of files are all that goes through it."""

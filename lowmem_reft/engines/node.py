@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem_reft.engines.child import LOG_FILE, cause_of_death, join_child, start_child
-from lowmem_reft.files import write_json
+from lowmem_reft.machine.files import write_json
 
 _FOLLOWED = (LOG_FILE, "train/epochs.jsonl")
 """Handed over while the cell runs: for people, and for a sweep that may stop it."""

@@ -29,8 +29,6 @@ from lowmem_reft.base import base_digest, dequantized
 from lowmem_reft.blocks import base_of, device_of
 from lowmem_reft.constant import adapter_parts
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.devices import dtype_name
-from lowmem_reft.distributed import main_first
 from lowmem_reft.frozen.batch import ReadAhead, Stacked, aligned, run_stacked, stack
 from lowmem_reft.frozen.build import Below, compute, without_adapters
 from lowmem_reft.frozen.feed import blocks_of, feeding, keys_and_values
@@ -46,6 +44,8 @@ from lowmem_reft.frozen.split import (
 )
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store, key_of
 from lowmem_reft.loss import log_likelihood_of
+from lowmem_reft.machine.devices import dtype_name
+from lowmem_reft.machine.processes import main_first
 from lowmem_reft.residency import Residency
 from lowmem_reft.tuner import prompt_arguments
 

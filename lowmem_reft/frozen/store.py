@@ -23,9 +23,9 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowmem_reft.devices import DTYPES
 from lowmem_reft.errors import InputError
-from lowmem_reft.files import write_json
+from lowmem_reft.machine.devices import DTYPES
+from lowmem_reft.machine.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowmem_reft.marks import CATEGORY_OF, STEPS
+from lowmem_reft.machine.marks import CATEGORY_OF, STEPS
 from lowmem_reft.memory.outputs import KnownOutputs
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowmem_reft.notices import written_hidden
+from lowmem_reft.machine.notices import written_hidden
 
 
 @dataclass(frozen=True)

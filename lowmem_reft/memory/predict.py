@@ -18,13 +18,13 @@ from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.caches import with_cache
 from lowmem_reft.constant import lower_part, num_constant_blocks
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.devices import DTYPES
 from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.batch import Stacked, aligned, run_stacked
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.split import ReuseError, find_split, groups_of, is_causal
 from lowmem_reft.likelihood import response_log_likelihood
-from lowmem_reft.marks import begins_step
+from lowmem_reft.machine.devices import DTYPES
+from lowmem_reft.machine.marks import begins_step
 from lowmem_reft.memory.kernels import Kernels
 from lowmem_reft.memory.live import (
     LiveMemory,

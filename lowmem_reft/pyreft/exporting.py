@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
-from lowmem_reft.files import write_json
+from lowmem_reft.machine.files import write_json
 from lowmem_reft.pyreft.checkpoint import CONFIG, WEIGHTS_OF_BASE
 from lowmem_reft.pyreft.importing import check_empty
 from lowmem_reft.pyreft.notes import export_notes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft.cell import EMPTY_RESULT
-from lowmem_reft.files import write_json, write_text_whole
+from lowmem_reft.machine.files import write_json, write_text_whole
 
 CSV_FIELDS = tuple(
     name

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowmem_reft.compare import build_cells, command_line
 from lowmem_reft.engines.child import CHILD_COMMAND
 from lowmem_reft.errors import InputError
-from lowmem_reft.files import write_json
+from lowmem_reft.machine.files import write_json
 from lowmem_reft.options import CompareOptions, SweepOptions
 from lowmem_reft.sources import Sources
 from lowmem_reft.sweep.rows import find_rows

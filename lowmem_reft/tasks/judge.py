@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.progress import progress
 from lowmem_reft.options import JudgeOptions
-from lowmem_reft.progress import progress
 from lowmem_reft.rows import Row
 from lowmem_reft.tasks.files import read_json, text_of
 

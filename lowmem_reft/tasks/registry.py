@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft.errors import InputError, check_counts
+from lowmem_reft.machine.progress import progress
 from lowmem_reft.options import TaskType
-from lowmem_reft.progress import progress
 from lowmem_reft.rows import Row, as_records
 from lowmem_reft.tasks import arithmetic, classification, commonsense, glue, instruction
 from lowmem_reft.tasks.splits import divide

@@ -4,5 +4,5 @@ A probe asks the library, not this package. Its marker names the library, the fi
 the assumption and how to break it, and every probe runs twice: as it is, and with the library
 broken, where it has to fail. So none is here that cannot.
 
-Probes that are also run where an untested version is installed are ``lowmem_reft.contracts``.
+Probes also run where an untested version is installed are ``lowmem_reft.machine.contracts``.
 """

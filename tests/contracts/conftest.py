@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_reft.contracts.contract import some_tokens, tiny_llama
+from lowmem_reft.machine.contracts.contract import some_tokens, tiny_llama
 
 HERE = Path(__file__).parent
 

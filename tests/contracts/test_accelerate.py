@@ -23,7 +23,7 @@ STATE = "accelerate.state:"
 
 @contract(
     "accelerate",
-    used_by="distributed.py",
+    used_by="machine/processes.py",
     broken_by=wrapped(
         "accelerate.utils:FullyShardedDataParallelPlugin.__post_init__",
         lambda init: lambda self: (init(self), setattr(self, "fsdp_version", 1))[0],
@@ -65,7 +65,7 @@ def fresh_states() -> Any:
 
 @contract(
     "accelerate",
-    used_by="distributed.py",
+    used_by="machine/processes.py",
     broken_by=wrapped(
         f"{STATE}AcceleratorState.__init__",
         lambda init: (
@@ -87,7 +87,7 @@ def test_mixed_precision_is_in_the_shared_state_whoever_asked_for_it(
 
 @contract(
     "accelerate",
-    used_by="distributed.py train.py",
+    used_by="machine/processes.py train.py",
     broken_by=without(f"{STATE}PartialState.wait_for_everyone"),
 )
 def test_a_state_is_of_one_process_without_a_launcher(fresh_states: None) -> None:
@@ -103,7 +103,7 @@ def test_a_state_is_of_one_process_without_a_launcher(fresh_states: None) -> Non
 
 @contract(
     "accelerate",
-    used_by="distributed.py",
+    used_by="machine/processes.py",
     broken_by=wrapped(
         f"{STATE}AcceleratorState.__init__",
         lambda init: (
@@ -136,7 +136,7 @@ def test_fsdp_is_looked_for_among_kinds_of_cards_alone(
 
 @contract(
     "accelerate",
-    used_by="distributed.py",
+    used_by="machine/processes.py",
     broken_by=with_value("accelerate.utils:compare_versions", lambda *_: True),
 )
 def test_values_are_shared_and_versions_compared_by_three_functions(

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 )
 
 from contracts.breaking import contract, doing_nothing, with_result, with_value, without, wrapped
-from lowmem_reft.contracts.models import cache_parameter
+from lowmem_reft.machine.contracts.models import cache_parameter
 
 CACHE = "transformers.cache_utils:"
 MASKS = "transformers.masking_utils:"

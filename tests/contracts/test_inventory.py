@@ -99,7 +99,7 @@ def names_overridden() -> Iterator[tuple[str, str]]:
 
 
 def probed() -> str:
-    files = [*HERE.glob("test_*.py"), *(PACKAGE / "contracts").glob("*.py")]
+    files = [*HERE.glob("test_*.py"), *(PACKAGE / "machine" / "contracts").glob("*.py")]
     return "\n".join(f.read_text(encoding="utf-8") for f in files if f != Path(__file__))
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from contracts.breaking import contract, with_result, with_value, without, wrapped
-from lowmem_reft.contracts.contract import tiny_llama
+from lowmem_reft.machine.contracts.contract import tiny_llama
 
 pytest.importorskip("lm_eval")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
 from contracts.breaking import contract, doing_nothing, with_result, with_value, wrapped
-from lowmem_reft.contracts.contract import tiny_llama
+from lowmem_reft.machine.contracts.contract import tiny_llama
 
 MODEL = "transformers.modeling_utils:PreTrainedModel."
 QUANTIZER = "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer."

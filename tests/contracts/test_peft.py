@@ -42,7 +42,7 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
 
 from contracts.breaking import contract, doing_nothing, with_result, with_value, wrapped
-from lowmem_reft.contracts.contract import tiny_llama
+from lowmem_reft.machine.contracts.contract import tiny_llama
 
 TUNERS = "peft.tuners.tuners_utils:"
 MODEL = "peft.peft_model:PeftModel."
@@ -549,7 +549,7 @@ def test_virtual_tokens_stand_in_front_of_the_padding(breach: bool, ids: Any) ->
 def test_a_prefix_is_keys_and_values_that_can_be_taken_from_a_cache(breach: bool) -> None:
     from peft.tuners.cartridge import utils
 
-    from lowmem_reft.contracts.models import cache_parameter
+    from lowmem_reft.machine.contracts.models import cache_parameter
 
     base = tiny_llama()
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)

@@ -20,8 +20,8 @@ from contracts.breaking import (
     without,
     wrapped,
 )
-from lowmem_reft.contracts import CONTRACTS
-from lowmem_reft.contracts.contract import Contract, apart
+from lowmem_reft.machine.contracts import CONTRACTS
+from lowmem_reft.machine.contracts.contract import Contract, apart
 
 IMPORTED_AS = {"trl": "trl", "lm_eval": "lm_eval.models.huggingface", "ray": "ray"}
 """Of the optional libraries."""
@@ -145,7 +145,7 @@ def test_every_contract_is_broken_once_and_names_files_that_are_there() -> None:
 
 
 def test_libraries_of_contracts_are_requirements() -> None:
-    versions = importlib.import_module("lowmem_reft.contracts.versions")
+    versions = importlib.import_module("lowmem_reft.machine.contracts.versions")
     required = {canonicalize_name(Requirement(line).name) for line in versions._requirements()}
     named = {canonicalize_name(name) for contract in CONTRACTS for name in contract.libraries}
     assert named <= required

@@ -506,7 +506,7 @@ def test_the_profiler_notes_each_allocation_of_the_cpu(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="devices.py",
+    used_by="machine/devices.py",
     broken_by=with_value("torch.cpu:get_capabilities", lambda: {"avx512_vnni": True}),
 )
 def test_a_cpu_says_whether_it_computes_in_bf16(breach: bool) -> None:
@@ -552,7 +552,7 @@ def test_loading_weights_runs_no_code(tmp_path: Path) -> None:
 
 @contract(
     "torch",
-    used_by="distributed.py",
+    used_by="machine/processes.py",
     broken_by=without("torch.distributed.tensor:DTensor.full_tensor"),
 )
 def test_a_sharded_tensor_can_be_made_whole_and_shared_out_again(breach: bool) -> None:

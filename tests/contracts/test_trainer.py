@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from contracts.breaking import contract, doing_nothing, with_value, without, wrapped
-from lowmem_reft.contracts.contract import tiny_llama
+from lowmem_reft.machine.contracts.contract import tiny_llama
 
 TRAINER = "transformers:Trainer."
 ROWS = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "number": i} for i in range(4)]
@@ -314,7 +314,7 @@ def test_a_warmup_below_one_is_a_share_of_the_steps(tmp_path: Path) -> None:
 
 @contract(
     "transformers",
-    used_by="distributed.py train.py",
+    used_by="machine/processes.py train.py",
     broken_by=without("transformers:TrainingArguments.world_size"),
 )
 def test_arguments_hold_the_state_of_accelerate(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from contracts.breaking import (
     with_value,
     wrapped,
 )
-from lowmem_reft.contracts.contract import tiny_llama
+from lowmem_reft.machine.contracts.contract import tiny_llama
 
 LLAMA = "transformers.models.llama.modeling_llama:"
 GPT2 = "transformers.models.gpt2.modeling_gpt2:"

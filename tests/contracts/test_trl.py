@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from contracts.breaking import contract, doing_nothing, with_value, wrapped
-from lowmem_reft.contracts.contract import tiny_llama
+from lowmem_reft.machine.contracts.contract import tiny_llama
 
 trl = pytest.importorskip("trl")
 sft = pytest.importorskip("trl.trainer.sft_trainer")

@@ -8,9 +8,9 @@ import warnings
 from dataclasses import dataclass
 from importlib import metadata
 
-from lowmem_reft.contracts import adapters, libraries, models
-from lowmem_reft.contracts.contract import Contract, apart
 from lowmem_reft.errors import InputError, is_out_of_memory
+from lowmem_reft.machine.contracts import adapters, libraries, models
+from lowmem_reft.machine.contracts.contract import Contract, apart
 
 DISTRIBUTION = "lowmem-reft"
 

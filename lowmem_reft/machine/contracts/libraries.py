@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lowmem_reft.contracts.contract import Contract, expect, some_tokens, tiny_llama
+from lowmem_reft.machine.contracts.contract import Contract, expect, some_tokens, tiny_llama
 
 
 def _linear4bit() -> Any:
@@ -122,7 +122,7 @@ CONTRACTS = (
     Contract(
         sentence="accelerate tells the mixed precision that was asked for",
         libraries=("accelerate",),
-        leaned_on_by=("distributed.py",),
+        leaned_on_by=("processes.py",),
         check=_accelerate_tells_the_mixed_precision,
     ),
     Contract(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-from lowmem_reft.contracts.contract import (
+from lowmem_reft.machine.contracts.contract import (
     BrokenContractError,
     Contract,
     expect,

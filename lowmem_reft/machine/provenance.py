@@ -60,7 +60,7 @@ def device_name(device: str = "auto") -> str:
     """
     import torch
 
-    from lowmem_reft.devices import resolve_device
+    from lowmem_reft.machine.devices import resolve_device
 
     resolved = resolve_device(device)
     if resolved.type == "cuda":

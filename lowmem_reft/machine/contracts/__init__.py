@@ -8,6 +8,6 @@ All other assumptions are probed in ``tests/contracts``, which runs these as wel
 Importing this package loads no torch; neither does a check that finds all versions tested.
 """
 
-from lowmem_reft.contracts.versions import CONTRACTS, check_versions
+from lowmem_reft.machine.contracts.versions import CONTRACTS, check_versions
 
 __all__ = ["CONTRACTS", "check_versions"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lowmem_reft.contracts.contract import Contract, expect, some_tokens, tiny_llama
+from lowmem_reft.machine.contracts.contract import Contract, expect, some_tokens, tiny_llama
 
 
 def _blocks_take_and_return_hidden_states() -> None:

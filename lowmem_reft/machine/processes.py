@@ -68,7 +68,7 @@ def start(device: str) -> None:
         return
     from accelerate import PartialState
 
-    from lowmem_reft.devices import resolve_device
+    from lowmem_reft.machine.devices import resolve_device
 
     if ":" in device:
         raise InputError(
