@@ -297,7 +297,7 @@ def _step_times(
 
 def num_steps(options: TrainOptions) -> int:
     """Return the optimizer steps of a run, as the Trainer counts them."""
-    from lowmem_reft.data import load_rows
+    from lowmem_reft.data.rows import load_rows
 
     data = options.data
     num_rows = len(load_rows(data.data, split=data.split, limit=data.limit))

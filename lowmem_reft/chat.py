@@ -18,7 +18,8 @@ import torch
 from transformers import TextStreamer
 
 from lowmem_reft.adapters import BASE, find_adapters, load_together
-from lowmem_reft.data import Row, encode_prompts
+from lowmem_reft.data.rows import Row
+from lowmem_reft.data.tokens import encode_prompts
 from lowmem_reft.errors import InputError
 from lowmem_reft.generate import continue_prompts, until_stop
 

@@ -82,13 +82,13 @@ _COMMANDS: dict[str, _Command] = {
     "report": _Command(
         options=ReportOptions, handler="report.joining:run_report", loads_nothing=True
     ),
-    "judge": _Command(options=JudgeOptions, handler="tasks.judge:run_judge"),
+    "judge": _Command(options=JudgeOptions, handler="data.tasks.judge:run_judge"),
     "sweep": _Command(options=SweepOptions, handler="sweep:run_sweep"),
     "plan": _Command(options=PlanOptions, handler="plan:run_plan", prints_tables=True),
     "profile": _Command(options=ProfileOptions, handler="profile:run_profile", prints_tables=True),
     "tasks": _Command(
         options=TasksOptions,
-        handler="tasks.listing:run_tasks",
+        handler="data.tasks.listing:run_tasks",
         prints_tables=True,
         loads_nothing=True,
     ),

@@ -1,6 +1,6 @@
 """Scoring: by the likelihood of choices, a classification head, or generated answers.
 
-Each way gives a prediction per example; the metric (``tasks/metrics.py``) makes one number of them.
+Each way gives a prediction per example; the metric (``data/tasks/metrics.py``) makes one number of them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ import torch
 
 from lowmem_reft.adapted import load_adapted
 from lowmem_reft.blocks import base_of
-from lowmem_reft.data import (
+from lowmem_reft.data.rows import as_choices, class_index, label_names, load_rows
+from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
+from lowmem_reft.data.tasks.metrics import compute, find_metric
+from lowmem_reft.data.tokens import (
     Collator,
-    as_choices,
-    class_index,
     encode_choices,
     encode_labelled,
     encode_prompts,
     encode_rows,
-    label_names,
-    load_rows,
 )
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.frozen.prepare import prepare_scoring
@@ -37,8 +36,6 @@ from lowmem_reft.generate import generate_batches
 from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.machine.progress import counter, progress
 from lowmem_reft.options import ReuseOptions, ScoringOptions
-from lowmem_reft.tasks.answers import answers_equal, find_extractor
-from lowmem_reft.tasks.metrics import compute, find_metric
 from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
 
 if TYPE_CHECKING:
@@ -46,7 +43,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lowmem_reft.data import Row
+    from lowmem_reft.data.rows import Row
     from lowmem_reft.frozen.reuse import Reuse
     from lowmem_reft.options import EvaluateOptions
 

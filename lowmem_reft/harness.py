@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from lowmem_reft.adapted import load_adapted
 from lowmem_reft.blocks import base_of, device_of
-from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.progress import progress

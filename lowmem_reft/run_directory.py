@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.data import rows_digest
+from lowmem_reft.data.rows import rows_digest
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import write_text_whole
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lowmem_reft.data import Row
+    from lowmem_reft.data.rows import Row
     from lowmem_reft.options import TrainOptions
     from lowmem_reft.training_card import TrainingCard
 

@@ -12,7 +12,7 @@ from lowmem_reft.machine import provenance
 from lowmem_reft.options import CompareOptions, ScoringOptions
 
 if TYPE_CHECKING:
-    from lowmem_reft.tasks.task import Split, Task
+    from lowmem_reft.data.tasks.task import Split, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,9 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
 
     Training rows are drawn with a fixed seed if there is a limit: files are often sorted.
     """
-    from lowmem_reft import embedded
-    from lowmem_reft.data import rows_digest, write_rows
-    from lowmem_reft.tasks.registry import find_task, load_task
+    from lowmem_reft.data import embedded
+    from lowmem_reft.data.rows import rows_digest, write_rows
+    from lowmem_reft.data.tasks.registry import find_task, load_task
 
     task, trained = find_task(name), find_task(options.train_task or name)
     paths, digests = {}, {}
@@ -129,8 +129,8 @@ def find_sources(options: CompareOptions) -> Sources:
         InputError: The model or the data are not there, or there is evaluation data without
         training data.
     """
-    from lowmem_reft import embedded
-    from lowmem_reft.data import (
+    from lowmem_reft.data import embedded
+    from lowmem_reft.data.rows import (
         as_choices,
         holdout,
         label_names,

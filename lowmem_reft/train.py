@@ -27,16 +27,13 @@ from lowmem_reft.adapted import load_frozen
 from lowmem_reft.base import load_config, load_tokenizer
 from lowmem_reft.blocks import device_of
 from lowmem_reft.config import ReftConfig
-from lowmem_reft.data import (
+from lowmem_reft.data.rows import as_choices, label_names, load_rows, rows_digest
+from lowmem_reft.data.tokens import (
     IGNORED_LABEL,
     Collator,
     EncodedRows,
-    as_choices,
     encode_labelled,
     encode_rows,
-    label_names,
-    load_rows,
-    rows_digest,
 )
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, check_rows, check_scoring, score
@@ -70,7 +67,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lowmem_reft.data import Row
+    from lowmem_reft.data.rows import Row
     from lowmem_reft.options import TrainOptions
 
 logger = logging.getLogger(__name__)

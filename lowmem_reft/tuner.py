@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from lowmem_reft.blocks import SUBMODULE, component_path, device_of, find_blocks, hidden_size
 from lowmem_reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.config import ReftConfig, resolve_layers
-from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.identity import note_base
 from lowmem_reft.interventions import READS_INPUT, build_intervention

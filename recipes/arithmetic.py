@@ -31,8 +31,8 @@ from typing import Any
 
 from paper import PaperConfig, compare, print_tasks, read_rows, run_recipe
 
+from lowmem_reft.data.tasks.arithmetic import INSTRUCTION_TEMPLATE
 from lowmem_reft.options import OptimOptions, ScoringOptions
-from lowmem_reft.tasks.arithmetic import INSTRUCTION_TEMPLATE
 
 METHODS = (
     "loreft[rank=8,layers=all,positions=f7+l7,lr=9e-4],"

@@ -64,7 +64,7 @@ from lowmem_reft.das import (
     random_subspace,
     whole_vector,
 )
-from lowmem_reft.embedded import model_dir
+from lowmem_reft.data.embedded import model_dir
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.interventions import orthonormal_rows
 from lowmem_reft.machine.provenance import commit, device_name, versions

@@ -106,7 +106,7 @@ def split_by_module(
 def main() -> None:
     """Collect, drop duplicates, split, write."""
     parser = argparse.ArgumentParser(description="Build the embedded task.")
-    parser.add_argument("--output-dir", type=Path, default=Path("lowmem_reft/embedded/task"))
+    parser.add_argument("--output-dir", type=Path, default=Path("lowmem_reft/data/embedded/task"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

@@ -32,10 +32,10 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors import safe_open
 
 from lowmem_reft.base import load_config
+from lowmem_reft.data.tasks.registry import find_task
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import parse_methods
 from lowmem_reft.options import OptimOptions, Storage
-from lowmem_reft.tasks.registry import find_task
 
 Size = Literal["base", "large"]
 

@@ -48,10 +48,10 @@ from paper import (
 )
 
 from lowmem_reft.base import load_tokenizer
+from lowmem_reft.data.tasks.registry import as_records, find_task, load_task
+from lowmem_reft.data.tasks.task import SPLITS, Split
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import OptimOptions, ScoringOptions
-from lowmem_reft.tasks.registry import as_records, find_task, load_task
-from lowmem_reft.tasks.task import SPLITS, Split
 
 METHODS = (
     "loreft[rank=4,layers=3;9;18;24,positions=f5+l5,tie=sides,lr=9e-4],"

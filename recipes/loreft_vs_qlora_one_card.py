@@ -35,7 +35,7 @@ from rich.table import Table
 from lowmem_reft.base import load_tokenizer
 from lowmem_reft.compare import run_comparison
 from lowmem_reft.data import IGNORED_LABEL, as_choices, encode_rows, label_names, load_rows
-from lowmem_reft.embedded import model_dir, task_files
+from lowmem_reft.data.embedded import model_dir, task_files
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.memory.planner import (

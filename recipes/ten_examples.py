@@ -29,7 +29,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.embedded import model_dir
+from lowmem_reft.data.embedded import model_dir
 from lowmem_reft.errors import check_counts, check_positive
 from lowmem_reft.generate import run_generation
 from lowmem_reft.machine.provenance import commit, device_name, versions

@@ -24,11 +24,11 @@ from pathlib import Path
 import tyro
 
 from lowmem_reft.compare import run_comparison
+from lowmem_reft.data.rows import Row, as_records, holdout
+from lowmem_reft.data.tasks.registry import file_rows, find_task
+from lowmem_reft.data.tasks.task import Split
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import CompareOptions, OptimOptions, ReuseOptions
-from lowmem_reft.rows import Row, as_records, holdout
-from lowmem_reft.tasks.registry import file_rows, find_task
-from lowmem_reft.tasks.task import Split
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem_reft.tasks.answers import EXTRACTORS, answers_equal
+from lowmem_reft.data.tasks.answers import EXTRACTORS, answers_equal
 
 NUMBERS = {
     "The answer is 42.": "42",

@@ -8,11 +8,11 @@ import pytest
 
 from lowmem_reft.cell import read_cell, run_cell
 from lowmem_reft.compare import build_cells, run_comparison
+from lowmem_reft.data.tasks.metrics import compute
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import parse_methods
 from lowmem_reft.options import CompareOptions, OptimOptions
 from lowmem_reft.sources import find_all_sources
-from lowmem_reft.tasks.metrics import compute
 
 LABELS = ("LOC:city", "NUM:count", "HUM:ind")
 

@@ -14,20 +14,22 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from lowmem_reft.data import (
-    IGNORED_LABEL,
-    Collator,
+from lowmem_reft.data.rows import (
     Row,
     as_choices,
     as_records,
-    encode_choices,
-    encode_labelled,
-    encode_prompts,
-    encode_rows,
     holdout,
     label_names,
     load_rows,
     rows_digest,
+)
+from lowmem_reft.data.tokens import (
+    IGNORED_LABEL,
+    Collator,
+    encode_choices,
+    encode_labelled,
+    encode_prompts,
+    encode_rows,
 )
 from lowmem_reft.errors import InputError
 

@@ -22,10 +22,10 @@ from test_report_browser import CHROMEDRIVER, CHROMIUM, FLAGS
 import lowmem_reft.memory
 from lowmem_reft import cell, cli, report
 from lowmem_reft.cell import Cell, Result, write_cell
+from lowmem_reft.data.tasks.registry import TASKS
 from lowmem_reft.engines import processes
 from lowmem_reft.engines.child import result_or_cause
 from lowmem_reft.interventions import INTERVENTIONS
-from lowmem_reft.tasks.registry import TASKS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

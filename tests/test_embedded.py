@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_reft import embedded
 from lowmem_reft.base import load_base
+from lowmem_reft.data import embedded
 
 ROOT = Path(__file__).parents[1]
 SPLITS = {

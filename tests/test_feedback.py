@@ -20,7 +20,8 @@ import pytest
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from lowmem_reft import cli, data, options
+from lowmem_reft import cli, options
+from lowmem_reft.data import tokens
 from lowmem_reft.machine import progress
 
 BAR_OF_TRAINER = r"\d+%\|.*?\| \d+/6 \[\d\d:\d\d<"  # done, of how many, time gone < time left
@@ -116,18 +117,18 @@ def test_tokenizing_many_rows_shows_a_bar_and_changes_nothing(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_llama_dir)
-    rows = [data.Row(source=str(i), prompt=f"film {i}", response="good") for i in range(7)]
-    whole = data.encode_rows(rows, tokenizer).examples
+    rows = [tokens.Row(source=str(i), prompt=f"film {i}", response="good") for i in range(7)]
+    whole = tokens.encode_rows(rows, tokenizer).examples
     seen: list[tuple[str, bool]] = []
 
     def watched(items: Any, what: str, *, quiet: bool) -> Any:
         seen.append((what, quiet))
         return items
 
-    monkeypatch.setattr(data, "progress", watched)
-    assert data.encode_rows(rows, tokenizer).examples == whole
-    monkeypatch.setattr(data, "TEXTS_AT_ONCE", 3)
-    assert data.encode_rows(rows, tokenizer).examples == whole
+    monkeypatch.setattr(tokens, "progress", watched)
+    assert tokens.encode_rows(rows, tokenizer).examples == whole
+    monkeypatch.setattr(tokens, "TEXTS_AT_ONCE", 3)
+    assert tokens.encode_rows(rows, tokenizer).examples == whole
     assert seen == [("tokenizing", True)] * 2 + [("tokenizing", False)] * 2
 
 

@@ -13,9 +13,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from lowmem_reft import cli
-from lowmem_reft.errors import InputError
-from lowmem_reft.machine import files as files_module
-from lowmem_reft.tasks.judge import (
+from lowmem_reft.data.tasks.judge import (
     PENALTY,
     Question,
     command_judge,
@@ -24,6 +22,8 @@ from lowmem_reft.tasks.judge import (
     model_judge,
     verdict,
 )
+from lowmem_reft.errors import InputError
+from lowmem_reft.machine import files as files_module
 
 LONGER = """
 import json, sys

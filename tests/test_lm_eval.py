@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from lowmem_reft import cli
 from lowmem_reft.adapted import load_adapted
 from lowmem_reft.config import ReftConfig
-from lowmem_reft.data import Collator, Row, encode_choices, encode_prompts
+from lowmem_reft.data.rows import Row
+from lowmem_reft.data.tokens import Collator, encode_choices, encode_prompts
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, run_evaluation, score
 from lowmem_reft.generate import generate_batches

@@ -12,8 +12,8 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
+from lowmem_reft.data.tasks.metrics import METRICS, compute
 from lowmem_reft.errors import InputError
-from lowmem_reft.tasks.metrics import METRICS, compute
 
 REFERENCES = {
     "accuracy": lambda p, r: sklearn.metrics.accuracy_score(r, p),

@@ -14,11 +14,11 @@ import pytest
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from lowmem_reft.cell import run_cell
+from lowmem_reft.data.tasks.answers import find_extractor
+from lowmem_reft.data.tasks.registry import load_task
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json
 from lowmem_reft.methods import parse_methods
-from lowmem_reft.tasks.answers import find_extractor
-from lowmem_reft.tasks.registry import load_task
 from tests.conftest import VOCAB_SIZE
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from lowmem_reft.rows import Row
-from lowmem_reft.tasks.registry import find_task
+from lowmem_reft.data.rows import Row
+from lowmem_reft.data.tasks.registry import find_task
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lowmem_reft.base import load_base, load_tokenizer
 from lowmem_reft.cache import remove_store
-from lowmem_reft.embedded import model_dir, task_files
+from lowmem_reft.data.embedded import model_dir, task_files
 from lowmem_reft.errors import InputError
 from lowmem_reft.frozen import layout
 from lowmem_reft.frozen.prepare import prepare

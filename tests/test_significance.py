@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from lowmem_reft.data.tasks.metrics import compute
 from lowmem_reft.report.answers import Example, MethodAnswers, TaskAnswers
 from lowmem_reft.report.resampled import METRICS
 from lowmem_reft.report.significance import compare_with, draw_counts, holm
-from lowmem_reft.tasks.metrics import compute
 
 
 def task(metric="accuracy", references=None, **predictions):

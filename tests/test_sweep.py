@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from lowmem_reft import cli
+from lowmem_reft.data.rows import load_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import parse_methods
 from lowmem_reft.options import CompareOptions, OptimOptions, ScoringOptions, SweepOptions
-from lowmem_reft.rows import load_rows
 from lowmem_reft.sweep import choose_sampler, run_sweep
 from lowmem_reft.sweep.search import Search, Trial, best_of
 from lowmem_reft.sweep.space import Choices, Range, parse_space, size
@@ -449,7 +449,7 @@ def test_labels_become_the_same_choices_for_training_and_scoring(options, fake_c
 
 
 def test_of_a_task_only_training_and_validation_rows_are_asked_for(options, fake_cell, monkeypatch):
-    from lowmem_reft.tasks import registry
+    from lowmem_reft.data.tasks import registry
 
     asked = []
 
@@ -466,7 +466,7 @@ def test_of_a_task_only_training_and_validation_rows_are_asked_for(options, fake
 
 
 def test_the_built_in_task_is_searched_on_its_validation_rows(options, fake_cell):
-    from lowmem_reft import embedded
+    from lowmem_reft.data import embedded
 
     options = replace(options, model=None, data=None, validation_data=None, eval_data=None)
     command = run_sweep(options, child_command=fake_cell)["command"]

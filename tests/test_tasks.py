@@ -13,11 +13,18 @@ from typing import Any
 import pytest
 
 from lowmem_reft import cli
+from lowmem_reft.data.rows import Row, label_names, load_rows
+from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
+from lowmem_reft.data.tasks.metrics import METRICS
+from lowmem_reft.data.tasks.registry import (
+    TASKS,
+    as_records,
+    file_rows,
+    find_task,
+    load_task,
+    summary,
+)
 from lowmem_reft.errors import InputError
-from lowmem_reft.rows import Row, label_names, load_rows
-from lowmem_reft.tasks.answers import answers_equal, find_extractor
-from lowmem_reft.tasks.metrics import METRICS
-from lowmem_reft.tasks.registry import TASKS, as_records, file_rows, find_task, load_task, summary
 
 NUM_TRAIN, NUM_OTHER = 40, 10
 SPLITS = ("train", "validation", "test")
@@ -617,7 +624,7 @@ def test_the_command_names_a_wrong_file_and_goes_on(
 
 def test_tasks_need_no_torch() -> None:
     code = (
-        "import sys, lowmem_reft.tasks.listing, lowmem_reft.tasks.judge\n"
+        "import sys, lowmem_reft.data.tasks.listing, lowmem_reft.data.tasks.judge\n"
         "assert 'torch' not in sys.modules and 'datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

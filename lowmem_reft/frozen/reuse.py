@@ -28,7 +28,7 @@ from torch import Tensor
 from lowmem_reft.base import base_digest, dequantized
 from lowmem_reft.blocks import base_of, device_of
 from lowmem_reft.constant import adapter_parts
-from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.frozen.batch import ReadAhead, Stacked, aligned, run_stacked, stack
 from lowmem_reft.frozen.build import Below, compute, without_adapters
 from lowmem_reft.frozen.feed import blocks_of, feeding, keys_and_values

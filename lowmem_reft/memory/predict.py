@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.caches import with_cache
 from lowmem_reft.constant import lower_part, num_constant_blocks
-from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.batch import Stacked, aligned, run_stacked
 from lowmem_reft.frozen.layout import Layout, Shape

@@ -15,7 +15,7 @@ from bitsandbytes.nn.modules import Linear4bit
 
 from lowmem_reft.blocks import base_of, find_blocks
 from lowmem_reft.constant import lower_part
-from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.split import Example, ReuseError, find_split
 

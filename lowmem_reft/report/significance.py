@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_reft.data.tasks.metrics import compute
 from lowmem_reft.report.answers import MethodAnswers, TaskAnswers
 from lowmem_reft.report.resampled import METRICS, Floats
-from lowmem_reft.tasks.metrics import compute
 
 NUM_RESAMPLES = 10_000
 LEVEL = 0.05

@@ -50,7 +50,7 @@ def _with_rows(options: SweepOptions) -> CompareOptions:
     comparison = CompareOptions(**given)
     if options.validation_data is not None and options.eval_data is not None:
         return comparison
-    from lowmem_reft.data import holdout, load_rows, write_rows
+    from lowmem_reft.data.rows import holdout, load_rows, write_rows
 
     rows = load_rows(options.data, split=options.split)
     parts: dict[str, Any] = {}
@@ -63,7 +63,7 @@ def _with_rows(options: SweepOptions) -> CompareOptions:
 
 
 def _embedded(given: dict[str, Any]) -> CompareOptions:
-    from lowmem_reft import embedded
+    from lowmem_reft.data import embedded
 
     train, test = map(str, embedded.task_files())
     rows = {"data": train, "eval_data": test, "validation_data": str(embedded.validation_file())}

@@ -333,7 +333,7 @@ def test_linear_layers_of_gpt2_are_conv1d(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="data.py",
+    used_by="data/tokens.py",
     broken_by=with_value(
         "transformers:PreTrainedTokenizerFast.__call__", lambda *_, **__: {"ids": []}
     ),

@@ -218,7 +218,7 @@ def test_a_page_of_plotly_fetches_nothing(breach: bool) -> None:
 
 @contract(
     "datasets",
-    used_by="trainers.py readers.py",
+    used_by="trainers.py data/readers.py",
     broken_by=with_value("datasets:Dataset.add_column", lambda self, name, column: self),
 )
 def test_a_data_set_takes_a_column_and_gives_lists(breach: bool) -> None:
@@ -233,7 +233,7 @@ def test_a_data_set_takes_a_column_and_gives_lists(breach: bool) -> None:
 
 @contract(
     "datasets",
-    used_by="readers.py",
+    used_by="data/readers.py",
     broken_by=wrapped("datasets:load_dataset", lambda _: lambda *args, **kwargs: [{}]),
 )
 def test_a_data_set_that_cannot_be_had_is_an_error_that_is_caught(
@@ -281,7 +281,7 @@ def test_a_model_card_has_a_head_that_the_hub_reads(tmp_path: Path) -> None:
 
 @contract(
     "jinja2",
-    used_by="data.py",
+    used_by="data/tokens.py",
     broken_by=with_value(f"{__name__}:TemplateError", KeyError),
 )
 def test_a_chat_template_refuses_by_a_template_error(breach: bool) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowmem_reft.tasks.answers import number
-from lowmem_reft.tasks.files import read_json, refused, text_of
-from lowmem_reft.tasks.task import Example, HubSet, LocalFiles, Task
+from lowmem_reft.data.tasks.answers import number
+from lowmem_reft.data.tasks.files import read_json, refused, text_of
+from lowmem_reft.data.tasks.task import Example, HubSet, LocalFiles, Task
 
 INSTRUCTION_TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "

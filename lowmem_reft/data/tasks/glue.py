@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lowmem_reft.tasks.files import read_table, refused, text_of
-from lowmem_reft.tasks.task import Convert, Example, HubSet, LocalFiles, Read, Task
+from lowmem_reft.data.tasks.files import read_table, refused, text_of
+from lowmem_reft.data.tasks.task import Convert, Example, HubSet, LocalFiles, Read, Task
 
 SCORES = ("0", "1", "2", "3", "4", "5")
 """What a causal model chooses from on STS-B."""

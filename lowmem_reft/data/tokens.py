@@ -12,44 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowmem_reft.data.rows import (
+    Row,
+    class_index,
+)
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.progress import progress
-from lowmem_reft.rows import (
-    Row,
-    as_choices,
-    as_records,
-    class_index,
-    holdout,
-    label_names,
-    load_rows,
-    rows_digest,
-    write_rows,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "IGNORED_LABEL",
-    "Collator",
-    "EncodedRows",
-    "Row",
-    "as_choices",
-    "as_records",
-    "class_index",
-    "encode_choices",
-    "encode_labelled",
-    "encode_prompts",
-    "encode_rows",
-    "holdout",
-    "label_names",
-    "load_rows",
-    "rows_digest",
-    "write_rows",
-]
 
 IGNORED_LABEL = -100
 """Label of a token that is not supervised (the default of torch's cross-entropy)."""

@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_reft.data.tasks.metrics import METRICS
+from lowmem_reft.data.tasks.registry import summary
+from lowmem_reft.data.tasks.task import SPLITS
 from lowmem_reft.options import TasksOptions
-from lowmem_reft.tasks.metrics import METRICS
-from lowmem_reft.tasks.registry import summary
-from lowmem_reft.tasks.task import SPLITS
 
 
 def run_tasks(options: TasksOptions) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lowmem_reft.data.tasks.answers import answers_equal
 from lowmem_reft.errors import InputError
-from lowmem_reft.tasks.answers import answers_equal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowmem_reft.rows import Row, holdout
-from lowmem_reft.tasks.task import Example, Rule, Split
+from lowmem_reft.data.rows import Row, holdout
+from lowmem_reft.data.tasks.task import Example, Rule, Split
 
 SEED = 42
 """Draws the half of GLUE's validation rows that chooses; the same for every method and seed."""

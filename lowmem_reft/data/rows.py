@@ -28,8 +28,8 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any
 
+from lowmem_reft.data.readers import read_records
 from lowmem_reft.errors import InputError
-from lowmem_reft.readers import read_records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
+from lowmem_reft.data.rows import Row
+from lowmem_reft.data.tasks.files import read_json, text_of
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.options import JudgeOptions
-from lowmem_reft.rows import Row
-from lowmem_reft.tasks.files import read_json, text_of
 
 PENALTY = 0.01
 """Inverse variance of the prior of θ and φ."""
@@ -250,7 +250,7 @@ def model_judge(
         import torch
 
         from lowmem_reft.base import load_base, load_tokenizer
-        from lowmem_reft.data import Collator, encode_choices
+        from lowmem_reft.data.tokens import Collator, encode_choices
         from lowmem_reft.likelihood import response_log_likelihood
 
         base, tokenizer = load_base(model, storage=storage), load_tokenizer(model)

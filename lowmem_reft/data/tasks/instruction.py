@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowmem_reft.tasks.arithmetic import INSTRUCTION_TEMPLATE
-from lowmem_reft.tasks.files import read_json, refused, text_of
-from lowmem_reft.tasks.task import Example, HubSet, LocalFiles, Task
+from lowmem_reft.data.tasks.arithmetic import INSTRUCTION_TEMPLATE
+from lowmem_reft.data.tasks.files import read_json, refused, text_of
+from lowmem_reft.data.tasks.task import Example, HubSet, LocalFiles, Task
 
 _FORM = '{"instruction": "...", "input": "", "output": "..."}'
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from lowmem_reft.tasks.files import read_json, refused, text_of
-from lowmem_reft.tasks.task import Example, HubSet, LocalFiles, Rule, Task
+from lowmem_reft.data.tasks.files import read_json, refused, text_of
+from lowmem_reft.data.tasks.task import Example, HubSet, LocalFiles, Rule, Task
 
 _FORM = (
     '{"instruction": "... Answer format: answer1/answer2", "output": "the correct answer is '

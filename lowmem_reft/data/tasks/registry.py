@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lowmem_reft.data.rows import Row, as_records
+from lowmem_reft.data.tasks import arithmetic, classification, commonsense, glue, instruction
+from lowmem_reft.data.tasks.splits import divide
+from lowmem_reft.data.tasks.task import RULES, SPLITS, Example, HubSet, LocalFiles, Split, Task
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.options import TaskType
-from lowmem_reft.rows import Row, as_records
-from lowmem_reft.tasks import arithmetic, classification, commonsense, glue, instruction
-from lowmem_reft.tasks.splits import divide
-from lowmem_reft.tasks.task import RULES, SPLITS, Example, HubSet, LocalFiles, Split, Task
 
 __all__ = ["TASKS", "Task", "as_records", "file_rows", "find_task", "load_task", "summary"]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lowmem_reft.data.tasks.files import read_lines, refused, text_of
+from lowmem_reft.data.tasks.task import Example, HubSet, LocalFiles, Task
 from lowmem_reft.errors import InputError
-from lowmem_reft.tasks.files import read_lines, refused, text_of
-from lowmem_reft.tasks.task import Example, HubSet, LocalFiles, Task
 
 TREC_TYPES = {
     "ABBR": "abbreviation",

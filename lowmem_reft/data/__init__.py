@@ -1,0 +1,61 @@
+"""Rows become tokens; the public tasks are rows too. No torch here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowmem_reft.machine.lazy import names_on_use
+
+if TYPE_CHECKING:
+    from lowmem_reft.data.rows import (
+        Row,
+        as_choices,
+        as_records,
+        class_index,
+        holdout,
+        label_names,
+        load_rows,
+        rows_digest,
+        write_rows,
+    )
+    from lowmem_reft.data.tokens import (
+        IGNORED_LABEL,
+        Collator,
+        EncodedRows,
+        encode_choices,
+        encode_labelled,
+        encode_prompts,
+        encode_rows,
+    )
+
+__all__ = [
+    "IGNORED_LABEL",
+    "Collator",
+    "EncodedRows",
+    "Row",
+    "as_choices",
+    "as_records",
+    "class_index",
+    "encode_choices",
+    "encode_labelled",
+    "encode_prompts",
+    "encode_rows",
+    "holdout",
+    "label_names",
+    "load_rows",
+    "rows_digest",
+    "write_rows",
+]
+
+_ROWS = {
+    "Row",
+    "as_choices",
+    "as_records",
+    "class_index",
+    "holdout",
+    "label_names",
+    "load_rows",
+    "rows_digest",
+    "write_rows",
+}
+__getattr__, __dir__ = names_on_use(__name__, {"rows": _ROWS, "tokens": {*__all__} - _ROWS})
