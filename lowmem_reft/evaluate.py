@@ -1,6 +1,6 @@
 """Scoring: by the likelihood of choices, a classification head, or generated answers.
 
-Each way gives a prediction per example; the metric (``data/tasks/metrics.py``) makes one number of them.
+Each way gives a prediction per example; the metric (``metrics.py``) makes one number of them.
 """
 
 from __future__ import annotations

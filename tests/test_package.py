@@ -93,7 +93,7 @@ def folder_of(parts):
     """The folder that a dotted name below ``lowmem_reft`` belongs to; None for what has none."""
     if parts[:2] in (["report", "memory"], ["report", "timeline"], ["report", "timeline_chart"]):
         return "memory"
-    if parts[:2] == ["tasks", "judge"]:
+    if parts[:3] == ["data", "tasks", "judge"]:
         return "runs"
     if parts[:2] == ["frozen", "feed"]:
         return "base"

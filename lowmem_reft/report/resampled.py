@@ -1,6 +1,6 @@
 """Metrics of many draws at once: examples are weighted by how often they are in a draw.
 
-``compute`` of ``data/tasks/metrics.py`` scores one list of predictions; ten thousand draws of several
+``compute`` of ``metrics.py`` scores one list of predictions; ten thousand draws of several
 seeds would take minutes. These say the same (tested) as matrix products.
 """
 
@@ -55,7 +55,7 @@ METRICS: dict[str, Metric] = {
     "pearson": pearson,
     "spearman": spearman,
 }
-"""By the names that ``data/tasks/metrics.py`` uses."""
+"""By the names that ``metrics.py`` uses."""
 
 
 def _ranks(counts: Floats, values: Floats) -> Floats:
