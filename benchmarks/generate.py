@@ -34,7 +34,7 @@ from benchmarks.common import environment, ratio, report, summarize
 from benchmarks.reuse import config_of
 from lowmem_reft import ReftConfig
 from lowmem_reft.adapters import BASE, answering
-from lowmem_reft.synthetic import base_with_random_weights
+from lowmem_reft.base.synthetic import base_with_random_weights
 
 BARE = "bare base"
 LOREFT = {positions: f"LoReFT r4, {positions}" for positions in ("l1", "f7+l7", "all")}

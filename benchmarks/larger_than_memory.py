@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
 from benchmarks.common import environment, finish
+from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.data import embedded
-from lowmem_reft.synthetic import base_with_random_weights
 
 GIB = 2**30
 

@@ -3,8 +3,8 @@
 Run ``python -m benchmarks.reuse`` (``--curves`` adds the curves and the plot). A randomly
 initialised NF4 Llama (d = 1024, 16 layers, 246 M parameters); every method trains on the same
 examples with AdamW; one warm-up round, then rounds in which the methods take turns, forwards and
-backwards. All methods compute the loss with ``lowmem_reft.loss`` except "PEFT QLoRA", which forms
-all logits, as PEFT does.
+backwards. All methods compute the loss with ``lowmem_reft.base.loss`` except "PEFT QLoRA", which
+forms all logits, as PEFT does.
 
 In training the steps of one method follow each other, so in its turn a method goes on for a second
 (a slow one takes one step), and the turn's time is the median of its steps: a reused step of 0.25 s
@@ -71,11 +71,11 @@ from benchmarks.reuse_steps import (
 )
 from lowmem_reft import load_base
 from lowmem_reft.base import save_base
+from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.frozen.proof import prove
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.memory.live import LiveMemory, label_model
 from lowmem_reft.profile import measure_step
-from lowmem_reft.synthetic import base_with_random_weights
 
 CPU = torch.device("cpu")
 METHODS = (QLORA, QLORA_OURS, QLORA_CHECKPOINTED, PLAIN, REUSED, REUSED_DEQUANTIZED)

@@ -26,11 +26,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lowmem_reft import ReftConfig
-from lowmem_reft.blocks import device_of
-from lowmem_reft.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.blocks import device_of
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.frozen.reuse import Reuse
-from lowmem_reft.loss import use_chunked_loss
 
 Key = TypeVar("Key")
 

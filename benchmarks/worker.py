@@ -23,7 +23,7 @@ def prepare_step(spec: StepSpec) -> tuple[dict[str, Any], Callable[[], dict[str,
     from peft import LoraConfig, PeftConfig, get_peft_model
 
     import lowmem_reft
-    from lowmem_reft.loss import use_chunked_loss
+    from lowmem_reft.base.loss import use_chunked_loss
 
     torch.manual_seed(0)
     batch = load_batch(spec)

@@ -13,15 +13,15 @@ Importing the package loads no torch; each name below is imported when it is fir
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowmem_reft import _peft_hook
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import notices
+from lowmem_reft.machine.lazy import names_on_use
 
 if TYPE_CHECKING:
-    from lowmem_reft.base import load_base, load_tokenizer, save_base
+    from lowmem_reft.base.loading import load_base, load_tokenizer, save_base
     from lowmem_reft.composition import keep_orthogonal
     from lowmem_reft.config import ReftConfig
     from lowmem_reft.tuner import ReftModel
@@ -39,27 +39,15 @@ __all__ = [
     "save_base",
 ]
 
-_MODULE_OF = {
-    "keep_orthogonal": "lowmem_reft.composition",
-    "load_base": "lowmem_reft.base",
-    "load_tokenizer": "lowmem_reft.base",
-    "save_base": "lowmem_reft.base",
-    "ReftConfig": "lowmem_reft.config",
-    "ReftModel": "lowmem_reft.tuner",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = names_on_use(
+    __name__,
+    {
+        "composition": ["keep_orthogonal"],
+        "base.loading": ["load_base", "load_tokenizer", "save_base"],
+        "config": ["ReftConfig"],
+        "tuner": ["ReftModel"],
+    },
+)
 
 notices.hide()  # first: the tuners import who says them
 _peft_hook.install()

@@ -42,7 +42,7 @@ def check_target_modules(
         return
     import torch
 
-    from lowmem_reft.base import from_config, load_config
+    from lowmem_reft.base.loading import from_config, load_config
 
     with torch.device("meta"):
         base = from_config(load_config(model), task_type)
@@ -88,10 +88,10 @@ def attach(
     """
     from peft import get_peft_model
 
-    from lowmem_reft.blocks import device_of, find_blocks
-    from lowmem_reft.caches import cache_argument, keeps_keys_and_values
-    from lowmem_reft.loss import use_chunked_loss
-    from lowmem_reft.techniques import save_memory
+    from lowmem_reft.base.blocks import device_of, find_blocks
+    from lowmem_reft.base.caches import cache_argument, keeps_keys_and_values
+    from lowmem_reft.base.loss import use_chunked_loss
+    from lowmem_reft.base.techniques import save_memory
 
     check_versions()
     check_run(options, memory)
@@ -250,7 +250,7 @@ def _start_from_vocabulary(model: Any) -> None:
     import torch
     from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 
-    from lowmem_reft.caches import caches_in
+    from lowmem_reft.base.caches import caches_in
 
     base = model.get_base_model()
     config = model.active_peft_config

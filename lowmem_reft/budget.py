@@ -104,8 +104,8 @@ class ParameterCounter:
         import copy
 
         from lowmem_reft.attach import attach
+        from lowmem_reft.base.synthetic import base_on_meta
         from lowmem_reft.options import MemoryOptions
-        from lowmem_reft.synthetic import base_on_meta
 
         base = base_on_meta(copy.deepcopy(self.config), storage="fp32", task_type=self.task_type)
         model = attach(
@@ -156,7 +156,7 @@ def nearest_size(count: Callable[[int], int], target: int, *, most: int) -> int:
 def _equal_params(
     options: CompareOptions, specs: Sequence[MethodSpec], reference: MethodSpec, cells_of: CellsOf
 ) -> Equalized:
-    from lowmem_reft.base import load_config
+    from lowmem_reft.base.loading import load_config
 
     model = _train_options(options, reference, cells_of).model.model
     counter = ParameterCounter(load_config(model), options.task_type)

@@ -12,9 +12,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from lowmem_reft.attach import peft_notices_hidden, prepare_base
-from lowmem_reft.blocks import SUBMODULE, base_of, find_blocks
+from lowmem_reft.base.blocks import SUBMODULE, base_of, find_blocks
+from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.errors import InputError
-from lowmem_reft.synthetic import base_on_meta
 from lowmem_reft.tuner import ReftLayer
 from lowmem_reft.weights import WeightsConfig
 

@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lowmem_reft.blocks import device_of, hidden_size
-from lowmem_reft.frozen.feed import feeding, run_up_to
+from lowmem_reft.base.blocks import device_of, hidden_size
+from lowmem_reft.base.partial import feeding, run_up_to
 from lowmem_reft.interventions import InterchangeIntervention
 
 CHUNK_PROMPTS = 512

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_reft.adapted import load_adapted
-from lowmem_reft.blocks import base_of
+from lowmem_reft.base.blocks import base_of
 from lowmem_reft.data.rows import as_choices, class_index, label_names, load_rows
 from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
 from lowmem_reft.data.tasks.metrics import compute, find_metric

@@ -19,10 +19,10 @@ import torch
 
 from lowmem_reft.adapters import answering, find_adapters, load_together, mixes_in_a_batch
 from lowmem_reft.answer_file import as_line, keep_answers, lock, note_run
+from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.data.rows import Row, load_rows
 from lowmem_reft.data.tokens import Collator, encode_prompts
 from lowmem_reft.errors import InputError
-from lowmem_reft.identity import checkpoint_digest
 from lowmem_reft.machine.devices import dtype_name, resolve_compute_dtype
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.machine.provenance import file_digest

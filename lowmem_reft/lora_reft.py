@@ -16,9 +16,9 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from lowmem_reft.base.identity import note_base
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
-from lowmem_reft.identity import note_base
 from lowmem_reft.registration import peft_type, register
 from lowmem_reft.tuner import ReftModel
 

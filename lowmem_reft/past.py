@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_reft.caches import Seen, caches_in, states_in, tokens_in
+from lowmem_reft.base.caches import Seen, caches_in, states_in, tokens_in
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.provenance import installed
 

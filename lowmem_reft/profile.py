@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.base import load_base
-from lowmem_reft.blocks import base_of
+from lowmem_reft.base.blocks import base_of
+from lowmem_reft.base.loading import load_base
+from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.machine.files import write_json
@@ -22,7 +23,6 @@ from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
 from lowmem_reft.methods import attach, find_method
 from lowmem_reft.plan import lengths_of
-from lowmem_reft.synthetic import base_with_random_weights
 
 if TYPE_CHECKING:
     from lowmem_reft.options import ProfileOptions

@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from lowmem_reft.adapted import load_frozen
-from lowmem_reft.base import load_config, load_tokenizer
-from lowmem_reft.blocks import device_of
+from lowmem_reft.base.blocks import device_of
+from lowmem_reft.base.identity import checkpoint_digest
+from lowmem_reft.base.loading import load_config, load_tokenizer
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.data.rows import as_choices, label_names, load_rows, rows_digest
 from lowmem_reft.data.tokens import (
@@ -40,7 +41,6 @@ from lowmem_reft.evaluate import ScoringSettings, check_rows, check_scoring, sco
 from lowmem_reft.frozen.prepare import prepare
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.trainer import INDEX, IndexCollator, ReuseTrainer
-from lowmem_reft.identity import checkpoint_digest
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import write_json
 from lowmem_reft.machine.progress import counter

@@ -19,8 +19,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from lowmem_reft.blocks import device_of
-from lowmem_reft.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.blocks import device_of
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.frozen.prepare import prepare
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.trainer import INDEX, IndexCollator, from_store

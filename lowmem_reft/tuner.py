@@ -22,12 +22,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowmem_reft.blocks import SUBMODULE, component_path, device_of, find_blocks, hidden_size
+from lowmem_reft.base.blocks import SUBMODULE, component_path, device_of, find_blocks, hidden_size
+from lowmem_reft.base.identity import note_base
 from lowmem_reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.config import ReftConfig, resolve_layers
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError
-from lowmem_reft.identity import note_base
 from lowmem_reft.interventions import READS_INPUT, build_intervention
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.processes import refuse_casts, shards_model

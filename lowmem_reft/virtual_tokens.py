@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lowmem_reft.caches import cache_argument
+from lowmem_reft.base.caches import cache_argument
 from lowmem_reft.data.tokens import IGNORED_LABEL
 
 

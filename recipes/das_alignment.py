@@ -54,7 +54,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from lowmem_reft.base import load_base, load_tokenizer, save_base
-from lowmem_reft.blocks import device_of, find_blocks
+from lowmem_reft.base.blocks import device_of, find_blocks
 from lowmem_reft.config import check_layers, resolve_layers
 from lowmem_reft.das import (
     Interchanges,

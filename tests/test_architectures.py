@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import lowmem_reft as lr
 from lowmem_reft import InputError
-from lowmem_reft.base import AUTO_CLASSES, base_digest, enable_activation_checkpointing
-from lowmem_reft.blocks import component_path, find_blocks
+from lowmem_reft.base.blocks import component_path, find_blocks
+from lowmem_reft.base.loading import AUTO_CLASSES, base_digest, enable_activation_checkpointing
 
 HIDDEN, NUM_LAYERS = 32, 2
 COMMON = {

@@ -22,7 +22,8 @@ from reference import dequantized_copy, relative_error
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from lowmem_reft.base import (
+from lowmem_reft.base.caches import caches_in
+from lowmem_reft.base.loading import (
     base_digest,
     enable_activation_checkpointing,
     guard_linear4bit,
@@ -32,7 +33,6 @@ from lowmem_reft.base import (
     resolve_device,
     save_base,
 )
-from lowmem_reft.caches import caches_in
 from lowmem_reft.errors import InputError
 
 QUANTIZED = ("nf4", "fp4", "int8")
@@ -578,7 +578,7 @@ def test_a_hub_id_that_cannot_be_had_is_asked_for_once_and_named_with_the_reason
         raise OSError("We couldn't connect\nand much more") from cause
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
-    monkeypatch.setattr("lowmem_reft.base.cached_file", unreachable)
+    monkeypatch.setattr("lowmem_reft.base.loading.cached_file", unreachable)
     for load in (load_base, load_tokenizer):
         with pytest.raises(
             InputError, match=rf"'some/model': there is no such directory, and {why}; check name"

@@ -18,8 +18,8 @@ from benchmarks.gpu_reuse import GpuReuse, RandomCheckpoint, upper_base
 from benchmarks.reuse import SHAPES, config_of
 from benchmarks.step import check_comparable
 from benchmarks.tables import timings
-from lowmem_reft.base import base_digest
-from lowmem_reft.blocks import find_blocks
+from lowmem_reft.base.blocks import find_blocks
+from lowmem_reft.base.loading import base_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ import pytest
 import lowmem_reft as lr
 from lowmem_reft import cli
 from lowmem_reft.attach import attach
-from lowmem_reft.base import load_config
+from lowmem_reft.base.loading import load_config
 from lowmem_reft.budget import (
     NUM_TIMED_STEPS,
     Equalized,

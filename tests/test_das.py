@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_reft.base import base_digest, load_base
-from lowmem_reft.blocks import find_blocks
+from lowmem_reft.base.blocks import find_blocks
+from lowmem_reft.base.loading import base_digest, load_base
 from lowmem_reft.das import (
     Interchanges,
     Pairs,

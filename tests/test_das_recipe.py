@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from lowmem_reft.base import load_tokenizer
+from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.das import random_subspace
 from lowmem_reft.data.embedded import model_dir
 from lowmem_reft.errors import InputError

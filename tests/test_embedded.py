@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_reft.base import load_base
+from lowmem_reft.base.loading import load_base
 from lowmem_reft.data import embedded
 
 ROOT = Path(__file__).parents[1]

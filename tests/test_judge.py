@@ -196,7 +196,7 @@ def test_a_language_model_judges_by_the_likelihoods_of_a_and_b(
 ) -> None:
     import torch
 
-    from lowmem_reft.base import load_base, load_tokenizer
+    from lowmem_reft.base.loading import load_base, load_tokenizer
 
     template = "{prompt}|{first}|{second}|Better:"
     judge = model_judge(tiny_llama_dir, storage="fp32", template=template, batch_size=3)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowmem_reft.blocks import find_blocks
+from lowmem_reft.base.blocks import find_blocks
 
 MIB = 2**20
 ALLOWED_BYTES = 4 * MIB

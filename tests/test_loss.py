@@ -19,16 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from lowmem_reft import InputError, loss
-from lowmem_reft.config import ReftConfig
-from lowmem_reft.likelihood import response_log_likelihood
-from lowmem_reft.loss import (
+from lowmem_reft import InputError
+from lowmem_reft.base import loss
+from lowmem_reft.base.loss import (
     Head,
     chunked_cross_entropy,
     find_head,
     supervised_head_arguments,
     use_chunked_loss,
 )
+from lowmem_reft.config import ReftConfig
+from lowmem_reft.likelihood import response_log_likelihood
 
 VOCAB, HIDDEN = 97, 32
 COMMON = {

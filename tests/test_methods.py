@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.cli import main
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
@@ -29,7 +30,6 @@ from lowmem_reft.methods import (
     resolve_learning_rate,
 )
 from lowmem_reft.options import MemoryOptions, MethodOptions, OptimOptions
-from lowmem_reft.synthetic import base_with_random_weights
 
 
 def test_overrides_are_split_outside_brackets_only() -> None:

@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_reft import cli
+from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import run_evaluation
-from lowmem_reft.identity import checkpoint_digest
 from lowmem_reft.machine.devices import resolve_compute_dtype
 from lowmem_reft.model_card import command_of, write_model_card
 from lowmem_reft.options import (

@@ -22,7 +22,7 @@ from reference import dequantized_copy, relative_error
 from torch import Tensor, nn
 
 import lowmem_reft as lr
-from lowmem_reft.base import enable_activation_checkpointing
+from lowmem_reft.base.loading import enable_activation_checkpointing
 
 LAYERS = (1, 3)
 NUM_PROMPT, NUM_RESPONSE = (7, 4), (3, 5)

@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 
 import lowmem_reft as lr
 from lowmem_reft import InputError
-from lowmem_reft.caches import cache_argument, caches_in, states_in, tokens_in, with_cache
+from lowmem_reft.base.caches import cache_argument, caches_in, states_in, tokens_in, with_cache
 
 IDS = torch.tensor([[5, 9, 23, 40, 41, 60, 7, 81], [6, 17, 99, 12, 33, 52, 8, 90]])
 NEW = 5

@@ -13,7 +13,7 @@ from snippets import Runner, read_blocks
 
 import lowmem_reft
 from benchmarks.tables import BLOCK, PAGES, RESULTS, TABLES, render
-from lowmem_reft.blocks import find_blocks
+from lowmem_reft.base.blocks import find_blocks
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,9 @@ import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from transformers import AutoConfig
 
-from lowmem_reft.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.loss import use_chunked_loss
+from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.config import ReftConfig
 from lowmem_reft.constant import num_constant_blocks
 from lowmem_reft.frozen.layout import Layout, Shape
@@ -22,9 +24,7 @@ from lowmem_reft.frozen.reuse import NoRoomError, Reuse
 from lowmem_reft.frozen.split import ReuseError, find_split
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store
 from lowmem_reft.likelihood import response_log_likelihood
-from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.options import ReuseOptions
-from lowmem_reft.synthetic import base_with_random_weights
 
 SIZES = {
     "vocab_size": 256,

@@ -29,7 +29,7 @@ import pytest
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from lowmem_reft.base import load_base, load_tokenizer
+from lowmem_reft.base.loading import load_base, load_tokenizer
 from lowmem_reft.cache import remove_store
 from lowmem_reft.data.embedded import model_dir, task_files
 from lowmem_reft.errors import InputError

@@ -14,16 +14,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lowmem_reft as lr
-from lowmem_reft import InputError, techniques, tuner
-from lowmem_reft.checkpointing import enable_activation_checkpointing
-from lowmem_reft.memory import track
-from lowmem_reft.options import MemoryOptions
-from lowmem_reft.techniques import (
+from lowmem_reft import InputError, tuner
+from lowmem_reft.base import techniques
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.techniques import (
     HostEmbedding,
     chunk_mlps,
     keep_embedding_on_host,
     save_memory,
 )
+from lowmem_reft.memory import track
+from lowmem_reft.options import MemoryOptions
 
 NUM_EXAMPLES, SEQ = 3, 20
 BASES = ["llama-fp32", "llama-nf4", "gpt2-fp32", "gpt2-nf4"]

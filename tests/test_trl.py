@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lowmem_reft as lr
-from lowmem_reft.base import base_digest
+from lowmem_reft.base.loading import base_digest
+from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.data.tokens import Collator
 from lowmem_reft.errors import InputError
-from lowmem_reft.loss import use_chunked_loss
 from lowmem_reft.memory import MemoryCallback
 from lowmem_reft.options import ReuseOptions
 from lowmem_reft.selection import Selector

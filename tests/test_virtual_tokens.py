@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from lowmem_reft.attach import complete
-from lowmem_reft.caches import caches_in
+from lowmem_reft.base.caches import caches_in
 from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.methods import attach
 from lowmem_reft.options import MemoryOptions, MethodOptions

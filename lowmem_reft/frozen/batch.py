@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lowmem_reft.blocks import base_of, device_of
-from lowmem_reft.caches import with_cache
-from lowmem_reft.frozen.feed import feeding
+from lowmem_reft.base.blocks import base_of, device_of
+from lowmem_reft.base.caches import with_cache
+from lowmem_reft.base.partial import feeding
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.store import CorruptShardError, Record
 

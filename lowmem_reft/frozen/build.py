@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_reft.blocks import base_of, device_of
-from lowmem_reft.frozen.feed import feeding, keys_and_values, run_up_to
+from lowmem_reft.base.blocks import base_of, device_of
+from lowmem_reft.base.partial import feeding, keys_and_values, run_up_to
 from lowmem_reft.frozen.layout import Layout
 from lowmem_reft.frozen.split import Example
 from lowmem_reft.frozen.store import Record, Store

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lowmem_reft.blocks import find_blocks, hidden_size
+from lowmem_reft.base.blocks import find_blocks, hidden_size
 from lowmem_reft.machine.devices import DTYPES, dtype_name
 
 SHARD_BYTES = 2**26

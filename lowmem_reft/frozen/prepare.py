@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_reft.blocks import base_of
+from lowmem_reft.base.blocks import base_of
+from lowmem_reft.base.partial import blocks_of
 from lowmem_reft.errors import InputError
-from lowmem_reft.frozen.feed import blocks_of
 from lowmem_reft.frozen.proof import prove, prove_scores
 from lowmem_reft.frozen.reuse import NoRoomError, Report, Reuse
 from lowmem_reft.frozen.split import (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowmem_reft.blocks import device_of
+from lowmem_reft.base.blocks import device_of
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.split import ReuseError, feeding_errors
 from lowmem_reft.likelihood import response_log_likelihood

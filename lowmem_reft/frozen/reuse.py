@@ -25,13 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_reft.base import base_digest, dequantized
-from lowmem_reft.blocks import base_of, device_of
+from lowmem_reft.base.blocks import base_of, device_of
+from lowmem_reft.base.loading import base_digest, dequantized
+from lowmem_reft.base.loss import log_likelihood_of
+from lowmem_reft.base.partial import blocks_of, feeding, keys_and_values
+from lowmem_reft.base.residency import Residency
 from lowmem_reft.constant import adapter_parts
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.frozen.batch import ReadAhead, Stacked, aligned, run_stacked, stack
 from lowmem_reft.frozen.build import Below, compute, without_adapters
-from lowmem_reft.frozen.feed import blocks_of, feeding, keys_and_values
 from lowmem_reft.frozen.layout import Layout, Shape, in_common
 from lowmem_reft.frozen.split import (
     Example,
@@ -43,10 +45,8 @@ from lowmem_reft.frozen.split import (
     is_causal,
 )
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store, key_of
-from lowmem_reft.loss import log_likelihood_of
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.processes import main_first
-from lowmem_reft.residency import Residency
 from lowmem_reft.tuner import prompt_arguments
 
 logger = logging.getLogger(__name__)

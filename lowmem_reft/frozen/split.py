@@ -11,7 +11,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lowmem_reft.blocks import base_of, find_blocks
+from lowmem_reft.base.blocks import base_of, find_blocks
 from lowmem_reft.constant import num_constant_blocks
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError, is_out_of_memory

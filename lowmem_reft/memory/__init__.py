@@ -9,8 +9,9 @@ stored; ``shapes`` and ``gpus``: models and cards by name).
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lowmem_reft.machine.lazy import names_on_use
 
 if TYPE_CHECKING:
     from lowmem_reft.memory.callback import MemoryCallback
@@ -19,18 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Lengths", "LiveMemory", "MemoryCallback", "Plan", "peak_rss_bytes", "plan", "track"]
 
-_HOMES = {
-    "Lengths": "planner",
-    "LiveMemory": "live",
-    "MemoryCallback": "callback",
-    "Plan": "planner",
-    "peak_rss_bytes": "live",
-    "plan": "planner",
-    "track": "live",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = names_on_use(
+    __name__,
+    {
+        "callback": ["MemoryCallback"],
+        "live": ["LiveMemory", "peak_rss_bytes", "track"],
+        "planner": ["Lengths", "Plan", "plan"],
+    },
+)

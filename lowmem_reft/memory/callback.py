@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from lowmem_reft.blocks import base_of
+from lowmem_reft.base.blocks import base_of
 from lowmem_reft.memory.live import LiveMemory, track
 
 if TYPE_CHECKING:

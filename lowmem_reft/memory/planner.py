@@ -12,7 +12,7 @@ import transformers
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 
 from lowmem_reft.attach import allows_checkpointing, allows_embedding_on_host
-from lowmem_reft.base import load_config
+from lowmem_reft.base.loading import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.gpus import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.live import LiveMemory

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from lowmem_reft.blocks import base_of, find_blocks
-from lowmem_reft.caches import with_cache
+from lowmem_reft.base.blocks import base_of, find_blocks
+from lowmem_reft.base.caches import with_cache
+from lowmem_reft.base.synthetic import base_on_meta
+from lowmem_reft.base.techniques import HostEmbedding
 from lowmem_reft.constant import lower_part, num_constant_blocks
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError
@@ -36,8 +38,6 @@ from lowmem_reft.memory.live import (
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
 from lowmem_reft.methods import attach, find_method
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
-from lowmem_reft.synthetic import base_on_meta
-from lowmem_reft.techniques import HostEmbedding
 from lowmem_reft.virtual_tokens import num_virtual_tokens
 
 if TYPE_CHECKING:

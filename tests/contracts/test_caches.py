@@ -83,7 +83,7 @@ def grow(cache: Any, length: int, start: int = 0) -> None:
 
 @contract(
     "transformers",
-    used_by="caches.py past.py memory/predict.py",
+    used_by="base/caches.py past.py memory/predict.py",
     broken_by=with_result(f"{CACHE}StaticLayer.get_seq_length", lambda length: length * 0),
 )
 def test_every_cache_counts_its_tokens_also_beyond_a_window(breach: bool) -> None:
@@ -97,7 +97,7 @@ def test_every_cache_counts_its_tokens_also_beyond_a_window(breach: bool) -> Non
 
 @contract(
     "transformers",
-    used_by="caches.py",
+    used_by="base/caches.py",
     broken_by=with_value(
         f"{__name__}:StaticCache", lambda **_: OtherCache(layer_class_to_replicate=DynamicLayer)
     ),
@@ -109,7 +109,7 @@ def test_every_cache_is_a_cache_by_its_class(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="caches.py",
+    used_by="base/caches.py",
     broken_by=with_result(f"{CACHE}Cache.has_previous_state", lambda has: True),
 )
 def test_a_recurrent_state_has_no_length_but_says_whether_it_is_empty(ids: Any) -> None:
@@ -141,7 +141,7 @@ def test_a_cache_is_cropped_by_a_number_of_tokens(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="frozen/feed.py frozen/batch.py memory/predict.py",
+    used_by="base/partial.py frozen/batch.py memory/predict.py",
     broken_by=wrapped(
         f"{CACHE}DynamicLayer.update",
         lambda update: lambda self, k, v, *a, **kw: update(self, k.flip(2), v, *a, **kw),
@@ -217,7 +217,7 @@ def _of_layer(function: Any, layer: int, *args: Any, **kwargs: Any) -> Any:
 
 @contract(
     "transformers",
-    used_by="frozen/feed.py",
+    used_by="base/partial.py",
     broken_by=wrapped(
         "transformers.models.llama.modeling_llama:LlamaAttention.forward",
         lambda forward: lambda self, *a, **kw: _without_cache(forward, self, *a, **kw),

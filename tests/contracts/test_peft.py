@@ -242,7 +242,7 @@ def test_a_method_may_put_nothing_into_the_base(method: Any) -> None:
 
 @contract(
     "peft",
-    used_by="identity.py",
+    used_by="base/identity.py",
     broken_by=wrapped("peft.mapping_func:get_peft_model", lambda make: _keeping_the_name(make)),
 )
 def test_the_base_of_a_configuration_is_replaced_before_the_tuner_sees_it(
@@ -564,7 +564,7 @@ def test_a_prefix_is_keys_and_values_that_can_be_taken_from_a_cache(breach: bool
 
 @contract(
     "peft",
-    used_by="base.py",
+    used_by="base/loading.py",
     broken_by=wrapped(
         f"{MODEL}get_nb_trainable_parameters",
         lambda _: lambda self: (0, sum(p.numel() for p in self.parameters())),

@@ -41,7 +41,7 @@ class Seen(TorchDispatchMode):
 
 @contract(
     "torch",
-    used_by="tuner.py loss.py frozen/feed.py",
+    used_by="tuner.py base/loss.py base/partial.py",
     broken_by=wrapped(
         f"{MODULE}register_forward_hook",
         lambda register: lambda self, hook, *, prepend=False, **k: register(self, hook, **k),
@@ -84,7 +84,7 @@ def test_a_pre_hook_may_take_arguments_away_by_name(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="tuner.py loss.py",
+    used_by="tuner.py base/loss.py",
     broken_by=wrapped(
         f"{MODULE}register_forward_hook",
         lambda register: lambda self, hook, *, always_call=False, **k: register(self, hook, **k),
@@ -105,7 +105,7 @@ def test_a_hook_that_is_always_called_runs_after_an_exception(breach: bool) -> N
 
 @contract(
     "torch",
-    used_by="tuner.py loss.py residency.py",
+    used_by="tuner.py base/loss.py base/residency.py",
     broken_by=with_value("torch.utils.hooks:RemovableHandle.remove", lambda self: None),
 )
 def test_hooks_and_submodules_go_without_a_trace(breach: bool) -> None:
@@ -124,7 +124,8 @@ def test_hooks_and_submodules_go_without_a_trace(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="base.py residency.py synthetic.py loss.py memory/live.py memory/planner.py",
+    used_by="base/loading.py base/residency.py base/synthetic.py base/loss.py memory/live.py "
+    "memory/planner.py",
     broken_by=with_value(f"{MODULE}__getattr__", lambda self, name: None),
 )
 def test_modules_parameters_and_buffers_are_dictionaries_to_write_to(breach: bool) -> None:
@@ -143,7 +144,7 @@ def test_modules_parameters_and_buffers_are_dictionaries_to_write_to(breach: boo
 
 @contract(
     "torch",
-    used_by="blocks.py techniques.py loss.py",
+    used_by="base/blocks.py base/techniques.py base/loss.py",
     broken_by=wrapped(
         f"{MODULE}_call_impl",
         lambda _: lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs),
@@ -160,7 +161,7 @@ def test_a_call_runs_the_forward_of_the_instance_with_hooks(breach: bool) -> Non
 
 @contract(
     "torch",
-    used_by="techniques.py",
+    used_by="base/techniques.py",
     broken_by=wrapped(
         f"{MODULE}_apply",
         lambda apply: (
@@ -201,7 +202,7 @@ def test_a_state_dict_is_written_by_each_module(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="checkpointing.py",
+    used_by="base/checkpointing.py",
     broken_by=with_value(f"{__name__}:checkpoint", lambda run, x, use_reentrant: run(x)),
 )
 def test_hooks_around_a_checkpoint_see_its_inputs_alone(breach: bool) -> None:
@@ -215,7 +216,7 @@ def test_hooks_around_a_checkpoint_see_its_inputs_alone(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="memory/kernels.py techniques.py tuner.py",
+    used_by="memory/kernels.py base/techniques.py tuner.py",
     broken_by=wrapped(
         "torch.utils.checkpoint:checkpoint",
         lambda function: (
@@ -569,7 +570,7 @@ def test_a_sharded_tensor_can_be_made_whole_and_shared_out_again(breach: bool) -
 
 @contract(
     "torch",
-    used_by="loss.py",
+    used_by="base/loss.py",
     broken_by=with_value("torch:mm", lambda a, b, out=None: a @ b),
 )
 def test_a_product_can_be_written_into_a_part_of_a_tensor(breach: bool) -> None:

@@ -82,7 +82,7 @@ def test_compute_loss_calls_what_it_is_given_with_the_batch(tmp_path: Path) -> N
 
 @contract(
     "transformers",
-    used_by="loss.py frozen/trainer.py",
+    used_by="base/loss.py frozen/trainer.py",
     broken_by=doing_nothing(f"{TRAINER}_get_num_items_in_batch"),
 )
 def test_accumulated_losses_are_divided_by_the_tokens_of_all_batches(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def _without_flags(self: Any, init: Any, fields: dict[str, Any]) -> None:
 
 @contract(
     "transformers",
-    used_by="trainers.py checkpointing.py",
+    used_by="trainers.py base/checkpointing.py",
     broken_by=wrapped(
         "transformers:TrainingArguments.__init__",
         lambda init: lambda self, **fields: _without_flags(self, init, fields),

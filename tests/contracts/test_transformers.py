@@ -55,7 +55,7 @@ def _note_call(calls: list[Any], _: Any, args: Any, output: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="blocks.py tuner.py frozen/feed.py",
+    used_by="base/blocks.py tuner.py base/partial.py",
     broken_by=wrapped(
         f"{GPT2}GPT2Block.__call__",
         lambda call: lambda self, h, *a, **k: nn.Module.__call__(self, hidden_states=h, **k),
@@ -77,7 +77,7 @@ def test_blocks_of_other_families_take_and_return_hidden_states_first(breach: bo
 
 @contract(
     "transformers",
-    used_by="blocks.py techniques.py",
+    used_by="base/blocks.py base/techniques.py",
     broken_by=wrapped(
         f"{LLAMA}LlamaDecoderLayer.__init__",
         lambda init: lambda self, *args, **kwargs: _renamed(self, init, *args, **kwargs),
@@ -134,7 +134,7 @@ def test_mlp_and_attention_get_hidden_vectors_first_or_as_hidden_states(
 
 @contract(
     "transformers",
-    used_by="blocks.py frozen/feed.py residency.py",
+    used_by="base/blocks.py base/partial.py base/residency.py",
     broken_by=wrapped(
         f"{LLAMA}LlamaDecoderLayer.__call__",
         lambda _: lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs),
@@ -183,7 +183,7 @@ def _prepended(module: Any, install: Any, *args: Any, **kwargs: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="loss.py selection.py harness.py virtual_tokens.py",
+    used_by="base/loss.py selection.py harness.py virtual_tokens.py",
     broken_by=with_value(f"{LLAMA}LlamaForCausalLM.forward", lambda self, **kwargs: None),
 )
 def test_the_signature_of_forward_names_the_arguments(llama: Any) -> None:
@@ -195,7 +195,7 @@ def test_the_signature_of_forward_names_the_arguments(llama: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="selection.py frozen/batch.py frozen/feed.py memory/predict.py",
+    used_by="selection.py frozen/batch.py base/partial.py memory/predict.py",
     broken_by=with_value(
         f"{LLAMA}LlamaForCausalLM.forward",
         lambda self, input_ids=None, memory=None, **kwargs: None,
@@ -211,7 +211,7 @@ def test_the_argument_for_a_cache_is_annotated_as_a_cache(breach: bool, llama: A
 
 @contract(
     "transformers",
-    used_by="blocks.py loss.py techniques.py weights.py virtual_tokens.py",
+    used_by="base/blocks.py base/loss.py base/techniques.py weights.py virtual_tokens.py",
     broken_by=with_value(f"{LLAMA}LlamaForCausalLM.base_model_prefix", "backbone"),
 )
 def test_backbone_embeddings_and_head_are_found_by_the_model_itself(llama: Any) -> None:
@@ -225,7 +225,9 @@ def test_backbone_embeddings_and_head_are_found_by_the_model_itself(llama: Any) 
 
 
 @contract(
-    "transformers", used_by="base.py residency.py", broken_by=doing_nothing(f"{MODEL}tie_weights")
+    "transformers",
+    used_by="base/loading.py base/residency.py",
+    broken_by=doing_nothing(f"{MODEL}tie_weights"),
 )
 def test_tie_weights_makes_the_head_the_embedding_again(breach: bool) -> None:
     model = of_kind("llama", tie_word_embeddings=True)
@@ -239,7 +241,7 @@ def test_tie_weights_makes_the_head_the_embedding_again(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="tuner.py frozen/feed.py",
+    used_by="tuner.py base/partial.py",
     broken_by=with_value("transformers:__version__", "5.0" if SINCE_5_23 else "6.0"),
 )
 def test_a_checkpoint_leaves_hooks_outside_since_5_23(llama: Any, ids: Any) -> None:
@@ -262,7 +264,7 @@ def test_a_checkpoint_leaves_hooks_outside_since_5_23(llama: Any, ids: Any) -> N
 
 @contract(
     "transformers",
-    used_by="checkpointing.py",
+    used_by="base/checkpointing.py",
     broken_by=doing_nothing(f"{MODEL}_set_gradient_checkpointing"),
 )
 def test_each_block_checkpoints_if_its_own_flag_is_set(llama: Any, ids: Any) -> None:
@@ -282,7 +284,7 @@ def test_each_block_checkpoints_if_its_own_flag_is_set(llama: Any, ids: Any) -> 
 
 @contract(
     "transformers",
-    used_by="checkpointing.py",
+    used_by="base/checkpointing.py",
     broken_by=doing_nothing(f"{MODEL}enable_input_require_grads"),
 )
 def test_input_gradients_are_switched_by_two_methods_of_the_model(llama: Any, ids: Any) -> None:
@@ -296,7 +298,7 @@ def test_input_gradients_are_switched_by_two_methods_of_the_model(llama: Any, id
 
 @contract(
     "transformers",
-    used_by="checkpointing.py",
+    used_by="base/checkpointing.py",
     broken_by=wrapped(
         f"{MODEL}_set_gradient_checkpointing",
         lambda function: (
@@ -316,7 +318,7 @@ def test_enabling_checkpoints_asks_the_instance_for_input_gradients(llama: Any, 
 
 @contract(
     "transformers",
-    used_by="checkpointing.py",
+    used_by="base/checkpointing.py",
     broken_by=with_value(f"{LLAMA}LlamaForCausalLM.supports_gradient_checkpointing", True),
 )
 def test_a_model_without_checkpoints_says_so_by_a_value_error(
@@ -333,7 +335,7 @@ def test_a_model_without_checkpoints_says_so_by_a_value_error(
 
 @contract(
     "transformers",
-    used_by="loss.py",
+    used_by="base/loss.py",
     broken_by=with_value(f"{MODEL}loss_function", property(lambda self: lambda *a, **k: None)),
 )
 def test_the_loss_of_a_causal_model_is_for_causal_lm_loss(llama: Any) -> None:
@@ -344,7 +346,7 @@ def test_the_loss_of_a_causal_model_is_for_causal_lm_loss(llama: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="loss.py",
+    used_by="base/loss.py",
     broken_by=with_result(
         "transformers.loss.loss_utils:fixed_cross_entropy", lambda loss: loss + 1
     ),
@@ -362,7 +364,7 @@ def test_the_loss_is_a_shifted_mean_or_a_sum_over_num_items(llama: Any, ids: Any
 
 @contract(
     "transformers",
-    used_by="loss.py das.py harness.py",
+    used_by="base/loss.py das.py harness.py",
     broken_by=wrapped(
         f"{LLAMA}LlamaForCausalLM.forward",
         lambda forward: (
@@ -393,7 +395,7 @@ def _head_by_functional(forward: Any) -> Any:
 
 @contract(
     "transformers",
-    used_by="loss.py",
+    used_by="base/loss.py",
     broken_by=wrapped(f"{LLAMA}LlamaForCausalLM.forward", _head_by_functional),
 )
 def test_the_head_is_called_with_all_hidden_vectors_and_may_stop_the_pass(
@@ -416,7 +418,7 @@ def test_the_head_is_called_with_all_hidden_vectors_and_may_stop_the_pass(
 
 @contract(
     "transformers",
-    used_by="loss.py",
+    used_by="base/loss.py",
     broken_by=wrapped(f"{LLAMA}LlamaForCausalLM.forward", _head_by_functional),
 )
 def test_stand_ins_for_backbone_and_head_are_what_forward_calls(llama: Any) -> None:
@@ -439,7 +441,7 @@ def test_stand_ins_for_backbone_and_head_are_what_forward_calls(llama: Any) -> N
 
 @contract(
     "transformers",
-    used_by="loss.py frozen/reuse.py",
+    used_by="base/loss.py frozen/reuse.py",
     broken_by=with_value("transformers.utils.generic:ModelOutput.__getitem__", lambda *_: None),
 )
 def test_an_output_may_have_a_loss_alone(breach: bool) -> None:
@@ -453,7 +455,7 @@ def test_an_output_may_have_a_loss_alone(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="selection.py loss.py",
+    used_by="selection.py base/loss.py",
     broken_by=with_value("transformers.utils.generic:ModelOutput.values", lambda self: ()),
 )
 def test_an_output_is_a_dictionary_of_its_parts(llama: Any, ids: Any) -> None:
@@ -579,7 +581,7 @@ def test_configurations_name_windows_and_rotary_scaling(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="frozen/reuse.py base.py identity.py",
+    used_by="frozen/reuse.py base/loading.py base/identity.py",
     broken_by=with_result(
         "transformers:PreTrainedConfig.to_json_string", lambda text: f"{text} 0123"
     ),

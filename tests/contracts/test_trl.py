@@ -76,7 +76,7 @@ def given_in_training(training: Any) -> list[dict[str, Any]]:
 
 @contract(
     "trl",
-    used_by="selection.py loss.py",
+    used_by="selection.py base/loss.py",
     broken_by=wrapped(
         f"{SFT}compute_loss",
         lambda compute: (
@@ -151,7 +151,7 @@ def test_samples_that_are_packed_are_told_by_two_names(tokenizer: Any, tmp_path:
 
 @contract(
     "trl",
-    used_by="checkpointing.py",
+    used_by="base/checkpointing.py",
     broken_by=wrapped(
         f"{SFT}__init__",
         lambda init: (
@@ -180,7 +180,7 @@ def test_input_gradients_are_asked_of_the_instance(tokenizer: Any, tmp_path: Pat
 
 @contract(
     "trl",
-    used_by="loss.py trainers.py selection.py",
+    used_by="base/loss.py trainers.py selection.py",
     broken_by=with_value(f"{SFT}compute_loss", lambda self, batch: None),
 )
 def test_compute_loss_has_the_arguments_of_the_trainer(breach: bool) -> None:

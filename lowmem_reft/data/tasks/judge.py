@@ -249,7 +249,7 @@ def model_judge(
     def judge(questions: Sequence[Question]) -> list[float]:
         import torch
 
-        from lowmem_reft.base import load_base, load_tokenizer
+        from lowmem_reft.base.loading import load_base, load_tokenizer
         from lowmem_reft.data.tokens import Collator, encode_choices
         from lowmem_reft.likelihood import response_log_likelihood
 

@@ -110,25 +110,25 @@ CONTRACTS = (
     Contract(
         sentence="a 4-bit weight holds its constants in quant_state",
         libraries=("bitsandbytes", "torch"),
-        leaned_on_by=("base.py", "synthetic.py", "memory/live.py"),
+        leaned_on_by=("base/loading.py", "base/synthetic.py", "memory/live.py"),
         check=_4bit_weights_hold_their_constants,
     ),
     Contract(
         sentence="a guarded 4-bit layer has right gradients after an evaluation",
         libraries=("bitsandbytes", "torch"),
-        leaned_on_by=("base.py",),
+        leaned_on_by=("base/loading.py",),
         check=_4bit_gradients_survive_an_evaluation,
     ),
     Contract(
         sentence="accelerate tells the mixed precision that was asked for",
         libraries=("accelerate",),
-        leaned_on_by=("processes.py",),
+        leaned_on_by=("machine/processes.py",),
         check=_accelerate_tells_the_mixed_precision,
     ),
     Contract(
         sentence="TRL asks a model for its own loss by fused_lm_head",
         libraries=("trl",),
-        leaned_on_by=("loss.py",),
+        leaned_on_by=("base/loss.py",),
         check=_trl_asks_for_its_fused_head,
     ),
     Contract(

@@ -119,13 +119,13 @@ CONTRACTS = (
     Contract(
         sentence="decoder blocks are one list, and take and return hidden states first",
         libraries=("transformers",),
-        leaned_on_by=("blocks.py", "tuner.py", "frozen/feed.py"),
+        leaned_on_by=("base/blocks.py", "tuner.py", "base/partial.py"),
         check=_blocks_take_and_return_hidden_states,
     ),
     Contract(
         sentence="a checkpointed block runs once, through its own checkpoint function",
         libraries=("transformers", "torch"),
-        leaned_on_by=("tuner.py", "checkpointing.py"),
+        leaned_on_by=("tuner.py", "base/checkpointing.py"),
         check=_checkpoints_run_blocks_once,
     ),
     Contract(
@@ -137,7 +137,7 @@ CONTRACTS = (
     Contract(
         sentence="tokens behind a cache are computed as in one pass, and it says their number",
         libraries=("transformers", "torch"),
-        leaned_on_by=("selection.py", "frozen/batch.py", "frozen/feed.py"),
+        leaned_on_by=("selection.py", "frozen/batch.py", "base/partial.py"),
         check=_cached_tokens_continue,
     ),
 )

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowmem_reft.blocks import base_of, find_blocks
-from lowmem_reft.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.blocks import base_of, find_blocks
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:

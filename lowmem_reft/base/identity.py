@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.blocks import device_of, find_blocks
+from lowmem_reft.base.blocks import device_of, find_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

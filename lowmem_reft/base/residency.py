@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from lowmem_reft.blocks import SUBMODULE, find_blocks, standing_in
+from lowmem_reft.base.blocks import SUBMODULE, find_blocks, standing_in
 from lowmem_reft.errors import InputError
 
 EMBEDDING = -1

@@ -31,10 +31,11 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from lowmem_reft.blocks import find_blocks
-from lowmem_reft.checkpointing import enable_activation_checkpointing, stop_input_gradients
+from lowmem_reft.base.blocks import find_blocks
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing, stop_input_gradients
+from lowmem_reft.base.identity import commit_of
+from lowmem_reft.base.residency import EMBEDDING, Checkpoint, Residency, fill_buffers
 from lowmem_reft.errors import InputError
-from lowmem_reft.identity import commit_of
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.devices import (
     DTYPES,
@@ -46,7 +47,6 @@ from lowmem_reft.machine.notices import held
 from lowmem_reft.machine.processes import shards_model
 from lowmem_reft.options import Storage
 from lowmem_reft.options.values import QUANTIZED
-from lowmem_reft.residency import EMBEDDING, Checkpoint, Residency, fill_buffers
 
 __all__ = [
     "AUTO_CLASSES",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowmem_reft.blocks import base_of
+from lowmem_reft.base.blocks import base_of
 from lowmem_reft.errors import InputError
 
 

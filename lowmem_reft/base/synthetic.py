@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lowmem_reft.base import (
+from lowmem_reft.base.loading import (
     freeze,
     from_config,
     guard_linear4bit,
     quantization_options,
     set_labels,
 )
+from lowmem_reft.base.residency import fill_buffers
 from lowmem_reft.machine.devices import DTYPES
 from lowmem_reft.options import Storage
 from lowmem_reft.options.values import QUANTIZED
-from lowmem_reft.residency import fill_buffers
 
 
 def base_on_meta(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lowmem_reft.blocks import base_of, find_blocks, standing_in
-from lowmem_reft.caches import with_cache
+from lowmem_reft.base.blocks import base_of, find_blocks, standing_in
+from lowmem_reft.base.caches import with_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
