@@ -22,9 +22,9 @@ from lowmem_reft.machine.lazy import names_on_use
 
 if TYPE_CHECKING:
     from lowmem_reft.base.loading import load_base, load_tokenizer, save_base
-    from lowmem_reft.composition import keep_orthogonal
-    from lowmem_reft.config import ReftConfig
-    from lowmem_reft.tuner import ReftModel
+    from lowmem_reft.reft.composition import keep_orthogonal
+    from lowmem_reft.reft.config import ReftConfig
+    from lowmem_reft.reft.tuner import ReftModel
 
 __version__ = "0.1.0"
 
@@ -42,10 +42,10 @@ __all__ = [
 __getattr__, __dir__ = names_on_use(
     __name__,
     {
-        "composition": ["keep_orthogonal"],
+        "reft.composition": ["keep_orthogonal"],
         "base.loading": ["load_base", "load_tokenizer", "save_base"],
-        "config": ["ReftConfig"],
-        "tuner": ["ReftModel"],
+        "reft.config": ["ReftConfig"],
+        "reft.tuner": ["ReftModel"],
     },
 )
 

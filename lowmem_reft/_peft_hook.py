@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_TUNERS = ("lowmem_reft.tuner", "lowmem_reft.lora_reft", "lowmem_reft.weights")
+_TUNERS = ("lowmem_reft.reft.tuner", "lowmem_reft.reft.lora_reft", "lowmem_reft.weights")
 
 
 def install() -> None:
@@ -31,14 +31,15 @@ def install() -> None:
 def _import_tuners() -> None:
     for name in _TUNERS:
         importlib.import_module(name)
-    importlib.import_module("lowmem_reft.registration").explain_peft_check()
+    importlib.import_module("lowmem_reft.reft.peft_method").explain_peft_check()
 
 
 class _AfterPeft(MetaPathFinder):
     """Imports the tuners after the outermost of ``peft`` and this package's own modules.
 
-    The outermost, because the tuners need the rest of the package: ``lowmem_reft.config`` imports
-    ``peft`` before it has defined ``ReftConfig``, and importing the tuners just then would fail.
+    The outermost, because the tuners need the rest of the package: ``lowmem_reft.reft.config``
+    imports ``peft`` before it has defined ``ReftConfig``, and importing the tuners just then would
+    fail.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from lowmem_reft.attach import peft_notices_hidden, prepare_base
 from lowmem_reft.base.blocks import SUBMODULE, base_of, find_blocks
 from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.errors import InputError
-from lowmem_reft.tuner import ReftLayer
+from lowmem_reft.reft.tuner import ReftLayer
 from lowmem_reft.weights import WeightsConfig
 
 

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from lowmem_reft.base.blocks import device_of, hidden_size
 from lowmem_reft.base.partial import feeding, run_up_to
-from lowmem_reft.interventions import InterchangeIntervention
+from lowmem_reft.reft.interventions import InterchangeIntervention
 
 CHUNK_PROMPTS = 512
 """Prompts of a forward pass without gradients."""

@@ -30,7 +30,7 @@ from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.progress import progress
-from lowmem_reft.tuner import ReftLayer, prompt_arguments
+from lowmem_reft.reft.tuner import ReftLayer, prompt_arguments
 from lowmem_reft.virtual_tokens import (
     embeds_virtual_tokens,
     generate,

@@ -83,7 +83,7 @@ def build_peft_config(
 
 
 def _reft(request: Request) -> PeftConfig:
-    from lowmem_reft.config import ReftConfig
+    from lowmem_reft.reft.config import ReftConfig
 
     return ReftConfig(task_type=request.task_type, **request.method.fixed, **request.given)
 
@@ -95,7 +95,7 @@ def _lora(request: Request) -> PeftConfig:
 
 
 def _lora_reft(request: Request) -> PeftConfig:
-    from lowmem_reft.lora_reft import LoraReftConfig
+    from lowmem_reft.reft.lora_reft import LoraReftConfig
 
     names = ("rank", "act", "init", "layers", "positions", "tie", "component", "dropout")
     reft = {name: request.given[name] for name in names if name in request.given}
@@ -120,7 +120,7 @@ def _lora_fields(request: Request, rank_name: str) -> dict[str, Any]:
 
 def _on_layers(config: Any, request: Request) -> PeftConfig:
     """Restrict LoRA to the blocks that ``layers`` names."""
-    from lowmem_reft.config import resolve_layers
+    from lowmem_reft.reft.config import resolve_layers
 
     layers = request.given.get("layers", "all")
     if layers != "all":
@@ -145,7 +145,7 @@ def _ia3(request: Request) -> PeftConfig:
 def _ln_tuning(request: Request) -> PeftConfig:
     from peft import LNTuningConfig
 
-    from lowmem_reft.config import resolve_layers
+    from lowmem_reft.reft.config import resolve_layers
 
     layers = request.given.get("layers", "all")
     targets = None  # all norms, found where the base is known: ``attach.prepare_base``

@@ -27,7 +27,6 @@ from lowmem_reft.adapted import load_frozen
 from lowmem_reft.base.blocks import device_of
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.loading import load_config, load_tokenizer
-from lowmem_reft.config import ReftConfig
 from lowmem_reft.data.rows import as_choices, label_names, load_rows, rows_digest
 from lowmem_reft.data.tokens import (
     IGNORED_LABEL,
@@ -57,7 +56,8 @@ from lowmem_reft.methods import (
 )
 from lowmem_reft.model_card import write_model_card
 from lowmem_reft.plan import fit_into_memory
-from lowmem_reft.positions import num_groups, parse_positions
+from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.positions import num_groups, parse_positions
 from lowmem_reft.run_directory import last_checkpoint, prepare_directory
 from lowmem_reft.tracking import RunArguments, Trackers
 from lowmem_reft.training_card import TrainingCard, merge_card

@@ -25,7 +25,7 @@ from lowmem_reft.frozen.prepare import prepare
 from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.frozen.trainer import INDEX, IndexCollator, from_store
 from lowmem_reft.options import ReuseOptions
-from lowmem_reft.positions import find_prompt, packed_segments
+from lowmem_reft.reft.positions import find_prompt, packed_segments
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.registration import peft_type, register
+from lowmem_reft.reft.peft_method import peft_type, register
 
 NAME = "WEIGHTS"
 

@@ -14,9 +14,9 @@ from snippets import read_blocks
 from torch import Tensor, nn
 
 import lowmem_reft as lr
-from lowmem_reft.composition import RotationBeside, low_rank, weighted_sum
 from lowmem_reft.errors import InputError
-from lowmem_reft.interventions import (
+from lowmem_reft.reft.composition import RotationBeside, low_rank, weighted_sum
+from lowmem_reft.reft.interventions import (
     INTERVENTIONS,
     DiReft,
     LoReft,
@@ -24,7 +24,7 @@ from lowmem_reft.interventions import (
     build_intervention,
     orthonormal_rows,
 )
-from lowmem_reft.lora_reft import LoraReftConfig
+from lowmem_reft.reft.lora_reft import LoraReftConfig
 
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(5))
 NAMES = ("one", "two")  # of one letter, PEFT takes them for parts of its own names

@@ -34,9 +34,9 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.positions import assign_groups, num_groups, parse_positions
+from lowmem_reft.reft.positions import assign_groups, num_groups, parse_positions
+from lowmem_reft.reft.tuner import ReftLayer
 from lowmem_reft.train import _edits_in_every_batch, run_training
-from lowmem_reft.tuner import ReftLayer
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "accelerate"

@@ -25,7 +25,7 @@ from lowmem_reft.cell import Cell, Result, write_cell
 from lowmem_reft.data.tasks.registry import TASKS
 from lowmem_reft.engines import processes
 from lowmem_reft.engines.child import result_or_cause
-from lowmem_reft.interventions import INTERVENTIONS
+from lowmem_reft.reft.interventions import INTERVENTIONS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -11,12 +11,12 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from lowmem_reft.config import ReftConfig
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import encode_choices
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, extract_answer, run_evaluation, score
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions, ReuseOptions
+from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.training_card import TrainingCard
 
 ROWS = [

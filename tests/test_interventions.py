@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.optimization import Adafactor
 
-from lowmem_reft import InputError, ReftConfig, interventions
-from lowmem_reft.interventions import (
+from lowmem_reft import InputError, ReftConfig
+from lowmem_reft.reft import interventions
+from lowmem_reft.reft.interventions import (
     INTERVENTIONS,
     InterchangeIntervention,
     Rotation,

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_reft import cli
 from lowmem_reft.adapted import load_adapted
-from lowmem_reft.config import ReftConfig
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import Collator, encode_choices, encode_prompts
 from lowmem_reft.errors import InputError
@@ -35,6 +34,7 @@ from lowmem_reft.options import (
     ScoredDataOptions,
     ScoringOptions,
 )
+from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.training_card import TrainingCard
 
 ROWS = [

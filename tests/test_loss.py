@@ -28,8 +28,8 @@ from lowmem_reft.base.loss import (
     supervised_head_arguments,
     use_chunked_loss,
 )
-from lowmem_reft.config import ReftConfig
 from lowmem_reft.likelihood import response_log_likelihood
+from lowmem_reft.reft.config import ReftConfig
 
 VOCAB, HIDDEN = 97, 32
 COMMON = {

@@ -15,9 +15,7 @@ from transformers import AutoConfig
 
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.cli import main
-from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
-from lowmem_reft.interventions import intervention_options
 from lowmem_reft.methods import (
     METHODS,
     PROFILES,
@@ -30,6 +28,8 @@ from lowmem_reft.methods import (
     resolve_learning_rate,
 )
 from lowmem_reft.options import MemoryOptions, MethodOptions, OptimOptions
+from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.interventions import intervention_options
 
 
 def test_overrides_are_split_outside_brackets_only() -> None:

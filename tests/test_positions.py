@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_reft import InputError, positions
-from lowmem_reft.positions import (
+from lowmem_reft import InputError
+from lowmem_reft.reft import positions
+from lowmem_reft.reft.positions import (
     Positions,
     assign_groups,
     find_prompt,

@@ -23,13 +23,13 @@ from torch.nn.utils.parametrizations import orthogonal
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
 
 from lowmem_reft import cli
-from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import ExportPyreftOptions, ImportPyreftOptions
-from lowmem_reft.positions import assign_groups, parse_positions
 from lowmem_reft.pyreft.exporting import run_export
 from lowmem_reft.pyreft.importing import run_import
 from lowmem_reft.pyreft.parameters import orthogonal_columns
+from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.positions import assign_groups, parse_positions
 from lowmem_reft.training_card import load_card
 
 DATA = Path(__file__).parent / "data" / "pyreft"

@@ -12,7 +12,7 @@ from transformers.integrations import peft as integration
 from transformers.utils import check_peft_version
 
 from lowmem_reft import InputError, ReftConfig
-from lowmem_reft.registration import explain_peft_check
+from lowmem_reft.reft.peft_method import explain_peft_check
 
 IS_REFUSED = Version(version("peft")) < Version(integration.MIN_PEFT_VERSION)
 CALLS = {

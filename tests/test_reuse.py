@@ -15,7 +15,6 @@ from transformers import AutoConfig
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.synthetic import base_with_random_weights
-from lowmem_reft.config import ReftConfig
 from lowmem_reft.constant import num_constant_blocks
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.prepare import prepare
@@ -25,6 +24,7 @@ from lowmem_reft.frozen.split import ReuseError, find_split
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store
 from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.options import ReuseOptions
+from lowmem_reft.reft.config import ReftConfig
 
 SIZES = {
     "vocab_size": 256,

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lowmem_reft as lr
-from lowmem_reft import InputError, tuner
+from lowmem_reft import InputError
 from lowmem_reft.base import techniques
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.base.techniques import (
@@ -25,6 +25,7 @@ from lowmem_reft.base.techniques import (
 )
 from lowmem_reft.memory import track
 from lowmem_reft.options import MemoryOptions
+from lowmem_reft.reft import tuner
 
 NUM_EXAMPLES, SEQ = 3, 20
 BASES = ["llama-fp32", "llama-nf4", "gpt2-fp32", "gpt2-nf4"]

@@ -23,7 +23,7 @@ from lowmem_reft.data.tokens import Collator
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory import MemoryCallback
 from lowmem_reft.options import ReuseOptions
-from lowmem_reft.selection import Selector
+from lowmem_reft.reft.selection import Selector
 from lowmem_reft.trainers import PromptMixin, ReuseMixin
 
 trl = pytest.importorskip("trl", minversion="1.16")
@@ -390,7 +390,7 @@ def test_sft_of_conversations_edits_what_comes_before_the_first_answer(
 @pytest.fixture
 def span_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the warning be given again."""
-    monkeypatch.setattr("lowmem_reft.positions._warned_spans", False)
+    monkeypatch.setattr("lowmem_reft.reft.positions._warned_spans", False)
 
 
 def test_packed_samples_are_edited_and_trained_like_single_ones(

@@ -33,8 +33,8 @@ from lowmem_reft import InputError
 from lowmem_reft.base.caches import caches_in, with_cache
 from lowmem_reft.base.loading import base_digest, enable_activation_checkpointing
 from lowmem_reft.base.techniques import chunk_mlps
-from lowmem_reft.interventions import orthonormal_rows
-from lowmem_reft.tuner import prompt_arguments
+from lowmem_reft.reft.interventions import orthonormal_rows
+from lowmem_reft.reft.tuner import prompt_arguments
 
 PAD = 0
 IDS = torch.tensor([[5, 9, 23, 40, 41, 60, 7, 81], [6, 17, 99, 12, 33, 52, 8, 90]])
@@ -642,7 +642,7 @@ def test_a_prompt_mask_of_another_shape_is_refused(base: Any) -> None:
 def test_a_prepared_mask_gives_the_attended_tokens(
     base: Any, query_length: int, as_dict: bool
 ) -> None:
-    from lowmem_reft.selection import _attended
+    from lowmem_reft.reft.selection import _attended
 
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
     prepared: Any = (mask[:, None, None, :] == 0).float() * -1e9
@@ -1107,7 +1107,7 @@ def test_a_parallel_adapter_has_the_same_gradients_recomputed_and_in_chunks(
     model = adapt(base, **fields).train()
     model(input_ids=IDS, labels=LABELS).loss.backward()
     expected = gradients(model)
-    monkeypatch.setattr("lowmem_reft.tuner.CHUNK_TOKENS", 5)
+    monkeypatch.setattr("lowmem_reft.reft.tuner.CHUNK_TOKENS", 5)
     enable_activation_checkpointing(base)
     if mlp_tokens:
         chunk_mlps(base, mlp_tokens)

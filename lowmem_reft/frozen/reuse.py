@@ -47,7 +47,7 @@ from lowmem_reft.frozen.split import (
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store, key_of
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.processes import main_first
-from lowmem_reft.tuner import prompt_arguments
+from lowmem_reft.reft.tuner import prompt_arguments
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from lowmem_reft.constant import num_constant_blocks
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.frozen.store import CorruptShardError
-from lowmem_reft.tuner import ReftModel
+from lowmem_reft.reft.tuner import ReftModel
 
 Example = dict[str, Any]
 """``input_ids`` and ``labels``: lists of integers (labels: one number for a head over texts)."""

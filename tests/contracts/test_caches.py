@@ -83,7 +83,7 @@ def grow(cache: Any, length: int, start: int = 0) -> None:
 
 @contract(
     "transformers",
-    used_by="base/caches.py past.py memory/predict.py",
+    used_by="base/caches.py reft/past.py memory/predict.py",
     broken_by=with_result(f"{CACHE}StaticLayer.get_seq_length", lambda length: length * 0),
 )
 def test_every_cache_counts_its_tokens_also_beyond_a_window(breach: bool) -> None:
@@ -128,7 +128,7 @@ def test_a_recurrent_state_has_no_length_but_says_whether_it_is_empty(ids: Any) 
 
 @contract(
     "transformers",
-    used_by="past.py",
+    used_by="reft/past.py",
     broken_by=doing_nothing(f"{CACHE}Cache.crop"),
 )
 def test_a_cache_is_cropped_by_a_number_of_tokens(breach: bool) -> None:
@@ -251,7 +251,7 @@ def _without_cache(forward: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contract(
     "transformers",
-    used_by="past.py",
+    used_by="reft/past.py",
     broken_by=without(f"{CACHE}Cache.reorder_cache"),
 )
 def test_beams_reorder_a_cache_in_place(breach: bool) -> None:

@@ -57,7 +57,7 @@ def padded(ids: Tensor) -> Tensor:
 
 @contract(
     "transformers",
-    used_by="selection.py past.py",
+    used_by="reft/selection.py reft/past.py",
     broken_by=wrapped(
         f"{GENERATE}_update_model_kwargs_for_generation",
         lambda update: (
@@ -82,7 +82,7 @@ def _with_narrow_mask(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @contract(
     "transformers",
-    used_by="selection.py past.py",
+    used_by="reft/selection.py reft/past.py",
     broken_by=wrapped(
         f"{GENERATE}prepare_inputs_for_generation",
         lambda prepare: functools.wraps(prepare)(
@@ -99,7 +99,7 @@ def test_a_mask_without_padding_is_as_wide_as_all_tokens_or_left_out(llama: Any,
 
 @contract(
     "transformers",
-    used_by="selection.py",
+    used_by="reft/selection.py",
     broken_by=wrapped(
         f"{GENERATE}_prepare_attention_mask_for_generation",
         lambda _: lambda self, tensor, *a, **k: torch.ones(tensor.shape[:2], dtype=torch.long),
@@ -123,7 +123,7 @@ def test_a_mask_that_is_not_given_hides_pad_tokens_unless_they_end_texts(
 
 @contract(
     "transformers",
-    used_by="past.py",
+    used_by="reft/past.py",
     broken_by=wrapped(
         f"{GENERATE}_expand_inputs_for_generation",
         lambda expand: lambda *a, **k: _shuffled(expand(*a, **k)),
@@ -144,7 +144,7 @@ def _shuffled(expanded: Any) -> Any:
 
 @contract(
     "transformers",
-    used_by="past.py",
+    used_by="reft/past.py",
     broken_by=wrapped(
         "transformers.cache_utils:Cache.get_seq_length",
         lambda function: lambda self, *a, **k: 0,
@@ -161,7 +161,7 @@ def test_chunked_prefill_goes_on_with_one_cache(llama: Any, ids: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="past.py",
+    used_by="reft/past.py",
     broken_by=wrapped(
         "transformers.generation.logits_process:"
         "UnbatchedClassifierFreeGuidanceLogitsProcessor.get_unconditional_logits",
@@ -186,7 +186,7 @@ def test_classifier_free_guidance_runs_a_second_prompt_with_its_own_cache(
 
 @contract(
     "transformers",
-    used_by="past.py",
+    used_by="reft/past.py",
     broken_by=doing_nothing("transformers.cache_utils:Cache.crop"),
 )
 def test_assisted_decoding_takes_tokens_back_from_the_cache(llama: Any) -> None:
@@ -203,7 +203,7 @@ def test_assisted_decoding_takes_tokens_back_from_the_cache(llama: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="selection.py",
+    used_by="reft/selection.py",
     broken_by=with_value(
         "transformers.cache_utils:Cache.is_compileable", property(lambda self: False)
     ),
@@ -244,7 +244,7 @@ def test_generate_uses_a_cache_although_the_model_does_not(llama: Any, ids: Any)
 
 @contract(
     "transformers",
-    used_by="past.py selection.py",
+    used_by="reft/past.py reft/selection.py",
     broken_by=with_value("transformers:LlamaForCausalLM.main_input_name", "pixel_values"),
 )
 def test_generate_takes_a_prompt_by_three_names(llama: Any, ids: Any) -> None:
@@ -260,7 +260,7 @@ def test_generate_takes_a_prompt_by_three_names(llama: Any, ids: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="past.py",
+    used_by="reft/past.py",
     broken_by=wrapped(
         f"{GENERATE}_prefill",
         lambda prefill: (
@@ -279,7 +279,7 @@ def test_without_a_cache_every_pass_reads_all_tokens(llama: Any, ids: Any) -> No
 
 @contract(
     "transformers",
-    used_by="tuner.py",
+    used_by="reft/tuner.py",
     broken_by=without("transformers.generation.continuous_batching:ContinuousMixin.generate_batch"),
 )
 def test_continuous_batching_goes_by_generate_batch(llama: Any) -> None:

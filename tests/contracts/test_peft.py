@@ -172,7 +172,7 @@ def layer_of(model: Any) -> Any:
 
 @contract(
     "peft",
-    used_by="registration.py",
+    used_by="reft/peft_method.py",
     broken_by=with_value(f"{__name__}:PeftType", enum.Enum("PeftType", ["LORA"])),
 )
 def test_methods_are_members_of_an_enum_of_strings(breach: bool) -> None:
@@ -185,7 +185,7 @@ def test_methods_are_members_of_an_enum_of_strings(breach: bool) -> None:
 
 @contract(
     "peft",
-    used_by="registration.py config.py",
+    used_by="reft/peft_method.py reft/config.py",
     broken_by=with_value(f"{__name__}:register_peft_method", lambda **_: None),
 )
 def test_a_new_method_is_found_by_its_name_in_a_file(method: Any, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_new_method_is_found_by_its_name_in_a_file(method: Any, tmp_path: Path
 
 @contract(
     "peft",
-    used_by="tuner.py weights.py",
+    used_by="reft/tuner.py weights.py",
     broken_by=doing_nothing(f"{TUNERS}BaseTuner.set_adapter"),
 )
 def test_a_tuner_is_asked_before_it_is_injected_and_marks_what_is_trained(method: Any) -> None:
@@ -218,7 +218,7 @@ def test_a_tuner_is_asked_before_it_is_injected_and_marks_what_is_trained(method
 
 @contract(
     "peft",
-    used_by="tuner.py",
+    used_by="reft/tuner.py",
     broken_by=with_value(
         f"{TUNERS}check_target_module_exists",
         lambda config, key: key.startswith(str(config.target_modules)),
@@ -271,7 +271,7 @@ def _keeping_the_name(make: Any) -> Any:
 
 @contract(
     "peft",
-    used_by="weights.py tuner.py",
+    used_by="weights.py reft/tuner.py",
     broken_by=doing_nothing(f"{TUNERS}BaseTuner.disable_adapter_layers"),
 )
 def test_disable_adapter_reaches_the_tuner_its_layers_and_a_flag(method: Any) -> None:
@@ -304,7 +304,7 @@ def test_disable_adapter_changes_what_requires_a_gradient(method: Any) -> None:
 
 @contract(
     "peft",
-    used_by="tuner.py lora_reft.py",
+    used_by="reft/tuner.py reft/lora_reft.py",
     broken_by=wrapped(
         f"{CAUSAL}generate",
         lambda _: lambda self, *args, **kwargs: self.get_base_model().generate(*args, **kwargs),
@@ -319,7 +319,7 @@ def test_generate_is_the_tuners_own(method: Any, ids: Any) -> None:
 
 @contract(
     "peft",
-    used_by="tuner.py weights.py lora_reft.py",
+    used_by="reft/tuner.py weights.py reft/lora_reft.py",
     broken_by=wrapped(
         f"{TUNERS}BaseTuner._get_adapter_state_dict",
         lambda _: lambda cls, **kwargs: kwargs["state_dict"],
@@ -339,7 +339,7 @@ def test_what_is_saved_has_no_name_of_an_adapter_and_comes_back(method: Any) -> 
 
 @contract(
     "peft",
-    used_by="tuner.py",
+    used_by="reft/tuner.py",
     broken_by=wrapped(
         "peft.peft_model:set_peft_model_state_dict",
         lambda load: lambda *args, **kwargs: load(*args, **{**kwargs, "low_cpu_mem_usage": False}),
@@ -357,7 +357,7 @@ def test_layers_are_told_to_move_an_adapter_that_was_loaded_onto_meta(
 
 @contract(
     "peft",
-    used_by="tuner.py lora_reft.py",
+    used_by="reft/tuner.py reft/lora_reft.py",
     broken_by=doing_nothing(f"{TUNERS}BaseTuner._unload_and_optionally_merge"),
 )
 def test_unload_gives_the_base_with_its_own_head(method: Any) -> None:
@@ -371,7 +371,7 @@ def test_unload_gives_the_base_with_its_own_head(method: Any) -> None:
 
 @contract(
     "peft",
-    used_by="tuner.py frozen/split.py",
+    used_by="reft/tuner.py frozen/split.py",
     broken_by=wrapped(
         "peft.utils.other:ModulesToSaveWrapper.update",
         lambda update: lambda self, name, **k: _as_list(self, update, name, **k),
@@ -399,7 +399,7 @@ def _as_list(self: Any, update: Any, name: str, **kwargs: Any) -> None:
 
 @contract(
     "peft",
-    used_by="tuner.py",
+    used_by="reft/tuner.py",
     broken_by=wrapped(
         "peft.utils.other:AuxiliaryTrainingWrapper.forward",
         lambda _: lambda self, *args, **kwargs: self.original_module(*args, **kwargs),
@@ -417,7 +417,7 @@ def test_a_wrapper_takes_the_names_of_adapters_by_example(method: Any) -> None:
 
 @contract(
     "peft",
-    used_by="composition.py lora_reft.py",
+    used_by="reft/composition.py reft/lora_reft.py",
     broken_by=with_value(f"{TUNERS}BaseTuner.active_adapters", property(lambda self: ["default"])),
 )
 def test_active_adapters_of_a_tuner_follow_an_attribute(method: Any) -> None:
@@ -432,7 +432,7 @@ def test_active_adapters_of_a_tuner_follow_an_attribute(method: Any) -> None:
 
 @contract(
     "peft",
-    used_by="lora_reft.py",
+    used_by="reft/lora_reft.py",
     broken_by=with_value("peft.tuners.lora:LoraModel.prefix", "lo_"),
 )
 def test_lora_has_a_prefix_hooks_and_keys_that_can_be_inherited(breach: bool) -> None:

@@ -41,7 +41,7 @@ class Seen(TorchDispatchMode):
 
 @contract(
     "torch",
-    used_by="tuner.py base/loss.py base/partial.py",
+    used_by="reft/tuner.py base/loss.py base/partial.py",
     broken_by=wrapped(
         f"{MODULE}register_forward_hook",
         lambda register: lambda self, hook, *, prepend=False, **k: register(self, hook, **k),
@@ -62,7 +62,7 @@ def test_a_prepended_hook_runs_first_and_may_replace_the_output(breach: bool) ->
 
 @contract(
     "torch",
-    used_by="tuner.py attach.py memory/predict.py",
+    used_by="reft/tuner.py attach.py memory/predict.py",
     broken_by=wrapped(
         f"{MODULE}register_forward_pre_hook",
         lambda register: (
@@ -84,7 +84,7 @@ def test_a_pre_hook_may_take_arguments_away_by_name(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="tuner.py base/loss.py",
+    used_by="reft/tuner.py base/loss.py",
     broken_by=wrapped(
         f"{MODULE}register_forward_hook",
         lambda register: lambda self, hook, *, always_call=False, **k: register(self, hook, **k),
@@ -105,7 +105,7 @@ def test_a_hook_that_is_always_called_runs_after_an_exception(breach: bool) -> N
 
 @contract(
     "torch",
-    used_by="tuner.py base/loss.py base/residency.py",
+    used_by="reft/tuner.py base/loss.py base/residency.py",
     broken_by=with_value("torch.utils.hooks:RemovableHandle.remove", lambda self: None),
 )
 def test_hooks_and_submodules_go_without_a_trace(breach: bool) -> None:
@@ -183,7 +183,7 @@ def test_moving_and_casting_go_through_apply_of_each_module(breach: bool) -> Non
 
 @contract(
     "torch",
-    used_by="composition.py",
+    used_by="reft/composition.py",
     broken_by=doing_nothing(f"{MODULE}_save_to_state_dict"),
 )
 def test_a_state_dict_is_written_by_each_module(breach: bool) -> None:
@@ -216,7 +216,7 @@ def test_hooks_around_a_checkpoint_see_its_inputs_alone(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="memory/kernels.py base/techniques.py tuner.py",
+    used_by="memory/kernels.py base/techniques.py reft/tuner.py",
     broken_by=wrapped(
         "torch.utils.checkpoint:checkpoint",
         lambda function: (
@@ -252,7 +252,7 @@ def test_a_hook_tells_when_a_gradient_was_accumulated(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="interventions.py",
+    used_by="reft/interventions.py",
     broken_by=with_value(
         "torch.optim.optimizer:register_optimizer_step_post_hook",
         lambda hook: RemovableHandle(OrderedDict()),
@@ -275,7 +275,7 @@ def test_every_optimizer_step_is_told_to_one_hook(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="interventions.py",
+    used_by="reft/interventions.py",
     broken_by=with_value("torch:Tensor._version", property(lambda self: 0)),
 )
 def test_the_version_of_a_tensor_counts_writes_in_place(breach: bool) -> None:

@@ -140,7 +140,7 @@ def _hidden(self: Any, init: Any, kwargs: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="trainers.py selection.py",
+    used_by="trainers.py reft/selection.py",
     broken_by=wrapped(
         f"{TRAINER}compute_loss",
         lambda compute: (

@@ -55,7 +55,7 @@ def _note_call(calls: list[Any], _: Any, args: Any, output: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="base/blocks.py tuner.py base/partial.py",
+    used_by="base/blocks.py reft/tuner.py base/partial.py",
     broken_by=wrapped(
         f"{GPT2}GPT2Block.__call__",
         lambda call: lambda self, h, *a, **k: nn.Module.__call__(self, hidden_states=h, **k),
@@ -107,7 +107,7 @@ def _renamed(self: Any, init: Any, *args: Any, **kwargs: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="tuner.py",
+    used_by="reft/tuner.py",
     broken_by=wrapped(
         f"{LLAMA}LlamaMLP.__call__",
         lambda _: lambda self, hidden: nn.Module.__call__(self, x=hidden),
@@ -154,7 +154,7 @@ def test_a_forward_in_the_instance_stands_in_for_a_block(llama: Any, ids: Any) -
 
 @contract(
     "transformers",
-    used_by="tuner.py",
+    used_by="reft/tuner.py",
     broken_by=wrapped(
         "transformers.utils.output_capturing:install_output_capuring_hook",
         lambda install: lambda module, *args, **kw: _prepended(module, install, *args, **kw),
@@ -183,7 +183,7 @@ def _prepended(module: Any, install: Any, *args: Any, **kwargs: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="base/loss.py selection.py harness.py virtual_tokens.py",
+    used_by="base/loss.py reft/selection.py harness.py virtual_tokens.py",
     broken_by=with_value(f"{LLAMA}LlamaForCausalLM.forward", lambda self, **kwargs: None),
 )
 def test_the_signature_of_forward_names_the_arguments(llama: Any) -> None:
@@ -195,7 +195,7 @@ def test_the_signature_of_forward_names_the_arguments(llama: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="selection.py frozen/batch.py base/partial.py memory/predict.py",
+    used_by="reft/selection.py frozen/batch.py base/partial.py memory/predict.py",
     broken_by=with_value(
         f"{LLAMA}LlamaForCausalLM.forward",
         lambda self, input_ids=None, memory=None, **kwargs: None,
@@ -241,7 +241,7 @@ def test_tie_weights_makes_the_head_the_embedding_again(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="tuner.py base/partial.py",
+    used_by="reft/tuner.py base/partial.py",
     broken_by=with_value("transformers:__version__", "5.0" if SINCE_5_23 else "6.0"),
 )
 def test_a_checkpoint_leaves_hooks_outside_since_5_23(llama: Any, ids: Any) -> None:
@@ -455,7 +455,7 @@ def test_an_output_may_have_a_loss_alone(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="selection.py base/loss.py",
+    used_by="reft/selection.py base/loss.py",
     broken_by=with_value("transformers.utils.generic:ModelOutput.values", lambda self: ()),
 )
 def test_an_output_is_a_dictionary_of_its_parts(llama: Any, ids: Any) -> None:
@@ -597,7 +597,7 @@ def test_a_configuration_knows_attention_and_takes_a_commit(breach: bool) -> Non
 
 @contract(
     "transformers",
-    used_by="registration.py",
+    used_by="reft/peft_method.py",
     broken_by=doing_nothing("transformers.integrations.peft:PeftAdapterMixin.add_adapter"),
 )
 def test_add_adapter_checks_the_version_of_peft_by_a_function_of_its_module(

@@ -76,7 +76,7 @@ def given_in_training(training: Any) -> list[dict[str, Any]]:
 
 @contract(
     "trl",
-    used_by="selection.py base/loss.py",
+    used_by="reft/selection.py base/loss.py",
     broken_by=wrapped(
         f"{SFT}compute_loss",
         lambda compute: (
@@ -180,7 +180,7 @@ def test_input_gradients_are_asked_of_the_instance(tokenizer: Any, tmp_path: Pat
 
 @contract(
     "trl",
-    used_by="base/loss.py trainers.py selection.py",
+    used_by="base/loss.py trainers.py reft/selection.py",
     broken_by=with_value(f"{SFT}compute_loss", lambda self, batch: None),
 )
 def test_compute_loss_has_the_arguments_of_the_trainer(breach: bool) -> None:

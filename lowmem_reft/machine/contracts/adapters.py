@@ -152,25 +152,25 @@ CONTRACTS = (
     Contract(
         sentence="PEFT puts an adapter into a model through the hooks of its tuner",
         libraries=("peft", "transformers"),
-        leaned_on_by=("tuner.py", "weights.py", "lora_reft.py"),
+        leaned_on_by=("reft/tuner.py", "weights.py", "reft/lora_reft.py"),
         check=_injects_through_hooks,
     ),
     Contract(
         sentence="PEFT switches, freezes and deletes an adapter in every layer of a tuner",
         libraries=("peft",),
-        leaned_on_by=("tuner.py", "weights.py"),
+        leaned_on_by=("reft/tuner.py", "weights.py"),
         check=_switches_layers,
     ),
     Contract(
         sentence="PEFT asks a tuner before it merges an adapter",
         libraries=("peft",),
-        leaned_on_by=("tuner.py", "lora_reft.py"),
+        leaned_on_by=("reft/tuner.py", "reft/lora_reft.py"),
         check=_asks_before_merging,
     ),
     Contract(
         sentence="forward and generate of PEFT enter the tuner's hooks with adapter_names",
         libraries=("peft", "transformers"),
-        leaned_on_by=("tuner.py", "lora_reft.py"),
+        leaned_on_by=("reft/tuner.py", "reft/lora_reft.py"),
         check=_enters_hooks,
     ),
 )

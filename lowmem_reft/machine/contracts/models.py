@@ -119,25 +119,25 @@ CONTRACTS = (
     Contract(
         sentence="decoder blocks are one list, and take and return hidden states first",
         libraries=("transformers",),
-        leaned_on_by=("base/blocks.py", "tuner.py", "base/partial.py"),
+        leaned_on_by=("base/blocks.py", "reft/tuner.py", "base/partial.py"),
         check=_blocks_take_and_return_hidden_states,
     ),
     Contract(
         sentence="a checkpointed block runs once, through its own checkpoint function",
         libraries=("transformers", "torch"),
-        leaned_on_by=("tuner.py", "base/checkpointing.py"),
+        leaned_on_by=("reft/tuner.py", "base/checkpointing.py"),
         check=_checkpoints_run_blocks_once,
     ),
     Contract(
         sentence="every pass of generate goes through the model, with the one cache of its tokens",
         libraries=("transformers",),
-        leaned_on_by=("selection.py", "tuner.py"),
+        leaned_on_by=("reft/selection.py", "reft/tuner.py"),
         check=_generate_passes_through_the_model,
     ),
     Contract(
         sentence="tokens behind a cache are computed as in one pass, and it says their number",
         libraries=("transformers", "torch"),
-        leaned_on_by=("selection.py", "frozen/batch.py", "base/partial.py"),
+        leaned_on_by=("reft/selection.py", "frozen/batch.py", "base/partial.py"),
         check=_cached_tokens_continue,
     ),
 )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from peft.config import PeftConfig
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.interventions import ACTIVATIONS, READS_INPUT, intervention_options
-from lowmem_reft.positions import num_groups, parse_positions
-from lowmem_reft.registration import NAME, peft_type
+from lowmem_reft.reft.interventions import ACTIVATIONS, READS_INPUT, intervention_options
+from lowmem_reft.reft.peft_method import NAME, peft_type
+from lowmem_reft.reft.positions import num_groups, parse_positions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ class ReftConfig(PeftConfig):
     """
 
     intervention: str = "loreft"
-    """Φ: a name in ``lowmem_reft.interventions.INTERVENTIONS``."""
+    """Φ: a name in ``lowmem_reft.reft.interventions.INTERVENTIONS``."""
     rank: int = 4
     """Dimension of the edited subspace."""
     layers: str | list[int] = "all"

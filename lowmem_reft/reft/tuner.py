@@ -24,21 +24,21 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem_reft.base.blocks import SUBMODULE, component_path, device_of, find_blocks, hidden_size
 from lowmem_reft.base.identity import note_base
-from lowmem_reft.composition import low_rank, summed_config, weighted_sum
-from lowmem_reft.config import ReftConfig, resolve_layers
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError
-from lowmem_reft.interventions import READS_INPUT, build_intervention
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.processes import refuse_casts, shards_model
-from lowmem_reft.positions import num_groups, parse_positions
-from lowmem_reft.registration import NAME, PREFIX, register
-from lowmem_reft.selection import Selection, Selector
+from lowmem_reft.reft.composition import low_rank, summed_config, weighted_sum
+from lowmem_reft.reft.config import ReftConfig, resolve_layers
+from lowmem_reft.reft.interventions import READS_INPUT, build_intervention
+from lowmem_reft.reft.peft_method import NAME, PREFIX, register
+from lowmem_reft.reft.positions import num_groups, parse_positions
+from lowmem_reft.reft.selection import Selection, Selector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from lowmem_reft.past import Place
+    from lowmem_reft.reft.past import Place
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lowmem_reft.base.identity import note_base
-from lowmem_reft.config import ReftConfig
 from lowmem_reft.errors import InputError
-from lowmem_reft.registration import peft_type, register
-from lowmem_reft.tuner import ReftModel
+from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.peft_method import peft_type, register
+from lowmem_reft.reft.tuner import ReftModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

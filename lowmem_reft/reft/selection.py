@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.past import Branch, Generation, Place, place_by_hand, shape_of
-from lowmem_reft.positions import (
+from lowmem_reft.reft.past import Branch, Generation, Place, place_by_hand, shape_of
+from lowmem_reft.reft.positions import (
     assign_groups,
     find_prompt,
     num_groups,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from lowmem_reft.config import ReftConfig
+    from lowmem_reft.reft.config import ReftConfig
 
 OWN_ARGUMENTS = ("prompt_mask", "intervention_mask")
 

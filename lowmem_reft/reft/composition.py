@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowmem_reft.config import ReftConfig, resolve_layers
 from lowmem_reft.errors import InputError
-from lowmem_reft.interventions import (
+from lowmem_reft.reft.config import ReftConfig, resolve_layers
+from lowmem_reft.reft.interventions import (
     ConsReft,
     DiReft,
     LearnedSteering,
