@@ -33,8 +33,8 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.common import environment, ratio, report, summarize
 from benchmarks.reuse import config_of
 from lowmem_reft import ReftConfig
-from lowmem_reft.adapters import BASE, answering
 from lowmem_reft.base.synthetic import base_with_random_weights
+from lowmem_reft.methods.several import BASE, answering
 
 BARE = "bare base"
 LOREFT = {positions: f"LoReFT r4, {positions}" for positions in ("l1", "f7+l7", "all")}

@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_TUNERS = ("lowmem_reft.reft.tuner", "lowmem_reft.reft.lora_reft", "lowmem_reft.weights")
+_TUNERS = ("lowmem_reft.reft.tuner", "lowmem_reft.reft.lora_reft", "lowmem_reft.methods.weights")
 
 
 def install() -> None:

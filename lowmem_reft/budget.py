@@ -18,14 +18,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.method_configs import given_options
-from lowmem_reft.method_table import find_method
-from lowmem_reft.methods import parse_methods
+from lowmem_reft.methods.configs import given_options
+from lowmem_reft.methods.entries import parse_methods
+from lowmem_reft.methods.table import find_method
 from lowmem_reft.options import HeldOutOptions
 
 if TYPE_CHECKING:
     from lowmem_reft.cell import Cell, Result
-    from lowmem_reft.methods import MethodSpec
+    from lowmem_reft.methods.entries import MethodSpec
     from lowmem_reft.options import CompareOptions, MethodOptions, TrainOptions
 
 NUM_TIMED_STEPS = 12
@@ -103,8 +103,8 @@ class ParameterCounter:
         """
         import copy
 
-        from lowmem_reft.attach import attach
         from lowmem_reft.base.synthetic import base_on_meta
+        from lowmem_reft.methods.attach import attach
         from lowmem_reft.options import MemoryOptions
 
         base = base_on_meta(copy.deepcopy(self.config), storage="fp32", task_type=self.task_type)

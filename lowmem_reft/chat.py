@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
-from lowmem_reft.adapters import BASE, find_adapters, load_together
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import encode_prompts
 from lowmem_reft.errors import InputError
 from lowmem_reft.generate import continue_prompts, until_stop
+from lowmem_reft.methods.several import BASE, find_adapters, load_together
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lowmem_reft.adapters import NamedAdapter
+    from lowmem_reft.methods.several import NamedAdapter
     from lowmem_reft.options import ChatOptions
 
 HELP = """/adapter        list what can answer

@@ -94,15 +94,19 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "methods": _Command(
         options=MethodsOptions,
-        handler="method_list:run_methods",
+        handler="methods.listing:run_methods",
         prints_tables=True,
         loads_nothing=True,
     ),
     "cache": _Command(
         options=CacheOptions, handler="cache:run_cache", prints_tables=True, loads_nothing=True
     ),
-    "import-pyreft": _Command(options=ImportPyreftOptions, handler="pyreft.importing:run_import"),
-    "export-pyreft": _Command(options=ExportPyreftOptions, handler="pyreft.exporting:run_export"),
+    "import-pyreft": _Command(
+        options=ImportPyreftOptions, handler="methods.pyreft.importing:run_import"
+    ),
+    "export-pyreft": _Command(
+        options=ExportPyreftOptions, handler="methods.pyreft.exporting:run_export"
+    ),
 }
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()

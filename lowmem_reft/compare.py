@@ -39,7 +39,7 @@ from lowmem_reft.schedule import run_cells
 from lowmem_reft.sources import Sources, find_all_sources
 
 if TYPE_CHECKING:
-    from lowmem_reft.methods import MethodSpec
+    from lowmem_reft.methods.entries import MethodSpec
 
 DEFAULT_METHODS = "loreft,loreft[storage=bf16],lora,qlora"
 EMBEDDED_METHODS = (
@@ -64,7 +64,7 @@ def run_comparison(
     Raises:
         InputError: The methods, seeds, model or data are wrong.
     """
-    from lowmem_reft.methods import expand_methods, parse_methods
+    from lowmem_reft.methods.entries import expand_methods, parse_methods
     from lowmem_reft.report import write_results
     from lowmem_reft.report.console import Progress, print_table
     from lowmem_reft.report.table import aggregate
@@ -219,7 +219,7 @@ def _base_cell(options: CompareOptions, sources: Sources, storage: str, method: 
 
 
 def _method_cell(options: CompareOptions, sources: Sources, spec: MethodSpec, seed: int) -> Cell:
-    from lowmem_reft.methods import resolve_learning_rate
+    from lowmem_reft.methods.entries import resolve_learning_rate
 
     directory = _cell_directory(options, sources, spec.label, seed)
     training = directory / "train"
@@ -292,7 +292,7 @@ def _evaluate_options(
 
 def _method_config(train: TrainOptions) -> dict[str, Any]:
     """The method's options with the defaults of the method table: a new default is a new cell."""
-    from lowmem_reft.methods import find_method
+    from lowmem_reft.methods.table import find_method
 
     method = find_method(train.method.method)
     given = {name: value for name, value in asdict(train.method).items() if value is not None}

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_reft.adapted import load_adapted
 from lowmem_reft.base.blocks import base_of
 from lowmem_reft.data.rows import as_choices, class_index, label_names, load_rows
 from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
@@ -33,10 +32,11 @@ from lowmem_reft.data.tokens import (
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.frozen.prepare import prepare_scoring
 from lowmem_reft.generate import generate_batches
-from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.machine.progress import counter, progress
+from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
+from lowmem_reft.methods.likelihood import response_log_likelihood
+from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.options import ReuseOptions, ScoringOptions
-from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

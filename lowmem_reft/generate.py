@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_reft.adapters import answering, find_adapters, load_together, mixes_in_a_batch
 from lowmem_reft.answer_file import as_line, keep_answers, lock, note_run
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.data.rows import Row, load_rows
@@ -26,15 +25,16 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import dtype_name, resolve_compute_dtype
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.machine.provenance import file_digest
+from lowmem_reft.methods.several import answering, find_adapters, load_together, mixes_in_a_batch
+from lowmem_reft.methods.virtual_tokens import generate
 from lowmem_reft.options import DecodingOptions
 from lowmem_reft.options.values import QUANTIZED
-from lowmem_reft.virtual_tokens import generate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import TextIO
 
-    from lowmem_reft.adapters import NamedAdapter
+    from lowmem_reft.methods.several import NamedAdapter
     from lowmem_reft.options import GenerateOptions
 
 

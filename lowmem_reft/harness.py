@@ -24,19 +24,19 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from lowmem_reft.adapted import load_adapted
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.progress import progress
-from lowmem_reft.reft.tuner import ReftLayer, prompt_arguments
-from lowmem_reft.virtual_tokens import (
+from lowmem_reft.methods.loading import load_adapted
+from lowmem_reft.methods.virtual_tokens import (
     embeds_virtual_tokens,
     generate,
     num_virtual_tokens,
     with_virtual_tokens,
 )
+from lowmem_reft.reft.tuner import ReftLayer, prompt_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lowmem_reft.methods.card import TrainingCard
     from lowmem_reft.options import EvaluateOptions
-    from lowmem_reft.training_card import TrainingCard
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype
 from lowmem_reft.machine.provenance import device_name
-from lowmem_reft.methods import resolve_learning_rate
+from lowmem_reft.methods.entries import resolve_learning_rate
 from lowmem_reft.options import TrainOptions
 
 if TYPE_CHECKING:
-    from lowmem_reft.training_card import TrainingCard
+    from lowmem_reft.methods.card import TrainingCard
 
 _UNSAID = {"json", "quiet", "resume"}
 """Options that say nothing about the adapter."""
@@ -168,7 +168,7 @@ def _usage(card: TrainingCard, base: str, *, is_local: bool) -> str:
         'model = PeftModel.from_pretrained(base, ".")  # this folder, or its name on the hub',
     ]
     if card.method == "prefix":  # PEFT 0.21 names a cache otherwise than transformers 5.24 does
-        lines.insert(1, "from lowmem_reft.attach import complete")
+        lines.insert(1, "from lowmem_reft.methods.attach import complete")
         lines.append("complete(model)  # so that the base reads the prefix in generate, too")
     return "\n".join(lines)
 

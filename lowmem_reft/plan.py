@@ -33,14 +33,15 @@ from lowmem_reft.memory.planner import (
     read_config,
 )
 from lowmem_reft.memory.predict import Setting
-from lowmem_reft.methods import find_method, parse_methods
+from lowmem_reft.methods.entries import parse_methods
+from lowmem_reft.methods.table import find_method
 from lowmem_reft.options import ReuseOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lowmem_reft.methods.card import TrainingCard
     from lowmem_reft.options import LengthOptions, PlanOptions, TrainOptions
-    from lowmem_reft.training_card import TrainingCard
 
 CARD_SIZES_GIB = (8, 12, 16, 24, 48, 80)
 """Cards of the table."""

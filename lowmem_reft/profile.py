@@ -21,7 +21,8 @@ from lowmem_reft.memory.measure import Measured, measure
 from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
-from lowmem_reft.methods import attach, find_method
+from lowmem_reft.methods.attach import attach
+from lowmem_reft.methods.table import find_method
 from lowmem_reft.plan import lengths_of
 
 if TYPE_CHECKING:

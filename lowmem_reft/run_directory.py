@@ -17,15 +17,15 @@ from lowmem_reft.data.rows import rows_digest
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import write_text_whole
-from lowmem_reft.methods import resolve_learning_rate
+from lowmem_reft.methods.entries import resolve_learning_rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from lowmem_reft.data.rows import Row
+    from lowmem_reft.methods.card import TrainingCard
     from lowmem_reft.options import TrainOptions
-    from lowmem_reft.training_card import TrainingCard
 
 FILE_NAME = "run.json"
 

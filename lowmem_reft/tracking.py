@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from transformers import Trainer
 
+    from lowmem_reft.methods.card import TrainingCard
     from lowmem_reft.options import TrainOptions
-    from lowmem_reft.training_card import TrainingCard
 
 
 @dataclass

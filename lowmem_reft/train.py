@@ -23,7 +23,6 @@ from transformers import (
     set_seed,
 )
 
-from lowmem_reft.adapted import load_frozen
 from lowmem_reft.base.blocks import device_of
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.loading import load_config, load_tokenizer
@@ -46,21 +45,18 @@ from lowmem_reft.machine.progress import counter
 from lowmem_reft.machine.provenance import versions
 from lowmem_reft.memory import peak_rss_bytes, track
 from lowmem_reft.memory.step import optimizer_tensors
-from lowmem_reft.methods import (
-    attach,
-    build_peft_config,
-    check_run,
-    check_target_modules,
-    find_method,
-    resolve_learning_rate,
-)
+from lowmem_reft.methods.attach import attach, check_run, check_target_modules
+from lowmem_reft.methods.card import TrainingCard, merge_card
+from lowmem_reft.methods.configs import build_peft_config
+from lowmem_reft.methods.entries import resolve_learning_rate
+from lowmem_reft.methods.loading import load_frozen
+from lowmem_reft.methods.table import find_method
 from lowmem_reft.model_card import write_model_card
 from lowmem_reft.plan import fit_into_memory
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.positions import num_groups, parse_positions
 from lowmem_reft.run_directory import last_checkpoint, prepare_directory
 from lowmem_reft.tracking import RunArguments, Trackers
-from lowmem_reft.training_card import TrainingCard, merge_card
 from lowmem_reft.validation import BestEpoch
 
 if TYPE_CHECKING:

@@ -80,7 +80,7 @@ def no_base(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_base(*_: object, **__: object) -> None:
         pytest.fail("the base was loaded")
 
-    monkeypatch.setattr("lowmem_reft.adapted.load_base", load_base)
+    monkeypatch.setattr("lowmem_reft.methods.loading.load_base", load_base)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

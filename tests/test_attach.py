@@ -29,14 +29,16 @@ from transformers import (
 
 import lowmem_reft as lr
 from lowmem_reft import train
-from lowmem_reft.adapted import load_adapted
-from lowmem_reft.attach import attach, check_target_modules
-from lowmem_reft.constant import num_constant_blocks
 from lowmem_reft.errors import InputError
-from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
-from lowmem_reft.methods import METHODS, build_peft_config
+from lowmem_reft.methods.attach import attach, check_target_modules
+from lowmem_reft.methods.card import TrainingCard
+from lowmem_reft.methods.configs import build_peft_config
+from lowmem_reft.methods.constant import num_constant_blocks
+from lowmem_reft.methods.likelihood import response_log_likelihood
+from lowmem_reft.methods.loading import load_adapted
+from lowmem_reft.methods.table import METHODS
 from lowmem_reft.options import (
     DataOptions,
     MemoryOptions,
@@ -48,7 +50,6 @@ from lowmem_reft.options import (
     TrainOptions,
 )
 from lowmem_reft.profile import build_model, measure_step
-from lowmem_reft.training_card import TrainingCard
 
 # Rates with which the random tiny models learn in a few steps.
 RATES = dict.fromkeys(("prompt", "prefix", "steering", "lobireft", "ia3"), 0.1)
@@ -223,12 +224,12 @@ def test_weights_of_16_bit_that_are_trained_in_place_draw_a_warning(tiny_llama_d
 SCORE = """
 import json, sys, torch
 from pathlib import Path
-from lowmem_reft.adapted import load_adapted
-from lowmem_reft.constant import num_constant_blocks
-from lowmem_reft.likelihood import response_log_likelihood
+from lowmem_reft.methods.loading import load_adapted
+from lowmem_reft.methods.constant import num_constant_blocks
+from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.options import ModelOptions
 from lowmem_reft.profile import build_model, measure_step
-from lowmem_reft.training_card import load_card
+from lowmem_reft.methods.card import load_card
 torch.set_num_threads(1)
 batch = torch.load(sys.argv[1])
 for directory in map(Path, sys.argv[2:]):

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_reft import cli
 from lowmem_reft.chat import _Streamer
+from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.reft.config import ReftConfig
-from lowmem_reft.training_card import TrainingCard
 
 if TYPE_CHECKING:
     from collections.abc import Callable

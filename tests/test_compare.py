@@ -22,7 +22,8 @@ from lowmem_reft import report
 from lowmem_reft.cell import EMPTY_RESULT, read_cell, run_cell, write_cell
 from lowmem_reft.compare import build_cells, command_line, parse_seeds, run_comparison
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods import METHODS, parse_methods
+from lowmem_reft.methods.entries import parse_methods
+from lowmem_reft.methods.table import METHODS
 from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions, ReuseOptions
 from lowmem_reft.sources import Sources, find_sources, task_name
 

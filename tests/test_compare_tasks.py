@@ -10,7 +10,7 @@ from lowmem_reft.cell import read_cell, run_cell
 from lowmem_reft.compare import build_cells, run_comparison
 from lowmem_reft.data.tasks.metrics import compute
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods import parse_methods
+from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.options import CompareOptions, OptimOptions
 from lowmem_reft.sources import find_all_sources
 

@@ -18,14 +18,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from lowmem_reft import cli, generate
-from lowmem_reft.adapters import answering, find_adapters, load_together
 from lowmem_reft.errors import InputError
 from lowmem_reft.generate import continue_prompts, generate_batches, run_generation, until_stop
+from lowmem_reft.methods.card import TrainingCard
+from lowmem_reft.methods.several import answering, find_adapters, load_together
 from lowmem_reft.options import DecodingOptions, GenerateOptions, ModelOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.selection import Selector
 from lowmem_reft.reft.tuner import ReftLayer
-from lowmem_reft.training_card import TrainingCard
 
 
 def test_batched_generation_equals_a_manual_greedy_loop_that_edits_the_prompt_only(

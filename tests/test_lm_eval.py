@@ -17,14 +17,15 @@ from snippets import read_blocks
 from transformers import AutoModelForCausalLM
 
 from lowmem_reft import cli
-from lowmem_reft.adapted import load_adapted
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import Collator, encode_choices, encode_prompts
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, run_evaluation, score
 from lowmem_reft.generate import generate_batches
 from lowmem_reft.harness import AdaptedModel
-from lowmem_reft.likelihood import response_log_likelihood
+from lowmem_reft.methods.card import TrainingCard
+from lowmem_reft.methods.likelihood import response_log_likelihood
+from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
@@ -35,7 +36,6 @@ from lowmem_reft.options import (
     ScoringOptions,
 )
 from lowmem_reft.reft.config import ReftConfig
-from lowmem_reft.training_card import TrainingCard
 
 ROWS = [
     ("is the film good or bad? label:", ["good", "bad", "lazy dog"], 1),

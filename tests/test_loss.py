@@ -28,7 +28,7 @@ from lowmem_reft.base.loss import (
     supervised_head_arguments,
     use_chunked_loss,
 )
-from lowmem_reft.likelihood import response_log_likelihood
+from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.reft.config import ReftConfig
 
 VOCAB, HIDDEN = 97, 32

@@ -16,17 +16,10 @@ from transformers import AutoConfig
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.cli import main
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods import (
-    METHODS,
-    PROFILES,
-    attach,
-    build_peft_config,
-    check_target_modules,
-    expand_methods,
-    find_method,
-    parse_methods,
-    resolve_learning_rate,
-)
+from lowmem_reft.methods.attach import attach, check_target_modules
+from lowmem_reft.methods.configs import build_peft_config
+from lowmem_reft.methods.entries import expand_methods, parse_methods, resolve_learning_rate
+from lowmem_reft.methods.table import METHODS, PROFILES, find_method
 from lowmem_reft.options import MemoryOptions, MethodOptions, OptimOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.interventions import intervention_options

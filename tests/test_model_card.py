@@ -19,6 +19,7 @@ from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import run_evaluation
 from lowmem_reft.machine.devices import resolve_compute_dtype
+from lowmem_reft.methods.card import load_card
 from lowmem_reft.model_card import command_of, write_model_card
 from lowmem_reft.options import (
     DataOptions,
@@ -31,7 +32,6 @@ from lowmem_reft.options import (
     TrainOptions,
 )
 from lowmem_reft.train import run_training
-from lowmem_reft.training_card import load_card
 
 
 @pytest.fixture

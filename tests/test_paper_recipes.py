@@ -18,7 +18,7 @@ from lowmem_reft.data.tasks.answers import find_extractor
 from lowmem_reft.data.tasks.registry import load_task
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json
-from lowmem_reft.methods import parse_methods
+from lowmem_reft.methods.entries import parse_methods
 from tests.conftest import VOCAB_SIZE
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -29,7 +29,7 @@ from lowmem_reft.memory.outputs import KnownOutputs
 from lowmem_reft.memory.planner import with_margin
 from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
-from lowmem_reft.methods import build_peft_config
+from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.options import MemoryOptions, MethodOptions
 
 VOCAB, NUM_LAYERS, RESPONSE = 2048, 4, 64

@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lowmem_reft import cli
 from lowmem_reft.errors import InputError
+from lowmem_reft.methods.card import load_card
+from lowmem_reft.methods.pyreft.exporting import run_export
+from lowmem_reft.methods.pyreft.importing import run_import
+from lowmem_reft.methods.pyreft.parameters import orthogonal_columns
 from lowmem_reft.options import ExportPyreftOptions, ImportPyreftOptions
-from lowmem_reft.pyreft.exporting import run_export
-from lowmem_reft.pyreft.importing import run_import
-from lowmem_reft.pyreft.parameters import orthogonal_columns
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.positions import assign_groups, parse_positions
-from lowmem_reft.training_card import load_card
 
 DATA = Path(__file__).parent / "data" / "pyreft"
 CASES = json.loads((DATA / "cases.json").read_text())

@@ -222,7 +222,7 @@ def test_a_killed_worker_loses_only_its_cell_and_only_that_one_runs_again(
 
 def test_a_stopped_cell_takes_its_process_with_it(options, fake_cell, cluster, tmp_path):
     from lowmem_reft.compare import build_cells
-    from lowmem_reft.methods import parse_methods
+    from lowmem_reft.methods.entries import parse_methods
     from lowmem_reft.sources import find_sources
 
     specs = parse_methods(f"red[lr={SLOW}]")

@@ -15,14 +15,14 @@ from transformers import AutoConfig
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.synthetic import base_with_random_weights
-from lowmem_reft.constant import num_constant_blocks
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.prepare import prepare
 from lowmem_reft.frozen.proof import prove, prove_scores
 from lowmem_reft.frozen.reuse import NoRoomError, Reuse
 from lowmem_reft.frozen.split import ReuseError, find_split
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store
-from lowmem_reft.likelihood import response_log_likelihood
+from lowmem_reft.methods.constant import num_constant_blocks
+from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.options import ReuseOptions
 from lowmem_reft.reft.config import ReftConfig
 

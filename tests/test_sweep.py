@@ -21,7 +21,7 @@ import pytest
 from lowmem_reft import cli
 from lowmem_reft.data.rows import load_rows
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods import parse_methods
+from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.options import CompareOptions, OptimOptions, ScoringOptions, SweepOptions
 from lowmem_reft.sweep import choose_sampler, run_sweep
 from lowmem_reft.sweep.search import Search, Trial, best_of

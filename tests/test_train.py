@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.methods.card import find_adapter, load_card
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
@@ -31,7 +32,6 @@ from lowmem_reft.options import (
     TrainOptions,
 )
 from lowmem_reft.train import _cuda_peak, _training_arguments, run_training
-from lowmem_reft.training_card import find_adapter, load_card
 
 ROWS = [
     {"prompt": f"is the {noun} good or bad? label:", "choices": ["good", "bad"], "answer": answer}

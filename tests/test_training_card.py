@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.methods.card import TrainingCard, load_card, merge_card
 from lowmem_reft.options import ModelOptions
-from lowmem_reft.training_card import TrainingCard, load_card, merge_card
 
 TRAINED = TrainingCard(
     base="base",

@@ -19,17 +19,16 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lowmem_reft.attach import complete
 from lowmem_reft.base.caches import caches_in
-from lowmem_reft.likelihood import response_log_likelihood
-from lowmem_reft.methods import attach
-from lowmem_reft.options import MemoryOptions, MethodOptions
-from lowmem_reft.virtual_tokens import (
+from lowmem_reft.methods.attach import attach, complete
+from lowmem_reft.methods.likelihood import response_log_likelihood
+from lowmem_reft.methods.virtual_tokens import (
     embeds_virtual_tokens,
     generate,
     num_virtual_tokens,
     with_virtual_tokens,
 )
+from lowmem_reft.options import MemoryOptions, MethodOptions
 
 METHODS = ("prefix", "prompt", "p_tuning")
 NUM_VIRTUAL = 5

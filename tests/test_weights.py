@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.weights import WeightsConfig, trained_names
+from lowmem_reft.methods.weights import WeightsConfig, trained_names
 
 SIZES = {
     "vocab_size": 64,

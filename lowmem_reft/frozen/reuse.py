@@ -30,7 +30,6 @@ from lowmem_reft.base.loading import base_digest, dequantized
 from lowmem_reft.base.loss import log_likelihood_of
 from lowmem_reft.base.partial import blocks_of, feeding, keys_and_values
 from lowmem_reft.base.residency import Residency
-from lowmem_reft.constant import adapter_parts
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.frozen.batch import ReadAhead, Stacked, aligned, run_stacked, stack
 from lowmem_reft.frozen.build import Below, compute, without_adapters
@@ -47,6 +46,7 @@ from lowmem_reft.frozen.split import (
 from lowmem_reft.frozen.store import CorruptShardError, Record, Store, key_of
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.processes import main_first
+from lowmem_reft.methods.constant import adapter_parts
 from lowmem_reft.reft.tuner import prompt_arguments
 
 logger = logging.getLogger(__name__)

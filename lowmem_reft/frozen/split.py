@@ -12,10 +12,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lowmem_reft.base.blocks import base_of, find_blocks
-from lowmem_reft.constant import num_constant_blocks
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.frozen.store import CorruptShardError
+from lowmem_reft.methods.constant import num_constant_blocks
 from lowmem_reft.reft.tuner import ReftModel
 
 Example = dict[str, Any]

@@ -11,7 +11,6 @@ from typing import Any
 import transformers
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 
-from lowmem_reft.attach import allows_checkpointing, allows_embedding_on_host
 from lowmem_reft.base.loading import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.gpus import CONTEXT_BYTES, FRAGMENTATION, find_gpu
@@ -19,6 +18,7 @@ from lowmem_reft.memory.live import LiveMemory
 from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.reuse import ReusePlan, plan_reuse
 from lowmem_reft.memory.shapes import config_of
+from lowmem_reft.methods.attach import allows_checkpointing, allows_embedding_on_host
 from lowmem_reft.options import MemoryOptions
 
 GIB = 2**30

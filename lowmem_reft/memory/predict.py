@@ -18,13 +18,11 @@ from lowmem_reft.base.blocks import base_of, find_blocks
 from lowmem_reft.base.caches import with_cache
 from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.base.techniques import HostEmbedding
-from lowmem_reft.constant import lower_part, num_constant_blocks
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.frozen.batch import Stacked, aligned, run_stacked
 from lowmem_reft.frozen.layout import Layout, Shape
 from lowmem_reft.frozen.split import ReuseError, find_split, groups_of, is_causal
-from lowmem_reft.likelihood import response_log_likelihood
 from lowmem_reft.machine.devices import DTYPES
 from lowmem_reft.machine.marks import begins_step
 from lowmem_reft.memory.kernels import Kernels
@@ -36,9 +34,12 @@ from lowmem_reft.memory.live import (
     quantization_constants,
 )
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
-from lowmem_reft.methods import attach, find_method
+from lowmem_reft.methods.attach import attach
+from lowmem_reft.methods.constant import lower_part, num_constant_blocks
+from lowmem_reft.methods.likelihood import response_log_likelihood
+from lowmem_reft.methods.table import find_method
+from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
-from lowmem_reft.virtual_tokens import num_virtual_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -27,7 +27,7 @@ from lowmem_reft.sweep.search import Search, Trial, best_of
 from lowmem_reft.sweep.space import Space, grid, parse_space, size
 
 if TYPE_CHECKING:
-    from lowmem_reft.methods import MethodSpec
+    from lowmem_reft.methods.entries import MethodSpec
 
 TEST_SEEDS = "0,1,2"
 """Of the comparison that is proposed."""
@@ -52,7 +52,7 @@ def run_sweep(
     Raises:
         InputError: The space, the methods, the rows or the model are wrong, or Optuna is missing.
     """
-    from lowmem_reft.methods import parse_methods
+    from lowmem_reft.methods.entries import parse_methods
     from lowmem_reft.sweep.console import Progress, print_trials
 
     specs = parse_methods(options.methods)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from lowmem_reft.cell import Cell, Result
 from lowmem_reft.engines import Engine, Run, open_engine, stop
-from lowmem_reft.methods import MethodSpec, parse_methods
+from lowmem_reft.methods.entries import MethodSpec, parse_methods
 from lowmem_reft.options import Workers
 from lowmem_reft.schedule import POLL_S, finished_result
 from lowmem_reft.sweep.search import Search, Trial, settings_of

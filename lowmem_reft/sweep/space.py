@@ -16,7 +16,9 @@ from itertools import product
 from typing import Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods import MethodSpec, build_peft_config, find_method, parse_methods
+from lowmem_reft.methods.configs import build_peft_config
+from lowmem_reft.methods.entries import MethodSpec, parse_methods
+from lowmem_reft.methods.table import find_method
 from lowmem_reft.options import OptimOptions
 
 

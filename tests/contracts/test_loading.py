@@ -320,7 +320,7 @@ def test_progress_bars_are_switched_by_the_logging_module(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="attach.py",
+    used_by="methods/attach.py",
     broken_by=with_value(
         "transformers.models.gpt2.modeling_gpt2:Conv1D", lambda out, width: nn.Linear(width, out)
     ),

@@ -200,7 +200,7 @@ def test_a_new_method_is_found_by_its_name_in_a_file(method: Any, tmp_path: Path
 
 @contract(
     "peft",
-    used_by="reft/tuner.py weights.py",
+    used_by="reft/tuner.py methods/weights.py",
     broken_by=doing_nothing(f"{TUNERS}BaseTuner.set_adapter"),
 )
 def test_a_tuner_is_asked_before_it_is_injected_and_marks_what_is_trained(method: Any) -> None:
@@ -232,7 +232,7 @@ def test_a_target_is_an_expression_for_whole_names(method: Any) -> None:
 
 @contract(
     "peft",
-    used_by="weights.py",
+    used_by="methods/weights.py",
     broken_by=with_value(f"{TUNERS}DUMMY_TARGET_MODULES", "another word"),
 )
 def test_a_method_may_put_nothing_into_the_base(method: Any) -> None:
@@ -271,7 +271,7 @@ def _keeping_the_name(make: Any) -> Any:
 
 @contract(
     "peft",
-    used_by="weights.py reft/tuner.py",
+    used_by="methods/weights.py reft/tuner.py",
     broken_by=doing_nothing(f"{TUNERS}BaseTuner.disable_adapter_layers"),
 )
 def test_disable_adapter_reaches_the_tuner_its_layers_and_a_flag(method: Any) -> None:
@@ -319,7 +319,7 @@ def test_generate_is_the_tuners_own(method: Any, ids: Any) -> None:
 
 @contract(
     "peft",
-    used_by="reft/tuner.py weights.py reft/lora_reft.py",
+    used_by="reft/tuner.py methods/weights.py reft/lora_reft.py",
     broken_by=wrapped(
         f"{TUNERS}BaseTuner._get_adapter_state_dict",
         lambda _: lambda cls, **kwargs: kwargs["state_dict"],
@@ -457,7 +457,7 @@ def test_lora_has_a_prefix_hooks_and_keys_that_can_be_inherited(breach: bool) ->
 
 @contract(
     "peft",
-    used_by="method_configs.py",
+    used_by="methods/configs.py",
     broken_by=wrapped(
         f"{TUNERS}_maybe_include_all_linear_layers",
         lambda include: lambda config, model: _forgetting_layers(include(config, model)),
@@ -479,7 +479,7 @@ def _forgetting_layers(config: Any) -> Any:
     return config
 
 
-@contract("peft", used_by="attach.py", broken_by=with_value(f"{__name__}:IA3Layer", int))
+@contract("peft", used_by="methods/attach.py", broken_by=with_value(f"{__name__}:IA3Layer", int))
 def test_layers_of_ia3_are_ia3_layers(breach: bool) -> None:
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     model = get_peft_model(tiny_llama(), config)
@@ -488,7 +488,7 @@ def test_layers_of_ia3_are_ia3_layers(breach: bool) -> None:
 
 @contract(
     "peft",
-    used_by="attach.py",
+    used_by="methods/attach.py",
     broken_by=with_value("peft.tuners.ln_tuning.layer:warnings.warn", lambda *_, **__: None),
 )
 def test_ln_tuning_warns_of_norms_by_one_sentence(breach: bool) -> None:
@@ -498,7 +498,7 @@ def test_ln_tuning_warns_of_norms_by_one_sentence(breach: bool) -> None:
 
 @contract(
     "peft",
-    used_by="virtual_tokens.py",
+    used_by="methods/virtual_tokens.py",
     broken_by=with_result(f"{MODEL}get_prompt", lambda prompts: prompts[:1]),
 )
 def test_virtual_tokens_are_embeddings_that_a_prompt_gives(breach: bool, ids: Any) -> None:
@@ -517,7 +517,7 @@ def test_virtual_tokens_are_embeddings_that_a_prompt_gives(breach: bool, ids: An
 
 @contract(
     "peft",
-    used_by="virtual_tokens.py",
+    used_by="methods/virtual_tokens.py",
     broken_by=wrapped(
         f"{MODEL}get_prompt", lambda function: lambda self, **k: function(self, **k).flip(1)
     ),
@@ -540,7 +540,7 @@ def test_virtual_tokens_stand_in_front_of_the_padding(breach: bool, ids: Any) ->
 
 @contract(
     "peft",
-    used_by="attach.py",
+    used_by="methods/attach.py",
     broken_by=wrapped(
         "peft.tuners.cartridge.utils:initialize_kv_prefix_from_past_key_values",
         lambda _: lambda model, **kwargs: None,
@@ -584,7 +584,7 @@ def test_packed_weights_count_as_the_numbers_that_they_hold(method: Any) -> None
 
 @contract(
     "peft",
-    used_by="virtual_tokens.py",
+    used_by="methods/virtual_tokens.py",
     broken_by=wrapped(
         "peft.peft_model:PeftModelForCausalLM.forward",
         lambda _: lambda self, **kwargs: self.get_base_model()(**kwargs),
@@ -604,7 +604,7 @@ def test_a_prefix_is_handed_to_the_base_as_past_key_values(breach: bool, ids: An
 
 @contract(
     "peft",
-    used_by="virtual_tokens.py",
+    used_by="methods/virtual_tokens.py",
     broken_by=wrapped(
         f"{CAUSAL}prepare_inputs_for_generation",
         lambda prepare: lambda self, *a, **k: {**prepare(self, *a, **k), "past_key_values": None},

@@ -62,7 +62,7 @@ def test_a_prepended_hook_runs_first_and_may_replace_the_output(breach: bool) ->
 
 @contract(
     "torch",
-    used_by="reft/tuner.py attach.py memory/predict.py",
+    used_by="reft/tuner.py methods/attach.py memory/predict.py",
     broken_by=wrapped(
         f"{MODULE}register_forward_pre_hook",
         lambda register: (
@@ -533,7 +533,7 @@ def test_too_little_memory_is_said_in_known_words(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="pyreft/checkpoint.py",
+    used_by="methods/pyreft/checkpoint.py",
     broken_by=wrapped(
         "torch:load", lambda load: lambda path, **k: load(path, **{**k, "weights_only": False})
     ),

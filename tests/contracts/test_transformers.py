@@ -183,7 +183,7 @@ def _prepended(module: Any, install: Any, *args: Any, **kwargs: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="base/loss.py reft/selection.py harness.py virtual_tokens.py",
+    used_by="base/loss.py reft/selection.py harness.py methods/virtual_tokens.py",
     broken_by=with_value(f"{LLAMA}LlamaForCausalLM.forward", lambda self, **kwargs: None),
 )
 def test_the_signature_of_forward_names_the_arguments(llama: Any) -> None:
@@ -211,7 +211,8 @@ def test_the_argument_for_a_cache_is_annotated_as_a_cache(breach: bool, llama: A
 
 @contract(
     "transformers",
-    used_by="base/blocks.py base/loss.py base/techniques.py weights.py virtual_tokens.py",
+    used_by="base/blocks.py base/loss.py base/techniques.py methods/weights.py "
+    "methods/virtual_tokens.py",
     broken_by=with_value(f"{LLAMA}LlamaForCausalLM.base_model_prefix", "backbone"),
 )
 def test_backbone_embeddings_and_head_are_found_by_the_model_itself(llama: Any) -> None:

@@ -251,7 +251,7 @@ def model_judge(
 
         from lowmem_reft.base.loading import load_base, load_tokenizer
         from lowmem_reft.data.tokens import Collator, encode_choices
-        from lowmem_reft.likelihood import response_log_likelihood
+        from lowmem_reft.methods.likelihood import response_log_likelihood
 
         base, tokenizer = load_base(model, storage=storage), load_tokenizer(model)
         collate = Collator(tokenizer, padding_side="left")

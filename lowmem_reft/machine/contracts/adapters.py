@@ -152,13 +152,13 @@ CONTRACTS = (
     Contract(
         sentence="PEFT puts an adapter into a model through the hooks of its tuner",
         libraries=("peft", "transformers"),
-        leaned_on_by=("reft/tuner.py", "weights.py", "reft/lora_reft.py"),
+        leaned_on_by=("reft/tuner.py", "methods/weights.py", "reft/lora_reft.py"),
         check=_injects_through_hooks,
     ),
     Contract(
         sentence="PEFT switches, freezes and deletes an adapter in every layer of a tuner",
         libraries=("peft",),
-        leaned_on_by=("reft/tuner.py", "weights.py"),
+        leaned_on_by=("reft/tuner.py", "methods/weights.py"),
         check=_switches_layers,
     ),
     Contract(

@@ -7,19 +7,19 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.attach import complete, peft_notices_hidden, prepare_base
 from lowmem_reft.base.identity import OTHER_BASE, checkpoint_digest, other_base
 from lowmem_reft.base.loading import load_base, load_config, load_tokenizer, share_pad_token
-from lowmem_reft.constant import find_first_resident
 from lowmem_reft.errors import InputError
-from lowmem_reft.training_card import load_card
+from lowmem_reft.methods.attach import complete, peft_notices_hidden, prepare_base
+from lowmem_reft.methods.card import load_card
+from lowmem_reft.methods.constant import find_first_resident
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from lowmem_reft.methods.card import TrainingCard
     from lowmem_reft.options import ModelOptions
-    from lowmem_reft.training_card import TrainingCard
 
 logger = logging.getLogger(__name__)
 

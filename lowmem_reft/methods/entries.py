@@ -1,8 +1,4 @@
-"""Named methods: what ``--methods`` accepts, and the one place to import methods from.
-
-The table is in ``method_table.py``, the PEFT configuration behind each name in
-``method_configs.py``, and what puts it on a base in ``attach.py``.
-"""
+"""Entries of ``--methods``: a method of the table with overrides."""
 
 from __future__ import annotations
 
@@ -10,27 +6,10 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
-from lowmem_reft.attach import attach, check_run, check_target_modules
 from lowmem_reft.errors import InputError
-from lowmem_reft.method_configs import build_peft_config, check_options
-from lowmem_reft.method_table import METHODS, PROFILES, Method, check_storage, find_method
+from lowmem_reft.methods.configs import check_options
+from lowmem_reft.methods.table import METHODS, check_storage, find_method
 from lowmem_reft.options import MethodOptions, OptimOptions, Storage
-
-__all__ = [
-    "METHODS",
-    "PROFILES",
-    "Method",
-    "MethodSpec",
-    "attach",
-    "build_peft_config",
-    "check_run",
-    "check_storage",
-    "check_target_modules",
-    "expand_methods",
-    "find_method",
-    "parse_methods",
-    "resolve_learning_rate",
-]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.method_table import METHODS, PROFILES
+from lowmem_reft.methods.table import METHODS, PROFILES
 from lowmem_reft.options import MethodsOptions
 
 

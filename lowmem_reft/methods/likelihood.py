@@ -11,8 +11,8 @@ from torch import Tensor
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.loss import CHUNK_BYTES, log_likelihood_of
 from lowmem_reft.machine.marks import allocates
+from lowmem_reft.methods.virtual_tokens import embeds_virtual_tokens, with_virtual_tokens
 from lowmem_reft.reft.tuner import prompt_arguments
-from lowmem_reft.virtual_tokens import embeds_virtual_tokens, with_virtual_tokens
 
 
 @torch.no_grad()

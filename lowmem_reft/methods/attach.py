@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
-from lowmem_reft.method_configs import build_peft_config, check_options, split_targets
-from lowmem_reft.method_table import check_storage, find_method
+from lowmem_reft.methods.configs import build_peft_config, check_options, split_targets
+from lowmem_reft.methods.table import check_storage, find_method
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ def check_target_modules(
     if options.target_modules is not None:
         _check_targets(options.target_modules, base)
     if part is not None:
-        from lowmem_reft.weights import trained_names
+        from lowmem_reft.methods.weights import trained_names
 
         trained_names(base, part)
 
@@ -230,7 +230,7 @@ def complete(model: Any) -> None:
     """
     from peft.tuners.ia3 import IA3Layer
 
-    from lowmem_reft.virtual_tokens import take_prefix_as_cache
+    from lowmem_reft.methods.virtual_tokens import take_prefix_as_cache
 
     take_prefix_as_cache(model)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, IA3Layer)]

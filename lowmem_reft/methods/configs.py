@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.method_table import PROFILES, Method, find_method
+from lowmem_reft.methods.table import PROFILES, Method, find_method
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -177,7 +177,7 @@ def _virtual_tokens(request: Request) -> PeftConfig:
 
 
 def _weights(request: Request) -> PeftConfig:
-    from lowmem_reft.weights import WeightsConfig
+    from lowmem_reft.methods.weights import WeightsConfig
 
     return WeightsConfig(task_type=request.task_type, **request.method.fixed)
 

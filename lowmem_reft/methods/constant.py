@@ -11,12 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from lowmem_reft.attach import peft_notices_hidden, prepare_base
 from lowmem_reft.base.blocks import SUBMODULE, base_of, find_blocks
 from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.errors import InputError
+from lowmem_reft.methods.attach import peft_notices_hidden, prepare_base
+from lowmem_reft.methods.weights import WeightsConfig
 from lowmem_reft.reft.tuner import ReftLayer
-from lowmem_reft.weights import WeightsConfig
 
 
 def num_constant_blocks(model: Any) -> int:

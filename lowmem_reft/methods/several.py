@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.adapted import load_adapted, other_base_said, what_differs
-from lowmem_reft.attach import complete
 from lowmem_reft.errors import InputError
-from lowmem_reft.training_card import TrainingCard, find_adapter, load_card, merge_card
+from lowmem_reft.methods.attach import complete
+from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
+from lowmem_reft.methods.loading import load_adapted, other_base_said, what_differs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

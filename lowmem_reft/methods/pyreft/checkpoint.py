@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.pyreft.parameters import KINDS, check_tensors, fitting_classes
+from lowmem_reft.methods.pyreft.parameters import KINDS, check_tensors, fitting_classes
 
 CONFIG = "config.json"
 WEIGHTS_OF_BASE = "pytorch_model.bin"

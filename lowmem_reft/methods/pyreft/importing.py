@@ -16,16 +16,16 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from lowmem_reft.attach import peft_notices_hidden
 from lowmem_reft.base.blocks import component_path, find_blocks, hidden_size
 from lowmem_reft.base.loading import from_config, load_config
 from lowmem_reft.errors import InputError
-from lowmem_reft.pyreft.checkpoint import WEIGHTS_OF_BASE, Checkpoint, read_checkpoint
-from lowmem_reft.pyreft.notes import import_notes
-from lowmem_reft.pyreft.parameters import KINDS, from_pyreft
+from lowmem_reft.methods.attach import peft_notices_hidden
+from lowmem_reft.methods.card import TrainingCard
+from lowmem_reft.methods.pyreft.checkpoint import WEIGHTS_OF_BASE, Checkpoint, read_checkpoint
+from lowmem_reft.methods.pyreft.notes import import_notes
+from lowmem_reft.methods.pyreft.parameters import KINDS, from_pyreft
 from lowmem_reft.reft.config import COMPONENTS, ReftConfig
 from lowmem_reft.reft.positions import num_groups, parse_positions
-from lowmem_reft.training_card import TrainingCard
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json
-from lowmem_reft.pyreft.checkpoint import CONFIG, WEIGHTS_OF_BASE
-from lowmem_reft.pyreft.importing import check_empty
-from lowmem_reft.pyreft.notes import export_notes
-from lowmem_reft.pyreft.parameters import KINDS, to_pyreft
+from lowmem_reft.methods.card import find_adapter, load_card
+from lowmem_reft.methods.pyreft.checkpoint import CONFIG, WEIGHTS_OF_BASE
+from lowmem_reft.methods.pyreft.importing import check_empty
+from lowmem_reft.methods.pyreft.notes import export_notes
+from lowmem_reft.methods.pyreft.parameters import KINDS, to_pyreft
 from lowmem_reft.reft.config import ReftConfig
-from lowmem_reft.training_card import find_adapter, load_card
 
 if TYPE_CHECKING:
     from pathlib import Path
