@@ -63,13 +63,13 @@ from lowmem_reft.base import count_as_stored
 from lowmem_reft.base.blocks import find_blocks
 from lowmem_reft.base.residency import Residency
 from lowmem_reft.base.synthetic import base_on_meta, base_with_random_weights
-from lowmem_reft.frozen.proof import prove
-from lowmem_reft.frozen.reuse import Reuse
-from lowmem_reft.frozen.split import ReuseError
 from lowmem_reft.memory.planner import GIB, Lengths, Planner, read_config
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.options import MemoryOptions, MethodOptions
 from lowmem_reft.profile import measure_step
+from lowmem_reft.reuse.proof import prove
+from lowmem_reft.reuse.reuse import Reuse
+from lowmem_reft.reuse.split import ReuseError
 
 DTYPE = torch.bfloat16
 EIGHT, SEVENTY = "llama-3.1-8b", "llama-3.3-70b"

@@ -72,10 +72,10 @@ from benchmarks.reuse_steps import (
 from lowmem_reft import load_base
 from lowmem_reft.base import save_base
 from lowmem_reft.base.synthetic import base_with_random_weights
-from lowmem_reft.frozen.proof import prove
-from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.memory.live import LiveMemory, label_model
 from lowmem_reft.profile import measure_step
+from lowmem_reft.reuse.proof import prove
+from lowmem_reft.reuse.reuse import Reuse
 
 CPU = torch.device("cpu")
 METHODS = (QLORA, QLORA_OURS, QLORA_CHECKPOINTED, PLAIN, REUSED, REUSED_DEQUANTIZED)

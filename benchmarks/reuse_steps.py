@@ -30,7 +30,7 @@ from lowmem_reft.base.blocks import device_of
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.frozen.reuse import Reuse
+from lowmem_reft.reuse.reuse import Reuse
 
 Key = TypeVar("Key")
 

@@ -99,7 +99,10 @@ _COMMANDS: dict[str, _Command] = {
         loads_nothing=True,
     ),
     "cache": _Command(
-        options=CacheOptions, handler="cache:run_cache", prints_tables=True, loads_nothing=True
+        options=CacheOptions,
+        handler="reuse.cache:run_cache",
+        prints_tables=True,
+        loads_nothing=True,
     ),
     "import-pyreft": _Command(
         options=ImportPyreftOptions, handler="methods.pyreft.importing:run_import"

@@ -30,13 +30,13 @@ from lowmem_reft.data.tokens import (
     encode_rows,
 )
 from lowmem_reft.errors import InputError, is_out_of_memory
-from lowmem_reft.frozen.prepare import prepare_scoring
 from lowmem_reft.generate import generate_batches
 from lowmem_reft.machine.progress import counter, progress
 from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.options import ReuseOptions, ScoringOptions
+from lowmem_reft.reuse.prepare import prepare_scoring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem_reft.data.rows import Row
-    from lowmem_reft.frozen.reuse import Reuse
     from lowmem_reft.options import EvaluateOptions
+    from lowmem_reft.reuse.reuse import Reuse
 
 
 logger = logging.getLogger(__name__)

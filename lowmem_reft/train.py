@@ -36,9 +36,6 @@ from lowmem_reft.data.tokens import (
 )
 from lowmem_reft.errors import InputError
 from lowmem_reft.evaluate import ScoringSettings, check_rows, check_scoring, score
-from lowmem_reft.frozen.prepare import prepare
-from lowmem_reft.frozen.reuse import Reuse
-from lowmem_reft.frozen.trainer import INDEX, IndexCollator, ReuseTrainer
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import write_json
 from lowmem_reft.machine.progress import counter
@@ -55,6 +52,9 @@ from lowmem_reft.model_card import write_model_card
 from lowmem_reft.plan import fit_into_memory
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.positions import num_groups, parse_positions
+from lowmem_reft.reuse.prepare import prepare
+from lowmem_reft.reuse.reuse import Reuse
+from lowmem_reft.reuse.trainer import INDEX, IndexCollator, ReuseTrainer
 from lowmem_reft.run_directory import last_checkpoint, prepare_directory
 from lowmem_reft.tracking import RunArguments, Trackers
 from lowmem_reft.validation import BestEpoch

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft import cli, train
-from lowmem_reft.frozen.store import Store
+from lowmem_reft.reuse.store import Store
 
 write, on_step_end = Store.write, train._StepWatch.on_step_end
 

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_reft import cache, cli
-from lowmem_reft.cache import find_stores, remove_store, run_cache
+from lowmem_reft import cli
 from lowmem_reft.errors import InputError
-from lowmem_reft.frozen.layout import Layout, Shape
-from lowmem_reft.frozen.store import Record, Store, key_of
 from lowmem_reft.options import CacheListOptions, CacheOptions, CacheRemoveOptions
+from lowmem_reft.reuse import cache
+from lowmem_reft.reuse.cache import find_stores, remove_store, run_cache
+from lowmem_reft.reuse.layout import Layout, Shape
+from lowmem_reft.reuse.store import Record, Store, key_of
 
 FACTS = {"architecture": "LlamaForCausalLM", "num_blocks": 8, "dtype": "bf16", "version": 1}
 KEYS = ("aa11" + 20 * "0", "aa22" + 20 * "0", "bb33" + 20 * "0")
@@ -80,7 +81,7 @@ def content(root: Path) -> list[str]:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, lowmem_reft.cache; assert 'torch' not in sys.modules"
+    code = "import sys, lowmem_reft.reuse.cache; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -22,7 +22,6 @@ import lowmem_reft as lr
 from lowmem_reft import InputError
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.techniques import save_memory
-from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.memory.live import CATEGORIES
 from lowmem_reft.memory.measure import measure
 from lowmem_reft.memory.outputs import KnownOutputs
@@ -31,6 +30,7 @@ from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.options import MemoryOptions, MethodOptions
+from lowmem_reft.reuse.reuse import Reuse
 
 VOCAB, NUM_LAYERS, RESPONSE = 2048, 4, 64
 COMMON = {

@@ -16,10 +16,10 @@ from lowmem_reft.base.loading import base_digest, load_base, save_base
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.errors import InputError
-from lowmem_reft.frozen.proof import prove
-from lowmem_reft.frozen.reuse import Reuse
 from lowmem_reft.methods.constant import find_first_resident
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reuse.proof import prove
+from lowmem_reft.reuse.reuse import Reuse
 from tests.test_reuse import ARCHITECTURES, SIZES, make_examples, stacked
 
 NUM_BLOCKS = 5

@@ -15,16 +15,16 @@ from transformers import AutoConfig
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.synthetic import base_with_random_weights
-from lowmem_reft.frozen.layout import Layout, Shape
-from lowmem_reft.frozen.prepare import prepare
-from lowmem_reft.frozen.proof import prove, prove_scores
-from lowmem_reft.frozen.reuse import NoRoomError, Reuse
-from lowmem_reft.frozen.split import ReuseError, find_split
-from lowmem_reft.frozen.store import CorruptShardError, Record, Store
 from lowmem_reft.methods.constant import num_constant_blocks
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.options import ReuseOptions
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reuse.layout import Layout, Shape
+from lowmem_reft.reuse.prepare import prepare
+from lowmem_reft.reuse.proof import prove, prove_scores
+from lowmem_reft.reuse.reuse import NoRoomError, Reuse
+from lowmem_reft.reuse.split import ReuseError, find_split
+from lowmem_reft.reuse.store import CorruptShardError, Record, Store
 
 SIZES = {
     "vocab_size": 256,
@@ -497,7 +497,7 @@ def test_a_flipped_byte_is_found_and_built_again(tmp_path: Path) -> None:
 
 
 def small_store(root: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr("lowmem_reft.frozen.layout.SHARD_BYTES", 300)
+    monkeypatch.setattr("lowmem_reft.reuse.layout.SHARD_BYTES", 300)
     layout = Layout(
         shapes=[Shape(2, 3), Shape(0, 4), Shape(5, 1)],
         hidden_size=8,
@@ -721,7 +721,7 @@ def test_what_was_frozen_stays_frozen_after_a_build(tmp_path: Path) -> None:
 
 
 def test_few_shards_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem_reft.frozen.store.MOST_OPEN", 1)
+    monkeypatch.setattr("lowmem_reft.reuse.store.MOST_OPEN", 1)
     store = small_store(tmp_path, monkeypatch)
     with store.locked():
         for shard, examples in enumerate(store.layout.shards):

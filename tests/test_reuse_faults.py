@@ -30,13 +30,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from lowmem_reft.base.loading import load_base, load_tokenizer
-from lowmem_reft.cache import remove_store
 from lowmem_reft.data.embedded import model_dir, task_files
 from lowmem_reft.errors import InputError
-from lowmem_reft.frozen import layout
-from lowmem_reft.frozen.prepare import prepare
-from lowmem_reft.frozen.reuse import NoRoomError, Reuse
-from lowmem_reft.frozen.store import CorruptShardError, Store
 from lowmem_reft.options import (
     DataOptions,
     MethodOptions,
@@ -46,6 +41,11 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
+from lowmem_reft.reuse import layout
+from lowmem_reft.reuse.cache import remove_store
+from lowmem_reft.reuse.prepare import prepare
+from lowmem_reft.reuse.reuse import NoRoomError, Reuse
+from lowmem_reft.reuse.store import CorruptShardError, Store
 from lowmem_reft.train import run_training
 from tests.test_residency import adapted, saved
 from tests.test_reuse import make_examples, make_model, reft, stacked

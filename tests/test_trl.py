@@ -24,7 +24,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.memory import MemoryCallback
 from lowmem_reft.options import ReuseOptions
 from lowmem_reft.reft.selection import Selector
-from lowmem_reft.trainers import PromptMixin, ReuseMixin
+from lowmem_reft.reuse.mixins import PromptMixin, ReuseMixin
 
 trl = pytest.importorskip("trl", minversion="1.16")
 

@@ -112,7 +112,7 @@ def load_base(
         attn_implementation: eager, sdpa, ...; default: what transformers picks.
         revision: Branch, tag or commit of a hub id.
         resident: ``upper`` loads the upper blocks only, for training from stored constants: see
-            ``lowmem_reft.frozen``. The others, and an embedding that the head does not share, are
+            ``lowmem_reft.reuse``. The others, and an embedding that the head does not share, are
             on the meta device and are read from the checkpoint when they run
             (``base.residency``; its ``restore()`` makes the base whole).
         first_resident: The first block that is loaded with ``upper``; default: half of them.

@@ -20,9 +20,6 @@ from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.base.techniques import HostEmbedding
 from lowmem_reft.data.tokens import IGNORED_LABEL
 from lowmem_reft.errors import InputError
-from lowmem_reft.frozen.batch import Stacked, aligned, run_stacked
-from lowmem_reft.frozen.layout import Layout, Shape
-from lowmem_reft.frozen.split import ReuseError, find_split, groups_of, is_causal
 from lowmem_reft.machine.devices import DTYPES
 from lowmem_reft.machine.marks import begins_step
 from lowmem_reft.memory.kernels import Kernels
@@ -40,13 +37,16 @@ from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.methods.table import find_method
 from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
+from lowmem_reft.reuse.batch import Stacked, aligned, run_stacked
+from lowmem_reft.reuse.layout import Layout, Shape
+from lowmem_reft.reuse.split import ReuseError, find_split, groups_of, is_causal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
 
-    from lowmem_reft.frozen.split import Example, Split
+    from lowmem_reft.reuse.split import Example, Split
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Optimizers whose memory is predicted."""

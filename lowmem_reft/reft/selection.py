@@ -193,7 +193,7 @@ class Selector:
             raise InputError(
                 "labels must be given in training, because the prompt is what they do not "
                 "supervise; pass labels or prompt_mask to the model (a trainer that takes the "
-                "labels out, as label smoothing does, needs lowmem_reft.trainers.PromptMixin)"
+                "labels out, as label smoothing does, needs lowmem_reft.reuse.mixins.PromptMixin)"
             )
         prompt = find_prompt(mask, labels, segments)
         if labels is not None and training:

@@ -141,7 +141,7 @@ def test_a_cache_is_cropped_by_a_number_of_tokens(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="base/partial.py frozen/batch.py memory/predict.py",
+    used_by="base/partial.py reuse/batch.py memory/predict.py",
     broken_by=wrapped(
         f"{CACHE}DynamicLayer.update",
         lambda update: lambda self, k, v, *a, **kw: update(self, k.flip(2), v, *a, **kw),
@@ -176,7 +176,7 @@ def test_a_sliding_layer_keeps_one_less_than_its_window_and_counts_all(breach: b
 
 @contract(
     "transformers",
-    used_by="frozen/batch.py",
+    used_by="reuse/batch.py",
     broken_by=wrapped(
         f"{MASKS}_preprocess_mask_arguments",
         lambda function: lambda *args, **kwargs: _of_layer(function, 1, *args, **kwargs),

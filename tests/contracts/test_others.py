@@ -218,7 +218,7 @@ def test_a_page_of_plotly_fetches_nothing(breach: bool) -> None:
 
 @contract(
     "datasets",
-    used_by="trainers.py data/readers.py",
+    used_by="reuse/mixins.py data/readers.py",
     broken_by=with_value("datasets:Dataset.add_column", lambda self, name, column: self),
 )
 def test_a_data_set_takes_a_column_and_gives_lists(breach: bool) -> None:

@@ -288,7 +288,7 @@ def test_disable_adapter_reaches_the_tuner_its_layers_and_a_flag(method: Any) ->
 
 @contract(
     "peft",
-    used_by="frozen/build.py",
+    used_by="reuse/build.py",
     broken_by=wrapped(
         f"{TUNERS}BaseTunerLayer.enable_adapters",
         lambda _: lambda self, enabled: setattr(self, "_disable_adapters", not enabled),
@@ -371,7 +371,7 @@ def test_unload_gives_the_base_with_its_own_head(method: Any) -> None:
 
 @contract(
     "peft",
-    used_by="reft/tuner.py frozen/split.py",
+    used_by="reft/tuner.py reuse/split.py",
     broken_by=wrapped(
         "peft.utils.other:ModulesToSaveWrapper.update",
         lambda update: lambda self, name, **k: _as_list(self, update, name, **k),

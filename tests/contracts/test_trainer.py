@@ -64,7 +64,7 @@ class Inside(Trainer):
 
 @contract(
     "transformers",
-    used_by="frozen/trainer.py trainers.py",
+    used_by="reuse/trainer.py reuse/mixins.py",
     broken_by=wrapped(
         f"{TRAINER}compute_loss",
         lambda compute: (
@@ -82,7 +82,7 @@ def test_compute_loss_calls_what_it_is_given_with_the_batch(tmp_path: Path) -> N
 
 @contract(
     "transformers",
-    used_by="base/loss.py frozen/trainer.py",
+    used_by="base/loss.py reuse/trainer.py",
     broken_by=doing_nothing(f"{TRAINER}_get_num_items_in_batch"),
 )
 def test_accumulated_losses_are_divided_by_the_tokens_of_all_batches(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_accumulated_losses_are_divided_by_the_tokens_of_all_batches(tmp_path: P
 
 @contract(
     "transformers",
-    used_by="trainers.py",
+    used_by="reuse/mixins.py",
     broken_by=without(f"{TRAINER}_set_signature_columns_if_needed"),
 )
 def test_columns_to_keep_are_a_list_that_can_be_added_to(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_columns_to_keep_are_a_list_that_can_be_added_to(tmp_path: Path) -> None
 
 @contract(
     "transformers",
-    used_by="trainers.py",
+    used_by="reuse/mixins.py",
     broken_by=wrapped(
         f"{TRAINER}__init__", lambda init: lambda self, **kwargs: _hidden(self, init, kwargs)
     ),
@@ -140,7 +140,7 @@ def _hidden(self: Any, init: Any, kwargs: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="trainers.py reft/selection.py",
+    used_by="reuse/mixins.py reft/selection.py",
     broken_by=wrapped(
         f"{TRAINER}compute_loss",
         lambda compute: (
@@ -334,7 +334,7 @@ def _without_flags(self: Any, init: Any, fields: dict[str, Any]) -> None:
 
 @contract(
     "transformers",
-    used_by="trainers.py base/checkpointing.py",
+    used_by="reuse/mixins.py base/checkpointing.py",
     broken_by=wrapped(
         "transformers:TrainingArguments.__init__",
         lambda init: lambda self, **fields: _without_flags(self, init, fields),
@@ -349,7 +349,7 @@ def test_checkpointing_goes_by_one_of_two_names(tmp_path: Path) -> None:
 
 @contract(
     "transformers",
-    used_by="frozen/trainer.py",
+    used_by="reuse/trainer.py",
     broken_by=with_value(
         "accelerate.data_loader:DataLoaderShard.__iter__", torch.utils.data.DataLoader.__iter__
     ),

@@ -195,7 +195,7 @@ def test_the_signature_of_forward_names_the_arguments(llama: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="reft/selection.py frozen/batch.py base/partial.py memory/predict.py",
+    used_by="reft/selection.py reuse/batch.py base/partial.py memory/predict.py",
     broken_by=with_value(
         f"{LLAMA}LlamaForCausalLM.forward",
         lambda self, input_ids=None, memory=None, **kwargs: None,
@@ -442,7 +442,7 @@ def test_stand_ins_for_backbone_and_head_are_what_forward_calls(llama: Any) -> N
 
 @contract(
     "transformers",
-    used_by="base/loss.py frozen/reuse.py",
+    used_by="base/loss.py reuse/reuse.py",
     broken_by=with_value("transformers.utils.generic:ModelOutput.__getitem__", lambda *_: None),
 )
 def test_an_output_may_have_a_loss_alone(breach: bool) -> None:
@@ -548,7 +548,7 @@ def _without_types(self: Any, init: Any, *args: Any, **kwargs: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="frozen/split.py",
+    used_by="reuse/split.py",
     broken_by=wrapped(
         f"{LLAMA}LlamaAttention.__init__",
         lambda init: lambda self, *a, **k: _without_dropout(self, init, *a, **k),
@@ -563,7 +563,7 @@ def test_dropout_is_a_module_or_attention_dropout(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="frozen/split.py",
+    used_by="reuse/split.py",
     broken_by=wrapped(
         "transformers.models.gemma2.configuration_gemma2:Gemma2Config.__post_init__",
         lambda init: lambda self, *a, **k: _without_types(self, init, *a, **k),
@@ -582,7 +582,7 @@ def test_configurations_name_windows_and_rotary_scaling(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="frozen/reuse.py base/loading.py base/identity.py",
+    used_by="reuse/reuse.py base/loading.py base/identity.py",
     broken_by=with_result(
         "transformers:PreTrainedConfig.to_json_string", lambda text: f"{text} 0123"
     ),

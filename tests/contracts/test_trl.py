@@ -100,7 +100,7 @@ def test_sft_gives_the_model_labels_of_the_completion_and_asks_for_its_fused_hea
 
 @contract(
     "trl",
-    used_by="trainers.py",
+    used_by="reuse/mixins.py",
     broken_by=wrapped(
         f"{SFT}_set_signature_columns_if_needed",
         lambda _: lambda self: setattr(self, "_signature_columns", ("input_ids",)),
@@ -136,7 +136,7 @@ def test_sft_has_columns_to_keep_that_can_be_added_to(tokenizer: Any, tmp_path: 
 
 @contract(
     "trl",
-    used_by="trainers.py",
+    used_by="reuse/mixins.py",
     broken_by=wrapped(
         f"{SFT}__init__",
         lambda init: lambda self, *a, **k: (init(self, *a, **k), delattr(self, "padding_free"))[0],
@@ -180,7 +180,7 @@ def test_input_gradients_are_asked_of_the_instance(tokenizer: Any, tmp_path: Pat
 
 @contract(
     "trl",
-    used_by="base/loss.py trainers.py reft/selection.py",
+    used_by="base/loss.py reuse/mixins.py reft/selection.py",
     broken_by=with_value(f"{SFT}compute_loss", lambda self, batch: None),
 )
 def test_compute_loss_has_the_arguments_of_the_trainer(breach: bool) -> None:
@@ -191,7 +191,7 @@ def test_compute_loss_has_the_arguments_of_the_trainer(breach: bool) -> None:
 
 @contract(
     "trl",
-    used_by="trainers.py",
+    used_by="reuse/mixins.py",
     broken_by=with_value(f"{SFT}__init__", doing_nothing),
 )
 def test_the_trainers_take_a_quantized_model_and_a_configuration(breach: bool) -> None:

@@ -137,7 +137,7 @@ CONTRACTS = (
     Contract(
         sentence="tokens behind a cache are computed as in one pass, and it says their number",
         libraries=("transformers", "torch"),
-        leaned_on_by=("reft/selection.py", "frozen/batch.py", "base/partial.py"),
+        leaned_on_by=("reft/selection.py", "reuse/batch.py", "base/partial.py"),
         check=_cached_tokens_continue,
     ),
 )

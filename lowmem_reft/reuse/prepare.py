@@ -12,16 +12,16 @@ from torch import Tensor
 from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.partial import blocks_of
 from lowmem_reft.errors import InputError
-from lowmem_reft.frozen.proof import prove, prove_scores
-from lowmem_reft.frozen.reuse import NoRoomError, Report, Reuse
-from lowmem_reft.frozen.split import (
+from lowmem_reft.options import ReuseOptions
+from lowmem_reft.reuse.proof import prove, prove_scores
+from lowmem_reft.reuse.reuse import NoRoomError, Report, Reuse
+from lowmem_reft.reuse.split import (
     Example,
     NothingToReuseError,
     ReuseError,
     Split,
     find_split,
 )
-from lowmem_reft.options import ReuseOptions
 
 logger = logging.getLogger(__name__)
 

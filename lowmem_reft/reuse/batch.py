@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.caches import with_cache
 from lowmem_reft.base.partial import feeding
-from lowmem_reft.frozen.layout import Layout, Shape
-from lowmem_reft.frozen.store import CorruptShardError, Record
+from lowmem_reft.reuse.layout import Layout, Shape
+from lowmem_reft.reuse.store import CorruptShardError, Record
 
 MOST_AHEAD = 8
 """Batches that may wait; further ones are read when they are needed."""

@@ -30,7 +30,7 @@ from lowmem_reft.machine.files import write_json
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lowmem_reft.frozen.layout import Layout, Run
+    from lowmem_reft.reuse.layout import Layout, Run
 
 VERSION = 2
 """Raised when the same inputs would be stored otherwise, so that old stores are built again."""

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from lowmem_reft.base.blocks import device_of
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
-from lowmem_reft.frozen.prepare import prepare
-from lowmem_reft.frozen.reuse import Reuse
-from lowmem_reft.frozen.trainer import INDEX, IndexCollator, from_store
 from lowmem_reft.options import ReuseOptions
 from lowmem_reft.reft.positions import find_prompt, packed_segments
+from lowmem_reft.reuse.prepare import prepare
+from lowmem_reft.reuse.reuse import Reuse
+from lowmem_reft.reuse.trainer import INDEX, IndexCollator, from_store
 
 logger = logging.getLogger(__name__)
 

@@ -31,10 +31,14 @@ from lowmem_reft.base.loss import log_likelihood_of
 from lowmem_reft.base.partial import blocks_of, feeding, keys_and_values
 from lowmem_reft.base.residency import Residency
 from lowmem_reft.data.tokens import IGNORED_LABEL
-from lowmem_reft.frozen.batch import ReadAhead, Stacked, aligned, run_stacked, stack
-from lowmem_reft.frozen.build import Below, compute, without_adapters
-from lowmem_reft.frozen.layout import Layout, Shape, in_common
-from lowmem_reft.frozen.split import (
+from lowmem_reft.machine.devices import dtype_name
+from lowmem_reft.machine.processes import main_first
+from lowmem_reft.methods.constant import adapter_parts
+from lowmem_reft.reft.tuner import prompt_arguments
+from lowmem_reft.reuse.batch import ReadAhead, Stacked, aligned, run_stacked, stack
+from lowmem_reft.reuse.build import Below, compute, without_adapters
+from lowmem_reft.reuse.layout import Layout, Shape, in_common
+from lowmem_reft.reuse.split import (
     Example,
     ReuseError,
     Split,
@@ -43,11 +47,7 @@ from lowmem_reft.frozen.split import (
     groups_of,
     is_causal,
 )
-from lowmem_reft.frozen.store import CorruptShardError, Record, Store, key_of
-from lowmem_reft.machine.devices import dtype_name
-from lowmem_reft.machine.processes import main_first
-from lowmem_reft.methods.constant import adapter_parts
-from lowmem_reft.reft.tuner import prompt_arguments
+from lowmem_reft.reuse.store import CorruptShardError, Record, Store, key_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.partial import feeding, keys_and_values, run_up_to
-from lowmem_reft.frozen.layout import Layout
-from lowmem_reft.frozen.split import Example
-from lowmem_reft.frozen.store import Record, Store
+from lowmem_reft.reuse.layout import Layout
+from lowmem_reft.reuse.split import Example
+from lowmem_reft.reuse.store import Record, Store
 
 BATCH_TOKENS = 4096
 """Tokens, padding included, that run together; an example that is longer runs alone."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 
 if TYPE_CHECKING:
-    from lowmem_reft.frozen.reuse import Reuse
+    from lowmem_reft.reuse.reuse import Reuse
 
 INDEX = "example_index"
 
