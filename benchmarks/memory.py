@@ -30,9 +30,9 @@ from benchmarks.common import environment
 from lowmem_reft.memory.live import LiveMemory, label_model
 from lowmem_reft.memory.planner import Lengths, Planner
 from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.profile import build_model, measure_step
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.options import MemoryOptions, MethodOptions
-from lowmem_reft.profile import build_model, measure_step
 
 LOREFT = MethodOptions(method="loreft", rank=4, positions="f7+l7")
 LOREFT_ALL = MethodOptions(method="loreft", rank=4, positions="all")

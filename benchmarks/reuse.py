@@ -73,7 +73,7 @@ from lowmem_reft import load_base
 from lowmem_reft.base import save_base
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.memory.live import LiveMemory, label_model
-from lowmem_reft.profile import measure_step
+from lowmem_reft.memory.profile import measure_step
 from lowmem_reft.reuse.proof import prove
 from lowmem_reft.reuse.reuse import Reuse
 

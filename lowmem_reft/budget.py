@@ -211,7 +211,7 @@ def with_overrides(spec: MethodSpec, overrides: dict[str, Any]) -> MethodSpec:
 def _equal_memory(
     options: CompareOptions, specs: Sequence[MethodSpec], reference: MethodSpec, cells_of: CellsOf
 ) -> Equalized:
-    from lowmem_reft.plan import required_gib
+    from lowmem_reft.memory.verdict import required_gib
     from lowmem_reft.train import read_examples
 
     if options.memory.memory_gib is not None:

@@ -84,8 +84,10 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "judge": _Command(options=JudgeOptions, handler="data.tasks.judge:run_judge"),
     "sweep": _Command(options=SweepOptions, handler="sweep:run_sweep"),
-    "plan": _Command(options=PlanOptions, handler="plan:run_plan", prints_tables=True),
-    "profile": _Command(options=ProfileOptions, handler="profile:run_profile", prints_tables=True),
+    "plan": _Command(options=PlanOptions, handler="memory.verdict:run_plan", prints_tables=True),
+    "profile": _Command(
+        options=ProfileOptions, handler="memory.profile:run_profile", prints_tables=True
+    ),
     "tasks": _Command(
         options=TasksOptions,
         handler="data.tasks.listing:run_tasks",

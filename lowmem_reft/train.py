@@ -42,6 +42,7 @@ from lowmem_reft.machine.progress import counter
 from lowmem_reft.machine.provenance import versions
 from lowmem_reft.memory import peak_rss_bytes, track
 from lowmem_reft.memory.step import optimizer_tensors
+from lowmem_reft.memory.verdict import fit_into_memory
 from lowmem_reft.methods.attach import attach, check_run, check_target_modules
 from lowmem_reft.methods.card import TrainingCard, merge_card
 from lowmem_reft.methods.configs import build_peft_config
@@ -49,7 +50,6 @@ from lowmem_reft.methods.entries import resolve_learning_rate
 from lowmem_reft.methods.loading import load_frozen
 from lowmem_reft.methods.table import find_method
 from lowmem_reft.model_card import write_model_card
-from lowmem_reft.plan import fit_into_memory
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.positions import num_groups, parse_positions
 from lowmem_reft.reuse.prepare import prepare

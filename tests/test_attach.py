@@ -31,6 +31,7 @@ import lowmem_reft as lr
 from lowmem_reft import train
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.predict import Predictor, Setting
+from lowmem_reft.memory.profile import build_model, measure_step
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.methods.attach import attach, check_target_modules
 from lowmem_reft.methods.card import TrainingCard
@@ -49,7 +50,6 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.profile import build_model, measure_step
 
 # Rates with which the random tiny models learn in a few steps.
 RATES = dict.fromkeys(("prompt", "prefix", "steering", "lobireft", "ia3"), 0.1)
@@ -228,7 +228,7 @@ from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.methods.constant import num_constant_blocks
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.options import ModelOptions
-from lowmem_reft.profile import build_model, measure_step
+from lowmem_reft.memory.profile import build_model, measure_step
 from lowmem_reft.methods.card import load_card
 torch.set_num_threads(1)
 batch = torch.load(sys.argv[1])

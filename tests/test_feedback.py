@@ -167,7 +167,7 @@ def test_every_command_has_json_and_quiet(options_type: type) -> None:
 def test_the_table_of_plan_shows_a_bar(
     on_a_terminal: Show, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowmem_reft.plan.longest_seq_len", lambda *_args, **_more: 64)
+    monkeypatch.setattr("lowmem_reft.memory.verdict.longest_seq_len", lambda *_args, **_more: 64)
     shown = on_a_terminal(
         ["plan", "--table", "--model", "llama-3.1-8b", "--methods", "loreft,qlora"]
     )

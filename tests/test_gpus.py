@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowmem_reft import InputError
-from lowmem_reft.memory.gpus import CONTEXT_BYTES, FRAGMENTATION, GPUS, _plain, find_gpu
+from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, GPUS, _plain, find_gpu
 
 DRIVER_NAMES = {
     "NVIDIA A10": "a10",

@@ -13,8 +13,8 @@ from matplotlib.image import imread
 
 from lowmem_reft import InputError
 from lowmem_reft.memory.live import CATEGORIES, Block, Place
-from lowmem_reft.report.memory import draw_timeline, write_timeline_html
-from lowmem_reft.report.timeline import COLORS, PHASE_COLORS, curve_of, size_text, thinned
+from lowmem_reft.memory.picture import draw_timeline, write_timeline_html
+from lowmem_reft.memory.timeline import COLORS, PHASE_COLORS, curve_of, size_text, thinned
 
 MIB = 2**20
 HOSTILE = '<script>alert("x")</script> & $y_1$'
@@ -204,7 +204,7 @@ def test_the_page_needs_plotly_and_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_nothing_that_draws_is_imported_before_something_is_drawn():
     heavy = "{'matplotlib', 'plotly', 'torch'}"
-    code = f"import sys, lowmem_reft.report.memory; print({heavy} & set(sys.modules))"
+    code = f"import sys, lowmem_reft.memory.picture; print({heavy} & set(sys.modules))"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.stdout.strip() == "set()", finished.stderr
 

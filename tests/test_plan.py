@@ -26,6 +26,7 @@ from lowmem_reft.memory.planner import (
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.reuse import ReusePlan
 from lowmem_reft.memory.shapes import config_of
+from lowmem_reft.memory.verdict import fit_into_memory, required_gib
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.options import (
     DataOptions,
@@ -37,7 +38,6 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.plan import fit_into_memory, required_gib
 
 LLAMA = {
     "model_type": "llama",

@@ -13,7 +13,7 @@ from bitsandbytes.nn.modules import Int8Params, Params4bit
 
 from lowmem_reft.base.loading import load_config
 from lowmem_reft.errors import InputError
-from lowmem_reft.memory.gpus import CONTEXT_BYTES, FRAGMENTATION, find_gpu
+from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.live import LiveMemory
 from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.reuse import ReusePlan, plan_reuse

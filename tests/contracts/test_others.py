@@ -194,7 +194,7 @@ def _text_of_ray() -> str:
 
 @contract(
     "plotly",
-    used_by="report/memory.py report/timeline_chart.py",
+    used_by="memory/picture.py memory/chart.py",
     broken_by=with_result(
         "plotly.graph_objects:Figure.to_html", lambda page: f"{page}<script src='https://cdn'>"
     ),

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
+from lowmem_reft.memory.timeline import COLORS, color_of, size_text, unit_of, words
 from lowmem_reft.report.comparison import Comparison
 from lowmem_reft.report.figures import INK, new_figure
 from lowmem_reft.report.markup import Section, chart, folded, note, number, row_name, scaled, table
-from lowmem_reft.report.timeline import COLORS, color_of, size_text, unit_of, words
 
 Breakdown = Mapping[str, int]
 """Bytes by category."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from lowmem_reft.report.timeline import INK, Curve, color_of, phase_color, unit_of, words
+from lowmem_reft.memory.timeline import INK, Curve, color_of, phase_color, unit_of, words
 
 
 def traces(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:

@@ -21,9 +21,9 @@ from lowmem_reft.memory.measure import Measured, measure
 from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
+from lowmem_reft.memory.verdict import lengths_of
 from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.table import find_method
-from lowmem_reft.plan import lengths_of
 
 if TYPE_CHECKING:
     from lowmem_reft.options import ProfileOptions
@@ -180,7 +180,7 @@ def _write(
     options: ProfileOptions, result: dict[str, Any], live: LiveMemory, predicted: LiveMemory
 ) -> dict[str, Any]:
     """Write profile.json and the pictures; return their paths."""
-    from lowmem_reft.report.memory import draw_timeline, write_timeline_html
+    from lowmem_reft.memory.picture import draw_timeline, write_timeline_html
 
     directory = options.output_dir
     directory.mkdir(parents=True, exist_ok=True)

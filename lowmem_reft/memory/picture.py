@@ -10,7 +10,8 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.report.timeline import (
+from lowmem_reft.memory.chart import layout, traces
+from lowmem_reft.memory.timeline import (
     COLORS,
     INK,
     Curve,
@@ -22,7 +23,6 @@ from lowmem_reft.report.timeline import (
     unit_of,
     words,
 )
-from lowmem_reft.report.timeline_chart import layout, traces
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
