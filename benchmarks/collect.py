@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from lowmem_reft.report.joining import join
+from lowmem_reft.compare.report.joining import join
 
 POINTS = 50
 """Most points of a loss history."""

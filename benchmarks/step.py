@@ -9,8 +9,8 @@ What keeps it fair: all methods read the same weights and the same batch and sha
 ``base_loss`` and ``base_forward_s`` show that they start from the same work; LoRA runs on the base
 that LoReFT runs on, with PEFT's defaults (no dropout, no fp32 upcasts); pyreft shares its weights
 over positions, its cheaper form. "our head" rows compute logits for supervised tokens only, as
-``lowmem_reft.train`` does for every method (``lowmem_reft.base.loss``); the others form the full
-logits, as PEFT and pyreft do (``logits_shape`` in the JSON).
+``lowmem_reft.runs.train`` does for every method (``lowmem_reft.base.loss``); the others form the
+full logits, as PEFT and pyreft do (``logits_shape`` in the JSON).
 """
 
 from __future__ import annotations

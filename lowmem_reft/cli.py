@@ -74,16 +74,16 @@ class _Command:
 
 
 _COMMANDS: dict[str, _Command] = {
-    "train": _Command(options=TrainOptions, handler="train:run_training"),
-    "evaluate": _Command(options=EvaluateOptions, handler="evaluate:run_evaluation"),
-    "generate": _Command(options=GenerateOptions, handler="generate:run_generation"),
-    "chat": _Command(options=ChatOptions, handler="chat:run_chat"),
-    "compare": _Command(options=CompareOptions, handler="compare:run_comparison"),
+    "train": _Command(options=TrainOptions, handler="runs.train:run_training"),
+    "evaluate": _Command(options=EvaluateOptions, handler="runs.evaluate:run_evaluation"),
+    "generate": _Command(options=GenerateOptions, handler="runs.generate:run_generation"),
+    "chat": _Command(options=ChatOptions, handler="runs.chat:run_chat"),
+    "compare": _Command(options=CompareOptions, handler="compare.matrix:run_comparison"),
     "report": _Command(
-        options=ReportOptions, handler="report.joining:run_report", loads_nothing=True
+        options=ReportOptions, handler="compare.report.joining:run_report", loads_nothing=True
     ),
-    "judge": _Command(options=JudgeOptions, handler="data.tasks.judge:run_judge"),
-    "sweep": _Command(options=SweepOptions, handler="sweep:run_sweep"),
+    "judge": _Command(options=JudgeOptions, handler="runs.judge:run_judge"),
+    "sweep": _Command(options=SweepOptions, handler="compare.sweep:run_sweep"),
     "plan": _Command(options=PlanOptions, handler="memory.verdict:run_plan", prints_tables=True),
     "profile": _Command(
         options=ProfileOptions, handler="memory.profile:run_profile", prints_tables=True

@@ -51,7 +51,7 @@ from lowmem_reft.options import (
     Storage,
     TrainOptions,
 )
-from lowmem_reft.train import run_training
+from lowmem_reft.runs.train import run_training
 
 PUBLISHED = "13 m 44 s"
 RANK, POSITIONS, BATCH_SIZE, LEARNING_RATE = 4, "l1", 2, 4e-3

@@ -55,14 +55,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from lowmem_reft.base import load_base, load_tokenizer, save_base
 from lowmem_reft.base.blocks import device_of, find_blocks
-from lowmem_reft.das import (
-    Interchanges,
-    Pairs,
-    learn_subspace,
-    principal_angles,
-    random_subspace,
-    whole_vector,
-)
 from lowmem_reft.data.embedded import model_dir
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.machine.provenance import commit, device_name, versions
@@ -70,6 +62,14 @@ from lowmem_reft.memory import peak_rss_bytes
 from lowmem_reft.options import Storage
 from lowmem_reft.reft.config import check_layers, resolve_layers
 from lowmem_reft.reft.interventions import orthonormal_rows
+from lowmem_reft.runs.das import (
+    Interchanges,
+    Pairs,
+    learn_subspace,
+    principal_angles,
+    random_subspace,
+    whole_vector,
+)
 
 HELD_OUT = 0.25
 """Share of the prompts that neither the model nor R is trained on."""

@@ -31,7 +31,6 @@ from rich.table import Table
 
 from lowmem_reft.data.embedded import model_dir
 from lowmem_reft.errors import check_counts, check_positive
-from lowmem_reft.generate import run_generation
 from lowmem_reft.machine.provenance import commit, device_name, versions
 from lowmem_reft.options import (
     DataOptions,
@@ -45,7 +44,8 @@ from lowmem_reft.options import (
     Storage,
     TrainOptions,
 )
-from lowmem_reft.train import run_training
+from lowmem_reft.runs.generate import run_generation
+from lowmem_reft.runs.train import run_training
 
 ROWS = [
     ("Tim was sad.", "Oh dear! Mom gave him a hug. The end."),

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lowmem_reft import cli, train
+from lowmem_reft import cli
 from lowmem_reft.reuse.store import Store
+from lowmem_reft.runs import train
 
 write, on_step_end = Store.write, train._StepWatch.on_step_end
 

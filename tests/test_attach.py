@@ -28,7 +28,6 @@ from transformers import (
 )
 
 import lowmem_reft as lr
-from lowmem_reft import train
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.profile import build_model, measure_step
@@ -50,6 +49,7 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
+from lowmem_reft.runs import train
 
 # Rates with which the random tiny models learn in a few steps.
 RATES = dict.fromkeys(("prompt", "prefix", "steering", "lobireft", "ia3"), 0.1)

@@ -14,7 +14,7 @@ import pytest
 import lowmem_reft as lr
 from lowmem_reft import cli
 from lowmem_reft.base.loading import load_config
-from lowmem_reft.budget import (
+from lowmem_reft.compare.budget import (
     NUM_TIMED_STEPS,
     Equalized,
     ParameterCounter,
@@ -23,14 +23,14 @@ from lowmem_reft.budget import (
     num_steps,
     with_overrides,
 )
-from lowmem_reft.cell import Cell, Result, run_cell
-from lowmem_reft.compare import build_cells, run_comparison
+from lowmem_reft.compare.cell import Cell, Result, run_cell
+from lowmem_reft.compare.matrix import build_cells, run_comparison
+from lowmem_reft.compare.sources import find_sources
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import METHODS
 from lowmem_reft.options import CompareOptions, MemoryOptions, MethodOptions, OptimOptions
-from lowmem_reft.sources import find_sources
 
 ROWS = [
     {"prompt": f"is the {noun} good or bad? label:", "choices": ["good", "bad"], "answer": answer}

@@ -20,9 +20,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_reft import cli
-from lowmem_reft.chat import _Streamer
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.runs.chat import _Streamer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -38,7 +38,7 @@ import sys, types
 from lowmem_reft import cli
 def run_training(options):
     {body}
-sys.modules["lowmem_reft.train"] = types.SimpleNamespace(run_training=run_training)
+sys.modules["lowmem_reft.runs.train"] = types.SimpleNamespace(run_training=run_training)
 sys.exit(cli.main({arguments!r}))
 """
 
@@ -60,7 +60,7 @@ def fake_training(monkeypatch):
 
     def replace(function):
         module = SimpleNamespace(run_training=function)
-        monkeypatch.setitem(sys.modules, "lowmem_reft.train", module)
+        monkeypatch.setitem(sys.modules, "lowmem_reft.runs.train", module)
 
     return replace
 
@@ -271,7 +271,7 @@ def test_interruption_exits_with_130_and_says_what_is_kept(fake_training, capsys
 def test_a_comparison_with_failed_cells_prints_its_result_and_exits_with_1(monkeypatch, capfd):
     result = {"num_cells": 4, "num_failed": 1}
     module = SimpleNamespace(run_comparison=lambda _options: result)
-    monkeypatch.setitem(sys.modules, "lowmem_reft.compare", module)
+    monkeypatch.setitem(sys.modules, "lowmem_reft.compare.matrix", module)
     assert cli.main(["compare", "--json"]) == 1
     captured = capfd.readouterr()
     assert json.loads(captured.out) == result

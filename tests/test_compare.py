@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_reft import report
-from lowmem_reft.cell import EMPTY_RESULT, read_cell, run_cell, write_cell
-from lowmem_reft.compare import build_cells, command_line, parse_seeds, run_comparison
+from lowmem_reft.compare import report
+from lowmem_reft.compare.cell import EMPTY_RESULT, read_cell, run_cell, write_cell
+from lowmem_reft.compare.matrix import build_cells, command_line, parse_seeds, run_comparison
+from lowmem_reft.compare.sources import Sources, find_sources, task_name
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import METHODS
 from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions, ReuseOptions
-from lowmem_reft.sources import Sources, find_sources, task_name
 
 ROOT = Path(__file__).parent.parent
 FAILS, KILLED, SILENT, SLOW = 0.5, 0.25, 0.125, 0.0625
@@ -229,7 +229,7 @@ def test_the_end_of_a_comparison_stops_its_children_and_keeps_what_has_finished(
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from lowmem_reft.compare import run_comparison\n"
+        "from lowmem_reft.compare.matrix import run_comparison\n"
         "from lowmem_reft.options import CompareOptions\n"
         f"options = CompareOptions(model={options.model!r}, data={options.data!r},\n"
         f"    eval_data={options.eval_data!r}, methods='loreft,red[lr={SLOW}]',\n"
@@ -372,7 +372,7 @@ def test_of_all_methods_those_that_are_refused_are_rows_and_no_failures(options,
             for cell in cells
         ]
 
-    monkeypatch.setattr("lowmem_reft.compare.run_cells", run_all)
+    monkeypatch.setattr("lowmem_reft.compare.matrix.run_cells", run_all)
     answer = run_comparison(replace(options, methods="all"))
     names = [result["method"] for result in results_of(options)]
     assert names[3:] == list(METHODS)  # after the base in three storages

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_reft.cell import read_cell, run_cell
-from lowmem_reft.compare import build_cells, run_comparison
+from lowmem_reft.compare.cell import read_cell, run_cell
+from lowmem_reft.compare.matrix import build_cells, run_comparison
+from lowmem_reft.compare.sources import find_all_sources
 from lowmem_reft.data.tasks.metrics import compute
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.options import CompareOptions, OptimOptions
-from lowmem_reft.sources import find_all_sources
 
 LABELS = ("LOC:city", "NUM:count", "HUM:ind")
 
@@ -116,7 +116,7 @@ def test_one_training_serves_all_tasks(options: CompareOptions) -> None:
 
 
 def test_a_cell_of_a_task_survives_its_file(options: CompareOptions) -> None:
-    from lowmem_reft.cell import write_cell
+    from lowmem_reft.compare.cell import write_cell
 
     cell = cells_of(options)[1]
     assert read_cell(write_cell(cell)) == cell

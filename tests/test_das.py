@@ -10,7 +10,7 @@ import torch
 
 from lowmem_reft.base.blocks import find_blocks
 from lowmem_reft.base.loading import base_digest, load_base
-from lowmem_reft.das import (
+from lowmem_reft.runs.das import (
     Interchanges,
     Pairs,
     learn_subspace,

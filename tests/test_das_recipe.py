@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from lowmem_reft.base.loading import load_tokenizer
-from lowmem_reft.das import random_subspace
 from lowmem_reft.data.embedded import model_dir
 from lowmem_reft.errors import InputError
+from lowmem_reft.runs.das import random_subspace
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,12 @@ from snippets import Runner, read_blocks
 from test_report_browser import CHROMEDRIVER, CHROMIUM, FLAGS
 
 import lowmem_reft.memory
-from lowmem_reft import cell, cli, report
-from lowmem_reft.cell import Cell, Result, write_cell
+from lowmem_reft import cli
+from lowmem_reft.compare import cell, report
+from lowmem_reft.compare.cell import Cell, Result, write_cell
+from lowmem_reft.compare.engines import processes
+from lowmem_reft.compare.engines.child import result_or_cause
 from lowmem_reft.data.tasks.registry import TASKS
-from lowmem_reft.engines import processes
-from lowmem_reft.engines.child import result_or_cause
 from lowmem_reft.reft.interventions import INTERVENTIONS
 
 ROOT = Path(__file__).parent.parent

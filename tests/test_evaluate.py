@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import encode_choices
 from lowmem_reft.errors import InputError
-from lowmem_reft.evaluate import ScoringSettings, extract_answer, run_evaluation, score
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions, ReuseOptions
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.runs.evaluate import ScoringSettings, extract_answer, run_evaluation, score
 
 ROWS = [
     Row(source=f"rows:{i}", prompt=prompt, choices=choices, answer=0, response=choices[0])

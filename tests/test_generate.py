@@ -17,15 +17,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from lowmem_reft import cli, generate
+from lowmem_reft import cli
 from lowmem_reft.errors import InputError
-from lowmem_reft.generate import continue_prompts, generate_batches, run_generation, until_stop
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.methods.several import answering, find_adapters, load_together
 from lowmem_reft.options import DecodingOptions, GenerateOptions, ModelOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.selection import Selector
 from lowmem_reft.reft.tuner import ReftLayer
+from lowmem_reft.runs import generate
+from lowmem_reft.runs.generate import continue_prompts, generate_batches, run_generation, until_stop
 
 
 def test_batched_generation_equals_a_manual_greedy_loop_that_edits_the_prompt_only(
@@ -305,7 +306,7 @@ def test_a_run_that_is_interrupted_keeps_what_it_has_and_says_so(
             raise KeyboardInterrupt
         return own(seed)
 
-    monkeypatch.setattr("lowmem_reft.generate.torch.manual_seed", interrupted)
+    monkeypatch.setattr("lowmem_reft.runs.generate.torch.manual_seed", interrupted)
     flags = (
         f"generate --model {options.model.model} --storage fp32 --device cpu --input "
         f"{options.input} --output {options.output} --max-new-tokens 5 --temperature 1 "
@@ -401,7 +402,7 @@ def test_a_base_that_is_fetched_again_is_compared_once_it_is_there(
 
     def fetched(digest: str) -> None:  # it is in no cache at first
         digests = iter([None, digest])
-        monkeypatch.setattr("lowmem_reft.generate.checkpoint_digest", lambda _: next(digests))
+        monkeypatch.setattr("lowmem_reft.runs.generate.checkpoint_digest", lambda _: next(digests))
 
     fetched("another")
     with pytest.raises(InputError, match="base_digest 'another'"):
@@ -439,7 +440,7 @@ def test_a_run_that_is_interrupted_before_its_first_answer_binds_nobody(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("lowmem_reft.generate.torch.manual_seed", interrupted)
+        patched.setattr("lowmem_reft.runs.generate.torch.manual_seed", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_generation(replace(options, overwrite=overwrite))
     assert run_file(options).is_file()

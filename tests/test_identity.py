@@ -17,15 +17,15 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowmem_reft import evaluate
 from lowmem_reft.base.identity import checkpoint_digest, storage_of
 from lowmem_reft.base.loading import load_base
-from lowmem_reft.evaluate import run_evaluation
 from lowmem_reft.methods.card import TrainingCard, load_card
 from lowmem_reft.methods.several import find_adapters, load_together
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.lora_reft import LoraReftConfig
+from lowmem_reft.runs import evaluate
+from lowmem_reft.runs.evaluate import run_evaluation
 
 
 @pytest.fixture

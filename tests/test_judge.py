@@ -13,7 +13,9 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from lowmem_reft import cli
-from lowmem_reft.data.tasks.judge import (
+from lowmem_reft.errors import InputError
+from lowmem_reft.machine import files as files_module
+from lowmem_reft.runs.judge import (
     PENALTY,
     Question,
     command_judge,
@@ -22,8 +24,6 @@ from lowmem_reft.data.tasks.judge import (
     model_judge,
     verdict,
 )
-from lowmem_reft.errors import InputError
-from lowmem_reft.machine import files as files_module
 
 LONGER = """
 import json, sys

@@ -20,9 +20,6 @@ from lowmem_reft import cli
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import Collator, encode_choices, encode_prompts
 from lowmem_reft.errors import InputError
-from lowmem_reft.evaluate import ScoringSettings, run_evaluation, score
-from lowmem_reft.generate import generate_batches
-from lowmem_reft.harness import AdaptedModel
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.methods.loading import load_adapted
@@ -36,6 +33,9 @@ from lowmem_reft.options import (
     ScoringOptions,
 )
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.runs.evaluate import ScoringSettings, run_evaluation, score
+from lowmem_reft.runs.generate import generate_batches
+from lowmem_reft.runs.harness import AdaptedModel
 
 ROWS = [
     ("is the film good or bad? label:", ["good", "bad", "lazy dog"], 1),
@@ -289,7 +289,7 @@ def test_what_cannot_be_scored_is_refused_before_the_base_is_loaded(
         return replace(evaluation, harness=replace(evaluation.harness, **changes))
 
     monkeypatch.setattr(
-        "lowmem_reft.harness.TaskManager", partial(TaskManager, include_defaults=False)
+        "lowmem_reft.runs.harness.TaskManager", partial(TaskManager, include_defaults=False)
     )
     with pytest.raises(InputError, match=r"lm_eval must name tasks .* got 'film'; `lm-eval ls"):
         run_evaluation(running(lm_eval="films,film"))

@@ -17,10 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowmem_reft import cli
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.errors import InputError
-from lowmem_reft.evaluate import run_evaluation
 from lowmem_reft.machine.devices import resolve_compute_dtype
 from lowmem_reft.methods.card import load_card
-from lowmem_reft.model_card import command_of, write_model_card
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
@@ -31,7 +29,9 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.train import run_training
+from lowmem_reft.runs.evaluate import run_evaluation
+from lowmem_reft.runs.readme import command_of, write_model_card
+from lowmem_reft.runs.train import run_training
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from lowmem_reft.cell import run_cell
+from lowmem_reft.compare.cell import run_cell
 from lowmem_reft.data.tasks.answers import find_extractor
 from lowmem_reft.data.tasks.registry import load_task
 from lowmem_reft.errors import InputError
@@ -48,7 +48,7 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
             observer.finished(cell, results[-1], skipped=False)
         return results
 
-    monkeypatch.setattr("lowmem_reft.compare.run_cells", run_cells)
+    monkeypatch.setattr("lowmem_reft.compare.matrix.run_cells", run_cells)
 
 
 @pytest.fixture

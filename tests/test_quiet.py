@@ -18,9 +18,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lowmem_reft import InputError, cli, load_base
-from lowmem_reft.evaluate import run_evaluation
 from lowmem_reft.machine import notices
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
+from lowmem_reft.runs.evaluate import run_evaluation
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_reft import report
-from lowmem_reft.compare import run_comparison
-from lowmem_reft.engines import open_engine, stop
-from lowmem_reft.engines.cluster import _need
+from lowmem_reft.compare import report
+from lowmem_reft.compare.engines import open_engine, stop
+from lowmem_reft.compare.engines.cluster import _need
+from lowmem_reft.compare.matrix import run_comparison
+from lowmem_reft.compare.sweep import run_sweep
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import CompareOptions, OptimOptions, SweepOptions
-from lowmem_reft.sweep import run_sweep
 from tests.test_sweep import BAD_RANK
 from tests.test_sweep import FAKE_CELL as FAKE_TRIAL
 
@@ -221,9 +221,9 @@ def test_a_killed_worker_loses_only_its_cell_and_only_that_one_runs_again(
 
 
 def test_a_stopped_cell_takes_its_process_with_it(options, fake_cell, cluster, tmp_path):
-    from lowmem_reft.compare import build_cells
+    from lowmem_reft.compare.matrix import build_cells
+    from lowmem_reft.compare.sources import find_sources
     from lowmem_reft.methods.entries import parse_methods
-    from lowmem_reft.sources import find_sources
 
     specs = parse_methods(f"red[lr={SLOW}]")
     *_, cell = build_cells(options, specs, [0], find_sources(options))
@@ -265,7 +265,7 @@ def test_an_interrupt_leaves_nothing_running(options, fake_cell, tmp_path):
     script.write_text(
         "import signal, sys\n"
         "from pathlib import Path\n"
-        "from lowmem_reft.compare import run_comparison\n"
+        "from lowmem_reft.compare.matrix import run_comparison\n"
         "from lowmem_reft.options import CompareOptions\n"
         f"options = CompareOptions(model={options.model!r}, data={options.data!r},\n"
         f"    eval_data={options.eval_data!r}, methods='loreft,red[lr={SLOW}]',\n"

@@ -14,14 +14,13 @@ import pytest
 from matplotlib.text import Annotation
 from rich.console import Console
 
-from lowmem_reft.cell import EMPTY_RESULT, Cell
-from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
-from lowmem_reft.report import write_report
-from lowmem_reft.report.answers import read_answers
-from lowmem_reft.report.comparison import Comparison
-from lowmem_reft.report.console import Progress, print_table
-from lowmem_reft.report.names import short_names
-from lowmem_reft.report.sections import (
+from lowmem_reft.compare.cell import EMPTY_RESULT, Cell
+from lowmem_reft.compare.report import write_report
+from lowmem_reft.compare.report.answers import read_answers
+from lowmem_reft.compare.report.comparison import Comparison
+from lowmem_reft.compare.report.console import Progress, print_table
+from lowmem_reft.compare.report.names import short_names
+from lowmem_reft.compare.report.sections import (
     SECTIONS,
     curves,
     examples,
@@ -31,7 +30,8 @@ from lowmem_reft.report.sections import (
     ranking,
     runs,
 )
-from lowmem_reft.report.table import aggregate, columns, markdown, over_tasks
+from lowmem_reft.compare.report.table import aggregate, columns, markdown, over_tasks
+from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
 
 HOSTILE = '<script>alert("x")</script> & [bold]more[/bold]'
 

@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 
-from lowmem_reft.cell import EMPTY_RESULT
-from lowmem_reft.report import write_report
+from lowmem_reft.compare.cell import EMPTY_RESULT
+from lowmem_reft.compare.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 CHROMEDRIVER = shutil.which("chromedriver")

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from lowmem_reft import cli
+from lowmem_reft.compare.report.joining import join
 from lowmem_reft.errors import InputError
-from lowmem_reft.report.joining import join
 
 
 def comparison(directory, task, methods, *, seeds=(0, 1), num_examples=40, limit=None):

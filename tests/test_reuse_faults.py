@@ -46,7 +46,7 @@ from lowmem_reft.reuse.cache import remove_store
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.reuse.reuse import NoRoomError, Reuse
 from lowmem_reft.reuse.store import CorruptShardError, Store
-from lowmem_reft.train import run_training
+from lowmem_reft.runs.train import run_training
 from tests.test_residency import adapted, saved
 from tests.test_reuse import make_examples, make_model, reft, stacked
 

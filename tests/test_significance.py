@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from lowmem_reft.compare.report.answers import Example, MethodAnswers, TaskAnswers
+from lowmem_reft.compare.report.resampled import METRICS
+from lowmem_reft.compare.report.significance import compare_with, draw_counts, holm
 from lowmem_reft.data.tasks.metrics import compute
-from lowmem_reft.report.answers import Example, MethodAnswers, TaskAnswers
-from lowmem_reft.report.resampled import METRICS
-from lowmem_reft.report.significance import compare_with, draw_counts, holm
 
 
 def task(metric="accuracy", references=None, **predictions):
@@ -131,7 +131,7 @@ def test_holms_correction_is_that_of_the_textbook():
 
 
 def test_each_draw_has_as_many_examples_as_there_are_also_in_parts(monkeypatch):
-    monkeypatch.setattr("lowmem_reft.report.significance._COUNTS_AT_ONCE", 70)
+    monkeypatch.setattr("lowmem_reft.compare.report.significance._COUNTS_AT_ONCE", 70)
     parts = list(draw_counts(20, 10, seed=0))
     assert [part.shape for part in parts] == [(3, 20), (3, 20), (3, 20), (1, 20)]
     counts = np.concatenate(parts)

@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 
 from lowmem_reft import cli
+from lowmem_reft.compare.sweep import choose_sampler, run_sweep
+from lowmem_reft.compare.sweep.search import Search, Trial, best_of
+from lowmem_reft.compare.sweep.space import Choices, Range, parse_space, size
 from lowmem_reft.data.rows import load_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.options import CompareOptions, OptimOptions, ScoringOptions, SweepOptions
-from lowmem_reft.sweep import choose_sampler, run_sweep
-from lowmem_reft.sweep.search import Search, Trial, best_of
-from lowmem_reft.sweep.space import Choices, Range, parse_space, size
 
 pytest.importorskip("optuna")
 
@@ -323,7 +323,7 @@ def test_an_interrupt_stops_the_trial_and_the_same_command_goes_on(options, fake
     script.write_text(
         "from pathlib import Path\n"
         "from lowmem_reft.options import SweepOptions\n"
-        "from lowmem_reft.sweep import run_sweep\n"
+        "from lowmem_reft.compare.sweep import run_sweep\n"
         f"options = SweepOptions(space={options.space!r}, model={options.model!r},\n"
         f"    data={options.data!r}, validation_data={options.validation_data!r},\n"
         f"    eval_data={options.eval_data!r}, output_dir=Path({str(options.output_dir)!r}),\n"

@@ -624,7 +624,7 @@ def test_the_command_names_a_wrong_file_and_goes_on(
 
 def test_tasks_need_no_torch() -> None:
     code = (
-        "import sys, lowmem_reft.data.tasks.listing, lowmem_reft.data.tasks.judge\n"
+        "import sys, lowmem_reft.data.tasks.listing, lowmem_reft.runs.judge\n"
         "assert 'torch' not in sys.modules and 'datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,7 +22,7 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.train import run_training
+from lowmem_reft.runs.train import run_training
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_tracker_is_ended_once_and_after_the_final_figures(
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", OtherTracker)
     options_ = replace(run, run=replace(run.run, report_to="trackio"))
     if fails:
-        monkeypatch.setattr("lowmem_reft.train._save_adapter", lambda *_: 1 / 0)
+        monkeypatch.setattr("lowmem_reft.runs.train._save_adapter", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_training(options_)
     else:

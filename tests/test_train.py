@@ -31,7 +31,7 @@ from lowmem_reft.options import (
     ScoringOptions,
     TrainOptions,
 )
-from lowmem_reft.train import _cuda_peak, _training_arguments, run_training
+from lowmem_reft.runs.train import _cuda_peak, _training_arguments, run_training
 
 ROWS = [
     {"prompt": f"is the {noun} good or bad? label:", "choices": ["good", "bad"], "answer": answer}
@@ -114,7 +114,7 @@ def test_a_killed_run_resumes_to_the_same_adapter_bitwise(
     script.write_text(
         "import os, signal, sys, torch\n"
         "from transformers import TrainerCallback\n"
-        "import lowmem_reft.train as train\n"
+        "import lowmem_reft.runs.train as train\n"
         "from lowmem_reft.options import *\n"
         "from pathlib import Path, PosixPath\n"
         "torch.set_num_threads(1)\n"
@@ -173,7 +173,9 @@ def begun(options: TrainOptions) -> TrainOptions:
 def test_other_settings_than_those_of_the_checkpoint_are_refused_and_named(
     begun: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowmem_reft.train.load_frozen", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "lowmem_reft.runs.train.load_frozen", lambda *_, **__: pytest.fail("loaded")
+    )
     less = tmp_path / "less.jsonl"
     less.write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
     for message, changes in {
@@ -344,7 +346,7 @@ def test_memory_is_measured_on_the_device_of_the_model(monkeypatch: pytest.Monke
 def test_a_classification_head_is_trained_saved_and_scored(
     options: TrainOptions, tmp_path: Path
 ) -> None:
-    from lowmem_reft.evaluate import run_evaluation
+    from lowmem_reft.runs.evaluate import run_evaluation
 
     data = tmp_path / "labels.csv"
     data.write_text("text,label\n" + "".join(f"{r['prompt']},{r['answer']}\n" for r in ROWS))
@@ -409,7 +411,7 @@ def test_a_run_that_reuses_what_is_constant_ends_in_the_same_adapter(
 def test_a_regression_head_is_trained_saved_and_scored_by_correlation(
     options: TrainOptions, tmp_path: Path
 ) -> None:
-    from lowmem_reft.evaluate import run_evaluation
+    from lowmem_reft.runs.evaluate import run_evaluation
 
     data = tmp_path / "targets.jsonl"
     rows = [

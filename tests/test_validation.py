@@ -8,9 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowmem_reft import train
 from lowmem_reft.errors import InputError
-from lowmem_reft.evaluate import Scores, run_evaluation
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
@@ -21,7 +19,9 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.train import run_training
+from lowmem_reft.runs import train
+from lowmem_reft.runs.evaluate import Scores, run_evaluation
+from lowmem_reft.runs.train import run_training
 
 ROWS = [
     {"prompt": f"is it {n % 3}?", "choices": ["yes", "no"], "answer": n % 3 != 0} for n in range(12)

@@ -228,7 +228,7 @@ def test_a_static_cache_gets_a_prepared_mask(llama: Any, ids: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="base/loading.py generate.py",
+    used_by="base/loading.py runs/generate.py",
     broken_by=wrapped(
         f"{GENERATE}generate",
         lambda generate: lambda self, *a, **k: generate(self, *a, **{"use_cache": False, **k}),
@@ -292,7 +292,7 @@ def test_continuous_batching_goes_by_generate_batch(llama: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="chat.py",
+    used_by="runs/chat.py",
     broken_by=doing_nothing("transformers:TextStreamer.end"),
 )
 def test_a_streamer_hands_finished_text_on(breach: bool) -> None:

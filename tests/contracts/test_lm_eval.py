@@ -63,7 +63,7 @@ class Request:
 
 @contract(
     "lm_eval",
-    used_by="harness.py",
+    used_by="runs/harness.py",
     broken_by=wrapped(
         "lm_eval.api.model:TemplateLM.loglikelihood",
         lambda _: lambda self, requests, disable_tqdm=False: [(0.0, True)] * len(requests),
@@ -79,7 +79,7 @@ def test_likelihoods_are_asked_for_as_texts_context_and_continuation(breach: boo
 
 @contract(
     "lm_eval",
-    used_by="harness.py",
+    used_by="runs/harness.py",
     broken_by=with_value(f"{HFLM}loglikelihood_rolling", lambda self, requests, **_: [-1.0]),
 )
 def test_whole_texts_are_scored_without_texts_and_as_one_batch(breach: bool) -> None:
@@ -93,7 +93,7 @@ def test_whole_texts_are_scored_without_texts_and_as_one_batch(breach: bool) -> 
 
 @contract(
     "lm_eval",
-    used_by="harness.py",
+    used_by="runs/harness.py",
     broken_by=with_value(
         f"{HFLM}tok_batch_encode", lambda self, texts, **_: (torch.ones(1, 2), None)
     ),
@@ -114,7 +114,7 @@ def test_texts_are_generated_from_left_padded_contexts_with_a_mask(breach: bool)
 
 @contract(
     "lm_eval",
-    used_by="harness.py",
+    used_by="runs/harness.py",
     broken_by=with_value(f"{HFLM}max_length", property(lambda self: 64)),
 )
 def test_the_longest_input_can_be_set(breach: bool) -> None:
@@ -146,7 +146,7 @@ def task(tmp_path: Path) -> Path:
 
 @contract(
     "lm_eval",
-    used_by="harness.py",
+    used_by="runs/harness.py",
     broken_by=without("lm_eval.tasks:TaskManager.load"),
 )
 def test_tasks_of_a_folder_are_found_and_loaded_by_name(task: Path, breach: bool) -> None:
@@ -161,7 +161,7 @@ def test_tasks_of_a_folder_are_found_and_loaded_by_name(task: Path, breach: bool
 
 @contract(
     "lm_eval",
-    used_by="harness.py",
+    used_by="runs/harness.py",
     broken_by=with_result(f"{EVALUATOR}evaluate", lambda found: {"results": found["results"]}),
 )
 def test_the_evaluator_returns_what_is_shown_and_asks_git_by_one_function(
@@ -193,7 +193,7 @@ def test_the_evaluator_returns_what_is_shown_and_asks_git_by_one_function(
 
 @contract(
     "lm_eval",
-    used_by="harness.py",
+    used_by="runs/harness.py",
     broken_by=with_value("lm_eval.api.model:tqdm", lambda items, **_: items),
 )
 def test_bars_of_the_harness_are_of_one_class(

@@ -97,7 +97,7 @@ def test_a_registry_of_our_own_says_how_a_choice_is_read(breach: bool) -> None:
 
 @contract(
     "optuna",
-    used_by="sweep/search.py",
+    used_by="compare/sweep/search.py",
     broken_by=wrapped(
         "optuna.samplers:RandomSampler.__init__", lambda init: lambda self, seed=None: init(self)
     ),
@@ -125,7 +125,7 @@ def test_a_random_draw_depends_on_the_seed_of_the_sampler_alone(breach: bool) ->
 
 @contract(
     "optuna",
-    used_by="sweep/search.py",
+    used_by="compare/sweep/search.py",
     broken_by=without("optuna.importance:PedAnovaImportanceEvaluator"),
 )
 def test_a_study_takes_old_trials_prunes_and_knows_what_mattered(breach: bool) -> None:
@@ -157,7 +157,7 @@ def test_a_study_takes_old_trials_prunes_and_knows_what_mattered(breach: bool) -
     assert issubclass(optuna.exceptions.ExperimentalWarning, Warning)
 
 
-@contract("ray", used_by="engines/cluster.py", broken_by=without("ray.exceptions:RayError"))
+@contract("ray", used_by="compare/engines/cluster.py", broken_by=without("ray.exceptions:RayError"))
 def test_ray_has_what_a_cluster_is_asked_by(breach: bool) -> None:
     import inspect
 
@@ -174,7 +174,7 @@ def test_ray_has_what_a_cluster_is_asked_by(breach: bool) -> None:
 
 @contract(
     "ray",
-    used_by="engines/cluster.py",
+    used_by="compare/engines/cluster.py",
     broken_by=with_value(f"{__name__}:_text_of_ray", lambda: ""),
 )
 def test_ray_reads_the_variables_that_quieten_it(breach: bool) -> None:
@@ -249,7 +249,7 @@ def test_a_data_set_that_cannot_be_had_is_an_error_that_is_caught(
 
 @contract(
     "huggingface_hub",
-    used_by="model_card.py",
+    used_by="runs/readme.py",
     broken_by=with_value("huggingface_hub:ModelCardData.to_yaml", lambda self: ""),
 )
 def test_a_model_card_has_a_head_that_the_hub_reads(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ CONTRACTS = (
     Contract(
         sentence="the harness scores and generates through two methods that take tokens",
         libraries=("lm_eval",),
-        leaned_on_by=("harness.py",),
+        leaned_on_by=("runs/harness.py",),
         check=_the_harness_scores_and_generates_tokens,
     ),
     Contract(

@@ -1,0 +1,89 @@
+"""The process of one cell: how it is started, what it leaves, how it died."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowmem_reft.compare.cell import Cell, Result, failed_result
+from lowmem_reft.machine.files import write_json
+
+CHILD_COMMAND = (sys.executable, "-m", "lowmem_reft.compare.cell")
+"""What runs one cell; the path of its ``cell.json`` is appended."""
+
+LOG_FILE = "log.txt"
+"""What the process says, in the directory of its cell."""
+
+# A parent that is killed cannot stop its child, which would go on writing where the next run of
+# the same command writes. The kernel can: 1 is PR_SET_PDEATHSIG, and it outlives exec.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def start_child(
+    command: Sequence[str], cell_path: Path, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start the process of the cell in ``cell_path``; on Linux it dies with this process."""
+    words = [*command, str(cell_path)]
+    if sys.platform == "linux":
+        words = [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *words]
+    with (cell_path.parent / LOG_FILE).open("wb") as log:
+        return subprocess.Popen(
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def join_child(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Wait for a process that was asked to end, and end it if it does not."""
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def available_threads() -> int:
+    """Threads that OMP_NUM_THREADS grants, else the cores that this process may use."""
+    granted = os.environ.get("OMP_NUM_THREADS", "")
+    if granted.isdecimal():
+        return max(1, int(granted))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def read_result(cell: Cell) -> Result | None:
+    """The content of the cell's ``result.json``; None if there is none that is complete."""
+    try:
+        result = json.loads(cell.result_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) else None
+
+
+def result_or_cause(cell: Cell, cause: str, wall_time_s: float) -> Result:
+    """The result that the process left, or one that says why there is none, which is stored."""
+    result = read_result(cell)
+    if result is None:
+        result = failed_result(cell, cause, wall_time_s)
+        write_json(cell.result_path, result)
+    return result
+
+
+def cause_of_death(code: int, directory: Path) -> str:
+    """Why a process that ended with this exit code left no result."""
+    if code < 0:
+        hint = "; out of memory?" if -code == signal.SIGKILL else ""
+        return f"killed by signal {-code} ({signal.strsignal(-code)}){hint}"
+    lines = (directory / LOG_FILE).read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
+    return f"ended with exit code {code} and no result: {last}"

@@ -1,0 +1,116 @@
+"""Everything that the sections of a report draw from, gathered once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lowmem_reft.compare.report.answers import TaskAnswers, read_answers
+from lowmem_reft.compare.report.figures import Style, method_styles
+from lowmem_reft.compare.report.names import head, short_names
+from lowmem_reft.compare.report.significance import Significance, compare_with
+from lowmem_reft.compare.report.table import Row, aggregate, over_tasks
+
+MAX_NAME = 24
+"""Characters of a method's name in a chart."""
+_REFERENCE = "qlora"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """The results of a comparison and what follows from them."""
+
+    results: Sequence[dict[str, Any]]
+    """The cells, as in ``results.json``."""
+    rows: Sequence[Row]
+    """Methods with means over seeds, one per method and task."""
+    answers: dict[str, TaskAnswers]
+    """By task; only tasks whose cells have predictions."""
+    texts: bool = True
+    """Whether the page may hold the texts of the examples."""
+
+    @classmethod
+    def read(
+        cls, results: Sequence[dict[str, Any]], directory: Path, *, texts: bool = True
+    ) -> Comparison:
+        """Aggregate the cells and read their predictions, which are relative to ``directory``."""
+        return cls(
+            results=results,
+            rows=aggregate(results),
+            answers=read_answers(results, directory),
+            texts=texts,
+        )
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Every task, in the order in which it first occurs."""
+        return list(dict.fromkeys(row.task for row in self.rows))
+
+    @cached_property
+    def mean_rows(self) -> list[Row]:
+        """Methods over all tasks; empty for a single task."""
+        return over_tasks(self.results) if len(self.tasks) > 1 else []
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Every method's short name."""
+        return short_names(row.method for row in self.rows)
+
+    def chart_name(self, method: str, place: int) -> str:
+        """The name in a chart: the short one, or if that is long, with the place in the ranking."""
+        short = self.names[method]
+        return short if len(short) <= MAX_NAME else f"{head(method)} ({place})"
+
+    @cached_property
+    def chart_names(self) -> dict[str, str]:
+        """Names for a chart over all tasks, with the places of the first ranking."""
+        placed = {row.method: i for i, row in enumerate(ranked(self.mean_rows or self.rows), 1)}
+        return {
+            method: self.chart_name(method, placed[method]) if method in placed else short
+            for method, short in self.names.items()
+        }
+
+    @cached_property
+    def tuned(self) -> list[str]:
+        """The methods that train something, in the order in which they first occur."""
+        return list(dict.fromkeys(row.method for row in self.rows if row.num_trainable_params))
+
+    @cached_property
+    def styles(self) -> dict[str, Style]:
+        """Colour and marker of every method that trains something."""
+        return method_styles(self.tuned)
+
+    @cached_property
+    def reference(self) -> str | None:
+        """What the others are compared with: the first qlora, or the first that was tuned."""
+        return next((m for m in self.tuned if head(m) == _REFERENCE), next(iter(self.tuned), None))
+
+    @cached_property
+    def significance(self) -> dict[str, Significance]:
+        """By task: every tuned method with answers against the reference, if that has some."""
+        found = {}
+        for task, answers in self.answers.items():
+            if self.reference in answers.methods:
+                others = [m for m in self.tuned if m in answers.methods and m != self.reference]
+                compared = compare_with(answers, self.reference, others)
+                if compared is not None:
+                    found[task] = compared
+        return found
+
+
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """Rows by value, the highest first; those without one last."""
+    return sorted(
+        rows, key=lambda row: (row.value_mean is None, -(row.value_mean or 0.0), row.method)
+    )
+
+
+def mean_text(row: Row) -> str:
+    """The value in per cent, with its deviation over seeds if there are several."""
+    if row.value_mean is None:
+        return "failed" if row.errors else "–"
+    deviation = "" if row.value_sd is None else f" ± {100 * row.value_sd:.1f}"
+    return f"{100 * row.value_mean:.1f}{deviation}"

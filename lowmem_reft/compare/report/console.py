@@ -1,0 +1,117 @@
+"""What a comparison says on the terminal: progress and the table, both on standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
+from rich.table import Table
+
+from lowmem_reft.compare.cell import Cell, Result
+from lowmem_reft.compare.report.table import Row, columns
+
+_WIDE = 120
+_LEFT_OUT_WHERE_NARROW = ("loss", "trainable_percent", "reserved_bytes", "rss_bytes")
+
+
+class Progress:
+    """A bar with the running cells and a line for each that ended; only lines in a log file."""
+
+    def __init__(
+        self, num_cells: int, *, quiet: bool = False, console: Console | None = None
+    ) -> None:
+        """Watch ``num_cells`` cells; ``quiet`` shows nothing."""
+        self._console = console or Console(stderr=True, quiet=quiet, soft_wrap=True)
+        self._num_cells = num_cells
+        self._num_finished = 0
+        self._running: list[str] = []
+        self._bar = Bar(
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=num_cells)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def started(self, cell: Cell) -> None:
+        """Name the cell beside the bar."""
+        self._running.append(cell.name)
+        self._bar.update(self._task, description=", ".join(self._running))
+
+    def finished(self, cell: Cell, result: Result, *, skipped: bool) -> None:
+        """Move the bar and say how the cell ended."""
+        outcome = _outcome(cell, result, skipped)
+        self.ended(cell.name, outcome, ran=not skipped, failed=bool(result["error"]))
+
+    def ended(self, name: str, outcome: str, *, ran: bool, failed: bool) -> None:
+        """Move the bar and say how a cell that had been started, or had not to be, ended."""
+        if ran:
+            self._running.remove(name)
+        self._num_finished += 1
+        self._bar.update(self._task, advance=1, description=", ".join(self._running))
+        line = f"[{self._num_finished}/{self._num_cells}] {name}: {outcome}"
+        self._console.print(line, style="red" if failed else None, markup=False, highlight=False)
+
+
+def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
+    """Print the rows; what failed follows below, with the reason.
+
+    Columns that matter less are left out where the terminal is narrow; all are in the files.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        console.width = _WIDE
+    shown = [
+        column
+        for column in columns(rows)
+        if console.width >= _WIDE or column.field not in _LEFT_OUT_WHERE_NARROW
+    ]
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for column in shown:
+        if column.kind == "text":
+            table.add_column(column.title, overflow="fold", min_width=10)
+        else:
+            table.add_column(column.title.replace(" ", "\n"), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(escape(column.text(row)) for column in shown))
+    console.print(table)
+    for row in rows:
+        for error in row.errors:
+            line = f"{row.method} {error}"
+            console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _outcome(cell: Cell, result: dict[str, Any], skipped: bool) -> str:
+    if result["error"]:
+        return f"failed: {result['error']} (see {cell.directory / 'log.txt'})"
+    value = result["value"]
+    score = f"{result['metric']} {math.nan if value is None else 100 * value:.1f} %"
+    return f"{score}, finished before" if skipped else f"{score} in {result['wall_time_s']:.0f} s"

@@ -1,0 +1,106 @@
+"""Finished comparisons as one: ``lowmem-reft report``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowmem_reft.compare.cell import EMPTY_RESULT
+from lowmem_reft.errors import InputError
+from lowmem_reft.options import ReportOptions
+
+_NEEDED = ("method", "task", "seed")
+
+
+def run_report(options: ReportOptions) -> dict[str, Any]:
+    """Join comparisons and write their table, plots and page.
+
+    Args:
+        options: Which, and where to.
+
+    Returns:
+        ``output_dir``, ``results``, ``csv``, ``report`` (paths), ``num_cells`` and ``rows``: the
+        table's rows, each a method with means over its seeds.
+
+    Raises:
+        InputError: A source holds no results.
+    """
+    from lowmem_reft.compare.report import write_results
+    from lowmem_reft.compare.report.console import print_table
+    from lowmem_reft.compare.report.table import aggregate
+
+    results = join(options.sources, relative_to=options.output_dir)
+    written = write_results(results, options.output_dir, texts=not options.hide_texts)
+    rows = aggregate(results)
+    if not options.quiet:
+        print_table(rows)
+    return {**written, "num_cells": len(results), "rows": [asdict(row) for row in rows]}
+
+
+def join(sources: Sequence[Path], *, relative_to: Path) -> list[dict[str, Any]]:
+    """Return the cells of all sources in their order, each once, the last of equal ones.
+
+    A task that two sources scored on different rows is named on standard error: its methods are
+    not comparable.
+
+    Args:
+        sources: Output directories of comparisons, or files with their results.
+        relative_to: What ``predictions`` of the cells are to be relative to.
+
+    Raises:
+        InputError: A source holds no results.
+    """
+    cells: dict[tuple[str, str, int], dict[str, Any]] = {}
+    scored: dict[str, dict[str, Path]] = {}
+    for source in sources:
+        path = source / "results.json" if source.is_dir() else source
+        for cell in _read(path, source):
+            predictions = cell.get("predictions")
+            if predictions:
+                predictions = os.path.relpath(path.parent / predictions, relative_to)
+            cells[cell["task"], cell["method"], cell["seed"]] = {
+                **EMPTY_RESULT,
+                **cell,
+                "predictions": predictions,
+            }
+            rows = json.dumps((cell.get("config") or {}).get("eval_data"), sort_keys=True)
+            scored.setdefault(cell["task"], {}).setdefault(rows, source)
+    for task, found in scored.items():
+        if len(found) > 1:
+            places = " and ".join(str(source) for source in found.values())
+            print(
+                f"lowmem-reft report: {task} was scored on different rows, or with different "
+                f"prompts, in {places}; do not compare its methods across them",
+                file=sys.stderr,
+            )
+    return list(cells.values())
+
+
+def _read(path: Path, source: Path) -> list[dict[str, Any]]:
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"sources must be output directories of lowmem-reft compare, got {str(source)!r} "
+            f"({path.name}: {error.strerror}); give one in which a comparison has ended"
+        ) from error
+    except ValueError as error:
+        raise InputError(
+            f"sources must hold results of lowmem-reft compare, got {str(path)!r} ({error}); "
+            "run the comparison again, which keeps its finished cells"
+        ) from error
+    if not (
+        isinstance(cells, list)
+        and cells
+        and all(isinstance(cell, dict) and cell.keys() >= {*_NEEDED} for cell in cells)
+    ):
+        raise InputError(
+            f"sources must hold a list of cells with {', '.join(_NEEDED)}, got {str(path)!r}; "
+            "give results.json of lowmem-reft compare"
+        )
+    return cells

@@ -1,0 +1,222 @@
+"""Quality against cost: parameters, peak memory and time, with the methods that nothing beats."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from lowmem_reft.compare.report.comparison import MAX_NAME, Comparison, ranked
+from lowmem_reft.compare.report.figures import INK, new_figure, short_number
+from lowmem_reft.compare.report.labels import Label, place_labels
+from lowmem_reft.compare.report.markup import Section, chart, folded, note
+from lowmem_reft.compare.report.table import Row
+
+_MAX_NAMES = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a chart sets the quality against."""
+
+    name: str
+    """For file names: ``accuracy_vs_NAME``."""
+    title: str
+    label: str
+    """Of the axis."""
+    of: Callable[[Row], float | None]
+
+
+_PARAMETERS = Cost(
+    name="parameters",
+    title="trainable parameters",
+    label="trainable parameters",
+    of=lambda row: row.num_trainable_params,
+)
+_MEMORY = Cost(
+    name="memory",
+    title="peak memory",
+    label="peak memory in training, MiB",
+    of=lambda row: row.peak_bytes / 2**20 if row.peak_bytes else None,
+)
+_TRAIN_TIME = Cost(
+    name="time",
+    title="training time",
+    label="training time without loading, s",
+    of=lambda row: row.train_time_s,
+)
+_WALL_TIME = Cost(
+    name="time",
+    title="time of the run",
+    label="time of the run, loading and scoring included, s",
+    of=lambda row: row.wall_time_s,
+)
+
+
+def render(comparison: Comparison) -> Section | None:
+    """Charts of the mean over tasks, or of the only task; those of each task below."""
+    figures: dict[str, Figure] = {}
+    groups = [("", comparison.mean_rows)] if comparison.mean_rows else []
+    groups += [
+        (task, [row for row in comparison.rows if row.task == task]) for task in comparison.tasks
+    ]
+    parts = []
+    for number, (task, rows) in enumerate(groups):
+        suffix = f"-{number}" if number else ""
+        drawn = draw(comparison, rows)
+        charts = [
+            chart(f"{name}{suffix}", f"{title}{f', {task}' if number else ''}", figure)
+            for name, (title, figure) in drawn.items()
+        ]
+        figures |= {f"{name}{suffix}": figure for name, (_, figure) in drawn.items()}
+        grid = '<div class="charts">\n' + "\n".join(charts) + "\n</div>"
+        if charts:
+            parts.append(folded(task, grid) if number else grid)
+    if not figures:
+        return None
+    parts.insert(1, note(_explanation(comparison)))
+    return Section(
+        name="frontier", title="Quality against cost", body="\n".join(parts), figures=figures
+    )
+
+
+def draw(comparison: Comparison, rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
+    """Title and chart, by file name, for every cost that was measured."""
+    scored = [row for row in rows if row.value_mean is not None]
+    metrics = {row.metric for row in scored}
+    metric = metrics.pop() if len(metrics) == 1 else "mean"
+    time = _TRAIN_TIME if any(row.train_time_s for row in scored) else _WALL_TIME
+    return {
+        f"accuracy_vs_{cost.name}": (
+            f"{str(metric).capitalize()} against {cost.title}",
+            _scatter(comparison, scored, cost, f"{metric}, %"),
+        )
+        for cost in (_PARAMETERS, _MEMORY, time)
+        if any(row.num_trainable_params and cost.of(row) for row in scored)
+    }
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other one beats, by cost.
+
+    Args:
+        points: (cost, value). One beats another if it costs no more and is worth no less, and
+            differs in one of them.
+    """
+    front: list[int] = []
+    best = float("-inf")
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        cost, value = points[i]
+        if value > best:
+            best = value
+            front.append(i)
+        elif value == best and front and cost == points[front[-1]][0]:
+            front.append(i)  # the same point twice
+    return front
+
+
+def pareto_steps(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the line below and right of which everything is beaten by the front."""
+    corners = list(front[:1])
+    for (_, value), (cost, next_value) in pairwise(front):
+        corners += [(cost, value), (cost, next_value)]
+    return corners
+
+
+def _explanation(comparison: Comparison) -> str:
+    words = (
+        "Line and filled points: the Pareto front, methods that no other one beats in both "
+        "directions. Bars: standard deviation over seeds. Dotted: the base as it is."
+    )
+    is_long = any(len(comparison.names[method]) > MAX_NAME for method in comparison.tuned)
+    if is_long or len(comparison.tuned) > _MAX_NAMES:
+        words += " Numbers: the place in the ranking above."
+    return words
+
+
+def _scatter(comparison: Comparison, rows: Sequence[Row], cost: Cost, y_label: str) -> Figure:
+    figure, axes = new_figure()
+    places = {row.method: i for i, row in enumerate(ranked(rows), 1)}
+    points = [row for row in rows if row.num_trainable_params and cost.of(row)]
+    front = _draw_points(comparison, axes, points, cost)
+    labels = []
+    for row in points:
+        is_named = row in front or len(points) <= _MAX_NAMES or row.method == comparison.reference
+        place = places[row.method]
+        name = comparison.chart_name(row.method, place) if is_named else str(place)
+        labels.append(Label(name, cost.of(row), *_value(row)))
+    low, high = _limits(labels)
+    axes.set_ylim(low, high)
+    apart = []
+    for row in (row for row in rows if not row.num_trainable_params):
+        name, (y, _) = comparison.names[row.method], _value(row)
+        if low < y < high:
+            axes.axhline(y, color=INK, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+            labels.append(Label(name, None, y))
+        else:
+            apart.append(f"{name}\N{NO-BREAK SPACE}{y:.1f}\N{NO-BREAK SPACE}%")
+    axes.set_ylabel(y_label)
+    _scale_x(axes, [cost.of(row) or 0.0 for row in points])
+    axes.set_xlabel(cost.label)
+    if apart:
+        outside = textwrap.fill("outside the chart: " + ", ".join(apart), 56)
+        figure.supxlabel(outside, size=8.5, color=INK)
+    steps = pareto_steps([(cost.of(row) or 0.0, _value(row)[0]) for row in front])
+    place_labels(axes, labels, INK, steps)
+    return figure
+
+
+def _draw_points(
+    comparison: Comparison, axes: Axes, points: Sequence[Row], cost: Cost
+) -> list[Row]:
+    """Draw the methods and their front; return the methods on it, by cost."""
+    places = [(cost.of(row) or 0.0, _value(row)[0]) for row in points]
+    indices = pareto_front(places)
+    steps = pareto_steps([places[i] for i in indices])
+    axes.plot(*zip(*steps, strict=True), color=INK, alpha=0.45, lw=1.2, zorder=1)
+    for i, row in enumerate(points):
+        color, marker = comparison.styles[row.method]
+        axes.errorbar(
+            [places[i][0]],
+            [places[i][1]],
+            _value(row)[1] or None,
+            color=color,
+            marker=marker,
+            markerfacecolor=color if i in indices else "none",
+            markeredgewidth=1.5,
+            elinewidth=1,
+            ms=7,
+            capsize=3,
+        )
+    return [points[i] for i in indices]
+
+
+def _value(row: Row) -> tuple[float, float]:
+    """Value and deviation in per cent."""
+    return 100 * (row.value_mean or 0.0), 100 * (row.value_sd or 0.0)
+
+
+def _limits(points: Sequence[Label]) -> tuple[float, float]:
+    """Limits that show the differences between methods, but do not blow up less than ten points."""
+    low = min(point.y - point.half_height for point in points)
+    high = max(point.y + point.half_height for point in points)
+    margin = max(0.22 * (high - low), (10 - (high - low)) / 2)
+    return max(low - margin, min(low, 0.0) - 1.5), min(high + margin, 101.5)
+
+
+def _scale_x(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic where the largest is more than eight times the smallest."""
+    if max(values) > 8 * min(values):
+        axes.set_xscale("log")
+        few_decades = max(values) < 300 * min(values)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(short_number))
+    axes.margins(x=0.2)

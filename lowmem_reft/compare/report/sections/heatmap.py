@@ -1,0 +1,167 @@
+"""Where to intervene: the value by layers and positions, if a method was run on a grid of them.
+
+The ablation that PEFT's users asked for (huggingface/peft#1654, #1657): which layers, and which
+tokens of the prompt.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from lowmem_reft.compare.report.comparison import Comparison
+from lowmem_reft.compare.report.figures import INK, new_figure
+from lowmem_reft.compare.report.markup import Section, chart, note
+from lowmem_reft.compare.report.names import head
+from lowmem_reft.compare.report.table import Row
+
+_AXES = ("layers", "positions")
+_UNSET = "default"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Grid:
+    """Runs that differ in layers and positions only."""
+
+    title: str
+    layers: list[str]
+    positions: list[str]
+    rows: dict[tuple[str, str], Row]
+    """By layers and positions; some may be missing."""
+
+
+def render(comparison: Comparison) -> Section | None:
+    """One map per method, task and remaining setting."""
+    figures, charts = {}, []
+    for i, grid in enumerate(find_grids(comparison)):
+        name = f"layers_x_positions-{i}" if i else "layers_x_positions"
+        figures[name] = draw(grid)
+        charts.append(chart(name, grid.title, figures[name]))
+    if not figures:
+        return None
+    body = '<div class="charts">\n' + "\n".join(charts) + "\n</div>\n"
+    body += note("Mean over seeds. Framed: the highest value. Hatched: not run, or failed.")
+    return Section(
+        name="layers-positions", title="Layers and positions", body=body, figures=figures
+    )
+
+
+def find_grids(comparison: Comparison) -> list[Grid]:
+    """Every group of methods, equal in all else, with two layers at the same two positions."""
+    groups: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
+    for result in comparison.results:
+        config = result.get("config") or {}
+        method = config.get("method") or {}
+        if any(method.get(axis) is not None for axis in _AXES):
+            key = result["task"], _rest_of(config)
+            groups.setdefault(key, {})[result["method"]] = (
+                _words(method.get("layers")),
+                _words(method.get("positions")),
+            )
+    grids = []
+    for (task, _), places in groups.items():
+        rows = [row for row in comparison.rows if row.task == task and row.method in places]
+        scored = {places[row.method]: row for row in rows if row.value_mean is not None}
+        if _has_square(set(scored)):
+            layers = _in_order(place[0] for place in places.values())
+            positions = _in_order(place[1] for place in places.values())
+            metric = next(iter(scored.values())).metric or "value"
+            name = head(next(iter(places))) + (f", {task}" if len(comparison.tasks) > 1 else "")
+            grids.append(
+                Grid(
+                    title=f"{name}: {metric}, %",
+                    layers=layers,
+                    positions=positions,
+                    rows=scored,
+                )
+            )
+    return grids
+
+
+def draw(grid: Grid) -> Figure:
+    """The map: layers downwards, positions to the right, every value written in its cell."""
+    values = np.array(
+        [
+            [100 * _mean(grid.rows.get((layer, position))) for position in grid.positions]
+            for layer in grid.layers
+        ]
+    )
+    shape = values.shape
+    figure, axes = new_figure(max(4.6, 1.6 + 0.75 * shape[1]), 1.2 + 0.42 * shape[0])
+    axes.grid(visible=False)
+    # One hue from light to dark reads the same for all eyes and in print; the ends stay apart
+    # from white and black text.
+    colors = matplotlib.colormaps["Blues"]
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    for (i, j), value in np.ndenumerate(values):
+        share = 0.1 + 0.75 * (value - low) / ((high - low) or 1.0)
+        is_missing = bool(np.isnan(value))
+        axes.add_patch(
+            Rectangle(
+                (j - 0.5, i - 0.5),
+                1,
+                1,
+                facecolor="none" if is_missing else colors(share),
+                edgecolor=INK if is_missing else "white",
+                hatch="////" if is_missing else None,
+                linewidth=0 if is_missing else 1,
+                alpha=0.35 if is_missing else None,
+            )
+        )
+        if not is_missing:
+            ink = "#ffffff" if share > 0.55 else "#000000"
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=9.5)
+    for i, j in np.argwhere(values == high):
+        axes.add_patch(
+            Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor="#D55E00", lw=2)
+        )
+    axes.set_xticks(range(shape[1]), grid.positions)
+    axes.set_yticks(range(shape[0]), grid.layers)
+    axes.set_xlim(-0.5, shape[1] - 0.5)
+    axes.set_ylim(shape[0] - 0.5, -0.5)
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_xlabel("positions")
+    axes.set_ylabel("layers")
+    return figure
+
+
+def _has_square(places: set[tuple[str, str]]) -> bool:
+    """Whether some two layers were run with the same two positions."""
+    positions: dict[str, set[str]] = {}
+    for layers, position in places:
+        positions.setdefault(layers, set()).add(position)
+    pairs = itertools.combinations(positions.values(), 2)
+    return any(len(one & other) >= 2 for one, other in pairs)
+
+
+def _mean(row: Row | None) -> float:
+    return float("nan") if row is None or row.value_mean is None else row.value_mean
+
+
+def _rest_of(config: dict[str, Any]) -> str:
+    """All settings but layers, positions and seed, as a key."""
+    method = {k: v for k, v in config["method"].items() if k not in _AXES}
+    return json.dumps({**config, "method": method, "seed": None}, sort_keys=True)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ";".join(map(str, value))
+    return _UNSET if value is None else str(value)
+
+
+def _in_order(words: Any) -> list[str]:
+    """Each once: numbers by size, anything else as it came."""
+    found: Sequence[str] = list(dict.fromkeys(words))
+    if all(word.isdecimal() for word in found):
+        return sorted(found, key=int)
+    return list(found)

@@ -1,0 +1,106 @@
+"""What a sweep says on the terminal: progress, the table of trials and what to run next."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lowmem_reft.compare.cell import Cell
+from lowmem_reft.compare.report import console
+from lowmem_reft.compare.sweep.search import Trial
+
+_SHOWN = 20
+
+
+class Progress:
+    """A bar with the running trials and a line for each that ended."""
+
+    def __init__(self, num_trials: int, *, quiet: bool) -> None:
+        """Watch ``num_trials`` trials; ``quiet`` shows nothing."""
+        self._progress = console.Progress(num_trials, quiet=quiet)
+
+    def __enter__(self) -> Progress:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+
+    def started(self, cell: Cell) -> None:
+        """Name the trial beside the bar."""
+        self._progress.started(cell)
+
+    def ended(self, trial: Trial, cell: Cell | None) -> None:
+        """Say how the trial ended; ``cell`` is None if nothing was started for it."""
+        outcome = f"{_score(trial.metric, trial.value)}"
+        if trial.state == "failed":
+            outcome = f"failed: {trial.error}"
+        elif trial.state == "pruned":
+            outcome = f"stopped after epoch {len(trial.epochs)} at {outcome}"
+        if cell is None:
+            outcome += ", known before"
+        name = trial.method if cell is None else cell.name
+        self._progress.ended(name, outcome, ran=cell is not None, failed=trial.state == "failed")
+
+
+def print_trials(content: dict[str, Any]) -> None:
+    """Print each method's best trials, what mattered, and the command for the test rows."""
+    out = Console(stderr=True, soft_wrap=True)
+    for search in content["searches"]:
+        ranked = sorted(search["trials"], key=_rank)
+        table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title_justify="left")
+        table.add_column("trial", justify="right")
+        names = list(ranked[0]["settings"]) if ranked else []
+        for title in (*names, f"{content['metric'] or 'value'} %", "loss", "epochs", "s"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("")
+        for trial in ranked[:_SHOWN]:
+            table.add_row(*_row(trial, names), style="bold" if _is_best(search, trial) else None)
+        out.print(escape(search["method"]), style="bold", highlight=False)
+        out.print(table)
+        if len(ranked) > _SHOWN:
+            out.print(f"and {len(ranked) - _SHOWN} more in sweep.json", highlight=False)
+        if search["importance"]:
+            shares = (f"{name} {100 * share:.0f} %" for name, share in search["importance"].items())
+            out.print(f"importance: {', '.join(shares)}", highlight=False)
+    if content["command"]:
+        out.print("\nOn the test rows, which nothing has been chosen by:", highlight=False)
+        out.print(content["command"], markup=False, highlight=False)
+
+
+def _rank(trial: dict[str, Any]) -> tuple[int, float, float]:
+    state = ("complete", "pruned").index(trial["state"]) if trial["error"] is None else 2
+    value, loss = trial["value"], trial["loss"]
+    return state, -(value if value is not None else 0), float("inf") if loss is None else loss
+
+
+def _is_best(search: dict[str, Any], trial: dict[str, Any]) -> bool:
+    return bool(trial["number"] == search["best"])
+
+
+def _row(trial: dict[str, Any], names: list[str]) -> list[str]:
+    loss, seconds = trial["loss"], trial["wall_time_s"]
+    note = {"complete": "", "pruned": "stopped", "failed": str(trial["error"])}[trial["state"]]
+    return [
+        str(trial["number"]),
+        *(escape(trial["settings"][name]) for name in names),
+        "–" if trial["value"] is None else f"{100 * trial['value']:.1f}",
+        "–" if loss is None else f"{loss:.3f}",
+        str(len(trial["epochs"])),
+        "–" if seconds is None else f"{seconds:.0f}",
+        escape(note),
+    ]
+
+
+def _score(metric: str | None, value: float | None) -> str:
+    return f"{metric or 'value'} {'–' if value is None else f'{100 * value:.1f} %'}"

@@ -1,0 +1,199 @@
+"""One method's search with Optuna: which setting is next, and whether a trial goes on.
+
+A trial is drawn from the seed, its number and the trials that have ended, and from nothing else: a
+search that was interrupted goes on as if it had not been, and grid and random searches try the same
+settings whatever runs at the same time. (TPE does so with one worker; with more it knows less when
+it is asked.) A setting is stored as it was drawn, so that no study needs to outlive the process.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lowmem_reft.compare.sweep.space import Choices, Range, Space, as_text
+from lowmem_reft.errors import InputError
+
+State = Literal["waiting", "running", "complete", "pruned", "failed"]
+
+_ENOUGH_FOR_IMPORTANCE = 8
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One setting of one method, as ``sweep.json`` has it."""
+
+    number: int
+    state: State = "waiting"
+    method: str = ""
+    """The setting as an entry of ``--methods``."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """What was varied, as it is written in ``method``."""
+    drawn: dict[str, Any] | None = None
+    """The same before numbers were rounded, which is what the search goes on from."""
+    metric: str | None = None
+    value: float | None = None
+    """On validation rows, with the adapter of the best epoch; of a pruned trial its best so far."""
+    loss: float | None = None
+    epochs: list[float | None] = field(default_factory=list)
+    """``value`` after each epoch; None is no number."""
+    num_trainable_params: int | None = None
+    peak_bytes: int | None = None
+    wall_time_s: float | None = None
+    error: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is something to learn from it; what failed is tried again."""
+        return self.state in ("complete", "pruned")
+
+
+class Search:
+    """Settings of one method, drawn one after the other."""
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        sampler: Literal["grid", "random", "tpe"],
+        seed: int,
+        prune: bool,
+        num_startup_trials: int = 5,
+    ) -> None:
+        """Search ``space``.
+
+        Args:
+            space: What is varied.
+            sampler: ``grid`` draws nothing: the settings are given.
+            seed: Of the draws.
+            prune: Stop trials that are below the median of the others after as many epochs.
+            num_startup_trials: Trials that must be complete before one is stopped.
+
+        Raises:
+            InputError: Optuna is not installed.
+        """
+        optuna = _optuna()
+        self._space, self._sampler, self._seed = space, sampler, seed
+        self._distributions = {part.name: _distribution(part) for part in space}
+        self._study = optuna.create_study(
+            direction="maximize",
+            sampler=optuna.samplers.RandomSampler(seed=seed),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=num_startup_trials)
+            if prune
+            else optuna.pruners.NopPruner(),
+        )
+        self._asked: dict[int, Any] = {}
+
+    def restore(self, trial: Trial) -> None:
+        """Take over a trial that ended before."""
+        optuna = _optuna()
+        states = optuna.trial.TrialState
+        complete = trial.state == "complete"
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=states.COMPLETE if complete else states.PRUNED,
+                value=trial.value,
+                params=trial.drawn or {},
+                distributions=self._distributions,
+                intermediate_values={
+                    epoch: value
+                    for epoch, value in enumerate(trial.epochs, start=1)
+                    if value is not None
+                },
+            )
+        )
+
+    def draw(self, number: int, drawn: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The setting of trial ``number``: ``drawn`` if it is known already."""
+        optuna = _optuna()
+        seed = zlib.crc32(f"{self._seed} {number}".encode())
+        if self._sampler == "tpe":
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed)
+        else:
+            self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        if drawn is not None:
+            self._study.enqueue_trial(drawn)
+        self._asked[number] = self._study.ask(self._distributions)
+        return dict(self._asked[number].params)
+
+    def report(self, trial: Trial, value: float | None) -> bool:
+        """Take the value after the next epoch; whether the trial is not worth going on with.
+
+        A correlation is no number while all predictions are the same: that epoch decides nothing.
+        """
+        if value is None or math.isnan(value):
+            trial.epochs.append(None)
+            return False
+        trial.epochs.append(value)
+        asked = self._asked[trial.number]
+        asked.report(value, step=len(trial.epochs))
+        return bool(asked.should_prune())
+
+    def end(self, trial: Trial) -> None:
+        """Take note of how a trial ended."""
+        states = _optuna().trial.TrialState
+        asked = self._asked.pop(trial.number)
+        if trial.state == "complete":
+            self._study.tell(asked, trial.value)
+        else:
+            self._study.tell(asked, state=states.PRUNED if trial.state == "pruned" else states.FAIL)
+
+    def importance(self) -> dict[str, float] | None:
+        """Share of each option in what good trials have in common (PED-ANOVA); None: too few."""
+        optuna = _optuna()
+        complete = self._study.get_trials(
+            deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)
+        )
+        values = {trial.value for trial in complete}
+        if len(complete) < _ENOUGH_FOR_IMPORTANCE or len(values) < 2:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return dict(
+                optuna.importance.get_param_importances(
+                    self._study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+                )
+            )
+
+
+def settings_of(drawn: dict[str, Any]) -> dict[str, str]:
+    """A drawn setting as it is written."""
+    return {name: as_text(value) for name, value in drawn.items()}
+
+
+def best_of(trials: Sequence[Trial]) -> Trial | None:
+    """The complete trial with the highest value; of equal ones the lower loss, then the earlier."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+
+    def rank(trial: Trial) -> tuple[float, float, int]:
+        assert trial.value is not None
+        loss = float("inf") if trial.loss is None else trial.loss
+        return trial.value, -loss, -trial.number
+
+    return max(complete, key=rank, default=None)
+
+
+def _distribution(part: Choices | Range) -> Any:
+    distributions = _optuna().distributions
+    if isinstance(part, Choices):
+        return distributions.CategoricalDistribution(part.values)
+    if part.whole:
+        low, high, step = int(part.low), int(part.high), int(part.step or 1)
+        return distributions.IntDistribution(low, high, log=part.log, step=step)
+    return distributions.FloatDistribution(part.low, part.high, log=part.log, step=part.step)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError(
+            "sweep must have Optuna, which is not installed; install it: "
+            "pip install 'lowmem-reft[sweep]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna

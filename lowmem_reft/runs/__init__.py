@@ -1,0 +1,1 @@
+"""One run: train it, score it, let it answer."""

@@ -1,0 +1,251 @@
+"""A conversation in the terminal with a base and its adapters, token by token.
+
+The whole conversation so far is the prompt of each answer and is run anew for it: ``f7+l7`` edits
+the first seven tokens of the conversation and the last seven before the answer, whatever was edited
+for the answers before. Without a terminal every line of standard input is a message, and standard
+output holds nothing but the answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TextStreamer
+
+from lowmem_reft.data.rows import Row
+from lowmem_reft.data.tokens import encode_prompts
+from lowmem_reft.errors import InputError
+from lowmem_reft.methods.several import BASE, find_adapters, load_together
+from lowmem_reft.runs.generate import continue_prompts, until_stop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lowmem_reft.methods.several import NamedAdapter
+    from lowmem_reft.options import ChatOptions
+
+HELP = """/adapter        list what can answer
+/adapter NAME   let another adapter answer from now on (__base__: none)
+/base           answer the last message with the base too, to compare; not remembered
+/reset          forget the conversation
+/system TEXT    set the system message and forget the conversation (no TEXT: none)
+/help           this
+/quit           leave, as Ctrl-D does; Ctrl-C stops an answer
+//TEXT          send a message that starts with /"""
+
+
+def run_chat(options: ChatOptions) -> dict[str, Any]:
+    """Answer the messages on standard input until it ends.
+
+    Returns:
+        Nothing to print.
+
+    Raises:
+        InputError: an option is wrong, or something cannot be loaded.
+    """
+    adapters = find_adapters(
+        options.adapter, options.model, template=options.template, max_length=options.max_length
+    )
+    model, tokenizer = load_together(options.model, adapters)
+    chat = Chat(model, tokenizer, adapters, options)
+    torch.manual_seed(options.decoding.seed)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        # SIGTERM ends the program, unlike Ctrl-C; the command line restores its own handler.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # one byte that is no UTF-8 does not end a pipe
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    chat.say_how_messages_are_written()
+    if is_terminal:
+        chat.note("/help lists the commands; Ctrl-D leaves")
+    for line in _typed(chat) if is_terminal else sys.stdin:
+        if line.strip() == "/quit":
+            break
+        chat.take(line.strip())
+    return {}
+
+
+class Chat:
+    """A conversation, and who answers in it."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, adapters: Sequence[NamedAdapter], options: ChatOptions
+    ) -> None:
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.adapters = {adapter.name: adapter for adapter in adapters}
+        self.current = adapters[0].name
+        self.system = options.system
+        self.messages: list[dict[str, str]] = []
+        self.uses_chat_template = options.template is None and bool(tokenizer.chat_template)
+        config = model.config.get_text_config()
+        room = getattr(config, "max_position_embeddings", 4096) - options.decoding.max_new_tokens
+        self.max_length = options.max_length or max(room, 1)
+
+    def take(self, line: str) -> None:
+        """Obey a command or answer a message; an empty line is neither."""
+        num_before = len(self.messages)
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                self._obey(*line.partition(" ")[::2])
+            elif line:
+                self.messages.append({"role": "user", "content": line.removeprefix("/")})
+                answer = self.answer(self.current)
+                self.messages.append({"role": "assistant", "content": answer})
+        except (InputError, NotImplementedError) as error:
+            del self.messages[num_before:]
+            self.complain(str(error))
+
+    def answer(self, name: str) -> str:
+        """Print what an adapter, or the base, answers to the last message, and return it.
+
+        Ctrl-C ends the answer where it is.
+
+        Raises:
+            InputError: the conversation does not suit the chat template.
+        """
+        asked = self.messages
+        while asked[-1]["role"] != "user":
+            asked = asked[:-1]
+        ids = self._prompt(asked, name)
+        known = self.adapters.get(name)
+        decoding = self.options.decoding
+        streamer = _Streamer(self.tokenizer, decoding.stop_texts)
+        try:
+            (answer,) = continue_prompts(
+                self.model,
+                self.tokenizer,
+                [ids],
+                decoding,
+                adapters=[known.peft_name if known else BASE],
+                streamer=streamer,
+            )
+        except KeyboardInterrupt:
+            streamer.end()  # type: ignore[no-untyped-call]
+            self.note("stopped")
+            return streamer.visible
+        return answer
+
+    def say_how_messages_are_written(self) -> None:
+        """Say it where it is not the chat template that the adapter was trained with."""
+        template = self._template(self.current)
+        if not self.uses_chat_template:
+            why = "" if self.options.template else "the tokenizer has no chat template: "
+            self.note(
+                f"{why}each message is written as {template!r} and answered on its own, without "
+                "those before it"
+            )
+        elif template != "{prompt}" and self.current != BASE:
+            self.note(
+                f"messages are written by the chat template; {self.current} was trained with "
+                f"--template {template!r}"
+            )
+
+    def note(self, text: str) -> None:
+        """Say something that is no answer, unless the user wants silence."""
+        if not self.options.quiet:
+            self.complain(text)
+
+    def complain(self, text: str) -> None:
+        """Say something that is no answer."""
+        print(text, file=sys.stderr, flush=True)
+
+    def _obey(self, command: str, argument: str) -> None:
+        argument = argument.strip()
+        if command == "/help":
+            self.complain(HELP)
+        elif command == "/adapter":
+            self._choose(argument)
+        elif command == "/base":
+            if not self.messages:
+                self.complain("/base answers the last message, and there is none yet")
+                return
+            self.note(f"{BASE}:")
+            self.answer(BASE)
+        elif command in ("/reset", "/system"):
+            self.messages = []
+            if command == "/system":
+                self.system = argument or None
+                if not self.uses_chat_template:
+                    self.complain("without a chat template there is no place for it")
+        else:
+            self.complain(f"{command} is no command; /help lists them")
+
+    def _choose(self, name: str) -> None:
+        if name in self.adapters or name == BASE:
+            before, self.current = self.current, name
+            if self._template(name) != self._template(before):
+                self.say_how_messages_are_written()
+        elif name:
+            self.complain(f"{name} is not loaded; there are {', '.join((*self.adapters, BASE))}")
+        if name != self.current:
+            for other in dict.fromkeys((*self.adapters, BASE)):
+                self.complain(f"{'*' if other == self.current else ' '} {other}")
+
+    def _prompt(self, asked: Sequence[dict[str, str]], name: str) -> list[int]:
+        """Return the tokens of a conversation, without the oldest messages if it is too long."""
+        if not self.uses_chat_template:
+            row = Row(source="message", prompt=asked[-1]["content"])
+            return self._encoded(row, self._template(name))[0]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        for start in range(0, len(asked), 2):
+            ids, is_cut = self._encoded(Row(source="chat", messages=(*system, *asked[start:])))
+            if not is_cut:
+                break
+        if start:
+            self.note(f"the first {start} messages do not fit {self.max_length} tokens any more")
+        if is_cut:
+            self.note(f"the message is cut to its last {self.max_length} tokens")
+        return ids
+
+    def _template(self, name: str) -> str:
+        """Return how an adapter reads messages; the base is asked as the first adapter is."""
+        first = next(iter(self.adapters))
+        return self.adapters[name if name in self.adapters else first].card.template
+
+    def _encoded(self, row: Row, template: str = "{prompt}") -> tuple[list[int], bool]:
+        encoded = encode_prompts(
+            [row], self.tokenizer, template=template, max_length=self.max_length
+        )
+        return encoded.examples[0]["input_ids"], encoded.num_cut_prompts > 0
+
+
+class _Streamer(TextStreamer):
+    """Prints words as they come; a stop text, and what may become one, is held back."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stops = stops
+        self.text = self.visible = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is new."""
+        self.text += text
+        shown = until_stop(self.text, self.stops)
+        if shown == self.text and not stream_end:
+            shown = shown[: len(shown) - self._num_held(shown)]
+        print(shown[len(self.visible) :], end="\n" if stream_end else "", flush=True)
+        self.visible = shown
+
+    def _num_held(self, text: str) -> int:
+        starts = [stop[:size] for stop in self.stops for size in range(1, len(stop))]
+        return max((len(start) for start in starts if text.endswith(start)), default=0)
+
+
+def _typed(chat: Chat) -> Iterator[str]:
+    """Yield what is typed at the prompt until Ctrl-D; Ctrl-C begins the line anew."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401 - gives input() its line editing
+    while True:
+        try:
+            yield input(f"{chat.current}> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            chat.note("Ctrl-D or /quit leaves")

@@ -1,0 +1,334 @@
+"""Continues prompts in left-padded batches, from a file or the command line.
+
+Every adapter answers every prompt. Answers are written as they come, prompt by prompt and adapter
+by adapter, and a file that is there is completed if the same would have made its answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_reft.base.identity import checkpoint_digest
+from lowmem_reft.data.rows import Row, load_rows
+from lowmem_reft.data.tokens import Collator, encode_prompts
+from lowmem_reft.errors import InputError
+from lowmem_reft.machine.devices import dtype_name, resolve_compute_dtype
+from lowmem_reft.machine.progress import progress
+from lowmem_reft.machine.provenance import file_digest
+from lowmem_reft.methods.several import answering, find_adapters, load_together, mixes_in_a_batch
+from lowmem_reft.methods.virtual_tokens import generate
+from lowmem_reft.options import DecodingOptions
+from lowmem_reft.options.values import QUANTIZED
+from lowmem_reft.runs.answer_file import as_line, keep_answers, lock, note_run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import TextIO
+
+    from lowmem_reft.methods.several import NamedAdapter
+    from lowmem_reft.options import GenerateOptions
+
+
+def run_generation(options: GenerateOptions) -> dict[str, Any]:
+    """Write one JSON line per prompt and adapter.
+
+    A line holds ``prompt`` (or ``messages``), ``adapter`` where one was named, and ``response``.
+
+    Returns:
+        ``num_examples`` (lines), ``num_kept`` of an earlier run, ``num_cut_prompts``, ``output``
+        (path or None), ``num_new_tokens``, ``tokens_per_s`` and, for a single ``prompt``,
+        ``response`` (of several adapters ``responses``, by name).
+
+    Raises:
+        InputError: an option, a file or a row is wrong.
+    """
+    rows = _rows(options)
+    adapters = find_adapters(
+        options.adapter, options.model, template=options.template, max_length=options.max_length
+    )
+    named = options.adapter is not None
+    questions = [_question(row, each if named else None) for row in rows for each in adapters]
+    run = {} if options.output is None else _run(options, adapters)
+    texts = _kept(options, questions, run)
+    result: dict[str, Any] = {
+        "num_examples": len(questions),
+        "num_kept": len(texts),
+        "num_cut_prompts": 0,
+        "output": None if options.output is None else str(options.output),
+        "num_new_tokens": 0,
+        "tokens_per_s": 0.0,
+    }
+    if len(texts) == len(questions):
+        print(f"{options.output} holds all answers; --overwrite writes it anew", file=sys.stderr)
+    else:
+        model, tokenizer = load_together(options.model, adapters)
+        # Of a base of the hub it may be known only now.
+        run["base_digest"] = checkpoint_digest(options.model.model)
+        prompts, result["num_cut_prompts"] = _encode(rows, adapters, tokenizer)
+        started = time.perf_counter()
+        names = [each.peft_name for _ in rows for each in adapters]
+        new = _new_answers(model, tokenizer, prompts, names, len(texts), options)
+        texts = [*texts, *_written(new, questions, len(texts), options, run)]
+        encoded = tokenizer(texts[result["num_kept"] :], add_special_tokens=False)["input_ids"]
+        result["num_new_tokens"] = sum(map(len, encoded))
+        result["tokens_per_s"] = result["num_new_tokens"] / (time.perf_counter() - started)
+    if options.prompt is None:
+        return result
+    if len(adapters) == 1:
+        return result | {"response": texts[0]}
+    by_name = zip((each.name for each in adapters), texts, strict=True)
+    return result | {"responses": dict(by_name)}
+
+
+def _new_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    names: Sequence[str],
+    num_kept: int,
+    options: GenerateOptions,
+) -> Iterator[str]:
+    """Yield the answers after the first ``num_kept``, in the batches of an uninterrupted run."""
+    size = options.batch_size
+    starts = range(num_kept // size * size, len(prompts), size)
+    for start in progress(starts, "generating", quiet=options.quiet):
+        torch.manual_seed((options.decoding.seed * 1_000_003 + start) % 2**63)
+        part = slice(start, start + size)
+        texts = continue_prompts(
+            model, tokenizer, prompts[part], options.decoding, adapters=names[part]
+        )
+        yield from texts[max(num_kept - start, 0) :]
+
+
+def _written(
+    texts: Iterator[str],
+    questions: Sequence[dict[str, Any]],
+    num_kept: int,
+    options: GenerateOptions,
+    run: dict[str, Any],
+) -> Iterator[str]:
+    """Write every answer after the first ``num_kept`` as soon as it is there, and pass it on."""
+    with _opened(options, run, num_kept) as stream:
+        for question, text in zip(questions[num_kept:], texts, strict=True):
+            stream.write(as_line(question, text))
+            stream.flush()
+            yield text
+
+
+def generate_batches(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    quiet: bool = True,
+) -> Iterator[str]:
+    """Continue tokenized prompts greedily, batch by batch.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        tokenizer: its tokenizer.
+        prompts: token ids, of unequal lengths.
+        batch_size: prompts per forward pass.
+        max_new_tokens: most tokens per continuation.
+        quiet: no progress bar.
+
+    Yields:
+        The continuations, without special tokens, in the order of the prompts.
+    """
+    decoding = DecodingOptions(max_new_tokens=max_new_tokens)
+    for start in progress(range(0, len(prompts), batch_size), "generating", quiet=quiet):
+        yield from continue_prompts(model, tokenizer, prompts[start : start + batch_size], decoding)
+
+
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    decoding: DecodingOptions,
+    *,
+    adapters: Sequence[str] | None = None,
+    streamer: Any = None,
+) -> list[str]:
+    """Continue tokenized prompts in one batch.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        tokenizer: its tokenizer.
+        prompts: token ids, of unequal lengths.
+        decoding: how tokens are chosen.
+        adapters: the name in the model of each prompt's adapter (``__base__``: none); where PEFT
+            cannot mix them, the prompts of each adapter are a batch of their own. Default: what is
+            active answers all.
+        streamer: is given the tokens of a single prompt as they come.
+
+    Returns:
+        The continuations, without special tokens.
+
+    Raises:
+        InputError: there is a streamer for several prompts.
+    """
+    if streamer is not None and len(prompts) > 1:
+        raise InputError(
+            f"prompts must be one with a streamer, got {len(prompts)}; leave the streamer out"
+        )
+    if adapters is None:
+        return _continue(model, tokenizer, prompts, decoding, streamer=streamer)
+    different = list(dict.fromkeys(adapters))
+    if len(different) > 1 and mixes_in_a_batch(model):
+        return _continue(model, tokenizer, prompts, decoding, adapter_names=list(adapters))
+    texts = [""] * len(prompts)
+    for name in different:
+        places = [place for place, other in enumerate(adapters) if other == name]
+        with answering(model, name):
+            own = [prompts[place] for place in places]
+            new = _continue(model, tokenizer, own, decoding, streamer=streamer)
+        for place, text in zip(places, new, strict=True):
+            texts[place] = text
+    return texts
+
+
+def _continue(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    decoding: DecodingOptions,
+    **options: Any,
+) -> list[str]:
+    batch = Collator(tokenizer, padding_side="left")([{"input_ids": ids} for ids in prompts])
+    if decoding.stop:
+        options |= {"stop_strings": list(decoding.stop_texts), "tokenizer": tokenizer}
+    if decoding.temperature:
+        # Also what a base's own defaults would add.
+        options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+    with torch.no_grad():
+        new = generate(
+            model,
+            {key: value.to(model.device) for key, value in batch.items()},
+            max_new_tokens=decoding.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            do_sample=decoding.temperature > 0,
+            **options,
+        )
+    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [until_stop(text, decoding.stop_texts) for text in texts]
+
+
+def until_stop(text: str, stops: Sequence[str]) -> str:
+    """Return what stands before the first stop text; the whole text if there is none in it."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text
+
+
+def _question(row: Row, adapter: NamedAdapter | None) -> dict[str, Any]:
+    asked = {"messages": list(row.messages)} if row.messages else {"prompt": row.prompt}
+    return asked if adapter is None else {**asked, "adapter": adapter.name}
+
+
+def _kept(
+    options: GenerateOptions, questions: Sequence[dict[str, Any]], run: dict[str, Any]
+) -> list[str]:
+    if options.output is None:
+        return []
+    if options.input is not None and options.output.resolve() == options.input.resolve():
+        raise InputError(
+            f"output must be another file than input, got {str(options.output)!r}; rename it"
+        )
+    if options.overwrite:
+        return []
+    return keep_answers(options.output, questions, run)
+
+
+def _run(options: GenerateOptions, adapters: Sequence[NamedAdapter]) -> dict[str, Any]:
+    """Return what determines the answers to given prompts, as JSON has it."""
+    base, card = Path(options.model.model), adapters[0].card
+    dtype = card.compute_dtype
+    if card.storage not in QUANTIZED:
+        dtype = card.storage
+    elif dtype == "auto":
+        dtype = dtype_name(resolve_compute_dtype(dtype, options.model.device))
+    run: dict[str, Any] = {
+        "base": str(base.resolve()) if base.is_dir() else options.model.model,
+        "base_digest": checkpoint_digest(options.model.model),
+        "storage": card.storage,
+        "compute_dtype": dtype,
+        "adapters": [adapter.name for adapter in adapters],
+    }
+    for adapter in adapters:
+        if adapter.directory is not None:
+            run[f"{adapter.name}: digest"] = _adapter_digest(adapter.directory)
+        run[f"{adapter.name}: template"] = adapter.card.template
+        run[f"{adapter.name}: max_length"] = adapter.card.max_length
+    decoding = asdict(options.decoding)
+    run |= decoding | {"stop": list(options.decoding.stop), "batch_size": options.batch_size}
+    if not options.decoding.temperature:  # nothing is drawn
+        del run["seed"], run["batch_size"]
+    return run
+
+
+def _adapter_digest(directory: Path) -> str:
+    """Digest of an adapter's weights and configuration."""
+    files = sorted(path for path in directory.glob("adapter_*") if path.is_file())
+    digests = [file_digest(file) for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def _encode(
+    rows: Sequence[Row], adapters: Sequence[NamedAdapter], tokenizer: Any
+) -> tuple[list[list[int]], int]:
+    """Return each prompt as each adapter reads it, prompt by prompt, and how many were cut."""
+    by_adapter, num_cut = [], 0
+    for adapter in adapters:
+        card = adapter.card
+        encoded = encode_prompts(
+            rows, tokenizer, template=card.template, max_length=card.max_length
+        )
+        by_adapter.append([example["input_ids"] for example in encoded.examples])
+        if encoded.num_cut_prompts and not num_cut:
+            warnings.warn(
+                f"{encoded.num_cut_prompts} of {len(rows)} prompts had more than max_length "
+                f"{card.max_length} tokens and were cut from the left; raise max_length",
+                stacklevel=3,
+            )
+        num_cut += encoded.num_cut_prompts
+    return [ids for same in zip(*by_adapter, strict=True) for ids in same], num_cut
+
+
+@contextmanager
+def _opened(options: GenerateOptions, run: dict[str, Any], num_kept: int) -> Iterator[TextIO]:
+    if options.output is None:
+        yield sys.stdout
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("a", encoding="utf-8") as stream:
+        if options.output.is_file():  # not a device
+            if not lock(stream, as_it_was=None if options.overwrite else num_kept):
+                raise InputError(
+                    f"output must be written by one process, got {str(options.output)!r}, which "
+                    "another one is writing; name another file"
+                )
+            if options.overwrite:
+                stream.truncate(0)
+            note_run(options.output, run)
+        yield stream
+
+
+def _rows(options: GenerateOptions) -> list[Row]:
+    if (options.prompt is None) == (options.input is None):
+        raise InputError(
+            "input must be given, or prompt, and not both; for example --prompt 'Once upon a time'"
+        )
+    if options.prompt is not None:
+        return [Row(source="--prompt", prompt=options.prompt)]
+    return load_rows(str(options.input), require_response=False)
