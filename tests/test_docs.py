@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
-from snippets import Runner, read_blocks
-from test_report_browser import CHROMEDRIVER, CHROMIUM, FLAGS
 
 import lowmem_reft.memory
+from browser import CHROMEDRIVER, CHROMIUM, FLAGS
 from lowmem_reft import cli
 from lowmem_reft.compare import cell, report
 from lowmem_reft.compare.cell import Cell, Result, write_cell
@@ -27,6 +26,7 @@ from lowmem_reft.compare.engines import processes
 from lowmem_reft.compare.engines.child import result_or_cause
 from lowmem_reft.data.tasks.registry import TASKS
 from lowmem_reft.reft.interventions import INTERVENTIONS
+from snippets import Runner, read_blocks
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

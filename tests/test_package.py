@@ -14,75 +14,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lowmem_reft"
 
 # Top to bottom: a folder imports only from those before it, and from errors.py, the ground.
-FOLDERS = {
-    "options": (),
-    "machine": (
-        "contracts",
-        "devices",
-        "distributed",
-        "files",
-        "marks",
-        "notices",
-        "progress",
-        "provenance",
-    ),
-    "data": ("data", "embedded", "readers", "rows", "tasks"),
-    "base": (
-        "base",
-        "blocks",
-        "caches",
-        "checkpointing",
-        "identity",
-        "loss",
-        "residency",
-        "synthetic",
-        "techniques",
-    ),
-    "reft": (
-        "composition",
-        "config",
-        "interventions",
-        "lora_reft",
-        "past",
-        "positions",
-        "registration",
-        "selection",
-        "tuner",
-    ),
-    "methods": (
-        "adapted",
-        "adapters",
-        "attach",
-        "constant",
-        "likelihood",
-        "method_configs",
-        "method_list",
-        "method_table",
-        "methods",
-        "pyreft",
-        "training_card",
-        "virtual_tokens",
-        "weights",
-    ),
-    "reuse": ("cache", "frozen", "trainers"),
-    "memory": ("plan", "profile"),
-    "runs": (
-        "answer_file",
-        "chat",
-        "das",
-        "evaluate",
-        "generate",
-        "harness",
-        "model_card",
-        "run_directory",
-        "tracking",
-        "train",
-        "validation",
-    ),
-    "compare": ("budget", "cell", "compare", "engines", "report", "schedule", "sources", "sweep"),
-}
-"""The ten folders, each with the modules that have yet to move in."""
-OUTSIDE = ("__init__", "__main__", "_peft_hook", "cli", "entry", "errors")
+FOLDERS = (
+    "options",
+    "machine",
+    "data",
+    "base",
+    "reft",
+    "methods",
+    "reuse",
+    "memory",
+    "runs",
+    "compare",
+)
 
 
 def source_files(*folders):
@@ -91,15 +34,7 @@ def source_files(*folders):
 
 def folder_of(parts):
     """The folder that a dotted name below ``lowmem_reft`` belongs to; None for what has none."""
-    if parts[:2] in (["report", "memory"], ["report", "timeline"], ["report", "timeline_chart"]):
-        return "memory"
-    if parts[:3] == ["data", "tasks", "judge"]:
-        return "runs"
-    if parts[:2] == ["frozen", "feed"]:
-        return "base"
-    if (PACKAGE / parts[0]).is_dir() and parts[0] in FOLDERS:
-        return parts[0]
-    return next((name for name, waiting in FOLDERS.items() if parts[0] in waiting), None)
+    return parts[0] if parts[0] in FOLDERS else None
 
 
 def imported_folders(path):
@@ -128,11 +63,10 @@ def parts_of(path):
     return list(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-def test_every_module_is_in_one_of_the_ten_folders():
-    outside = {
-        parts[0] for path in source_files("lowmem_reft") if not folder_of(parts := parts_of(path))
-    }
-    assert outside <= set(OUTSIDE)
+def test_the_package_is_ten_folders_and_at_most_seven_files():
+    listed = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert {path.name for path in listed if path.is_dir()} == set(FOLDERS)
+    assert len([path for path in listed if path.is_file()]) <= 7
 
 
 def test_imports_point_down_the_folders():

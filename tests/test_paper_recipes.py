@@ -19,7 +19,6 @@ from lowmem_reft.data.tasks.registry import load_task
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json
 from lowmem_reft.methods.entries import parse_methods
-from tests.conftest import VOCAB_SIZE
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TABLES = ("commonsense", "arithmetic", "instruct", "glue")
@@ -116,7 +115,7 @@ def tiny_roberta_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFact
     tokenizer.add_special_tokens({"sep_token": "</s>", "cls_token": "<s>"})
     tokenizer.save_pretrained(directory)
     config = RobertaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from snippets import Runner, read_blocks
 
 import lowmem_reft
 from benchmarks.tables import BLOCK, PAGES, RESULTS, TABLES, render
 from lowmem_reft.base.blocks import find_blocks
+from snippets import Runner, read_blocks
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,9 +1,9 @@
 """One cell of a comparison: one method with one seed, trained and scored in its own process.
 
 ``python -m lowmem_reft.compare.cell CELL.json`` reads what to do, and leaves ``result.json`` beside
-that file whether the run succeeds or raises. The process is the unit of isolation: its peak memory is
-the method's own, and one that is killed takes nothing else with it. What a killed process cannot
-write, the parent writes (``compare.py``).
+that file whether the run succeeds or raises. The process is the unit of isolation: its peak memory
+is the method's own, and one that is killed takes nothing else with it. What a killed process cannot
+write, the parent writes (``matrix.py``).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from accelerate.utils import (
     TorchDynamoPlugin,
 )
 
-from contracts.breaking import contract, with_value, without, wrapped
+from breaking import contract, with_value, without, wrapped
 
 STATE = "accelerate.state:"
 

@@ -19,7 +19,7 @@ from bitsandbytes.functional import (
 from bitsandbytes.nn import modules
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-from contracts.breaking import contract, doing_nothing, with_result, with_value, without, wrapped
+from breaking import contract, doing_nothing, with_result, with_value, without, wrapped
 
 MODULES = "bitsandbytes.nn.modules:"
 FUNCTIONS = "bitsandbytes.autograd._functions:"

@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     StaticCache,
 )
 
-from contracts.breaking import contract, doing_nothing, with_result, with_value, without, wrapped
+from breaking import contract, doing_nothing, with_result, with_value, without, wrapped
 from lowmem_reft.machine.contracts.models import cache_parameter
 
 CACHE = "transformers.cache_utils:"

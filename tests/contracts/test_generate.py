@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from contracts.breaking import contract, doing_nothing, with_value, without, wrapped
+from breaking import contract, doing_nothing, with_value, without, wrapped
 
 GENERATE = "transformers.generation.utils:GenerationMixin."
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from contracts.breaking import contract, with_result, with_value, without, wrapped
+from breaking import contract, with_result, with_value, without, wrapped
 from lowmem_reft.machine.contracts.contract import tiny_llama
 
 pytest.importorskip("lm_eval")

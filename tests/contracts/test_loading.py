@@ -18,7 +18,7 @@ from transformers import pytorch_utils
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
-from contracts.breaking import contract, doing_nothing, with_result, with_value, wrapped
+from breaking import contract, doing_nothing, with_result, with_value, wrapped
 from lowmem_reft.machine.contracts.contract import tiny_llama
 
 MODEL = "transformers.modeling_utils:PreTrainedModel."

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 from jinja2 import TemplateError
 
-from contracts.breaking import contract, doing_nothing, with_result, with_value, without, wrapped
+from breaking import contract, doing_nothing, with_result, with_value, without, wrapped
 
 
 class InputError(ValueError):

@@ -41,7 +41,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
 
-from contracts.breaking import contract, doing_nothing, with_result, with_value, wrapped
+from breaking import contract, doing_nothing, with_result, with_value, wrapped
 from lowmem_reft.machine.contracts.contract import tiny_llama
 
 TUNERS = "peft.tuners.tuners_utils:"

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lowmem_reft
-from contracts.breaking import (
+from breaking import (
     doing_nothing,
     with_result,
     with_value,

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from contracts.breaking import contract, doing_nothing, with_result, with_value, without, wrapped
+from breaking import contract, doing_nothing, with_result, with_value, without, wrapped
 
 MODULE = "torch.nn.modules.module:Module."
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from contracts.breaking import contract, doing_nothing, with_value, without, wrapped
+from breaking import contract, doing_nothing, with_value, without, wrapped
 from lowmem_reft.machine.contracts.contract import tiny_llama
 
 TRAINER = "transformers:Trainer."

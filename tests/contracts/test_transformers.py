@@ -14,7 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from contracts.breaking import (
+from breaking import (
     contract,
     doing_nothing,
     with_result,

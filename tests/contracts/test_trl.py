@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from contracts.breaking import contract, doing_nothing, with_value, wrapped
+from breaking import contract, doing_nothing, with_value, wrapped
 from lowmem_reft.machine.contracts.contract import tiny_llama
 
 trl = pytest.importorskip("trl")

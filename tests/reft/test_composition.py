@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from snippets import read_blocks
 from torch import Tensor, nn
 
 import lowmem_reft as lr
@@ -25,6 +24,7 @@ from lowmem_reft.reft.interventions import (
     orthonormal_rows,
 )
 from lowmem_reft.reft.lora_reft import LoraReftConfig
+from snippets import read_blocks
 
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(5))
 NAMES = ("one", "two")  # of one letter, PEFT takes them for parts of its own names
@@ -410,7 +410,7 @@ def test_a_copy_of_a_model_keeps_its_own_parts_orthogonal(base: Any) -> None:
 def test_the_example_of_the_documentation_composes_two_adapters(
     base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = Path(__file__).parent.parent / "docs" / "how-to" / "adapters.md"
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "adapters.md"
     (block,) = (block for block in read_blocks(page) if "keep_orthogonal" in block.code)
     monkeypatch.chdir(tmp_path)
     config = reft(layers="all", positions="f7+l7", init="paper")  # as the page's first adapter

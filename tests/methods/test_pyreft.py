@@ -1,4 +1,4 @@
-"""pyreft's checkpoints in and out. What tests/data/pyreft holds is said in make_pyreft_fixtures.py.
+"""pyreft's checkpoints in and out. make_pyreft_fixtures.py says what tests/support/pyreft is.
 
 With LOWMEM_REFT_PYREFT_PYTHON, the interpreter of an environment with pyreft 0.1.0, pyreft itself
 also makes the fixtures anew and loads what was exported.
@@ -32,7 +32,7 @@ from lowmem_reft.options import ExportPyreftOptions, ImportPyreftOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.positions import assign_groups, parse_positions
 
-DATA = Path(__file__).parent / "data" / "pyreft"
+DATA = Path(__file__).parents[1] / "support" / "pyreft"
 CASES = json.loads((DATA / "cases.json").read_text())
 SIX = [f"{kind}_{tie}" for kind in ("loreft", "noreft", "direft") for tie in ("tied", "sides")]
 SIX += [
@@ -525,7 +525,7 @@ def test_pyreft_loads_what_was_exported_and_gives_the_same_logits(tmp_path: Path
 @needs_pyreft
 @pytest.mark.filterwarnings("ignore:Some weights of:UserWarning")
 def test_checkpoints_that_pyreft_makes_now_are_imported_as_well(tmp_path: Path) -> None:
-    script = Path(__file__).parent / "make_pyreft_fixtures.py"
+    script = Path(__file__).parents[1] / "support" / "make_pyreft_fixtures.py"
     run_pyreft(str(script), str(tmp_path / "data"))
     for name in CASES:
         import_case(name, tmp_path / "adapters" / name, tmp_path / "data")

@@ -22,7 +22,7 @@ from lowmem_reft.machine import notices
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
 from lowmem_reft.runs.evaluate import run_evaluation
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     path.stem: path
     for folder in ("recipes", "benchmarks")

@@ -1,9 +1,9 @@
-"""Writes tests/data/pyreft: checkpoints that pyreft itself trained and saved, and its own logits.
+"""Writes tests/support/pyreft: checkpoints that pyreft trained and saved, and its own logits.
 
 Made with Python 3.11, pyreft 0.1.0, pyvene 0.1.8, transformers 4.45.1 and torch 2.13.0 (CPU), in an
 environment of their own, by
 
-    python tests/make_pyreft_fixtures.py tests/data/pyreft
+    python tests/support/make_pyreft_fixtures.py tests/support/pyreft
 
 ``base`` is a random Llama of 3 blocks, width 16. Each other directory is one checkpoint: ten steps
 of Adam by pyreft on blocks 0 and 2 (or on 1 alone), then ``save``; ``trainer`` is what its Trainer
@@ -20,10 +20,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyreft
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+import pyreft
 
 LAYERS = (0, 2)
 RANK = 3

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import own_script
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -19,6 +18,7 @@ from accelerate.utils import compare_versions
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+import own_script
 from lowmem_reft import ReftConfig, cli, load_base
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
@@ -38,7 +38,7 @@ from lowmem_reft.reft.positions import assign_groups, num_groups, parse_position
 from lowmem_reft.reft.tuner import ReftLayer
 from lowmem_reft.runs.train import _edits_in_every_batch, run_training
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate"
 WORDS = ["cat", "dog", "fox", "film", "time", "fou", "quick", "lazy"]
 ROWS = [
@@ -104,7 +104,7 @@ def test_two_processes_train_the_adapter_of_one_with_twice_the_accumulation(
     one = run_training(replace(options, held_out=held_out))
     more = ["--validation-data", rows, "--eval-data", rows, "--json"]
     out = tmp_path / "two"
-    script = str(ROOT / "tests" / "launched.py")
+    script = str(ROOT / "tests" / "support" / "launched.py")
     done = launch("cards.yaml", script, *flags(options, out), *more, RECORD_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()  # one process speaks
@@ -134,7 +134,7 @@ def test_a_killed_process_ends_a_sharded_run_in_words_and_resume_trains_the_same
     out = tmp_path / "two"
     killed = launch(
         "fsdp2.yaml",
-        str(ROOT / "tests" / "launched.py"),
+        str(ROOT / "tests" / "support" / "launched.py"),
         *flags(options, out),
         *("--save-steps", "2"),
         RECORD_DIR=str(tmp_path),
@@ -159,7 +159,7 @@ def test_an_own_script_trains_the_same_adapter_from_the_same_batches_and_positio
     tiny_llama_dir: Path, tmp_path: Path, config: str
 ) -> None:
     own_script.main(str(tiny_llama_dir), str(tmp_path / "one"), 4)
-    script = str(ROOT / "tests" / "own_script.py")
+    script = str(ROOT / "tests" / "support" / "own_script.py")
     done = launch(config, script, str(tiny_llama_dir), str(tmp_path / "two"), "2")
     assert done.returncode == 0, done.stderr
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-6

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from fake_trial import BAD_RANK
+from fake_trial import FAKE_CELL as FAKE_TRIAL
 from lowmem_reft.compare import report
 from lowmem_reft.compare.engines import open_engine, stop
 from lowmem_reft.compare.engines.cluster import _need
@@ -23,18 +25,16 @@ from lowmem_reft.compare.matrix import run_comparison
 from lowmem_reft.compare.sweep import run_sweep
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import CompareOptions, OptimOptions, SweepOptions
-from tests.test_sweep import BAD_RANK
-from tests.test_sweep import FAKE_CELL as FAKE_TRIAL
 
 ray = pytest.importorskip("ray")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FAILS, KILLED, KILLS_WORKER, SLOW = 0.5, 0.25, 0.125, 0.0625
 
 FAKE_CELL = f"""
 import os, signal, sys, time
 from pathlib import Path
-from lowmem_reft import cell
+from lowmem_reft.compare import cell
 
 def run_cell(todo):
     lr = todo.train.optim.lr if todo.train else 0

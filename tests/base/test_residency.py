@@ -20,28 +20,10 @@ from lowmem_reft.methods.constant import find_first_resident
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reuse.proof import prove
 from lowmem_reft.reuse.reuse import Reuse
-from tests.test_reuse import ARCHITECTURES, SIZES, make_examples, stacked
+from tiny_models import ARCHITECTURES, SIZES, adapted, make_examples, saved, stacked
 
 NUM_BLOCKS = 5
 FIRST = 3
-
-
-def saved(directory: Path, architecture: str = "llama", **changes: Any) -> Path:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(directory, max_shard_size="100KB")
-    return directory
-
-
-def adapted(base: Any, layers: str = "2;4", positions: str = "l1") -> Any:
-    torch.manual_seed(0)
-    config = ReftConfig(
-        task_type="CAUSAL_LM", rank=2, layers=layers, positions=positions, init="paper"
-    )
-    model: Any = get_peft_model(base, config)
-    use_chunked_loss(model)
-    return model.train()
 
 
 def load(directory: Path, resident: Any, storage: Any = "fp32") -> Any:

@@ -18,7 +18,6 @@ from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
-from reference import dequantized_copy, relative_error
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -34,6 +33,7 @@ from lowmem_reft.base.loading import (
     save_base,
 )
 from lowmem_reft.errors import InputError
+from reference import dequantized_copy, relative_error
 
 QUANTIZED = ("nf4", "fp4", "int8")
 CPU_STORAGES = (*QUANTIZED, "bf16", "fp32")

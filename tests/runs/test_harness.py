@@ -13,7 +13,6 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from snippets import read_blocks
 from transformers import AutoModelForCausalLM
 
 from lowmem_reft import cli
@@ -36,6 +35,7 @@ from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.runs.evaluate import ScoringSettings, run_evaluation, score
 from lowmem_reft.runs.generate import generate_batches
 from lowmem_reft.runs.harness import AdaptedModel
+from snippets import read_blocks
 
 ROWS = [
     ("is the film good or bad? label:", ["good", "bad", "lazy dog"], 1),
@@ -176,7 +176,7 @@ def test_choices_that_begin_with_a_space_need_the_empty_delimiter_that_the_docum
         (tasks / "films.yaml").write_text(head + more)
         run_evaluation(evaluation)
         answers.append([sample["resps"] for sample in samples(evaluation)])
-    page = Path(__file__).parent.parent / "docs" / "how-to" / "lm-eval.md"
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "lm-eval.md"
     assert 'set `target_delimiter: ""`' in page.read_text(encoding="utf-8")
     assert answers[2] == answers[0]  # what --data scores, with and without the space
     assert answers[1] != answers[0]
@@ -196,7 +196,7 @@ def test_git_does_not_complain_where_there_is_no_repository(
 def test_the_task_of_the_documentation_runs(
     evaluation: EvaluateOptions, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = Path(__file__).parent.parent / "docs" / "how-to" / "lm-eval.md"
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "lm-eval.md"
     (task,) = (block.code for block in read_blocks(page) if block.language == "yaml")
     (tasks / "films.yaml").write_text(task)
     (tasks / "rows.jsonl").rename(tasks / "films.jsonl")

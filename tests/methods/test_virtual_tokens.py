@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from reference import relative_error
 from torch import Tensor
 from transformers import (
     Gemma2Config,
@@ -29,6 +28,7 @@ from lowmem_reft.methods.virtual_tokens import (
     with_virtual_tokens,
 )
 from lowmem_reft.options import MemoryOptions, MethodOptions
+from reference import relative_error
 
 METHODS = ("prefix", "prompt", "p_tuning")
 NUM_VIRTUAL = 5

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_trial import BAD_RANK, FAILS_RANK, FAKE_CELL, SLOW_RANK
 from lowmem_reft import cli
 from lowmem_reft.compare.sweep import choose_sampler, run_sweep
 from lowmem_reft.compare.sweep.search import Search, Trial, best_of
@@ -29,42 +30,7 @@ from lowmem_reft.options import CompareOptions, OptimOptions, ScoringOptions, Sw
 
 pytest.importorskip("optuna")
 
-ROOT = Path(__file__).parent.parent
-BAD_RANK, FAILS_RANK, SLOW_RANK = 3, 5, 7
-
-FAKE_CELL = f"""
-import json, sys, time
-from pathlib import Path
-from lowmem_reft import cell
-
-def run_cell(todo):
-    rank, lr = todo.train.method.rank or 4, todo.train.optim.lr
-    out = todo.train.run.output_dir
-    out.mkdir(parents=True)
-    with Path({{runs!r}}).open("a") as file:
-        file.write(todo.record["method"] + "\\n")
-    print(todo.train.data.data, todo.train.held_out.validation_data, todo.evaluate.data.data)
-    if rank == {SLOW_RANK} and not Path({{runs!r}} + ".fast").exists():
-        time.sleep(60)
-    if rank == {FAILS_RANK} and not Path({{runs!r}} + ".fast").exists():
-        raise RuntimeError("out of luck")
-    best = 0.9 - abs(rank - 8) / 100 - abs(lr - 4e-3)
-    value = 0.1 if rank == {BAD_RANK} else best
-    epochs = [dict(epoch=n, metric="accuracy", value=value - 0.1 + n / 20) for n in (1, 2)]
-    with (out / "epochs.jsonl").open("w") as file:
-        file.write(json.dumps(epochs[0]) + "\\n")
-        file.flush()
-        if rank == {BAD_RANK}:
-            time.sleep(60)
-        file.write(json.dumps(epochs[1]) + "\\n")
-    measured = dict(metric="accuracy", value=value, loss=1.0, validation=epochs, wall_time_s=1.0,
-                    num_trainable_params=rank)
-    return {{**cell.EMPTY_RESULT, **measured, **todo.record}}
-
-cell.run_cell = run_cell
-sys.exit(cell.main(sys.argv[1:]))
-"""
-
+ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": f"{i} is", "choices": ["even", "odd"], "answer": i % 2} for i in range(40)]
 
 

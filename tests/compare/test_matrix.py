@@ -27,13 +27,13 @@ from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import METHODS
 from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions, ReuseOptions
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FAILS, KILLED, SILENT, SLOW = 0.5, 0.25, 0.125, 0.0625
 
 FAKE_CELL = f"""
 import os, signal, sys, time
 from pathlib import Path
-from lowmem_reft import cell
+from lowmem_reft.compare import cell
 
 def run_cell(todo):
     lr = todo.train.optim.lr if todo.train else 0

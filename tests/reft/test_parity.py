@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from reference import dequantized_copy, relative_error
 from torch import Tensor, nn
 
 import lowmem_reft as lr
 from lowmem_reft.base.loading import enable_activation_checkpointing
+from reference import dequantized_copy, relative_error
 
 LAYERS = (1, 3)
 NUM_PROMPT, NUM_RESPONSE = (7, 4), (3, 5)

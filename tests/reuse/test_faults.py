@@ -47,8 +47,7 @@ from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.reuse.reuse import NoRoomError, Reuse
 from lowmem_reft.reuse.store import CorruptShardError, Store
 from lowmem_reft.runs.train import run_training
-from tests.test_residency import adapted, saved
-from tests.test_reuse import make_examples, make_model, reft, stacked
+from tiny_models import adapted, make_examples, make_model, reft, saved, stacked
 
 # Python 3.12 warns of every fork of a process that has threads; the children start none.
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_reft.base.loading import load_base
 from lowmem_reft.data import embedded
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPLITS = {
     "train": embedded.task_files()[0],
     "validation": embedded.validation_file(),

@@ -5,25 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import shutil
 
 import pytest
 
+from browser import CHROMEDRIVER, CHROMIUM, FLAGS
 from lowmem_reft.compare.cell import EMPTY_RESULT
 from lowmem_reft.compare.report import write_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-CHROMEDRIVER = shutil.which("chromedriver")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",  # a container's root has no other way
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 WIDTHS = {"desktop": 1280, "phone": 390}
 METHODS = {"base[storage=nf4]": 0.3, "loreft[rank=8,lr=4e-3]": 0.85, "qlora[rank=8]": 0.8}
 NUM_EXAMPLES = 60
