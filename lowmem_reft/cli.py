@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # before the imports below: Ctrl-C is heard during them too
-    from lowmem_reft.entry import main as guarded
+    from lowmem_reft.__main__ import main as guarded
 
     sys.exit(guarded())
 

@@ -327,7 +327,7 @@ def test_a_reader_that_leaves_is_not_a_traceback():
     "start",
     [
         ["-m", "lowmem_reft.cli"],
-        ["-c", "import sys; from lowmem_reft.entry import main; sys.exit(main())"],
+        ["-c", "import sys; from lowmem_reft.__main__ import main; sys.exit(main())"],
     ],
 )
 def test_ctrl_c_during_the_imports_is_no_traceback(start, tmp_path):

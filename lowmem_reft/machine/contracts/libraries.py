@@ -140,7 +140,7 @@ CONTRACTS = (
     Contract(
         sentence="Ray streams what a task yields",
         libraries=("ray",),
-        leaned_on_by=("engines/cluster.py",),
+        leaned_on_by=("compare/engines/cluster.py",),
         check=_ray_streams_what_a_task_yields,
     ),
 )

@@ -17,3 +17,7 @@ def main() -> int:
         # Not by sys.exit: where exec was interrupted, which makes dataclasses, Python would still
         # end as by the signal.
         os._exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
