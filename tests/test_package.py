@@ -8,48 +8,15 @@ from pathlib import Path
 
 import pytest
 
+import house
 import lowmem_reft
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lowmem_reft"
 
-# Top to bottom: a folder imports only from those before it, and from errors.py, the ground.
-FOLDERS = (
-    "options",
-    "machine",
-    "data",
-    "base",
-    "reft",
-    "methods",
-    "reuse",
-    "memory",
-    "runs",
-    "compare",
-)
-
 
 def source_files(*folders):
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
-def folder_of(parts):
-    """The folder that a dotted name below ``lowmem_reft`` belongs to; None for what has none."""
-    return parts[0] if parts[0] in FOLDERS else None
-
-
-def imported_folders(path):
-    """Folders of this package that a file imports from anywhere, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            package, _, rest = name.partition(".")
-            if package == "lowmem_reft" and (folder := folder_of(rest.split("."))):
-                yield name, folder
 
 
 def run_python(code):
@@ -59,26 +26,27 @@ def run_python(code):
     assert finished.returncode == 0, finished.stderr
 
 
-def parts_of(path):
-    return list(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
 def test_the_package_is_ten_folders_and_at_most_seven_files():
     listed = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
-    assert {path.name for path in listed if path.is_dir()} == set(FOLDERS)
+    assert {path.name for path in listed if path.is_dir()} == set(house.FOLDERS)
     assert len([path for path in listed if path.is_file()]) <= 7
 
 
 def test_imports_point_down_the_folders():
-    rank = {name: index for index, name in enumerate(FOLDERS)}
-    upward = [
-        f"{path.relative_to(ROOT)} imports {imported}"
-        for path in source_files("lowmem_reft")
-        if (own := folder_of(parts_of(path)))
-        for imported, folder in imported_folders(path)
-        if rank[folder] > rank[own]
-    ]
-    assert upward == []
+    rank = {name: index for index, name in enumerate(house.FOLDERS)}
+    assert [(own, other) for own, other in house.arrows() if rank[other] > rank[own]] == []
+    ground = [name for name, _ in house.imports_of("errors")]
+    assert ground == []
+
+
+def test_the_drawing_of_the_house_is_up_to_date():
+    assert house.DRAWING.read_text(encoding="utf-8") == house.drawing(), "python docs/house.py"
+
+
+def test_the_tree_of_the_readme_is_the_house():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("## Where things are")[2]
+    assert re.findall(r"^  (\w+)/ ", tree, re.MULTILINE) == list(house.FOLDERS)
 
 
 @pytest.mark.parametrize(

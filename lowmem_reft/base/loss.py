@@ -30,7 +30,7 @@ from transformers.modeling_outputs import (
 )
 
 from lowmem_reft.base.blocks import base_of, device_of
-from lowmem_reft.data.tokens import IGNORED_LABEL
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.marks import allocates
 from lowmem_reft.machine.processes import whole

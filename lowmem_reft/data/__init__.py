@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         write_rows,
     )
     from lowmem_reft.data.tokens import (
-        IGNORED_LABEL,
         Collator,
         EncodedRows,
         encode_choices,
@@ -47,6 +46,9 @@ __all__ = [
     "write_rows",
 ]
 
+IGNORED_LABEL = -100
+"""Label of a token that is not supervised (the default of torch's cross-entropy)."""
+
 _ROWS = {
     "Row",
     "as_choices",
@@ -58,4 +60,6 @@ _ROWS = {
     "rows_digest",
     "write_rows",
 }
-__getattr__, __dir__ = names_on_use(__name__, {"rows": _ROWS, "tokens": {*__all__} - _ROWS})
+__getattr__, __dir__ = names_on_use(
+    __name__, {"rows": _ROWS, "tokens": {*__all__} - _ROWS - {"IGNORED_LABEL"}}
+)

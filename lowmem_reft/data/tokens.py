@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.rows import (
     Row,
     class_index,
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-IGNORED_LABEL = -100
-"""Label of a token that is not supervised (the default of torch's cross-entropy)."""
 
 TEXTS_AT_ONCE = 8192
 """Texts that are tokenized together; with more there is a progress bar."""

@@ -18,7 +18,7 @@ from lowmem_reft.base.blocks import base_of, find_blocks
 from lowmem_reft.base.caches import with_cache
 from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.base.techniques import HostEmbedding
-from lowmem_reft.data.tokens import IGNORED_LABEL
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import DTYPES
 from lowmem_reft.machine.marks import begins_step

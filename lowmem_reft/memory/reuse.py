@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bitsandbytes.nn.modules import Linear4bit
 
 from lowmem_reft.base.blocks import base_of, find_blocks
-from lowmem_reft.data.tokens import IGNORED_LABEL
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.methods.constant import lower_part
 from lowmem_reft.reuse.layout import Layout, Shape
 from lowmem_reft.reuse.split import Example, ReuseError, find_split

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.data.tokens import IGNORED_LABEL
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
 from lowmem_reft.machine.processes import shards_model

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lowmem_reft.base.caches import cache_argument
-from lowmem_reft.data.tokens import IGNORED_LABEL
+from lowmem_reft.data import IGNORED_LABEL
 
 
 def num_virtual_tokens(model: Any) -> int:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from lowmem_reft.data.tokens import IGNORED_LABEL
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 
 TIES = ("tied", "sides", "positions")

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem_reft.base.blocks import SUBMODULE, component_path, device_of, find_blocks, hidden_size
 from lowmem_reft.base.identity import note_base
-from lowmem_reft.data.tokens import IGNORED_LABEL
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.processes import refuse_casts, shards_model

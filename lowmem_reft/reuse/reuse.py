@@ -30,7 +30,7 @@ from lowmem_reft.base.loading import base_digest, dequantized
 from lowmem_reft.base.loss import log_likelihood_of
 from lowmem_reft.base.partial import blocks_of, feeding, keys_and_values
 from lowmem_reft.base.residency import Residency
-from lowmem_reft.data.tokens import IGNORED_LABEL
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.processes import main_first
 from lowmem_reft.methods.constant import adapter_parts

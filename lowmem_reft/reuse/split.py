@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lowmem_reft.base.blocks import base_of, find_blocks
-from lowmem_reft.data.tokens import IGNORED_LABEL
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.methods.constant import num_constant_blocks
 from lowmem_reft.reft.tuner import ReftModel

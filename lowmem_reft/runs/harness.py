@@ -25,7 +25,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from lowmem_reft.base.blocks import base_of, device_of
-from lowmem_reft.data.tokens import IGNORED_LABEL
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.progress import progress

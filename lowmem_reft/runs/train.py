@@ -26,14 +26,9 @@ from transformers import (
 from lowmem_reft.base.blocks import device_of
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.loading import load_config, load_tokenizer
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.rows import as_choices, label_names, load_rows, rows_digest
-from lowmem_reft.data.tokens import (
-    IGNORED_LABEL,
-    Collator,
-    EncodedRows,
-    encode_labelled,
-    encode_rows,
-)
+from lowmem_reft.data.tokens import Collator, EncodedRows, encode_labelled, encode_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import write_json

@@ -14,6 +14,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.rows import (
     Row,
     as_choices,
@@ -24,7 +25,6 @@ from lowmem_reft.data.rows import (
     rows_digest,
 )
 from lowmem_reft.data.tokens import (
-    IGNORED_LABEL,
     Collator,
     encode_choices,
     encode_labelled,
