@@ -121,7 +121,7 @@ def _digest(tensors: list[tuple[str, str, Path, int, int]]) -> str:
 
 def storage_of(model: nn.Module) -> str | None:
     """How the blocks of a loaded base are stored: nf4, fp4, int8, bf16, fp16 or fp32."""
-    block = find_blocks(model)[1][0]
+    block = find_blocks(model)[1][-1]  # lower ones may be elsewhere, stored as nothing yet
     for module in block.modules():
         kind = type(module).__name__
         if kind == "Linear4bit":

@@ -6,10 +6,25 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
+from peft import get_peft_model
+from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+from peft.tuners.ia3 import IA3Layer
+from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lowmem_reft.base.blocks import device_of, find_blocks
+from lowmem_reft.base.caches import cache_argument, caches_in, keeps_keys_and_values
+from lowmem_reft.base.loading import from_config, load_config
+from lowmem_reft.base.loss import use_chunked_loss
+from lowmem_reft.base.techniques import save_memory
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.methods.configs import build_peft_config, check_options, split_targets
 from lowmem_reft.methods.table import check_storage, find_method
+from lowmem_reft.methods.virtual_tokens import take_prefix_as_cache
+from lowmem_reft.methods.weights import trained_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,25 +55,16 @@ def check_target_modules(
     part = find_method(options.method).fixed.get("part")
     if options.target_modules is None and part is None:
         return
-    import torch
-
-    from lowmem_reft.base.loading import from_config, load_config
-
     with torch.device("meta"):
         base = from_config(load_config(model), task_type)
     if options.target_modules is not None:
         _check_targets(options.target_modules, base)
     if part is not None:
-        from lowmem_reft.methods.weights import trained_names
-
         trained_names(base, part)
 
 
 def _check_targets(target_modules: str, base: Any) -> None:
     """Refuse a name that no linear layer has: PEFT would leave it out if another one matches."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     modules = base.named_modules()
     names = [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
     for target in split_targets(target_modules):
@@ -86,13 +92,6 @@ def attach(
     Raises:
         InputError: the base, the method or a way to save memory does not go with the others.
     """
-    from peft import get_peft_model
-
-    from lowmem_reft.base.blocks import device_of, find_blocks
-    from lowmem_reft.base.caches import cache_argument, keeps_keys_and_values
-    from lowmem_reft.base.loss import use_chunked_loss
-    from lowmem_reft.base.techniques import save_memory
-
     check_versions()
     check_run(options, memory)
     config = build_peft_config(options, task_type=task_type, num_layers=len(find_blocks(base)[1]))
@@ -178,18 +177,41 @@ def prepare_base(base: Any, config: Any) -> None:
     """Make a base ready for an adapter, before PEFT attaches or loads it.
 
     For LN-tuning all norms are named, which PEFT knows of few architectures, and put in fp32, where
-    small updates of a scale near 1 are not rounded away; what they return is as before.
+    small updates of a scale near 1 are not rounded away; what they return is as before. For LoRA on
+    some layers of a small base its linear layers are named, as PEFT would take those of all layers.
 
     Args:
         base: the base, not wrapped.
         config: the PEFT configuration; changed if it does not name its modules.
     """
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LN_TUNING":
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind in ("LORA", "LORA_REFT"):
+        _name_layers_in_full(base, config)
+    if kind != "LN_TUNING":
         return
     norms = {name: module for name, module in base.named_modules() if _is_norm(module)}
     config.target_modules = config.target_modules or list(norms)
     for norm in norms.values():
         _compute_in_full_precision(norm)
+
+
+def _name_layers_in_full(base: Any, config: Any) -> None:
+    """Replace "all-linear" by names where PEFT would take it for all layers, whichever are chosen.
+
+    It looks at the layers of suffixes alone (0.21), which it makes of the names if they are many.
+    """
+    layers = config.layers_to_transform
+    if config.target_modules != "all-linear" or layers is None:
+        return
+    prefix, blocks = find_blocks(base)
+    linear = [
+        (index, f"{prefix}.{index}.{name}")
+        for index, block in enumerate(blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    if len(linear) < MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        config.target_modules = {name for index, name in linear if index in layers}
 
 
 def _is_norm(module: Any) -> bool:
@@ -198,9 +220,7 @@ def _is_norm(module: Any) -> bool:
 
 def _compute_in_full_precision(norm: Any) -> None:
     """Keep a norm's parameters in fp32; it returns the dtype that it is given, as before."""
-    from torch import float32
-
-    if norm.weight.dtype == float32:
+    if norm.weight.dtype == torch.float32:
         return
     norm.float()
     norm.register_forward_pre_hook(_note_dtype)
@@ -209,8 +229,6 @@ def _compute_in_full_precision(norm: Any) -> None:
 
 def _note_dtype(norm: Any, args: Any) -> Any:
     """Forward pre-hook; RMSNorms round to this dtype before they scale, as the base is used to."""
-    from torch import nn
-
     norm.input_dtype = args[0].dtype
     return (args[0].float(), *args[1:]) if isinstance(norm, nn.LayerNorm) else args
 
@@ -228,10 +246,6 @@ def complete(model: Any) -> None:
     Args:
         model: a PeftModel.
     """
-    from peft.tuners.ia3 import IA3Layer
-
-    from lowmem_reft.methods.virtual_tokens import take_prefix_as_cache
-
     take_prefix_as_cache(model)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, IA3Layer)]
     for layer in layers:
@@ -247,11 +261,6 @@ def _start_from_vocabulary(model: Any) -> None:
 
     As the paper found, and unlike PEFT's normal values, that is where keys and values belong.
     """
-    import torch
-    from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
-
-    from lowmem_reft.base.caches import caches_in
-
     base = model.get_base_model()
     config = model.active_peft_config
     embedding = base.get_input_embeddings().weight

@@ -125,7 +125,7 @@ def _on_layers(config: Any, request: Request) -> PeftConfig:
     layers = request.given.get("layers", "all")
     if layers != "all":
         # Set afterwards: the constructor refuses it beside the shorthand "all-linear", which PEFT
-        # turns into a list of names before it looks at the layers.
+        # turns into a list of names before it looks at the layers (see ``attach.prepare_base``).
         config.layers_to_transform = resolve_layers(layers, request.num_layers)
     peft_config: PeftConfig = config
     return peft_config

@@ -457,7 +457,7 @@ def test_lora_has_a_prefix_hooks_and_keys_that_can_be_inherited(breach: bool) ->
 
 @contract(
     "peft",
-    used_by="methods/configs.py",
+    used_by="methods/configs.py methods/attach.py",
     broken_by=wrapped(
         f"{TUNERS}_maybe_include_all_linear_layers",
         lambda include: lambda config, model: _forgetting_layers(include(config, model)),
