@@ -23,6 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from lowmem_reft.base.blocks import SUBMODULE, find_blocks, standing_in
+from lowmem_reft.base.ours import ours
 from lowmem_reft.errors import InputError
 
 EMBEDDING = -1
@@ -184,6 +185,13 @@ class Residency:
         self.first_resident = first_resident
         self.has_embedding = has_embedding
 
+    def begin(self) -> None:
+        """Be the residency of the base, which the Trainer and accelerate leave where it is."""
+        ours(self.base).residency = self.base.residency = self
+        # Two devices: that is how they tell.
+        name = find_blocks(self.base)[0]
+        self.base.hf_device_map = {"": self.checkpoint.device, name: torch.device("meta")}
+
     @contextmanager
     def loaded(self, index: int, *, training: bool = True) -> Iterator[None]:
         """Read a block, and for the first one the embedding, and let it run in its place."""
@@ -244,6 +252,7 @@ class Residency:
         if not self.has_embedding:
             self.base.set_input_embeddings(self.checkpoint.embedding().to(self.checkpoint.device))
         self.first_resident, self.has_embedding = 0, True
+        ours(self.base).residency = None
         del self.base.residency, self.base.hf_device_map
 
     def _blocks(self) -> list[nn.Module]:

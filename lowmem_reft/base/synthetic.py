@@ -14,13 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lowmem_reft.base.loading import (
-    freeze,
-    from_config,
-    guard_linear4bit,
-    quantization_options,
-    set_labels,
-)
+from lowmem_reft.base.heads import freeze, from_config, set_labels
+from lowmem_reft.base.quantization import guard_linear4bit, quantization_options
 from lowmem_reft.base.residency import fill_buffers
 from lowmem_reft.machine.devices import DTYPES
 from lowmem_reft.options import Storage

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem_reft.base.blocks import base_of, find_blocks
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.ours import ours
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,15 +78,16 @@ def chunk_mlps(model: Any, num_tokens: int) -> None:
                 f"mlp_tokens must be left out for {type(base).__name__}, got {num_tokens!r}; its "
                 f"blocks have no module named {', '.join(MLP_NAMES)}"
             )
-        plain = mlp.__dict__.get("_forward_of_all_tokens", mlp.forward)
-        mlp._forward_of_all_tokens = plain
+        held = ours(mlp)
+        held.forward_of_all_tokens = held.forward_of_all_tokens or mlp.forward
         forward = functools.partial(_forward_in_chunks, num_tokens=num_tokens)
         mlp.forward = MethodType(forward, mlp)
 
 
 def _forward_in_chunks(self: Any, hidden: Tensor, *, num_tokens: int) -> Tensor:
     """Stand in for an MLP's forward; ``hidden`` is (batch, seq, hidden)."""
-    plain = self._forward_of_all_tokens
+    plain = ours(self).forward_of_all_tokens
+    assert plain is not None
     if hidden.ndim != 3 or hidden.shape[0] * hidden.shape[1] <= num_tokens:
         out: Tensor = plain(hidden)
         return out

@@ -156,7 +156,7 @@ def nearest_size(count: Callable[[int], int], target: int, *, most: int) -> int:
 def _equal_params(
     options: CompareOptions, specs: Sequence[MethodSpec], reference: MethodSpec, cells_of: CellsOf
 ) -> Equalized:
-    from lowmem_reft.base.loading import load_config
+    from lowmem_reft.base.hub import load_config
 
     model = _train_options(options, reference, cells_of).model.model
     counter = ParameterCounter(load_config(model), options.task_type)

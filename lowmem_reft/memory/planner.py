@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 
-from lowmem_reft.base.loading import load_config
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.live import LiveMemory

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_reft.base.blocks import device_of, find_blocks
 from lowmem_reft.base.caches import cache_argument, caches_in, keeps_keys_and_values
-from lowmem_reft.base.loading import from_config, load_config
+from lowmem_reft.base.heads import from_config
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.techniques import save_memory
 from lowmem_reft.errors import InputError

@@ -7,8 +7,9 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import OTHER_BASE, checkpoint_digest, other_base
-from lowmem_reft.base.loading import load_base, load_config, load_tokenizer, share_pad_token
+from lowmem_reft.base.loading import load_base, load_tokenizer, share_pad_token
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import complete, peft_notices_hidden, prepare_base
 from lowmem_reft.methods.card import load_card

@@ -564,7 +564,7 @@ def test_a_prefix_is_keys_and_values_that_can_be_taken_from_a_cache(breach: bool
 
 @contract(
     "peft",
-    used_by="base/loading.py",
+    used_by="base/quantization.py",
     broken_by=wrapped(
         f"{MODEL}get_nb_trainable_parameters",
         lambda _: lambda self: (0, sum(p.numel() for p in self.parameters())),

@@ -124,7 +124,7 @@ def test_hooks_and_submodules_go_without_a_trace(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="base/loading.py base/residency.py base/synthetic.py base/loss.py memory/live.py "
+    used_by="base/quantization.py base/residency.py base/synthetic.py base/loss.py memory/live.py "
     "memory/planner.py",
     broken_by=with_value(f"{MODULE}__getattr__", lambda self, name: None),
 )

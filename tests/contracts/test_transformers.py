@@ -227,7 +227,7 @@ def test_backbone_embeddings_and_head_are_found_by_the_model_itself(llama: Any) 
 
 @contract(
     "transformers",
-    used_by="base/loading.py base/residency.py",
+    used_by="base/upper.py base/residency.py",
     broken_by=doing_nothing(f"{MODEL}tie_weights"),
 )
 def test_tie_weights_makes_the_head_the_embedding_again(breach: bool) -> None:

@@ -31,7 +31,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import lowmem_reft as lr
 from lowmem_reft import InputError
 from lowmem_reft.base.caches import caches_in, with_cache
-from lowmem_reft.base.loading import base_digest, enable_activation_checkpointing
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.identity import base_digest
 from lowmem_reft.base.techniques import chunk_mlps
 from lowmem_reft.reft.interventions import orthonormal_rows
 from lowmem_reft.reft.tuner import prompt_arguments

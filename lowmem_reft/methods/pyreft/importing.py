@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from lowmem_reft.base.blocks import component_path, find_blocks, hidden_size
-from lowmem_reft.base.loading import from_config, load_config
+from lowmem_reft.base.heads import from_config
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import peft_notices_hidden
 from lowmem_reft.methods.card import TrainingCard
