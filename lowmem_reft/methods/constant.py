@@ -16,7 +16,7 @@ from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import peft_notices_hidden, prepare_base
 from lowmem_reft.methods.weights import WeightsConfig
-from lowmem_reft.reft.tuner import ReftLayer
+from lowmem_reft.reft.layer import ReftLayer
 
 
 def num_constant_blocks(model: Any) -> int:

@@ -1108,7 +1108,7 @@ def test_a_parallel_adapter_has_the_same_gradients_recomputed_and_in_chunks(
     model = adapt(base, **fields).train()
     model(input_ids=IDS, labels=LABELS).loss.backward()
     expected = gradients(model)
-    monkeypatch.setattr("lowmem_reft.reft.tuner.CHUNK_TOKENS", 5)
+    monkeypatch.setattr("lowmem_reft.reft.layer.CHUNK_TOKENS", 5)
     enable_activation_checkpointing(base)
     if mlp_tokens:
         chunk_mlps(base, mlp_tokens)
