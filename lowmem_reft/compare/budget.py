@@ -18,9 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.configs import given_options
 from lowmem_reft.methods.entries import parse_methods
-from lowmem_reft.methods.table import find_method
+from lowmem_reft.methods.table import find_method, given_options
 from lowmem_reft.options import HeldOutOptions
 
 if TYPE_CHECKING:

@@ -22,10 +22,11 @@ from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.techniques import save_memory
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
-from lowmem_reft.methods.configs import build_peft_config, check_options, split_targets
-from lowmem_reft.methods.table import check_storage, find_method
+from lowmem_reft.methods.configs import build_peft_config, split_targets
+from lowmem_reft.methods.table import check_options, check_storage, find_method
 from lowmem_reft.methods.virtual_tokens import take_prefix_as_cache
 from lowmem_reft.methods.weights import trained_names
+from lowmem_reft.reft.peft_method import type_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,14 +96,14 @@ def attach(
     """
     check_versions()
     check_run(options, memory)
+    needs_cache = find_method(options.method).needs_cache
     config = build_peft_config(options, task_type=task_type, num_layers=len(find_blocks(base)[1]))
     if options.target_modules is not None:
         _check_targets(options.target_modules, base)
-    takes_prefix = cache_argument(base) is not None and keeps_keys_and_values(base.config)
-    if options.method == "prefix" and not takes_prefix:
+    if needs_cache and not (cache_argument(base) and keeps_keys_and_values(base.config)):
         raise InputError(
-            f"method must not be prefix for {type(base).__name__}, which reads no cache of keys "
-            "and values; choose another method"
+            f"method must not be {options.method} for {type(base).__name__}, which reads no cache "
+            "of keys and values; choose another method"
         )
     prepare_base(base, config)
     # On the meta device PEFT would otherwise draw an adapter's values on the CPU.
@@ -118,7 +119,7 @@ def attach(
                 f"{str(error).splitlines()[0]}; choose another method"
             ) from error
     complete(model)
-    if options.method == "prefix" and device.type != "meta":
+    if needs_cache and device.type != "meta":
         _start_from_vocabulary(model)
     save_memory(model, memory)
     if config.is_prompt_learning:
@@ -139,31 +140,23 @@ def check_run(options: MethodOptions, memory: MemoryOptions, *, resume: bool = F
     Raises:
         InputError: one would leave out what is trained.
     """
-    if memory.activation_checkpointing and not allows_checkpointing(options):
+    method = find_method(options.method)
+    if memory.activation_checkpointing and not method.allows_checkpointing:
         raise InputError(
             f"activation_checkpointing must be False with method {options.method!r}, got True: "
             "recomputed blocks read no cache, which is where its keys and values are; leave it out"
         )
-    if memory.embedding_on_host and not allows_embedding_on_host(options):
+    if memory.embedding_on_host and not method.allows_embedding_on_host:
         raise InputError(
             f"embedding_on_host must be False with method {options.method!r}, got True: the "
             "embedding is trained where the optimizer is; leave it out"
         )
-    if resume and options.method == "p_tuning":
+    if resume and not method.allows_resume:
         raise InputError(
-            "resume must be False with method 'p_tuning', got True: PEFT saves the embeddings that "
-            "its network makes and not the network; start anew in another output_dir"
+            f"resume must be False with method {options.method!r}, got True: PEFT saves the "
+            "embeddings that its network makes and not the network; start anew in another "
+            "output_dir"
         )
-
-
-def allows_checkpointing(options: MethodOptions) -> bool:
-    """Return whether the method can be trained with activation checkpointing."""
-    return options.method != "prefix"
-
-
-def allows_embedding_on_host(options: MethodOptions) -> bool:
-    """Return whether the method leaves the embedding as it is, wherever that lies."""
-    return find_method(options.method).fixed.get("part") != "all"
 
 
 @contextmanager
@@ -185,15 +178,9 @@ def prepare_base(base: Any, config: Any) -> None:
         base: the base, not wrapped.
         config: the PEFT configuration; changed if it does not name its modules.
     """
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind in ("LORA", "LORA_REFT"):
-        _name_layers_in_full(base, config)
-    if kind != "LN_TUNING":
-        return
-    norms = {name: module for name, module in base.named_modules() if _is_norm(module)}
-    config.target_modules = config.target_modules or list(norms)
-    for norm in norms.values():
-        _compute_in_full_precision(norm)
+    prepare = _PREPARED_BY.get(type_of(config))
+    if prepare is not None:
+        prepare(base, config)
 
 
 def _name_layers_in_full(base: Any, config: Any) -> None:
@@ -215,8 +202,23 @@ def _name_layers_in_full(base: Any, config: Any) -> None:
         config.target_modules = {name for index, name in linear if index in layers}
 
 
-def _is_norm(module: Any) -> bool:
-    return type(module).__name__.endswith("Norm") and getattr(module, "weight", None) is not None
+def _name_norms(base: Any, config: Any) -> None:
+    norms = {
+        name: module
+        for name, module in base.named_modules()
+        if type(module).__name__.endswith("Norm") and getattr(module, "weight", None) is not None
+    }
+    config.target_modules = config.target_modules or list(norms)
+    for norm in norms.values():
+        _compute_in_full_precision(norm)
+
+
+_PREPARED_BY = {
+    "LN_TUNING": _name_norms,
+    "LORA": _name_layers_in_full,
+    "LORA_REFT": _name_layers_in_full,
+}
+"""PEFT type to what makes a base ready for it."""
 
 
 def _compute_in_full_precision(norm: Any) -> None:

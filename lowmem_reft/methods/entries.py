@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.configs import check_options
-from lowmem_reft.methods.table import METHODS, check_storage, find_method
+from lowmem_reft.methods.table import METHODS, check_options, check_storage, find_method
 from lowmem_reft.options import MethodOptions, OptimOptions, Storage
 
 

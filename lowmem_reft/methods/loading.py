@@ -7,6 +7,8 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftConfig, PeftModel
+
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import OTHER_BASE, checkpoint_digest, other_base
 from lowmem_reft.base.loading import load_base, load_tokenizer, share_pad_token
@@ -76,8 +78,6 @@ def load_adapted(
     Raises:
         InputError: the base, the adapter or the tokenizer cannot be loaded.
     """
-    from peft import PeftConfig, PeftModel
-
     tokenizer = load_tokenizer(options.model)
     if adapter is None and resident != "all":
         raise InputError(f"resident must be all without an adapter, got {resident!r}; leave it out")

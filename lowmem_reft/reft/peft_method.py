@@ -35,6 +35,11 @@ def peft_type(name: str) -> PeftType:
     return PeftType(name)
 
 
+def type_of(config: Any) -> str:
+    """Return the name of PEFT's type of a configuration, in capitals."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def register(name: str, config_cls: type, model_cls: type, *, prefix: str | None = None) -> None:
     """Register a configuration and a tuner class with PEFT, once.
 

@@ -236,7 +236,7 @@ def test_no_more_than_the_named_number_of_tokens_reaches_an_mlp(
     for inner in INNER[name]:
         assert sum(in_forward[inner]) == NUM_EXAMPLES * SEQ
         assert len(in_forward[inner]) <= -(-NUM_EXAMPLES * SEQ // num_tokens)
-        assert max(counts[layer]) <= num_tokens
+        assert max(counts[inner]) <= num_tokens
 
 
 def test_an_evaluation_runs_its_mlps_in_chunks_too(load: Callable[[str], Any]) -> None:
