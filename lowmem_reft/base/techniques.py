@@ -30,11 +30,7 @@ MLP_NAMES = ("mlp", "feed_forward", "ffn")
 
 
 def save_memory(model: Any, options: MemoryOptions) -> None:
-    """Switch on what the options name.
-
-    Args:
-        model: A base, or a PeftModel on one, on its device.
-        options: The user's choice.
+    """Switch on what the options name, on a base or a PeftModel that is on its device.
 
     Raises:
         InputError: the architecture does not allow it, or an option needs another one.
@@ -59,11 +55,8 @@ def chunk_mlps(model: Any, num_tokens: int) -> None:
 
     The inner width of an MLP is three to four times the hidden size, so its activations are the
     largest of a block. The parts are recomputed one by one in the backward pass (as in Arctic long
-    sequence training, arXiv 2506.13996); losses and gradients are the same.
-
-    Args:
-        model: A base, or a PeftModel on one.
-        num_tokens: Tokens of all examples together; at least 1.
+    sequence training, arXiv 2506.13996); losses and gradients are the same. Tokens are those of all
+    examples together.
 
     Raises:
         InputError: not a positive number, or the blocks have no MLP that is known here.

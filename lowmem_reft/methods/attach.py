@@ -42,12 +42,6 @@ def check_target_modules(
     That is ``target_modules`` that name none of its linear layers, and a part of it to train (its
     biases, its head, all of it) that it does not have or that is stored as integers.
 
-    Args:
-        options: the method; one that trains an adapter, without ``target_modules``, passes.
-        model: hub id or directory of the base.
-        task_type: PEFT task type, for example CAUSAL_LM.
-        storage: how it will be stored, if that is known.
-
     Raises:
         InputError: the base has not got it, or there is no configuration.
     """
@@ -85,7 +79,7 @@ def attach(
     """Put a method's adapter on a base, switch on what saves memory, and give it our loss.
 
     Args:
-        base: the frozen base, on its device.
+        base: on its device.
         options: the method.
         task_type: PEFT task type, for example CAUSAL_LM.
         memory: how memory is saved.
@@ -132,11 +126,6 @@ def attach(
 def check_run(options: MethodOptions, memory: MemoryOptions, *, resume: bool = False) -> None:
     """Refuse ways to run that the method cannot be trained with.
 
-    Args:
-        options: the method.
-        memory: how memory is saved.
-        resume: whether the run goes on from a checkpoint.
-
     Raises:
         InputError: one would leave out what is trained.
     """
@@ -173,10 +162,7 @@ def prepare_base(base: Any, config: Any) -> None:
     For LN-tuning all norms are named, which PEFT knows of few architectures, and put in fp32, where
     small updates of a scale near 1 are not rounded away; what they return is as before. For LoRA on
     some layers of a small base its linear layers are named, as PEFT would take those of all layers.
-
-    Args:
-        base: the base, not wrapped.
-        config: the PEFT configuration; changed if it does not name its modules.
+    The names are written into the configuration.
     """
     prepare = _PREPARED_BY.get(type_of(config))
     if prepare is not None:
@@ -245,9 +231,6 @@ def complete(model: Any) -> None:
 
     IA3's layers on a quantized base return the dtype that they are given, not fp32; a prefix
     reaches the base under the name that its version of transformers has for a cache.
-
-    Args:
-        model: a PeftModel.
     """
     take_prefix_as_cache(model)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, IA3Layer)]

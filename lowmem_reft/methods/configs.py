@@ -44,13 +44,10 @@ class Request:
 def build_peft_config(
     options: MethodOptions, *, task_type: str, num_layers: int | None
 ) -> PeftConfig:
-    """Build the PEFT configuration of a method.
+    """Build the PEFT configuration of a method; options that are not set take its defaults.
 
-    Args:
-        options: the user's choice; unset fields take the method's defaults.
-        task_type: PEFT task type, for example CAUSAL_LM.
-        num_layers: blocks of the base, to resolve ``layers``; None checks the options before there
-            is a base.
+    ``num_layers``, the blocks of the base, resolve ``layers``; None checks the options before there
+    is a base.
 
     Raises:
         InputError: an option breaks its rule or does not belong to the method.

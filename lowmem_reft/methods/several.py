@@ -109,11 +109,9 @@ def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tu
 
 @contextmanager
 def answering(model: Any, peft_name: str) -> Iterator[None]:
-    """Let one adapter, or the base, answer for a while; then the one that did before.
+    """Let one adapter (or ``__base__``) answer for a while; then the one that did before.
 
-    Args:
-        model: as ``load_together`` returns it.
-        peft_name: of the adapter, or ``__base__``.
+    The model is one that ``load_together`` returns, the name is the adapter's in it.
     """
     if not hasattr(model, "peft_config"):
         yield

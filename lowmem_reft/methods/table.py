@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import MethodOptions, Storage
-from lowmem_reft.options.values import QUANTIZED
+from lowmem_reft.options.values import QUANTIZED, check_choice
 
 Family = Literal["reft", "lora", "lora_reft", "ia3", "ln_tuning", "virtual_tokens", "weights"]
 
@@ -261,8 +261,7 @@ def find_method(name: str) -> Method:
     Raises:
         InputError: there is none.
     """
-    if name not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, got {name!r}; choose one")
+    check_choice("method", name, tuple(METHODS))
     return METHODS[name]
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.quantization import is_quantized
 from lowmem_reft.errors import InputError
+from lowmem_reft.options.values import check_choice
 from lowmem_reft.reft.peft_method import peft_type, register
 
 NAME = "WEIGHTS"
@@ -51,18 +52,11 @@ class WeightsConfig(PeftConfig):
         """Check the part."""
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = peft_type(NAME)
-        if self.part not in PARTS:
-            raise InputError(
-                f"part must be one of {', '.join(PARTS)}, got {self.part!r}; choose one"
-            )
+        check_choice("part", self.part, PARTS)
 
 
 def trained_names(base: Any, part: str) -> list[str]:
-    """Return the names of the parameters that are trained; shared ones have one name.
-
-    Args:
-        base: a transformers model, not wrapped.
-        part: one of ``PARTS``.
+    """Return the names of the base's parameters that are trained; shared ones have one name.
 
     Raises:
         InputError: the base has no such part, or it is quantized or shared with another.
@@ -174,9 +168,8 @@ class WeightsModel(BaseTuner):
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         """Make the trained part trainable, or not."""
         config: Any = self.peft_config[self.active_adapters[0]]
-        named = dict(self.model.named_parameters())
         for name in trained_names(self.model, config.part):
-            named[name].requires_grad_(requires_grad)
+            self.model.get_parameter(name).requires_grad_(requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         if not enabled:

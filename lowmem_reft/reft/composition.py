@@ -85,10 +85,7 @@ def weighted_sum(
 ) -> None:
     """Write Σ wᵢ φᵢ into a DiReFT whose rank is that of all together.
 
-    Args:
-        parts: what is summed; None is a part that does not edit here.
-        weights: one each.
-        into: the ``DiReft``; rows that no part takes become 0.
+    A part is None where it does not edit; rows that no part takes become 0.
     """
     assert isinstance(into, DiReft)
     with torch.no_grad():

@@ -172,11 +172,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return self
 
     def restore_full_precision(self) -> bool:
-        """Give parameters that something cast to 16 bit their fp32 values back.
-
-        Returns:
-            Whether any parameter had been cast.
-        """
+        """Give parameters that something cast to 16 bit their fp32 values back; say if any was."""
         restored = False
         tensors = (self.reft_phi.named_parameters(), self.reft_phi.named_buffers())
         for name, parameter in chain.from_iterable(tensors):

@@ -275,9 +275,7 @@ class ReftModel(BaseTuner):
 def prompt_arguments(model: Any, labels: Tensor) -> dict[str, Tensor]:
     """Return what to pass to ``model`` so that it knows the prompt although labels are not passed.
 
-    Args:
-        model: any model; one without ReFT needs nothing.
-        labels: (batch, seq), -100 where a token is not supervised.
+    A model without ReFT needs nothing. Labels are (batch, seq), -100 where not supervised.
     """
     if not any(isinstance(module, ReftLayer) for module in model.modules()):
         return {}
