@@ -246,7 +246,7 @@ def upper_base(config: Any, first: int, device: torch.device) -> Any:
     """Return a random base whose blocks from ``first`` on are there, as ``load_base`` leaves it."""
     base: Any = base_on_meta(copy.deepcopy(config), storage="nf4", compute_dtype=DTYPE)
     checkpoint: Any = RandomCheckpoint(config, device)
-    name, blocks = find_blocks(base)
+    blocks = find_blocks(base)[1]
     for index, block in enumerate(blocks):
         if index >= first:
             blocks[index] = checkpoint.block(index)
@@ -263,8 +263,7 @@ def upper_base(config: Any, first: int, device: torch.device) -> Any:
                 drawn.get_input_embeddings(),
             ):
                 setattr(mine, child, module)
-    base.residency = Residency(base, checkpoint, first_resident=first, has_embedding=False)
-    base.hf_device_map = {"": device, name: torch.device("meta")}
+    Residency(base, checkpoint, first_resident=first, has_embedding=False).begin()
     return base.eval()
 
 

@@ -19,7 +19,7 @@ from benchmarks.reuse import SHAPES, config_of
 from benchmarks.step import check_comparable
 from benchmarks.tables import timings
 from lowmem_reft.base.blocks import find_blocks
-from lowmem_reft.base.loading import base_digest
+from lowmem_reft.base.identity import base_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 

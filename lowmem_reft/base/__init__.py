@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 from lowmem_reft.machine.lazy import names_on_use
 
 if TYPE_CHECKING:
-    from lowmem_reft.base.loading import (
-        count_as_stored,
-        load_base,
-        load_config,
-        load_tokenizer,
-        save_base,
-    )
+    from lowmem_reft.base.hub import load_config
+    from lowmem_reft.base.loading import load_base, load_tokenizer, save_base
+    from lowmem_reft.base.quantization import count_as_stored
 
 __all__ = ["count_as_stored", "load_base", "load_config", "load_tokenizer", "save_base"]
+_MODULES = {
+    "hub": ["load_config"],
+    "loading": ["load_base", "load_tokenizer", "save_base"],
+    "quantization": ["count_as_stored"],
+}
 
-__getattr__, __dir__ = names_on_use(__name__, {"loading": __all__})
+__getattr__, __dir__ = names_on_use(__name__, _MODULES)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_reft.base.ours import ours
 from lowmem_reft.errors import InputError
 
 SUBMODULE = "reft"
@@ -120,7 +121,7 @@ def device_of(model: Any) -> torch.device:
     first = next(parameters).device
     if first.type != "meta":
         return first
-    residency = getattr(base, "residency", None)  # there may be no block at all
+    residency = ours(base).residency  # there may be no block at all
     if residency is not None:
         first = residency.checkpoint.device
     return next((p.device for p in parameters if not p.is_meta), first)

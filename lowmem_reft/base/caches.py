@@ -35,11 +35,7 @@ class Seen(NamedTuple):
 
 
 def caches_in(values: Iterable[Any]) -> list[Any]:
-    """Return what is a cache among values, each once: of transformers' class, or like one.
-
-    Args:
-        values: arguments of a model's forward, or the parts of its output.
-    """
+    """Return what is a cache among arguments of a forward or parts of its output, each once."""
     found: list[Any] = []
     for value in values:
         if isinstance(value, _PLAIN) or any(value is other for other in found):
@@ -59,11 +55,7 @@ def is_cache(value: Any) -> bool:
 
 
 def tokens_in(cache: Any) -> Seen | None:
-    """Return how many tokens a cache holds; None where it does not say.
-
-    Args:
-        cache: one of those that ``caches_in`` found.
-    """
+    """Return how many tokens a cache holds; None where it does not say."""
     length = _answer(cache, "get_seq_length")  # None: layers without keys have no length
     if length:
         return Seen(length, True)
@@ -85,8 +77,7 @@ def _answer(cache: Any, question: str) -> int | None:
 def states_in(values: Iterable[Any]) -> list[Any]:
     """Return what holds tensors and is none, such as a list: it may be a state without a length.
 
-    Args:
-        values: arguments of a model's forward without masks, or the parts of its output.
+    ``values`` are arguments of a model's forward without masks, or the parts of its output.
     """
     return [v for v in values if not isinstance(v, _PLAIN) and _has_tensor(v)]
 
@@ -113,11 +104,7 @@ def _has_tensor(value: Any) -> bool:
 
 
 def cache_argument(model: Any) -> str | None:
-    """Return the name under which a model's forward takes a cache; None if it takes none.
-
-    Args:
-        model: a model of transformers, not wrapped.
-    """
+    """Return the name under which the forward of a model (not wrapped) takes a cache, or None."""
     parameters = inspect.signature(model.forward).parameters
     for name, parameter in parameters.items():
         if re.search(r"\b(Dynamic|EncoderDecoder)?Cache\b", str(parameter.annotation)):
@@ -126,11 +113,7 @@ def cache_argument(model: Any) -> str | None:
 
 
 def keeps_keys_and_values(config: Any) -> bool:
-    """Return whether a model's cache holds keys and values, and not recurrent states alone.
-
-    Args:
-        config: of the model.
-    """
+    """Return whether a model's cache holds keys and values, and not recurrent states alone."""
     try:
         DynamicCache(config=config).get_seq_length()
     except ValueError:
@@ -139,11 +122,7 @@ def keeps_keys_and_values(config: Any) -> bool:
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """Return the arguments that hand a cache to a model.
-
-    Args:
-        model: a model of transformers, not wrapped.
-        cache: to read and fill.
+    """Return the arguments that hand a cache, to read and fill, to a model that is not wrapped.
 
     Raises:
         TypeError: its forward takes none, or not under a name that can be recognized.

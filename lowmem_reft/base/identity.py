@@ -14,12 +14,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+
 from lowmem_reft.base.blocks import device_of, find_blocks
+from lowmem_reft.base.hub import weights_among
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
+    from collections.abc import Callable, Iterator
 
 _NUM_SAMPLES = 8
 _SAMPLE_BYTES = 1 << 12
@@ -48,14 +51,8 @@ def checkpoint_digest(model: str | Path, revision: str | None = "main") -> str |
         files = [] if directory is None else _weight_files(directory)
         tensors = sorted(tensor for path in files for tensor in _tensors(path))
         return _digest(tensors) if tensors else None
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ):  # loading it says what is wrong
-        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # loading it says what is wrong
 
 
 def commit_of(model: str | Path, revision: str) -> str | None:
@@ -69,8 +66,6 @@ def commit_of(model: str | Path, revision: str) -> str | None:
 def _directory(model: str, revision: str | None) -> Path | None:
     if not model or Path(model).is_dir():
         return Path(model) if model else None
-    from huggingface_hub import snapshot_download
-
     try:
         found = Path(snapshot_download(model, revision=revision, local_files_only=True))
     except (OSError, ValueError):  # not in the cache, or not a name of the hub at all
@@ -79,14 +74,13 @@ def _directory(model: str, revision: str | None) -> Path | None:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """Return the files that transformers would load: the whole one, else those of the index."""
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [directory / name for name in sorted(set(names))]
+    def find(name: str) -> Path | None:
+        path = directory / name
+        return path if path.is_file() else None
+
+    found = weights_among(find)
+    files = [path for path in found if path is not None]
+    return files if len(files) == len(found) else []
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, str, Path, int, int]]:
@@ -119,9 +113,36 @@ def _digest(tensors: list[tuple[str, str, Path, int, int]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def base_digest(model: nn.Module, exclude: Callable[[str], bool] | None = None) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers.
+
+    Quantized bytes and their constants (absmax, code books) are included. The names that PEFT puts
+    around a base are taken off: a base has one digest, alone or under an adapter that is excluded.
+
+    Args:
+        model: The base, or a PeftModel on it.
+        exclude: Tells from a name, as in ``state_dict``, whether to leave the tensor out.
+    """
+    tensors = {**dict(model.named_buffers()), **model.state_dict()}
+    digest = hashlib.sha256()
+    for name in sorted(tensors, key=_name_in_base):
+        if exclude is not None and exclude(name):
+            continue
+        tensor = tensors[name].detach()
+        if tensor.is_meta:  # of a block that is not resident: the checkpoint has a digest
+            continue
+        digest.update(f"{_name_in_base(name)} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _name_in_base(name: str) -> str:
+    return re.sub(r"\.(base_layer|original_module)\.", ".", name.removeprefix("base_model.model."))
+
+
 def storage_of(model: nn.Module) -> str | None:
     """How the blocks of a loaded base are stored: nf4, fp4, int8, bf16, fp16 or fp32."""
-    block = find_blocks(model)[1][0]
+    block = find_blocks(model)[1][-1]  # lower ones may be elsewhere, stored as nothing yet
     for module in block.modules():
         kind = type(module).__name__
         if kind == "Linear4bit":

@@ -30,6 +30,7 @@ from transformers.modeling_outputs import (
 )
 
 from lowmem_reft.base.blocks import base_of, device_of
+from lowmem_reft.base.ours import ours
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.marks import allocates
@@ -195,10 +196,9 @@ def use_chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> Head 
     head = find_head(base)
     if head is None:
         _refuse_smoothing(base, label_smoothing)
-    if not hasattr(base, "_forward_with_logits"):
-        base._forward_with_logits = base.forward
+    plain = ours(base).forward_with_logits = ours(base).forward_with_logits or base.forward
     # Not a bound method: its signature, which trainers and tuners read, would lose an argument.
-    base.forward = functools.wraps(base._forward_with_logits)(
+    base.forward = functools.wraps(plain)(
         functools.partial(
             _training_forward, base, recognized=head is not None, label_smoothing=label_smoothing
         )
@@ -255,7 +255,7 @@ def _logits_after_head(base: Any, linear: nn.Module, probe: Tensor) -> Tensor:
     head_name = next(name for name, child in base.named_children() if child is linear)
     backbone = getattr(base, backbone_name)
     hidden = torch.zeros(1, probe.shape[1], int(base.config.get_text_config().hidden_size))
-    forward = getattr(base, "_forward_with_logits", base.forward)
+    forward = ours(base).forward_with_logits or base.forward
     try:
         base._modules[backbone_name] = _Constant(
             BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
@@ -304,7 +304,8 @@ def _training_forward(
     self: Any, *args: Any, recognized: bool, label_smoothing: float, **kwargs: Any
 ) -> Any:
     """Stand in for a causal model's forward; see ``use_chunked_loss``."""
-    plain = self._forward_with_logits
+    plain = ours(self).forward_with_logits
+    assert plain is not None
     labels = kwargs.get("labels")
     # The last is TRL's: a loss in chunks of its own.
     given = {"shift_labels", "logits_to_keep", "fused_lm_head"} & set(kwargs)

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -30,18 +31,15 @@ class Reached(BaseException):
 
 @contextmanager
 def feeding(model: Any, num_blocks: int, hidden: Tensor) -> Iterator[None]:
-    """Let a model skip its first blocks and go on from ``hidden``, (batch, seq, hidden).
+    """Let a model skip its first blocks; the last of them returns ``hidden``, (batch, seq, hidden).
 
-    Args:
-        model: A model or a PeftModel.
-        num_blocks: Blocks that are skipped; 0 changes nothing.
-        hidden: What the last of them returns, before any edit.
+    No edit is in that yet. With 0 blocks nothing changes.
     """
     blocks = blocks_of(model)[:num_blocks]
     with ExitStack() as stack:
         for block in blocks:
             value = hidden if block is blocks[-1] else None
-            stack.enter_context(standing_in(block, _Skip(value)))
+            stack.enter_context(standing_in(block, partial(_skip, value)))
             stack.enter_context(_not_checkpointed(block))
         yield
 
@@ -60,12 +58,9 @@ def _not_checkpointed(block: Any) -> Iterator[None]:
 
 
 def run_up_to(model: Any, num_blocks: int, inputs: dict[str, Any]) -> Tensor:
-    """Return the output of a block before any edit, (batch, seq, hidden).
+    """Run the first blocks; return what the last returns before any edit, (batch, seq, hidden).
 
-    Args:
-        model: A model or a PeftModel; its adapters stay as they are.
-        num_blocks: Blocks that run.
-        inputs: Arguments of the base's forward.
+    ``inputs`` are arguments of the base's forward; adapters stay as they are.
     """
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -87,12 +82,8 @@ def keys_and_values(
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """Return keys and values, (batch, heads, seq, head_dim) each, of the blocks after the first.
 
-    The pass ends where the last block has them: its attention and MLP do not run.
-
-    Args:
-        model: A model or a PeftModel; its adapters stay as they are.
-        num_blocks: First blocks, which are left out.
-        inputs: Arguments of the base's forward.
+    The first ``num_blocks`` are left out, and the pass ends where the last block has its own: its
+    attention and MLP do not run. ``inputs`` are arguments of the base's forward.
     """
     base = base_of(model)
     cache = _Cache(config=base.config)
@@ -124,11 +115,6 @@ class _Cache(DynamicCache):
         return result
 
 
-class _Skip:
-    """A block's forward that returns a stored value, or its input."""
-
-    def __init__(self, value: Tensor | None) -> None:
-        self.value = value
-
-    def __call__(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        return hidden if self.value is None else self.value
+def _skip(value: Tensor | None, hidden: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """Stand in for a block's forward: return a stored value, or the input."""
+    return hidden if value is None else value

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from lowmem_reft.base.blocks import SUBMODULE, find_blocks, standing_in
+from lowmem_reft.base.ours import ours
 from lowmem_reft.errors import InputError
 
 EMBEDDING = -1
@@ -62,12 +64,9 @@ class Checkpoint:
         self._digest: str | None = None
 
     def read(self, model: Any, wanted: Callable[[int | None], bool], device: torch.device) -> None:
-        """Fill parts of a model that is like ``empty``.
+        """Fill the wanted parts of a model that is like ``empty``, on a device.
 
-        Args:
-            model: The model.
-            wanted: Told the index of a block, ``EMBEDDING`` or, for all else, None.
-            device: Where the weights go.
+        ``wanted`` is told the index of a block, ``EMBEDDING`` or, for all else, None.
         """
         with ExitStack() as stack:
             weights: dict[str, Any] = {}
@@ -109,15 +108,9 @@ class Checkpoint:
             InputError: the checkpoint has not all of its weights under names that are understood.
         """
         blocks = find_blocks(self.empty)[1]
-        empty = blocks[index]
-        blocks[index] = _empty_copy(empty)
-        try:
-            self.read(self.empty, lambda part: part == index, self.device)
-            fill_buffers(self.empty, blocks[index], self.device)
-            self.check(blocks[index])
-            return blocks[index]
-        finally:
-            blocks[index] = empty
+        return self._part_alone(
+            index, lambda: blocks[index], partial(blocks.__setitem__, index), self.device
+        )
 
     def embedding(self) -> nn.Module:
         """Read the input embedding, into host memory.
@@ -125,16 +118,29 @@ class Checkpoint:
         Raises:
             InputError: the checkpoint has none under a name that is understood.
         """
-        empty = self.empty.get_input_embeddings()
-        self.empty.set_input_embeddings(_empty_copy(empty))
+        empty = self.empty
+        return self._part_alone(
+            EMBEDDING, empty.get_input_embeddings, empty.set_input_embeddings, torch.device("cpu")
+        )
+
+    def _part_alone(
+        self,
+        wanted: int,
+        get: Callable[[], nn.Module],
+        put: Callable[[nn.Module], None],
+        device: torch.device,
+    ) -> nn.Module:
+        """Read a part into a copy of it that stands in its place in ``empty`` meanwhile."""
+        empty = get()
+        put(_empty_copy(empty))
         try:
-            self.read(self.empty, lambda part: part == EMBEDDING, torch.device("cpu"))
-            read: nn.Module = self.empty.get_input_embeddings()
-            fill_buffers(self.empty, read, torch.device("cpu"))
+            self.read(self.empty, lambda part: part == wanted, device)
+            read = get()
+            fill_buffers(self.empty, read, device)
             self.check(read)
             return read
         finally:
-            self.empty.set_input_embeddings(empty)
+            put(empty)
 
     def check(self, module: nn.Module) -> None:
         """Finish a part, or refuse it if it was not read whole.
@@ -183,6 +189,13 @@ class Residency:
         self.checkpoint = checkpoint
         self.first_resident = first_resident
         self.has_embedding = has_embedding
+
+    def begin(self) -> None:
+        """Be the residency of the base, which the Trainer and accelerate leave where it is."""
+        ours(self.base).residency = self.base.residency = self
+        # Two devices: that is how they tell.
+        name = find_blocks(self.base)[0]
+        self.base.hf_device_map = {"": self.checkpoint.device, name: torch.device("meta")}
 
     @contextmanager
     def loaded(self, index: int, *, training: bool = True) -> Iterator[None]:
@@ -244,6 +257,7 @@ class Residency:
         if not self.has_embedding:
             self.base.set_input_embeddings(self.checkpoint.embedding().to(self.checkpoint.device))
         self.first_resident, self.has_embedding = 0, True
+        ours(self.base).residency = None
         del self.base.residency, self.base.hf_device_map
 
     def _blocks(self) -> list[nn.Module]:
@@ -277,13 +291,10 @@ def _move_into(module: nn.Module, read: nn.Module) -> None:
 def fill_buffers(
     model: Any, part: nn.Module, device: torch.device, *, recurse: bool = True
 ) -> None:
-    """Compute buffers on the meta device, such as rotary frequencies, as loading does.
+    """Compute what buffers of a part of a model on the meta device hold, as loading does.
 
-    Args:
-        model: A transformers model.
-        part: It, or a module of it; weights that are not on the meta device stay as they are.
-        device: Where the buffers go.
-        recurse: Whether to go through the modules below ``part``.
+    These are rotary frequencies, for example. They go to ``device``; weights that are not on the
+    meta device stay as they are.
     """
     for module in part.modules() if recurse else (part,):
         empty = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}

@@ -14,13 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lowmem_reft.base.loading import (
-    freeze,
-    from_config,
-    guard_linear4bit,
-    quantization_options,
-    set_labels,
-)
+from lowmem_reft.base.heads import freeze, from_config, set_labels
+from lowmem_reft.base.quantization import guard_linear4bit, quantization_options
 from lowmem_reft.base.residency import fill_buffers
 from lowmem_reft.machine.devices import DTYPES
 from lowmem_reft.options import Storage
@@ -38,13 +33,7 @@ def base_on_meta(
 ) -> PreTrainedModel:
     """Build what `load_base` would load, on the meta device: real classes and shapes, no weights.
 
-    Args:
-        config: The model's configuration (transformers).
-        storage: As in `load_base`.
-        compute_dtype: Arithmetic of the base; with nf4, fp4 or int8 storage not that of weights.
-        task_type: As in `load_base`.
-        num_labels: As in `load_base`.
-        attn_implementation: As in `load_base`.
+    Arguments are those of `load_base`, but for the configuration in place of a checkpoint.
 
     Raises:
         InputError: the architecture has no such task, or is unknown.
@@ -67,7 +56,10 @@ def base_on_meta(
             if isinstance(module, Linear4bit):
                 _quantize_4bit_on_meta(module, storage, dtype)
             elif isinstance(module, Linear8bitLt):
-                _quantize_8bit_on_meta(module)
+                values = torch.empty(module.weight.shape, dtype=torch.int8, device="meta")
+                _give_8bit(
+                    module, values, torch.empty(len(values), dtype=torch.float32, device="meta")
+                )
             else:
                 continue
             if module.bias is not None:
@@ -102,23 +94,24 @@ def _quantize_4bit_on_meta(module: Linear4bit, storage: str, dtype: torch.dtype)
         offset=empty(dtype=fp32),
         state2=absmax,
     )
+    _give_4bit(module, empty(-(-num_weights // 2), 1, dtype=torch.uint8), state)
+
+
+def _give_4bit(module: Linear4bit, packed: Tensor, state: QuantState) -> None:
     module.weight = Params4bit(
-        empty(-(-num_weights // 2), 1, dtype=torch.uint8),
+        packed,
         requires_grad=False,
         quant_state=state,
-        blocksize=64,
+        blocksize=state.blocksize,
         compress_statistics=True,
-        quant_type=storage,
+        quant_type=state.quant_type,
         module=module,
         bnb_quantized=True,
     )
     module.quant_state = state
 
 
-def _quantize_8bit_on_meta(module: Linear8bitLt) -> None:
-    rows, columns = module.weight.shape
-    values = torch.empty(rows, columns, dtype=torch.int8, device="meta")
-    scales = torch.empty(rows, dtype=torch.float32, device="meta")
+def _give_8bit(module: Linear8bitLt, values: Tensor, scales: Tensor) -> None:
     module.weight = Int8Params(values, requires_grad=False, CB=values, SCB=scales)
     module.state.CB, module.state.SCB = values, scales
 
@@ -131,11 +124,7 @@ def base_with_random_weights(
     Nothing is ever there in full precision, so a base of any size takes what it takes when loaded.
     Outputs mean nothing, but are finite: memory and speed are those of a real checkpoint.
 
-    Args:
-        config: The model's configuration (transformers).
-        device: Where the weights go.
-        seed: Of the weights.
-        options: As in `base_on_meta`.
+    ``options`` are those of `base_on_meta`.
 
     Raises:
         InputError: the architecture has no such task, or is unknown.
@@ -146,7 +135,8 @@ def base_with_random_weights(
         if isinstance(module, Linear4bit):
             _fill_4bit(module, device, generator)
         elif isinstance(module, Linear8bitLt):
-            _fill_8bit(module, device, generator)
+            values = _random_bytes(module.weight.shape, torch.int8, device, generator)
+            _give_8bit(module, values, torch.full((len(values),), 0.05, device=device))
     tied: dict[int, nn.Parameter] = {}
     for module in base.modules():
         for name, parameter in module._parameters.items():
@@ -185,22 +175,4 @@ def _fill_4bit(module: Linear4bit, device: torch.device, generator: torch.Genera
     state.offset = torch.tensor(0.02, device=device)
     nested.absmax = torch.full(nested.absmax.shape, 0.01, device=device)
     nested.code = create_dynamic_map().to(device)
-    packed = _random_bytes(weight.shape, torch.uint8, device, generator)
-    module.weight = Params4bit(
-        packed,
-        requires_grad=False,
-        quant_state=state,
-        blocksize=state.blocksize,
-        compress_statistics=True,
-        quant_type=state.quant_type,
-        module=module,
-        bnb_quantized=True,
-    )
-    module.quant_state = state
-
-
-def _fill_8bit(module: Linear8bitLt, device: torch.device, generator: torch.Generator) -> None:
-    values = _random_bytes(module.weight.shape, torch.int8, device, generator)
-    scales = torch.full((values.shape[0],), 0.05, device=device)
-    module.weight = Int8Params(values, requires_grad=False, CB=values, SCB=scales)
-    module.state.CB, module.state.SCB = values, scales
+    _give_4bit(module, _random_bytes(weight.shape, torch.uint8, device, generator), state)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem_reft.base.blocks import base_of, find_blocks
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.ours import ours
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,11 +30,7 @@ MLP_NAMES = ("mlp", "feed_forward", "ffn")
 
 
 def save_memory(model: Any, options: MemoryOptions) -> None:
-    """Switch on what the options name.
-
-    Args:
-        model: A base, or a PeftModel on one, on its device.
-        options: The user's choice.
+    """Switch on what the options name, on a base or a PeftModel that is on its device.
 
     Raises:
         InputError: the architecture does not allow it, or an option needs another one.
@@ -58,11 +55,8 @@ def chunk_mlps(model: Any, num_tokens: int) -> None:
 
     The inner width of an MLP is three to four times the hidden size, so its activations are the
     largest of a block. The parts are recomputed one by one in the backward pass (as in Arctic long
-    sequence training, arXiv 2506.13996); losses and gradients are the same.
-
-    Args:
-        model: A base, or a PeftModel on one.
-        num_tokens: Tokens of all examples together; at least 1.
+    sequence training, arXiv 2506.13996); losses and gradients are the same. Tokens are those of all
+    examples together.
 
     Raises:
         InputError: not a positive number, or the blocks have no MLP that is known here.
@@ -77,15 +71,16 @@ def chunk_mlps(model: Any, num_tokens: int) -> None:
                 f"mlp_tokens must be left out for {type(base).__name__}, got {num_tokens!r}; its "
                 f"blocks have no module named {', '.join(MLP_NAMES)}"
             )
-        plain = mlp.__dict__.get("_forward_of_all_tokens", mlp.forward)
-        mlp._forward_of_all_tokens = plain
+        held = ours(mlp)
+        held.forward_of_all_tokens = held.forward_of_all_tokens or mlp.forward
         forward = functools.partial(_forward_in_chunks, num_tokens=num_tokens)
         mlp.forward = MethodType(forward, mlp)
 
 
 def _forward_in_chunks(self: Any, hidden: Tensor, *, num_tokens: int) -> Tensor:
     """Stand in for an MLP's forward; ``hidden`` is (batch, seq, hidden)."""
-    plain = self._forward_of_all_tokens
+    plain = ours(self).forward_of_all_tokens
+    assert plain is not None
     if hidden.ndim != 3 or hidden.shape[0] * hidden.shape[1] <= num_tokens:
         out: Tensor = plain(hidden)
         return out

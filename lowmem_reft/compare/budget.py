@@ -18,9 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.configs import given_options
 from lowmem_reft.methods.entries import parse_methods
-from lowmem_reft.methods.table import find_method
+from lowmem_reft.methods.table import find_method, given_options
 from lowmem_reft.options import HeldOutOptions
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ def nearest_size(count: Callable[[int], int], target: int, *, most: int) -> int:
 def _equal_params(
     options: CompareOptions, specs: Sequence[MethodSpec], reference: MethodSpec, cells_of: CellsOf
 ) -> Equalized:
-    from lowmem_reft.base.loading import load_config
+    from lowmem_reft.base.hub import load_config
 
     model = _train_options(options, reference, cells_of).model.model
     counter = ParameterCounter(load_config(model), options.task_type)

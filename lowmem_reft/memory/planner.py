@@ -11,14 +11,14 @@ from typing import Any
 import transformers
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 
-from lowmem_reft.base.loading import load_config
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.live import LiveMemory
 from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.reuse import ReusePlan, plan_reuse
 from lowmem_reft.memory.shapes import config_of
-from lowmem_reft.methods.attach import allows_checkpointing, allows_embedding_on_host
+from lowmem_reft.methods.table import find_method
 from lowmem_reft.options import MemoryOptions
 
 GIB = 2**30
@@ -423,16 +423,16 @@ def memory_ladder(config: Any, seq_len: int, setting: Setting) -> list[MemoryOpt
     mlp_tokens = max(4096, seq_len // 8)
     plain = MemoryOptions()
     rungs = [plain]
-    checkpointing = allows_checkpointing(setting.method)
-    if checkpointing:
+    method = find_method(setting.method.method)
+    if method.allows_checkpointing:
         for every in (4, 2, 1):
             rungs.append(replace(plain, activation_checkpointing=True, checkpoint_every=every))
     if seq_len > 2048:
         rungs.append(replace(rungs[-1], mlp_tokens=mlp_tokens))
     if setting.device_type == "cuda":
-        if checkpointing:
+        if method.allows_checkpointing:
             rungs.append(replace(rungs[-1], offload_activations=True))
-        if untied and allows_embedding_on_host(setting.method):
+        if untied and method.allows_embedding_on_host:
             rungs += [replace(rung, embedding_on_host=True) for rung in rungs]
     return rungs
 

@@ -6,10 +6,27 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
+from peft import get_peft_model
+from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+from peft.tuners.ia3 import IA3Layer
+from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lowmem_reft.base.blocks import device_of, find_blocks
+from lowmem_reft.base.caches import cache_argument, caches_in, keeps_keys_and_values
+from lowmem_reft.base.heads import from_config
+from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.loss import use_chunked_loss
+from lowmem_reft.base.techniques import save_memory
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
-from lowmem_reft.methods.configs import build_peft_config, check_options, split_targets
-from lowmem_reft.methods.table import check_storage, find_method
+from lowmem_reft.methods.configs import build_peft_config, split_targets
+from lowmem_reft.methods.table import check_options, check_storage, find_method
+from lowmem_reft.methods.virtual_tokens import take_prefix_as_cache
+from lowmem_reft.methods.weights import trained_names
+from lowmem_reft.reft.peft_method import type_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,12 +42,6 @@ def check_target_modules(
     That is ``target_modules`` that name none of its linear layers, and a part of it to train (its
     biases, its head, all of it) that it does not have or that is stored as integers.
 
-    Args:
-        options: the method; one that trains an adapter, without ``target_modules``, passes.
-        model: hub id or directory of the base.
-        task_type: PEFT task type, for example CAUSAL_LM.
-        storage: how it will be stored, if that is known.
-
     Raises:
         InputError: the base has not got it, or there is no configuration.
     """
@@ -40,25 +51,16 @@ def check_target_modules(
     part = find_method(options.method).fixed.get("part")
     if options.target_modules is None and part is None:
         return
-    import torch
-
-    from lowmem_reft.base.loading import from_config, load_config
-
     with torch.device("meta"):
         base = from_config(load_config(model), task_type)
     if options.target_modules is not None:
         _check_targets(options.target_modules, base)
     if part is not None:
-        from lowmem_reft.methods.weights import trained_names
-
         trained_names(base, part)
 
 
 def _check_targets(target_modules: str, base: Any) -> None:
     """Refuse a name that no linear layer has: PEFT would leave it out if another one matches."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     modules = base.named_modules()
     names = [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
     for target in split_targets(target_modules):
@@ -77,7 +79,7 @@ def attach(
     """Put a method's adapter on a base, switch on what saves memory, and give it our loss.
 
     Args:
-        base: the frozen base, on its device.
+        base: on its device.
         options: the method.
         task_type: PEFT task type, for example CAUSAL_LM.
         memory: how memory is saved.
@@ -86,23 +88,16 @@ def attach(
     Raises:
         InputError: the base, the method or a way to save memory does not go with the others.
     """
-    from peft import get_peft_model
-
-    from lowmem_reft.base.blocks import device_of, find_blocks
-    from lowmem_reft.base.caches import cache_argument, keeps_keys_and_values
-    from lowmem_reft.base.loss import use_chunked_loss
-    from lowmem_reft.base.techniques import save_memory
-
     check_versions()
     check_run(options, memory)
+    needs_cache = find_method(options.method).needs_cache
     config = build_peft_config(options, task_type=task_type, num_layers=len(find_blocks(base)[1]))
     if options.target_modules is not None:
         _check_targets(options.target_modules, base)
-    takes_prefix = cache_argument(base) is not None and keeps_keys_and_values(base.config)
-    if options.method == "prefix" and not takes_prefix:
+    if needs_cache and not (cache_argument(base) and keeps_keys_and_values(base.config)):
         raise InputError(
-            f"method must not be prefix for {type(base).__name__}, which reads no cache of keys "
-            "and values; choose another method"
+            f"method must not be {options.method} for {type(base).__name__}, which reads no cache "
+            "of keys and values; choose another method"
         )
     prepare_base(base, config)
     # On the meta device PEFT would otherwise draw an adapter's values on the CPU.
@@ -118,7 +113,7 @@ def attach(
                 f"{str(error).splitlines()[0]}; choose another method"
             ) from error
     complete(model)
-    if options.method == "prefix" and device.type != "meta":
+    if needs_cache and device.type != "meta":
         _start_from_vocabulary(model)
     save_memory(model, memory)
     if config.is_prompt_learning:
@@ -131,39 +126,26 @@ def attach(
 def check_run(options: MethodOptions, memory: MemoryOptions, *, resume: bool = False) -> None:
     """Refuse ways to run that the method cannot be trained with.
 
-    Args:
-        options: the method.
-        memory: how memory is saved.
-        resume: whether the run goes on from a checkpoint.
-
     Raises:
         InputError: one would leave out what is trained.
     """
-    if memory.activation_checkpointing and not allows_checkpointing(options):
+    method = find_method(options.method)
+    if memory.activation_checkpointing and not method.allows_checkpointing:
         raise InputError(
             f"activation_checkpointing must be False with method {options.method!r}, got True: "
             "recomputed blocks read no cache, which is where its keys and values are; leave it out"
         )
-    if memory.embedding_on_host and not allows_embedding_on_host(options):
+    if memory.embedding_on_host and not method.allows_embedding_on_host:
         raise InputError(
             f"embedding_on_host must be False with method {options.method!r}, got True: the "
             "embedding is trained where the optimizer is; leave it out"
         )
-    if resume and options.method == "p_tuning":
+    if resume and not method.allows_resume:
         raise InputError(
-            "resume must be False with method 'p_tuning', got True: PEFT saves the embeddings that "
-            "its network makes and not the network; start anew in another output_dir"
+            f"resume must be False with method {options.method!r}, got True: PEFT saves the "
+            "embeddings that its network makes and not the network; start anew in another "
+            "output_dir"
         )
-
-
-def allows_checkpointing(options: MethodOptions) -> bool:
-    """Return whether the method can be trained with activation checkpointing."""
-    return options.method != "prefix"
-
-
-def allows_embedding_on_host(options: MethodOptions) -> bool:
-    """Return whether the method leaves the embedding as it is, wherever that lies."""
-    return find_method(options.method).fixed.get("part") != "all"
 
 
 @contextmanager
@@ -178,29 +160,56 @@ def prepare_base(base: Any, config: Any) -> None:
     """Make a base ready for an adapter, before PEFT attaches or loads it.
 
     For LN-tuning all norms are named, which PEFT knows of few architectures, and put in fp32, where
-    small updates of a scale near 1 are not rounded away; what they return is as before.
-
-    Args:
-        base: the base, not wrapped.
-        config: the PEFT configuration; changed if it does not name its modules.
+    small updates of a scale near 1 are not rounded away; what they return is as before. For LoRA on
+    some layers of a small base its linear layers are named, as PEFT would take those of all layers.
+    The names are written into the configuration.
     """
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LN_TUNING":
+    prepare = _PREPARED_BY.get(type_of(config))
+    if prepare is not None:
+        prepare(base, config)
+
+
+def _name_layers_in_full(base: Any, config: Any) -> None:
+    """Replace "all-linear" by names where PEFT would take it for all layers, whichever are chosen.
+
+    It looks at the layers of suffixes alone (0.21), which it makes of the names if they are many.
+    """
+    layers = config.layers_to_transform
+    if config.target_modules != "all-linear" or layers is None:
         return
-    norms = {name: module for name, module in base.named_modules() if _is_norm(module)}
+    prefix, blocks = find_blocks(base)
+    linear = [
+        (index, f"{prefix}.{index}.{name}")
+        for index, block in enumerate(blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    if len(linear) < MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        config.target_modules = {name for index, name in linear if index in layers}
+
+
+def _name_norms(base: Any, config: Any) -> None:
+    norms = {
+        name: module
+        for name, module in base.named_modules()
+        if type(module).__name__.endswith("Norm") and getattr(module, "weight", None) is not None
+    }
     config.target_modules = config.target_modules or list(norms)
     for norm in norms.values():
         _compute_in_full_precision(norm)
 
 
-def _is_norm(module: Any) -> bool:
-    return type(module).__name__.endswith("Norm") and getattr(module, "weight", None) is not None
+_PREPARED_BY = {
+    "LN_TUNING": _name_norms,
+    "LORA": _name_layers_in_full,
+    "LORA_REFT": _name_layers_in_full,
+}
+"""PEFT type to what makes a base ready for it."""
 
 
 def _compute_in_full_precision(norm: Any) -> None:
     """Keep a norm's parameters in fp32; it returns the dtype that it is given, as before."""
-    from torch import float32
-
-    if norm.weight.dtype == float32:
+    if norm.weight.dtype == torch.float32:
         return
     norm.float()
     norm.register_forward_pre_hook(_note_dtype)
@@ -209,8 +218,6 @@ def _compute_in_full_precision(norm: Any) -> None:
 
 def _note_dtype(norm: Any, args: Any) -> Any:
     """Forward pre-hook; RMSNorms round to this dtype before they scale, as the base is used to."""
-    from torch import nn
-
     norm.input_dtype = args[0].dtype
     return (args[0].float(), *args[1:]) if isinstance(norm, nn.LayerNorm) else args
 
@@ -224,14 +231,7 @@ def complete(model: Any) -> None:
 
     IA3's layers on a quantized base return the dtype that they are given, not fp32; a prefix
     reaches the base under the name that its version of transformers has for a cache.
-
-    Args:
-        model: a PeftModel.
     """
-    from peft.tuners.ia3 import IA3Layer
-
-    from lowmem_reft.methods.virtual_tokens import take_prefix_as_cache
-
     take_prefix_as_cache(model)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, IA3Layer)]
     for layer in layers:
@@ -247,11 +247,6 @@ def _start_from_vocabulary(model: Any) -> None:
 
     As the paper found, and unlike PEFT's normal values, that is where keys and values belong.
     """
-    import torch
-    from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
-
-    from lowmem_reft.base.caches import caches_in
-
     base = model.get_base_model()
     config = model.active_peft_config
     embedding = base.get_input_embeddings().weight

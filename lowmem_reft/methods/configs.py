@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.table import PROFILES, Method, find_method
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-    from lowmem_reft.options import MethodOptions
+from lowmem_reft.methods.table import PROFILES, Method, check_options, find_method, given_options
+from lowmem_reft.methods.weights import WeightsConfig
+from lowmem_reft.options import MethodOptions
+from lowmem_reft.reft.config import ReftConfig, resolve_layers
+from lowmem_reft.reft.lora_reft import LoraReftConfig
 
 NUM_VIRTUAL_TOKENS = 20
 """As in PEFT's examples."""
@@ -32,38 +41,13 @@ class Request:
     """Blocks of the base; None checks the options before there is one."""
 
 
-def given_options(options: MethodOptions) -> dict[str, Any]:
-    """Return the options that the user has set, without the method's name."""
-    values = {item.name: getattr(options, item.name) for item in fields(options)}
-    del values["method"]
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def check_options(options: MethodOptions) -> None:
-    """Refuse options that the method does not take.
-
-    Raises:
-        InputError: one does not belong to it; the message names those that do.
-    """
-    allowed = find_method(options.method).options
-    wrong = sorted(set(given_options(options)) - set(allowed))
-    if wrong:
-        raise InputError(
-            f"{', '.join(wrong)} must not be given with method {options.method!r}; it takes "
-            f"{', '.join(sorted(allowed)) or 'no options'}"
-        )
-
-
 def build_peft_config(
     options: MethodOptions, *, task_type: str, num_layers: int | None
 ) -> PeftConfig:
-    """Build the PEFT configuration of a method.
+    """Build the PEFT configuration of a method; options that are not set take its defaults.
 
-    Args:
-        options: the user's choice; unset fields take the method's defaults.
-        task_type: PEFT task type, for example CAUSAL_LM.
-        num_layers: blocks of the base, to resolve ``layers``; None checks the options before there
-            is a base.
+    ``num_layers``, the blocks of the base, resolve ``layers``; None checks the options before there
+    is a base.
 
     Raises:
         InputError: an option breaks its rule or does not belong to the method.
@@ -83,26 +67,18 @@ def build_peft_config(
 
 
 def _reft(request: Request) -> PeftConfig:
-    from lowmem_reft.reft.config import ReftConfig
-
     return ReftConfig(task_type=request.task_type, **request.method.fixed, **request.given)
 
 
 def _lora(request: Request) -> PeftConfig:
-    from peft import LoraConfig
-
     return _on_layers(LoraConfig(**_lora_fields(request, "rank"), **request.method.fixed), request)
 
 
 def _lora_reft(request: Request) -> PeftConfig:
-    from lowmem_reft.reft.lora_reft import LoraReftConfig
-
     names = ("rank", "act", "init", "layers", "positions", "tie", "component", "dropout")
     reft = {name: request.given[name] for name in names if name in request.given}
-    config = LoraReftConfig(
-        **_lora_fields(request, "lora_rank"), reft={**request.method.fixed, **reft}
-    )
-    return _on_layers(config, request)
+    fields = _lora_fields(request, "lora_rank")
+    return _on_layers(LoraReftConfig(**fields, reft={**request.method.fixed, **reft}), request)
 
 
 def _lora_fields(request: Request, rank_name: str) -> dict[str, Any]:
@@ -118,17 +94,14 @@ def _lora_fields(request: Request, rank_name: str) -> dict[str, Any]:
     }
 
 
-def _on_layers(config: Any, request: Request) -> PeftConfig:
+def _on_layers(config: LoraConfig, request: Request) -> PeftConfig:
     """Restrict LoRA to the blocks that ``layers`` names."""
-    from lowmem_reft.reft.config import resolve_layers
-
     layers = request.given.get("layers", "all")
     if layers != "all":
         # Set afterwards: the constructor refuses it beside the shorthand "all-linear", which PEFT
-        # turns into a list of names before it looks at the layers.
+        # turns into a list of names before it looks at the layers (see ``attach.prepare_base``).
         config.layers_to_transform = resolve_layers(layers, request.num_layers)
-    peft_config: PeftConfig = config
-    return peft_config
+    return config
 
 
 def split_targets(target_modules: str) -> list[str]:
@@ -137,16 +110,10 @@ def split_targets(target_modules: str) -> list[str]:
 
 
 def _ia3(request: Request) -> PeftConfig:
-    from peft import IA3Config
-
     return IA3Config(task_type=request.task_type)
 
 
 def _ln_tuning(request: Request) -> PeftConfig:
-    from peft import LNTuningConfig
-
-    from lowmem_reft.reft.config import resolve_layers
-
     layers = request.given.get("layers", "all")
     targets = None  # all norms, found where the base is known: ``attach.prepare_base``
     if layers != "all":
@@ -156,8 +123,6 @@ def _ln_tuning(request: Request) -> PeftConfig:
 
 
 def _virtual_tokens(request: Request) -> PeftConfig:
-    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
-
     kind = request.method.fixed["kind"]
     if request.task_type != "CAUSAL_LM" and kind != "prefix":
         raise InputError(
@@ -177,8 +142,6 @@ def _virtual_tokens(request: Request) -> PeftConfig:
 
 
 def _weights(request: Request) -> PeftConfig:
-    from lowmem_reft.methods.weights import WeightsConfig
-
     return WeightsConfig(task_type=request.task_type, **request.method.fixed)
 
 

@@ -16,17 +16,15 @@ from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import peft_notices_hidden, prepare_base
 from lowmem_reft.methods.weights import WeightsConfig
-from lowmem_reft.reft.tuner import ReftLayer
+from lowmem_reft.reft.layer import ReftLayer
 
 
 def num_constant_blocks(model: Any) -> int:
     """Return how many blocks, from the first, have outputs that no adapter and no training changes.
 
     A block whose output is edited is itself constant: the edit comes after it. 0 means that nothing
-    can be reused, for example because the embedding is trained.
-
-    Args:
-        model: A PeftModel with any method: ReFT, LoRA on some layers, ...
+    can be reused, for example because the embedding is trained. The model is a PeftModel with any
+    method: ReFT, LoRA on some layers, ...
     """
     configs = getattr(model, "peft_config", {}).values()
     if any(config.is_prompt_learning or isinstance(config, WeightsConfig) for config in configs):
@@ -68,12 +66,6 @@ def find_first_resident(
     config: Any, peft_config: Any, *, task_type: str, num_labels: int | None = None
 ) -> int:
     """Return which block is the first that training with an adapter needs on the device.
-
-    Args:
-        config: The base's configuration (transformers).
-        peft_config: The adapter's.
-        task_type: As in ``load_base``.
-        num_labels: As in ``load_base``.
 
     Raises:
         InputError: the adapter changes the first block or the embedding: nothing is constant.

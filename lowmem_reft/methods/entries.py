@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.configs import check_options
-from lowmem_reft.methods.table import METHODS, check_storage, find_method
+from lowmem_reft.methods.table import METHODS, check_options, check_storage, find_method
 from lowmem_reft.options import MethodOptions, OptimOptions, Storage
 
 
@@ -29,12 +28,10 @@ class MethodSpec:
 
 
 def expand_methods(text: str, *, embedded: bool) -> str:
-    """Return ``text`` with ``all`` as every method of the table.
+    """Return what ``--methods`` was given with ``all`` as every method of the table.
 
-    Args:
-        text: what ``--methods`` was given.
-        embedded: whether the base is the tiny model that the package ships: names without
-            overrides then get those that suit it.
+    On the ``embedded`` base, the tiny model that the package ships, names without overrides get
+    those that suit it.
     """
     entries = list(METHODS) if text.strip() == "all" else _entries(text)
     if embedded:
@@ -91,9 +88,7 @@ def _parse_method(entry: str) -> MethodSpec:
         elif equals and key in _names(OptimOptions):
             optim[key] = _convert(OptimOptions, key, value.strip(), entry)
         else:
-            known = sorted(
-                (_names(MethodOptions) | _names(OptimOptions) | {"storage"}) - {"method"}
-            )
+            known = sorted(_names(MethodOptions, OptimOptions) - {"method"} | {"storage"})
             raise InputError(
                 f"overrides of {entry!r} must be among {', '.join(known)}, got {item!r}; mend it"
             )
@@ -114,8 +109,8 @@ def _storage(value: str, entry: str) -> str:
     return value
 
 
-def _names(cls: type) -> set[str]:
-    return {item.name for item in fields(cls)}
+def _names(*classes: type) -> set[str]:
+    return {item.name for cls in classes for item in fields(cls)}
 
 
 def _convert(cls: type, key: str, value: str, entry: str) -> Any:

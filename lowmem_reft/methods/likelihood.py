@@ -32,21 +32,20 @@ def response_log_likelihood(
     # A prediction on the meta device needs the values of the masks as well.
     there = "cpu" if device.type == "meta" else device
     inputs = {key: value.to(there) for key, value in batch.items() if key != "labels"}
+    called = model
     if embeds_virtual_tokens(model):
-        longer = with_virtual_tokens(model, inputs["input_ids"], inputs["attention_mask"], labels)
-        labels = longer.pop("labels")
-        if "position_ids" not in inspect.signature(base.forward).parameters:
-            del longer["position_ids"]
-        return log_likelihood_of(
-            base,
-            labels,
-            lambda **more: base(**longer, use_cache=False, **more),
-            chunk_bytes=chunk_bytes,
-        )
-    if "position_ids" in inspect.signature(base.forward).parameters:
+        called = base
+        inputs = with_virtual_tokens(model, inputs["input_ids"], inputs["attention_mask"], labels)
+        labels = inputs.pop("labels")
+    else:
         # Absolute positions (GPT-2) count from the first token, not from the padding.
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    arguments = {**inputs, **prompt_arguments(model, labels), "use_cache": False}
+        inputs |= prompt_arguments(model, labels)
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        del inputs["position_ids"]
     return log_likelihood_of(
-        base, labels, lambda **more: model(**arguments, **more), chunk_bytes=chunk_bytes
+        base,
+        labels,
+        lambda **more: called(**inputs, use_cache=False, **more),
+        chunk_bytes=chunk_bytes,
     )

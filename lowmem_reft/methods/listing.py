@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.methods.table import METHODS, PROFILES
+from lowmem_reft.methods.table import METHODS, PROFILES, Method
 from lowmem_reft.options import MethodsOptions
+
+_NOT_LISTED = {item.name for item in fields(Method) if isinstance(item.default, bool)}
+"""What a method cannot do is said where somebody asks for it."""
 
 
 def run_methods(options: MethodsOptions) -> dict[str, Any]:
@@ -21,7 +24,10 @@ def run_methods(options: MethodsOptions) -> dict[str, Any]:
         its number of parameters), ``defaults`` and ``fixed`` (of its configuration), ``embedded``
         (overrides for the tiny model that the package ships); ``profiles``: what each stands for.
     """
-    methods = [{"name": name, **asdict(method)} for name, method in METHODS.items()]
+    methods = [
+        {"name": name, **{key: v for key, v in asdict(method).items() if key not in _NOT_LISTED}}
+        for name, method in METHODS.items()
+    ]
     if not options.json:
         _print(methods)
     return {"methods": methods, "profiles": PROFILES}

@@ -7,8 +7,11 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftConfig, PeftModel
+
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import OTHER_BASE, checkpoint_digest, other_base
-from lowmem_reft.base.loading import load_base, load_config, load_tokenizer, share_pad_token
+from lowmem_reft.base.loading import load_base, load_tokenizer, share_pad_token
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import complete, peft_notices_hidden, prepare_base
 from lowmem_reft.methods.card import load_card
@@ -29,32 +32,22 @@ def load_frozen(
 ) -> Any:
     """Load the base as the card says, with the tokenizer's pad token.
 
-    Args:
-        options: Which base, and where to.
-        card: How it is stored, and its task.
-        tokenizer: The base's tokenizer.
-        upper_for: Configuration of an adapter; only the blocks are loaded that it needs, see
-            ``load_base``. None loads all of them.
+    With ``upper_for``, the configuration of an adapter, only the blocks are loaded that it needs.
 
     Raises:
         InputError: the base cannot be loaded.
     """
+    task: dict[str, Any] = {"task_type": card.task_type, "num_labels": card.num_classes}
     resident: dict[str, Any] = {}
     if upper_for is not None:
-        first = find_first_resident(
-            load_config(options.model),
-            upper_for,
-            task_type=card.task_type,
-            num_labels=card.num_classes,
-        )
+        first = find_first_resident(load_config(options.model), upper_for, **task)
         resident = {"resident": "upper", "first_resident": first}
     base = load_base(
         options.model,
         storage=card.storage,
         compute_dtype=card.compute_dtype,
         device=options.device,
-        task_type=card.task_type,
-        num_labels=card.num_classes,
+        **task,
         **resident,
     )
     share_pad_token(base, tokenizer)
@@ -66,17 +59,11 @@ def load_adapted(
 ) -> tuple[Any, Any]:
     """Load base, adapter (or None) and tokenizer, in evaluation mode.
 
-    Args:
-        options: Which base, and where to.
-        adapter: Directory of the adapter.
-        card: How the base is stored, and its task.
-        resident: ``upper`` loads only the blocks that the adapter needs.
+    With ``resident="upper"`` only the blocks are loaded that the adapter needs.
 
     Raises:
         InputError: the base, the adapter or the tokenizer cannot be loaded.
     """
-    from peft import PeftConfig, PeftModel
-
     tokenizer = load_tokenizer(options.model)
     if adapter is None and resident != "all":
         raise InputError(f"resident must be all without an adapter, got {resident!r}; leave it out")
@@ -108,10 +95,7 @@ def what_differs(error: Exception) -> str:
 def other_base_said(model: str, adapter: Path, card: TrainingCard) -> Iterator[None]:
     """Say that an adapter is put on another base, or another storage, than its own, and only once.
 
-    Args:
-        model: Hub id or directory of the base at hand.
-        adapter: Directory of the adapter, which PEFT loads meanwhile.
-        card: How the base at hand is stored.
+    PEFT loads the adapter meanwhile; the card tells how the base at hand is stored.
     """
     trained, said = load_card(adapter), None
     if trained is not None:

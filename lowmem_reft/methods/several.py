@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftConfig
+
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import complete
 from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
 from lowmem_reft.methods.loading import load_adapted, other_base_said, what_differs
+from lowmem_reft.methods.table import MIXED_IN_A_BATCH, REPLACING_THE_BASE
+from lowmem_reft.reft.peft_method import type_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -105,11 +109,9 @@ def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tu
 
 @contextmanager
 def answering(model: Any, peft_name: str) -> Iterator[None]:
-    """Let one adapter, or the base, answer for a while; then the one that did before.
+    """Let one adapter (or ``__base__``) answer for a while; then the one that did before.
 
-    Args:
-        model: as ``load_together`` returns it.
-        peft_name: of the adapter, or ``__base__``.
+    The model is one that ``load_together`` returns, the name is the adapter's in it.
     """
     if not hasattr(model, "peft_config"):
         yield
@@ -131,10 +133,9 @@ def mixes_in_a_batch(model: Any) -> bool:
 
 
 def _mixes(config: Any) -> bool:
-    kind = _type(config)
-    if kind in ("LORA", "LORA_REFT"):
-        return not config.use_dora and not getattr(config, "alora_invocation_tokens", None)
-    return kind == "REFT"
+    if getattr(config, "use_dora", False) or getattr(config, "alora_invocation_tokens", None):
+        return False
+    return type_of(config) in MIXED_IN_A_BATCH
 
 
 def _split(given: str | None) -> list[str]:
@@ -183,21 +184,15 @@ def _check_agreement(adapters: Sequence[NamedAdapter]) -> None:
 
 
 def _check_types(trained: Sequence[NamedAdapter], *, alone: bool) -> None:
-    from peft import PeftConfig
-
-    kinds = {a.name: _type(PeftConfig.from_pretrained(str(a.directory))) for a in trained}
+    kinds = {a.name: type_of(PeftConfig.from_pretrained(str(a.directory))) for a in trained}
     got = ", ".join(f"{kind} ({name})" for name, kind in kinds.items())
     if len(set(kinds.values())) > 1:
         raise InputError(
             f"adapter must name adapters of one PEFT type to load them together, got {got}; run "
             "the command once for each type"
         )
-    if "WEIGHTS" in kinds.values() and (alone or len(trained) > 1):
+    if REPLACING_THE_BASE in kinds.values() and (alone or len(trained) > 1):
         raise InputError(
             f"adapter must name one adapter where that replaces the base's own weights, got {got}; "
             "run the command once for each, and without it for the base"
         )
-
-
-def _type(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))

@@ -1,17 +1,17 @@
 """The table of methods: what each is, where it comes from, its options and its defaults.
 
 To add a method, enter it in ``METHODS``; if it is of no family that is there, add the family's
-builder to ``method_configs.BUILDERS``. No torch is imported here.
+builder to ``configs.BUILDERS``. No torch is imported here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import Storage
-from lowmem_reft.options.values import QUANTIZED
+from lowmem_reft.options import MethodOptions, Storage
+from lowmem_reft.options.values import QUANTIZED, check_choice
 
 Family = Literal["reft", "lora", "lora_reft", "ia3", "ln_tuning", "virtual_tokens", "weights"]
 
@@ -42,10 +42,19 @@ class Method:
     """Configuration fields that the user may override."""
     embedded: str = ""
     """Overrides for the tiny model that the package ships, which wants higher rates."""
+    needs_cache: bool = False
+    """What it trains reaches the base as keys and values in its cache."""
+    allows_checkpointing: bool = True
+    """False: recomputed blocks would not see what is trained."""
+    allows_embedding_on_host: bool = True
+    """False: the embedding is trained, so it stays where the optimizer is."""
+    allows_resume: bool = True
+    """False: what PEFT saves is not all that is trained."""
+    allows_quantized: bool = True
+    """False: it trains every weight, and integers take no gradient."""
 
 
 _WHERE = ("profile", "layers", "positions", "tie", "component", "dropout")
-_LORA = ("rank", "layers", "dropout", "alpha", "target_modules")
 
 
 def _reft(about: str, *options: str, intervention: str, source: str = REFT, **rest: Any) -> Method:
@@ -57,20 +66,6 @@ def _reft(about: str, *options: str, intervention: str, source: str = REFT, **re
         source=source,
         options=(*options, *_WHERE),
         fixed={"intervention": intervention},
-    )
-
-
-def _lora(about: str, *, source: str, storage: Storage, embedded: str, **fixed: Any) -> Method:
-    return Method(
-        family="lora",
-        storage=storage,
-        lr=2e-4,
-        about=about,
-        source=source,
-        options=_LORA,
-        size="rank",
-        fixed=fixed,
-        embedded=embedded,
     )
 
 
@@ -89,31 +84,24 @@ def _weights(about: str, *, part: str, **rest: Any) -> Method:
     return Method(family="weights", storage="fp32", about=about, fixed={"part": part}, **rest)
 
 
+_DORA: dict[str, Any] = {"use_dora": True}
+_LORA: tuple[tuple[str, Storage, str, str, dict[str, Any]], ...] = (
+    ("lora", "bf16", "LoRA on all linear layers, 16-bit base", "arXiv 2106.09685", {}),
+    ("qlora", "nf4", "LoRA on all linear layers, 4-bit base", "arXiv 2305.14314", {}),
+    ("dora", "bf16", "weight-decomposed LoRA, 16-bit base", "arXiv 2402.09353", _DORA),
+    ("qdora", "nf4", "weight-decomposed LoRA, 4-bit base", "arXiv 2402.09353", _DORA),
+)
+
 METHODS: dict[str, Method] = {
-    "loreft": _reft(
-        "low-rank linear subspace ReFT on a 4-bit base",
-        *("rank", "act", "init"),
-        intervention="loreft",
-        embedded="rank=8,lr=4e-3",
-    ),
-    "noreft": _reft(
-        "LoReFT without the orthonormal constraint",
-        *("rank", "act", "init"),
-        intervention="noreft",
-        embedded="rank=8,lr=4e-3",
-    ),
-    "direft": _reft(
-        "the paper's DiReFT: no constraint, no subtraction",
-        *("rank", "act", "init"),
-        intervention="direft",
-        embedded="rank=8,lr=4e-3",
-    ),
-    "orthogonal_direft": _reft(
-        "DiReFT with orthonormal rows",
-        *("rank", "act", "init"),
-        intervention="orthogonal_direft",
-        embedded="rank=8,lr=4e-3",
-    ),
+    **{
+        name: _reft(about, *("rank", "act", "init"), intervention=name, embedded="rank=8,lr=4e-3")
+        for name, about in {
+            "loreft": "low-rank linear subspace ReFT on a 4-bit base",
+            "noreft": "LoReFT without the orthonormal constraint",
+            "direft": "the paper's DiReFT: no constraint, no subtraction",
+            "orthogonal_direft": "DiReFT with orthonormal rows",
+        }.items()
+    },
     "consreft": _reft(
         "sets the subspace to a learned constant",
         "rank",
@@ -141,48 +129,38 @@ METHODS: dict[str, Method] = {
         defaults={"positions": "all"},
         embedded="positions=l1,lr=1e-1",
     ),
-    "bottleneck": _reft(
-        "series bottleneck adapters after the MLPs",
-        *("rank", "act"),
-        intervention="bottleneck",
-        source="arXiv 1902.00751",
-        defaults={"positions": "all", "component": "mlp_output", "rank": 8},
-        embedded="lr=1e-2",
-    ),
-    "parallel_bottleneck": _reft(
-        "parallel bottleneck adapters beside the MLPs",
-        *("rank", "act"),
-        intervention="parallel_bottleneck",
-        source="arXiv 2110.04366",
-        defaults={"positions": "all", "component": "mlp_output", "rank": 8},
-        embedded="lr=1e-2",
-    ),
-    "lora": _lora(
-        "LoRA on all linear layers, 16-bit base",
-        source="arXiv 2106.09685",
-        storage="bf16",
-        embedded="rank=8,lr=2e-3",
-    ),
-    "qlora": _lora(
-        "LoRA on all linear layers, 4-bit base",
-        source="arXiv 2305.14314",
-        storage="nf4",
-        embedded="rank=8,lr=2e-3",
-    ),
-    "dora": _lora(
-        "weight-decomposed LoRA, 16-bit base",
-        source="arXiv 2402.09353",
-        storage="bf16",
-        embedded="rank=8,lr=2e-3",
-        use_dora=True,
-    ),
-    "qdora": _lora(
-        "weight-decomposed LoRA, 4-bit base",
-        source="arXiv 2402.09353",
-        storage="nf4",
-        embedded="rank=8,lr=2e-3",
-        use_dora=True,
-    ),
+    **{
+        name: _reft(
+            about,
+            *("rank", "act"),
+            intervention=name,
+            source=source,
+            defaults={"positions": "all", "component": "mlp_output", "rank": 8},
+            embedded="lr=1e-2",
+        )
+        for name, about, source in (
+            ("bottleneck", "series bottleneck adapters after the MLPs", "arXiv 1902.00751"),
+            (
+                "parallel_bottleneck",
+                "parallel bottleneck adapters beside the MLPs",
+                "arXiv 2110.04366",
+            ),
+        )
+    },
+    **{
+        name: Method(
+            family="lora",
+            storage=storage,
+            lr=2e-4,
+            about=about,
+            source=source,
+            options=("rank", "layers", "dropout", "alpha", "target_modules"),
+            size="rank",
+            fixed=fixed,
+            embedded="rank=8,lr=2e-3",
+        )
+        for name, storage, about, source, fixed in _LORA
+    },
     "lora_reft": Method(
         family="lora_reft",
         lr=4e-4,
@@ -215,6 +193,8 @@ METHODS: dict[str, Method] = {
     "prefix": _virtual_tokens(
         "prefix tuning: trained keys and values before the prompt",
         kind="prefix",
+        needs_cache=True,
+        allows_checkpointing=False,
         lr=1e-2,
         source="arXiv 2101.00190",
         embedded="lr=3e-2",
@@ -230,6 +210,7 @@ METHODS: dict[str, Method] = {
         "P-tuning: embeddings before the prompt, made by a trained network",
         "rank",
         kind="p_tuning",
+        allows_resume=False,
         lr=1e-3,
         source="arXiv 2103.10385",
         defaults={"rank": 128},
@@ -238,6 +219,8 @@ METHODS: dict[str, Method] = {
     "full": _weights(
         "every weight of the base, in place; not on a quantized base",
         part="all",
+        allows_quantized=False,
+        allows_embedding_on_host=False,
         lr=1e-5,
         source="-",
         embedded="lr=1e-3",
@@ -257,6 +240,12 @@ METHODS: dict[str, Method] = {
 }
 
 
+MIXED_IN_A_BATCH = ("REFT", "LORA", "LORA_REFT")
+"""PEFT types whose adapters each row of a batch can have one of."""
+
+REPLACING_THE_BASE = "WEIGHTS"
+"""The PEFT type whose adapters overwrite the base, so that there is one at a time."""
+
 PROFILES: dict[str, dict[str, Any]] = {
     "fast": {"layers": "upper:0.5", "positions": "l3", "rank": 16},
     "balanced": {"layers": "upper:0.5", "positions": "all", "rank": 16},
@@ -272,9 +261,30 @@ def find_method(name: str) -> Method:
     Raises:
         InputError: there is none.
     """
-    if name not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, got {name!r}; choose one")
+    check_choice("method", name, tuple(METHODS))
     return METHODS[name]
+
+
+def given_options(options: MethodOptions) -> dict[str, Any]:
+    """Return the options that the user has set, without the method's name."""
+    values = {item.name: getattr(options, item.name) for item in fields(options)}
+    del values["method"]
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def check_options(options: MethodOptions) -> None:
+    """Refuse options that the method does not take.
+
+    Raises:
+        InputError: one does not belong to it; the message names those that do.
+    """
+    allowed = find_method(options.method).options
+    wrong = sorted(set(given_options(options)) - set(allowed))
+    if wrong:
+        raise InputError(
+            f"{', '.join(wrong)} must not be given with method {options.method!r}; it takes "
+            f"{', '.join(sorted(allowed)) or 'no options'}"
+        )
 
 
 def check_storage(name: str, storage: str) -> None:
@@ -283,7 +293,7 @@ def check_storage(name: str, storage: str) -> None:
     Raises:
         InputError: the method cannot be trained on a base that is stored so.
     """
-    if find_method(name).fixed.get("part") == "all" and storage in QUANTIZED:
+    if storage in QUANTIZED and not find_method(name).allows_quantized:
         raise InputError(
             f"storage must be fp32, bf16 or fp16 for method {name!r}, got {storage!r}: quantized "
             "weights are integers, which take no gradient; choose another storage, or qlora"

@@ -21,10 +21,9 @@ from lowmem_reft.data import IGNORED_LABEL
 
 
 def num_virtual_tokens(model: Any) -> int:
-    """Return the trained tokens that a forward pass adds to each example, in cache or input.
+    """Return how many trained tokens a forward pass adds to each example, in cache or input.
 
-    Args:
-        model: any model; one without prompt learning, or with its adapter disabled, adds none.
+    A model without prompt learning, or with its adapter disabled, adds none.
     """
     config = _active_config(model)
     return 0 if config is None else int(config.num_virtual_tokens)
@@ -51,11 +50,7 @@ def with_virtual_tokens(
 ) -> dict[str, Tensor]:
     """Return what the *base* is to be called with, v virtual tokens longer.
 
-    Args:
-        model: a PeftModel whose virtual tokens are embeddings.
-        input_ids: tokens, padded on either side.
-        attention_mask: 0 on the padding.
-        labels: -100 where a token is not supervised.
+    Padding may be on either side; labels are -100 where a token is not supervised.
 
     Returns:
         ``inputs_embeds`` (batch, v + seq, hidden), ``attention_mask`` and ``position_ids``
@@ -97,10 +92,8 @@ def take_prefix_as_cache(model: Any) -> None:
     """Make the base take PEFT's prefix as its cache, whatever transformers calls the argument.
 
     transformers 5.24 calls it ``cache``. PEFT 0.21 then refuses classifiers, and in ``generate``
-    it sees no cache, so that every step got a new prefix, which the base ignored.
-
-    Args:
-        model: a PeftModel; one without prefix tuning, or done already, is left alone.
+    it sees no cache, so that every step got a new prefix, which the base ignored. A model without
+    prefix tuning, or done already, is left alone.
     """
     base = model.get_base_model()
     plain, name = base.forward, cache_argument(base)
@@ -108,11 +101,10 @@ def take_prefix_as_cache(model: Any) -> None:
     has_prefix = any(c.peft_type == "PREFIX_TUNING" for c in model.peft_config.values())
     if not has_prefix or name is None or _NAME_IN_PEFT in signature.parameters:
         return
-    forward: Any = functools.partial(_with_cache_as, plain, name)
     older = inspect.Parameter(_NAME_IN_PEFT, inspect.Parameter.KEYWORD_ONLY, default=None)
     *first, last = signature.parameters.values()
     parameters = [*first, older, last] if last.kind is last.VAR_KEYWORD else [*first, last, older]
-    base.forward = functools.wraps(plain)(forward)
+    base.forward = functools.wraps(plain)(functools.partial(_with_cache_as, plain, name))
     base.forward.__signature__ = signature.replace(parameters=parameters)
     if hasattr(model, "base_model_prepare_inputs_for_generation"):
         model.base_model_prepare_inputs_for_generation = functools.partial(
@@ -136,10 +128,7 @@ def _with_cache_for_peft(prepare: Any, name: str, /, *args: Any, **kwargs: Any) 
 def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Int[Tensor, "batch new"]:
     """Continue the prompts of a left-padded batch; return the new tokens alone.
 
-    Args:
-        model: a causal language model, with or without an adapter.
-        batch: ``input_ids`` and ``attention_mask``, on the model's device.
-        options: as for ``generate`` of transformers.
+    ``batch`` has ``input_ids`` and ``attention_mask``; options are those of ``generate``.
     """
     if embeds_virtual_tokens(model):
         inputs = with_virtual_tokens(model, batch["input_ids"], batch["attention_mask"])

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Int8Params, Params4bit
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
+from lowmem_reft.base.blocks import base_of
+from lowmem_reft.base.quantization import is_quantized
 from lowmem_reft.errors import InputError
+from lowmem_reft.options.values import check_choice
 from lowmem_reft.reft.peft_method import peft_type, register
 
 NAME = "WEIGHTS"
@@ -50,18 +52,11 @@ class WeightsConfig(PeftConfig):
         """Check the part."""
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = peft_type(NAME)
-        if self.part not in PARTS:
-            raise InputError(
-                f"part must be one of {', '.join(PARTS)}, got {self.part!r}; choose one"
-            )
+        check_choice("part", self.part, PARTS)
 
 
 def trained_names(base: Any, part: str) -> list[str]:
-    """Return the names of the parameters that are trained; shared ones have one name.
-
-    Args:
-        base: a transformers model, not wrapped.
-        part: one of ``PARTS``.
+    """Return the names of the base's parameters that are trained; shared ones have one name.
 
     Raises:
         InputError: the base has no such part, or it is quantized or shared with another.
@@ -92,7 +87,7 @@ def trained_names(base: Any, part: str) -> list[str]:
                 f"method must not be head for {type(base).__name__} with tied embeddings: its head "
                 "is the input embedding too; choose another method"
             )
-    quantized = [name for name in names if isinstance(named[name], Params4bit | Int8Params)]
+    quantized = [name for name in names if is_quantized(named[name])]
     if quantized:
         what = "full" if part == "all" else "head"
         raise InputError(
@@ -173,9 +168,8 @@ class WeightsModel(BaseTuner):
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         """Make the trained part trainable, or not."""
         config: Any = self.peft_config[self.active_adapters[0]]
-        named = dict(self.model.named_parameters())
         for name in trained_names(self.model, config.part):
-            named[name].requires_grad_(requires_grad)
+            self.model.get_parameter(name).requires_grad_(requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         if not enabled:
@@ -202,8 +196,7 @@ class WeightsModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        names = set(trained_names(base, config.part))
+        names = set(trained_names(base_of(model), config.part))
         return {
             key: value
             for key, value in state_dict.items()
@@ -218,8 +211,7 @@ class WeightsModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        wanted = set(trained_names(base, config.part))
+        wanted = set(trained_names(base_of(model), config.part))
         found = {key.removeprefix(_PREFIX_OF_BASE) for key in state_dict}
         if wanted != found:
             different = sorted(wanted ^ found)

@@ -28,11 +28,10 @@ from lowmem_reft.reft.config import ReftConfig, resolve_layers
 from lowmem_reft.reft.interventions import (
     ConsReft,
     DiReft,
+    LearnedSource,
     LearnedSteering,
     LobiReft,
     LoReft,
-    NoReft,
-    OrthogonalDiReft,
     Rotation,
     SteeringVector,
     orthonormal_rows,
@@ -61,12 +60,10 @@ def low_rank(phi: nn.Module) -> LowRank:
         InputError: it has another form.
     """
     activation = getattr(phi, "act", None)
-    if isinstance(phi, LoReft | NoReft) and activation is None:
-        write = phi.rotation() if isinstance(phi, LoReft) else phi.projection.weight
-        return LowRank(read=phi.source.weight - write, bias=phi.source.bias, write=write)
-    if isinstance(phi, DiReft | OrthogonalDiReft):
-        write = phi.projection.weight if isinstance(phi, DiReft) else phi.rotation()
-        return LowRank(read=phi.source.weight, bias=phi.source.bias, write=write)
+    if isinstance(phi, LearnedSource) and not (phi.subtracts and activation):
+        write = phi.write()
+        read = phi.source.weight - write if phi.subtracts else phi.source.weight
+        return LowRank(read=read, bias=phi.source.bias, write=write)
     if isinstance(phi, ConsReft | LobiReft):
         write = phi.rotation()
         read = -write if isinstance(phi, ConsReft) else torch.zeros_like(write)
@@ -88,10 +85,7 @@ def weighted_sum(
 ) -> None:
     """Write Σ wᵢ φᵢ into a DiReFT whose rank is that of all together.
 
-    Args:
-        parts: what is summed; None is a part that does not edit here.
-        weights: one each.
-        into: the ``DiReft``; rows that no part takes become 0.
+    A part is None where it does not edit; rows that no part takes become 0.
     """
     assert isinstance(into, DiReft)
     with torch.no_grad():

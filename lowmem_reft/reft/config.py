@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft.config import PeftConfig
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.options.values import check_choice
 from lowmem_reft.reft.interventions import ACTIVATIONS, READS_INPUT, intervention_options
 from lowmem_reft.reft.peft_method import NAME, peft_type
 from lowmem_reft.reft.positions import num_groups, parse_positions
@@ -71,11 +72,7 @@ class ReftConfig(PeftConfig):
         check_layers(self.layers)
         if not isinstance(self.layers, str):
             self.layers = list(self.layers)  # a range or a tuple would not come back from the file
-        if self.component not in COMPONENTS:
-            raise InputError(
-                f"component must be one of {', '.join(COMPONENTS)}, got {self.component!r}; "
-                "choose one"
-            )
+        check_choice("component", self.component, COMPONENTS)
         if self.component == "block_output" and self.intervention in READS_INPUT:
             raise InputError(
                 f"component must be mlp_output or attention_output for {self.intervention}, which "

@@ -10,7 +10,7 @@ arXiv 2110.04366.
 
 To add an intervention: write a module here whose constructor takes ``hidden_size`` and, by keyword,
 the configuration fields named in ``options``; return the change of ``h`` from ``forward``; enter it
-in ``INTERVENTIONS``, and in ``method_table`` if ``--methods`` is to know it. An option that no
+in ``INTERVENTIONS``, and in ``methods.table`` if ``--methods`` is to know it. An option that no
 other intervention has is a field of ``ReftConfig`` and of its ``fields()``, and of
 ``MethodOptions``.
 """
@@ -156,124 +156,96 @@ class Rotation(nn.Module):
         return out
 
 
-def _learned_source(hidden_size: int, rank: int, *, zero: bool) -> nn.Linear:
-    """Wh + b: torch's default start (the paper's code), or all zeros."""
-    linear = nn.Linear(hidden_size, rank)
-    if zero:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
-    return linear
+class LearnedSource(nn.Module):
+    r"""h + Vᵀ(f(Wh + b) − Vh), or without −Vh: what the four interventions below have in common.
 
-
-def _check_identity_start(act: str | None) -> None:
-    if act is not None:
-        raise InputError(
-            f"init must be 'paper' with act={act!r}, got 'identity'; a non-linear learned source "
-            "has no identity start here"
-        )
-
-
-class LoReft(nn.Module):
-    r"""LoReFT, equation 2 of arXiv 2404.03592: h + Rᵀ(f(Wh + b) − Rh), RRᵀ = I; f = id by default.
-
-    Without f the change is computed as Rᵀ((W − R)h + b): one product less, and exactly zero at the
-    identity start W = R, b = 0.
+    V is a rotation with orthonormal rows or a plain matrix. With −Vh and without f the change is
+    computed as Vᵀ((W − V)h + b): one product less, and exactly zero at the identity start W = V,
+    b = 0. Without −Vh the identity start is W = 0, b = 0.
     """
 
     options: ClassVar[tuple[str, ...]] = ("rank", "act", "init")
+    is_orthonormal: ClassVar[bool]
+    """V is a rotation."""
+    subtracts: ClassVar[bool]
+    """The projection Vh is taken off the source."""
 
     def __init__(
         self, hidden_size: int, *, rank: int, act: str | None = None, init: Init = "identity"
     ) -> None:
         super().__init__()
         self.act = _activation(act)
-        self.rotation = Rotation(hidden_size, rank)
-        self.source = _learned_source(hidden_size, rank, zero=init == "identity")
-        if init == "identity":
-            _check_identity_start(act)
-            if not self.source.weight.is_meta:
-                with torch.no_grad():
-                    # Not by calling it, which would remember R: TRL writes to `raw.data` later.
-                    self.source.weight.copy_(orthonormal_rows(self.rotation.raw))
+        if self.is_orthonormal:
+            self.rotation = Rotation(hidden_size, rank)
+        else:
+            self.projection = nn.Linear(hidden_size, rank, bias=False)
+        self.source = nn.Linear(hidden_size, rank)  # torch's start is that of the paper's code
+        if init != "identity":
+            return
+        if self.subtracts and act is not None:
+            raise InputError(
+                f"init must be 'paper' with act={act!r}, got 'identity'; a non-linear learned "
+                "source has no identity start here"
+            )
+        with torch.no_grad():
+            self.source.bias.zero_()
+            if not self.subtracts:
+                self.source.weight.zero_()
+            elif not self.is_orthonormal:
+                self.source.weight.copy_(self.projection.weight)
+            elif not self.source.weight.is_meta:
+                # Not by calling it, which would remember R: TRL writes to `raw.data` later.
+                self.source.weight.copy_(orthonormal_rows(self.rotation.raw))
+
+    def write(self) -> Float[Tensor, "rank hidden"]:
+        """Return V."""
+        matrix: Tensor = self.rotation() if self.is_orthonormal else self.projection.weight
+        return matrix
 
     def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
-        """Return Rᵀ(f(Wh + b) − Rh)."""
-        rotation: Tensor = self.rotation()
-        if self.act is None:
-            edit = nn.functional.linear(hidden, self.source.weight - rotation, self.source.bias)
+        """Return Vᵀ(f(Wh + b) − Vh), or Vᵀ f(Wh + b)."""
+        write = self.write()
+        if self.subtracts and self.act is None:
+            edit = nn.functional.linear(hidden, self.source.weight - write, self.source.bias)
         else:
-            edit = self.act(self.source(hidden)) - hidden @ rotation.T
-        return edit @ rotation
+            edit = self.source(hidden)
+            if self.act is not None:
+                edit = self.act(edit)
+            if self.subtracts:
+                edit = edit - hidden @ write.T
+        return edit @ write
 
 
-class NoReft(nn.Module):
+class LoReft(LearnedSource):
+    r"""LoReFT, equation 2 of arXiv 2404.03592: h + Rᵀ(f(Wh + b) − Rh), RRᵀ = I; default: f = id."""
+
+    is_orthonormal = True
+    subtracts = True
+
+
+class NoReft(LearnedSource):
     r"""NoReFT: h + W₂ᵀ(f(W₁h + b) − W₂h); LoReFT without the orthonormal constraint."""
 
-    options: ClassVar[tuple[str, ...]] = ("rank", "act", "init")
-
-    def __init__(
-        self, hidden_size: int, *, rank: int, act: str | None = None, init: Init = "identity"
-    ) -> None:
-        super().__init__()
-        self.act = _activation(act)
-        self.projection = nn.Linear(hidden_size, rank, bias=False)
-        self.source = _learned_source(hidden_size, rank, zero=init == "identity")
-        if init == "identity":
-            _check_identity_start(act)
-            with torch.no_grad():
-                self.source.weight.copy_(self.projection.weight)
-
-    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
-        """Return W₂ᵀ(f(W₁h + b) − W₂h)."""
-        projection = self.projection.weight
-        if self.act is None:
-            edit = nn.functional.linear(hidden, self.source.weight - projection, self.source.bias)
-        else:
-            edit = self.act(self.source(hidden)) - hidden @ projection.T
-        return edit @ projection
+    is_orthonormal = False
+    subtracts = True
 
 
-class DiReft(nn.Module):
+class DiReft(LearnedSource):
     r"""DiReFT, the paper's: h + W₂ᵀ f(W₁h + b), no constraint; pyreft's NodireftIntervention."""
 
-    options: ClassVar[tuple[str, ...]] = ("rank", "act", "init")
-
-    def __init__(
-        self, hidden_size: int, *, rank: int, act: str | None = None, init: Init = "identity"
-    ) -> None:
-        super().__init__()
-        self.act = _activation(act)
-        self.projection = nn.Linear(hidden_size, rank, bias=False)
-        self.source = _learned_source(hidden_size, rank, zero=init == "identity")
-
-    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
-        """Return W₂ᵀ f(W₁h + b)."""
-        edit: Tensor = self.source(hidden)
-        return (edit if self.act is None else self.act(edit)) @ self.projection.weight
+    is_orthonormal = False
+    subtracts = False
 
 
-class OrthogonalDiReft(nn.Module):
+class OrthogonalDiReft(LearnedSource):
     r"""Orthogonal DiReFT: h + Rᵀ f(Wh + b), RRᵀ = I; pyreft's DireftIntervention."""
 
-    options: ClassVar[tuple[str, ...]] = ("rank", "act", "init")
-
-    def __init__(
-        self, hidden_size: int, *, rank: int, act: str | None = None, init: Init = "identity"
-    ) -> None:
-        super().__init__()
-        self.act = _activation(act)
-        self.rotation = Rotation(hidden_size, rank)
-        self.source = _learned_source(hidden_size, rank, zero=init == "identity")
-
-    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
-        """Return Rᵀ f(Wh + b)."""
-        rotation: Tensor = self.rotation()
-        edit = self.source(hidden)
-        return (edit if self.act is None else self.act(edit)) @ rotation
+    is_orthonormal = True
+    subtracts = False
 
 
-class ConsReft(nn.Module):
-    r"""ConsReFT: h + Rᵀ(b − Rh), RRᵀ = I: the subspace becomes a constant; no identity start."""
+class _ConstantSource(nn.Module):
+    """R and b, of one value for every h."""
 
     options: ClassVar[tuple[str, ...]] = ("rank",)
 
@@ -281,6 +253,10 @@ class ConsReft(nn.Module):
         super().__init__()
         self.rotation = Rotation(hidden_size, rank)
         self.bias = nn.Parameter(torch.zeros(rank))
+
+
+class ConsReft(_ConstantSource):
+    r"""ConsReFT: h + Rᵀ(b − Rh), RRᵀ = I: the subspace becomes a constant; no identity start."""
 
     def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
         """Return Rᵀ(b − Rh)."""
@@ -288,15 +264,8 @@ class ConsReft(nn.Module):
         return (self.bias - hidden @ rotation.T) @ rotation
 
 
-class LobiReft(nn.Module):
+class LobiReft(_ConstantSource):
     r"""LobiReFT: h + Rᵀb, RRᵀ = I: a learned steering vector, the same for every h."""
-
-    options: ClassVar[tuple[str, ...]] = ("rank",)
-
-    def __init__(self, hidden_size: int, *, rank: int) -> None:
-        super().__init__()
-        self.rotation = Rotation(hidden_size, rank)
-        self.bias = nn.Parameter(torch.zeros(rank))
 
     def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
         """Return Rᵀb, once per position."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,11 +71,8 @@ class Branch:
     def may_begin(self, call: dict[str, Any], *, is_told: bool) -> bool:
         """Return whether a pass reads this from its start: for the first time, or all of it again.
 
-        Without a cache everything is read again with what is new.
-
-        Args:
-            call: the arguments of the pass by name.
-            is_told: whether it can be seen that nothing came before.
+        Without a cache everything is read again with what is new. ``is_told`` is whether it can be
+        seen that nothing came before.
         """
         num_more = shape_of(call)[1] - self.num_read
         is_more = num_more > 0 or not self.num_passes or (is_told and num_more == 0)
@@ -112,11 +110,7 @@ class Place:
     """What it returns may be given to the next pass."""
 
     def passed(self, output: Any) -> None:
-        """Count the pass once it has been made.
-
-        Args:
-            output: of the model.
-        """
+        """Count the pass once the model has returned its output."""
         if self.is_aside:
             return
         parts = output.values() if isinstance(output, dict) else output
@@ -149,22 +143,16 @@ class Generation:
         """Of the prompt; callers may count from elsewhere."""
 
     def place(self, call: dict[str, Any]) -> Place:
-        """Return where the tokens of the next pass stand.
-
-        Args:
-            call: Its arguments by name.
-        """
-        place = Place(shape_of(call)[1], caches=caches_in(call.values()))
+        """Return where the tokens of the next pass stand, by its arguments by name."""
+        place, seen, by_mask = _look(call, tokens_in)
+        if place.problem is not None:
+            return place
         place.keeps_state = call.get("use_cache") is not False
-        lengths = {tokens_in(cache) for cache in place.caches}
-        seen = next(iter(lengths)) if len(lengths) == 1 else None
-        if lengths <= {None}:  # no cache that tells
-            seen = _before_the_mask(call, place.length) or self._by_position(call)
+        if seen is None:  # no cache that tells
+            seen = by_mask or self._by_position(call)
         given = place.caches or states_in(_further(call))
         held = next((b for b in self.branches if _share(b.caches, given)), None)
-        if len(lengths) > 1:
-            place.problem = _untold("caches of different lengths")
-        elif held is not None:
+        if held is not None:
             self._go_on(place, held, seen)
         elif seen is None or seen.tokens == 0:
             self._start(place, call, is_told=seen is not None)
@@ -233,26 +221,21 @@ class Generation:
 def place_by_hand(call: dict[str, Any], *, training: bool) -> Place:
     """Return where the tokens of a pass outside of ``generate`` stand, by its cache.
 
-    Args:
-        call: Its arguments by name.
-        training: Whether gradients will be taken, which needs no cache.
+    ``training``, where gradients will be taken, needs none.
     """
     if call.get(_input_name(call)) is None:
         return Place(0)  # a model of something else than tokens
-    place = Place(shape_of(call)[1], caches=caches_in(call.values()))
-    lengths = {_read_by_hand(cache) for cache in place.caches}
-    seen = next(iter(lengths)) if len(lengths) == 1 else None
-    by_mask = _before_the_mask(call, place.length)
-    if lengths <= {None}:
+    place, seen, by_mask = _look(call, _read_by_hand)
+    if place.problem is not None:
+        return place
+    if seen is None:
         seen = by_mask
-        may_be_cache = lengths or (not training and states_in(_further(call)))
+        may_be_cache = place.caches or (not training and states_in(_further(call)))
         # One token under a mask of its own may follow others: some models read no mask.
         if may_be_cache and (seen is None or (not seen.tokens and place.length == 1)):
             place.problem = _untold("an argument that may be a cache, but not its length")
             return place
-    if len(lengths) > 1:
-        place.problem = _untold("caches of different lengths")
-    elif seen is not None and not seen.tokens and by_mask is not None and by_mask.tokens:
+    if seen is not None and not seen.tokens and by_mask is not None and by_mask.tokens:
         place.problem = _untold(f"an empty cache and a mask of {by_mask.tokens} tokens before")
     elif seen is not None and seen.tokens:
         place.past = seen.tokens
@@ -269,6 +252,21 @@ def place_by_hand(call: dict[str, Any], *, training: bool) -> Place:
     return place
 
 
+def _look(
+    call: dict[str, Any], length_of: Callable[[Any], Seen | None]
+) -> tuple[Place, Seen | None, Seen | None]:
+    """Return a pass that is not placed yet, and what its caches and its mask say came before."""
+    place = Place(shape_of(call)[1], caches=caches_in(call.values()))
+    lengths = {length_of(cache) for cache in place.caches}
+    if len(lengths) > 1:
+        place.problem = _untold("caches of different lengths")
+    mask = call.get("attention_mask")
+    by_mask = None
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= place.length:
+        by_mask = Seen(int(mask.shape[1]) - place.length, True)
+    return place, next(iter(lengths)) if len(lengths) == 1 else None, by_mask
+
+
 # How many tokens a state holds that was read outside of ``generate`` and does not count them.
 _READ_BY_HAND: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -282,10 +280,7 @@ def _read_by_hand(cache: Any) -> Seen | None:
 
 
 def shape_of(call: dict[str, Any]) -> tuple[int, int]:
-    """Return (batch, length) of a forward pass.
-
-    Args:
-        call: Its arguments by name.
+    """Return (batch, length) of a forward pass by its arguments.
 
     Raises:
         InputError: It has no tokens.
@@ -322,14 +317,6 @@ def _further(call: dict[str, Any]) -> list[Any]:
 
 def _share(caches: list[Any], others: list[Any]) -> bool:
     return any(one is other for one in caches for other in others)
-
-
-def _before_the_mask(call: dict[str, Any], length: int) -> Seen | None:
-    """Return how many tokens the attention mask has in front of a pass's own; None without one."""
-    mask = call.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
-        return Seen(int(mask.shape[1]) - length, True)
-    return None
 
 
 def _other_tokens() -> str:

@@ -20,11 +20,7 @@ PREFIX = "reft_"
 
 
 def peft_type(name: str) -> PeftType:
-    """Return PEFT's type of a method of ours, adding it to PEFT's enum the first time.
-
-    Args:
-        name: in capitals, for example REFT.
-    """
+    """Return PEFT's type of a method of ours (such as REFT), adding it to its enum at first."""
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
@@ -35,14 +31,15 @@ def peft_type(name: str) -> PeftType:
     return PeftType(name)
 
 
-def register(name: str, config_cls: type, model_cls: type, *, prefix: str | None = None) -> None:
-    """Register a configuration and a tuner class with PEFT, once.
+def type_of(config: Any) -> str:
+    """Return the name of PEFT's type of a configuration, in capitals."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
-    Args:
-        name: of the method, in capitals.
-        config_cls: its configuration.
-        model_cls: its tuner.
-        prefix: of the names of its parameters; default: PEFT's, from the name.
+
+def register(name: str, config_cls: type, model_cls: type, *, prefix: str | None = None) -> None:
+    """Register a configuration and a tuner class with PEFT, once; the name is in capitals.
+
+    ``prefix`` is that of the names of parameters; PEFT's own one is made of the method's name.
     """
     if peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(

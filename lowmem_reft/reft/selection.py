@@ -54,12 +54,9 @@ class Selector:
         """Some training batch had a prompt."""
 
     def place(self, args: Any, kwargs: dict[str, Any], *, training: bool) -> Place:
-        """Return where the tokens of one forward pass stand: in a prompt, or past it.
+        """Return where the tokens of one pass through the base's forward stand: in a prompt or not.
 
-        Args:
-            args: positional arguments of the base model's forward.
-            kwargs: its keyword arguments.
-            training: whether gradients will be taken.
+        ``training`` is whether gradients will be taken.
         """
         call = self._by_name(args, kwargs)
         generation = self._generation

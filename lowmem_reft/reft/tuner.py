@@ -9,221 +9,32 @@ recomputation under activation checkpointing.
 
 from __future__ import annotations
 
-import logging
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lowmem_reft.base.blocks import SUBMODULE, component_path, device_of, find_blocks, hidden_size
 from lowmem_reft.base.identity import note_base
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
-from lowmem_reft.machine.processes import refuse_casts, shards_model
+from lowmem_reft.machine.processes import refuse_casts
 from lowmem_reft.reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.reft.config import ReftConfig, resolve_layers
-from lowmem_reft.reft.interventions import READS_INPUT, build_intervention
+from lowmem_reft.reft.interventions import READS_INPUT
+from lowmem_reft.reft.layer import HALF, NO_MERGE, CurrentSelection, ReftLayer
 from lowmem_reft.reft.peft_method import NAME, PREFIX, register
-from lowmem_reft.reft.positions import num_groups, parse_positions
-from lowmem_reft.reft.selection import Selection, Selector
+from lowmem_reft.reft.recompute import SelectionKeepingCheckpoint, keep_selection_in_recompute
+from lowmem_reft.reft.selection import Selector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from lowmem_reft.reft.past import Place
-
-logger = logging.getLogger(__name__)
-
-HALF = (torch.float16, torch.bfloat16)
-
-CHUNK_TOKENS = 1024
-"""More edited vectors than this are edited, and recomputed in the backward pass, in chunks."""
-
-
-class CurrentSelection:
-    """The selection of the running forward pass, shared by the tuners and layers of one model."""
-
-    def __init__(self, selector: Selector) -> None:
-        self.selector = selector
-        self.value: Selection | None = None
-        self.place: Place | None = None
-        """Where the tokens of the running forward pass stand."""
-        self.generate: Any = None
-        """The model's own ``generate``, which knows no prompt."""
-        self.had_generate = False
-        """The model had one that is not its class's."""
-        self.handles: list[Any] = []
-        """The hooks on the model that set the selection."""
-
-    @contextmanager
-    def use(self, selection: Selection | None) -> Iterator[None]:
-        """Make ``selection`` the current one for a while."""
-        before, self.value = self.value, selection
-        try:
-            yield
-        finally:
-            self.value = before
-
-
-class ReftLayer(nn.Module, BaseTunerLayer):
-    """The interventions of every adapter on one module's output."""
-
-    adapter_layer_names: tuple[str, ...] = ("reft_phi",)
-    other_param_names: tuple[str, ...] = ("reft_dropout", "reft_reads_input")
-
-    def __init__(self, hidden: int, current: CurrentSelection) -> None:
-        nn.Module.__init__(self)
-        self.hidden_size = hidden
-        self.current = current
-        self.reft_phi = nn.ModuleDict()
-        self.reft_dropout: dict[str, float] = {}
-        self.reft_reads_input: dict[str, bool] = {}
-        # fp32 values as last seen: some trainers cast trainable parameters to 16 bit.
-        self._full_precision: dict[str, Tensor] = {}
-        self.device = torch.device("cpu")
-        self.handle: Any = None
-        self.is_edited = False
-        """The output that comes next was edited inside a checkpoint."""
-        self._disable_adapters = False
-        self.merged_adapters = []
-
-    def add(self, adapter_name: str, config: ReftConfig, device: torch.device) -> None:
-        """Create the φ of ``adapter_name``, one per parameter group, in fp32 on ``device``."""
-        groups = num_groups(parse_positions(config.positions), config.tie)
-        phi = nn.ModuleList(
-            build_intervention(config.intervention, self.hidden_size, **config.fields())
-            for _ in range(groups)
-        )
-        if not any(parameter.is_meta for parameter in phi.parameters()):
-            phi.to(device)
-        self.device = device
-        self.reft_phi[adapter_name] = phi
-        self.reft_dropout[adapter_name] = config.dropout
-        self.reft_reads_input[adapter_name] = config.intervention in READS_INPUT
-        self.restore_full_precision()
-
-    def phis(self, adapter_name: str) -> list[nn.Module]:
-        """Return the φ of an adapter, one per parameter group."""
-        return list(self.reft_phi[adapter_name].children())
-
-    def edit_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Forward hook: return ``output`` edited, unless a checkpoint has done it already."""
-        if self.is_edited:
-            self.is_edited = False
-            return output
-        if self.current.value == {}:  # a decode step, where every microsecond counts
-            return output
-        return self.edited(output, args[0] if args else kwargs.get("hidden_states"))
-
-    def edited(self, output: Any, source: Tensor | None = None) -> Any:
-        """Return a module's output with the selected hidden vectors edited.
-
-        Args:
-            output: of the module; hidden vectors, or a tuple that starts with them.
-            source: what went into it, (batch, seq, hidden), for interventions that read that.
-
-        Raises:
-            RuntimeError: the block runs outside the adapted model's own forward.
-        """
-        if self.disable_adapters or not self.reft_phi:
-            return output
-        if self.current.value is None:
-            raise RuntimeError(
-                "an adapted block ran outside the forward pass of the adapted model, so the token "
-                "positions are unknown; call the model itself, not a part of it"
-            )
-        hidden = output[0] if isinstance(output, tuple) else output
-        edited = hidden
-        for adapter_name, groups in self.current.value.items():
-            if adapter_name in self.reft_phi:
-                read = _vectors(source) if self.reft_reads_input[adapter_name] else None
-                for group, index in enumerate(groups):
-                    phi = self.reft_phi.get_submodule(f"{adapter_name}.{group}")
-                    edited = self._edit(edited, phi, index, self.reft_dropout[adapter_name], read)
-        if edited is hidden:
-            return output
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-    def _edit(
-        self,
-        hidden: Tensor,
-        phi: nn.Module,
-        index: tuple[Tensor, Tensor],
-        dropout: float,
-        source: Tensor | None = None,
-    ) -> Tensor:
-        """Return ``hidden`` (batch, seq, hidden) with the vectors at ``index`` changed by φ.
-
-        φ reads them, or the vectors at the same places in ``source`` if there is one.
-        """
-        num_tokens = index[0].numel()
-        if num_tokens == 0 and not (self.training and shards_model()):
-            return hidden  # else φ gets a gradient of 0: each process has to reduce the same ones
-        apply = partial(_edit_vectors, phi=phi, dropout=dropout if self.training else 0.0)
-        tensors = (hidden,) if source is None else (hidden, source)
-        if num_tokens == hidden.shape[0] * hidden.shape[1]:  # all of them: nothing to gather
-            return _in_chunks(apply, *(part.flatten(0, 1) for part in tensors)).view_as(hidden)
-        rows, columns = (part.to(hidden.device) for part in index)
-        new = _in_chunks(apply, *(part[rows, columns] for part in tensors))
-        return hidden.index_put((rows, columns), new)
-
-    def train(self, mode: bool = True) -> ReftLayer:
-        """Switch the mode; entering training also undoes a cast of the interventions to 16 bit."""
-        super().train(mode)
-        if mode:
-            self.restore_full_precision()
-        return self
-
-    def restore_full_precision(self) -> bool:
-        """Give parameters that something cast to 16 bit their fp32 values back.
-
-        Returns:
-            Whether any parameter had been cast.
-        """
-        restored = False
-        tensors = (self.reft_phi.named_parameters(), self.reft_phi.named_buffers())
-        for name, parameter in chain.from_iterable(tensors):
-            if parameter.dtype in HALF:
-                before = self._full_precision.get(name, parameter.data).to(parameter.device)
-                # Values loaded after the cast are newer than ours: keep those, as far as they go.
-                same = torch.equal(before.to(parameter.dtype), parameter.data)
-                parameter.data = (before if same else parameter.data).float()
-                restored = True
-            if not parameter.is_meta:
-                self._full_precision[name] = parameter.data
-        if restored:  # nothing to act on: TRL does it to every quantized base
-            logger.info("something cast the interventions to 16 bit; they are restored to fp32")
-        return restored
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        # PEFT calls this after it has loaded values into empty parameters (low_cpu_mem_usage).
-        if adapter_name in self.reft_phi:
-            self.reft_phi[adapter_name].to(device or self.device)
-            self.restore_full_precision()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter from this layer and choose another active one (PEFT's rules)."""
-        super().delete_adapter(adapter_name)
-        kept = self.reft_phi.state_dict()
-        self._full_precision = {k: v for k, v in self._full_precision.items() if k in kept}
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: an edit of some positions is not a change of weights.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(_NO_MERGE)
+    from collections.abc import Iterator, Sequence
 
 
 class ReftModel(BaseTuner):
@@ -329,7 +140,7 @@ class ReftModel(BaseTuner):
             place=place,
         )
         self.current.value = selection
-        _keep_selection_in_recompute(model, self.current)
+        keep_selection_in_recompute(model, self.current)
         return args, kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -439,12 +250,12 @@ class ReftModel(BaseTuner):
                 layer.handle.remove()
                 delattr(parent, SUBMODULE)
             function = getattr(parent, "_gradient_checkpointing_func", None)
-            if isinstance(function, _SelectionKeepingCheckpoint):
+            if isinstance(function, SelectionKeepingCheckpoint):
                 parent._gradient_checkpointing_func = function.checkpoint
         return super().unload()
 
     def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(_NO_MERGE)
+        raise NotImplementedError(NO_MERGE)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -454,7 +265,7 @@ class ReftModel(BaseTuner):
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError(_NO_MERGE)
+        raise NotImplementedError(NO_MERGE)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -464,19 +275,11 @@ class ReftModel(BaseTuner):
 def prompt_arguments(model: Any, labels: Tensor) -> dict[str, Tensor]:
     """Return what to pass to ``model`` so that it knows the prompt although labels are not passed.
 
-    Args:
-        model: any model; one without ReFT needs nothing.
-        labels: (batch, seq), -100 where a token is not supervised.
+    A model without ReFT needs nothing. Labels are (batch, seq), -100 where not supervised.
     """
     if not any(isinstance(module, ReftLayer) for module in model.modules()):
         return {}
     return {"prompt_mask": ((labels != IGNORED_LABEL).cumsum(1) == 0).long()}
-
-
-_NO_MERGE = (
-    "ReFT edits hidden vectors at some positions, which no change of weights can express, so there "
-    "is nothing to merge; save the adapter with save_pretrained and load it beside the base"
-)
 
 
 def _restore_head(wrapper: ModulesToSaveWrapper) -> None:
@@ -495,98 +298,6 @@ def _with_adapter_names(
     module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]
 ) -> tuple[Any, Any]:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _vectors(source: Any) -> Tensor:
-    if not isinstance(source, Tensor):
-        raise RuntimeError(
-            "the edited module was called without hidden vectors as its first argument or as "
-            "hidden_states, which the intervention reads; use one that reads the output"
-        )
-    return source
-
-
-def _in_chunks(apply: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
-    """Apply to (n, hidden) vectors; recompute many in the backward pass, a chunk at a time.
-
-    What is kept for many vectors is then what the base computes with, not fp32 copies of it.
-    """
-    if vectors[0].shape[0] <= CHUNK_TOKENS:
-        return apply(*vectors)
-    chunks = zip(*(part.split(CHUNK_TOKENS) for part in vectors), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([apply(*chunk) for chunk in chunks])
-    return torch.cat([checkpoint(apply, *chunk, use_reentrant=False) for chunk in chunks])
-
-
-def _edit_vectors(
-    vectors: Tensor, source: Tensor | None = None, *, phi: nn.Module, dropout: float
-) -> Tensor:
-    """Return h + φ(x) for (n, hidden) vectors h: computed in fp32, in the dtype of ``vectors``.
-
-    x is ``source``, or h without one.
-    """
-    kind = vectors.device.type
-    # Autocast would take the products to 16 bit; the meta device has none.
-    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
-        exact = vectors.to(_dtype_of(phi))
-        change = phi(exact if source is None else source.to(exact.dtype))
-        if dropout:
-            change = nn.functional.dropout(change, dropout)
-        edited: Tensor = (exact + change).to(vectors.dtype)
-        return edited
-
-
-def _dtype_of(phi: nn.Module) -> torch.dtype:
-    tensor = next(phi.parameters(), None)
-    return next(phi.buffers()).dtype if tensor is None else tensor.dtype
-
-
-def _keep_selection_in_recompute(model: nn.Module, current: CurrentSelection) -> None:
-    """Make checkpointed blocks recompute under the selection of their own forward pass.
-
-    MLP and attention are recomputed with their hooks, and so are whole blocks in transformers
-    before 5.23; by then another forward pass may have run (a reference model in DPO, say).
-    """
-    if not (model.training and torch.is_grad_enabled()):
-        return
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is not None and not isinstance(function, _SelectionKeepingCheckpoint):
-            wrapped = _SelectionKeepingCheckpoint(function, current)
-            module._gradient_checkpointing_func = wrapped  # type: ignore[assignment]
-
-
-class _SelectionKeepingCheckpoint:
-    """A checkpoint function whose recomputation sees the selection of the forward pass."""
-
-    def __init__(self, checkpoint: Any, current: CurrentSelection) -> None:
-        self.checkpoint, self.current = checkpoint, current
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        selection = self.current.value
-        layer = _layer_outside(function)
-
-        def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with self.current.use(selection):
-                output = function(*inner_args, **inner_kwargs)
-                return output if layer is None else layer.edited(output)
-
-        output = self.checkpoint(run, *args, **kwargs)
-        if layer is not None:
-            layer.is_edited = True
-        return output
-
-
-def _layer_outside(function: Any) -> ReftLayer | None:
-    """Return the ``ReftLayer`` of the block whose bare ``forward`` a checkpoint recomputes.
-
-    transformers 5.23 leaves hooks, and so the edit, outside the checkpoint: what the edit needs for
-    its gradient would then be kept for every block. Older versions have the hooks inside.
-    """
-    block = next(iter(getattr(function, "args", ())), None)
-    layer = getattr(block, SUBMODULE, None) if isinstance(block, nn.Module) else None
-    return layer if isinstance(layer, ReftLayer) else None
 
 
 register(NAME, ReftConfig, ReftModel, prefix=PREFIX)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_reft.base.blocks import base_of
+from lowmem_reft.base.ours import ours
 from lowmem_reft.base.partial import blocks_of
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import ReuseOptions
@@ -159,7 +160,7 @@ def _samples(
 
 
 def _is_partial(model: Any) -> bool:
-    return getattr(base_of(model), "residency", None) is not None
+    return ours(base_of(model)).residency is not None
 
 
 def _build(

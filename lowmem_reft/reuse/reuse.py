@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from lowmem_reft.base.blocks import base_of, device_of
-from lowmem_reft.base.loading import base_digest, dequantized
+from lowmem_reft.base.identity import base_digest
 from lowmem_reft.base.loss import log_likelihood_of
+from lowmem_reft.base.ours import ours
 from lowmem_reft.base.partial import blocks_of, feeding, keys_and_values
+from lowmem_reft.base.quantization import dequantized
 from lowmem_reft.base.residency import Residency
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.machine.devices import dtype_name
@@ -100,7 +102,7 @@ class Reuse:
         self.training = training
         self.split = split or find_split(model, examples, prefix=prefix)
         self.base = base_of(model)
-        self.residency: Residency | None = getattr(self.base, "residency", None)
+        self.residency: Residency | None = ours(self.base).residency
         self.num_layers = len(blocks_of(model))
         self.root = root
         self._tokens = [example["input_ids"] for example in examples]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_reft.base.blocks import base_of
+from lowmem_reft.base.ours import ours
 from lowmem_reft.data.rows import as_choices, class_index, label_names, load_rows
 from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
 from lowmem_reft.data.tasks.metrics import compute, find_metric
@@ -202,7 +203,7 @@ def _load_and_score(
     options: EvaluateOptions, adapter: Path | None, card: TrainingCard, rows: Sequence[Row]
 ) -> Scores:
     model, tokenizer = load_adapted(options.model, adapter, card, resident=options.reuse.resident)
-    if adapter is None and card.task_type == "SEQ_CLS" and model.has_new_head:
+    if adapter is None and card.task_type == "SEQ_CLS" and ours(model).has_new_head:
         logger.warning(
             "%s has no classification head: it got a new one, of random weights, and its scores "
             "say nothing; give the --adapter that was trained with one",
@@ -292,7 +293,7 @@ def score(
     """
     settings = settings or ScoringSettings()
     model.eval()
-    residency = getattr(base_of(model), "residency", None)
+    residency = ours(base_of(model)).residency
     with nullcontext() if residency is None else residency.streaming():
         return _score(model, tokenizer, rows, card, settings)
 

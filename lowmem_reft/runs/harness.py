@@ -36,7 +36,8 @@ from lowmem_reft.methods.virtual_tokens import (
     num_virtual_tokens,
     with_virtual_tokens,
 )
-from lowmem_reft.reft.tuner import ReftLayer, prompt_arguments
+from lowmem_reft.reft.layer import ReftLayer
+from lowmem_reft.reft.tuner import prompt_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from lowmem_reft.base.blocks import device_of
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import checkpoint_digest
-from lowmem_reft.base.loading import load_config, load_tokenizer
+from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.rows import as_choices, label_names, load_rows, rows_digest
 from lowmem_reft.data.tokens import Collator, EncodedRows, encode_labelled, encode_rows

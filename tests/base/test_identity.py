@@ -337,6 +337,14 @@ def test_the_storage_of_a_loaded_base_is_known(tiny_llama_dir: Path, storage: An
     assert storage_of(load_base(tiny_llama_dir, storage=storage, device="cpu")) == storage
 
 
+@pytest.mark.parametrize("storage", ["nf4", "fp4", "int8", "bf16"])
+def test_the_storage_of_a_base_in_part_is_that_of_the_blocks_that_are_there(
+    tiny_llama_dir: Path, storage: Any
+) -> None:
+    base = load_base(tiny_llama_dir, storage=storage, device="cpu", resident="upper")
+    assert storage_of(base) == storage
+
+
 def test_the_digest_tells_checkpoints_apart(tiny_llama_dir: Path, other_base: Path) -> None:
     assert checkpoint_digest(tiny_llama_dir) == checkpoint_digest(str(tiny_llama_dir))
     assert checkpoint_digest(tiny_llama_dir) != checkpoint_digest(other_base)

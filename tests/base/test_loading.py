@@ -22,17 +22,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from lowmem_reft.base.caches import caches_in
-from lowmem_reft.base.loading import (
-    base_digest,
-    enable_activation_checkpointing,
-    guard_linear4bit,
-    load_base,
-    load_tokenizer,
-    resolve_compute_dtype,
-    resolve_device,
-    save_base,
-)
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.identity import base_digest
+from lowmem_reft.base.loading import load_base, load_tokenizer, save_base
+from lowmem_reft.base.quantization import guard_linear4bit
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.devices import resolve_compute_dtype, resolve_device
 from reference import dequantized_copy, relative_error
 
 QUANTIZED = ("nf4", "fp4", "int8")
@@ -578,7 +573,7 @@ def test_a_hub_id_that_cannot_be_had_is_asked_for_once_and_named_with_the_reason
         raise OSError("We couldn't connect\nand much more") from cause
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
-    monkeypatch.setattr("lowmem_reft.base.loading.cached_file", unreachable)
+    monkeypatch.setattr("lowmem_reft.base.hub.cached_file", unreachable)
     for load in (load_base, load_tokenizer):
         with pytest.raises(
             InputError, match=rf"'some/model': there is no such directory, and {why}; check name"

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lowmem_reft.base.blocks import find_blocks
-from lowmem_reft.base.loading import base_digest, load_base, save_base
+from lowmem_reft.base.identity import base_digest
+from lowmem_reft.base.loading import load_base, save_base
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.errors import InputError

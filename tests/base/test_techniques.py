@@ -25,7 +25,7 @@ from lowmem_reft.base.techniques import (
 )
 from lowmem_reft.memory import track
 from lowmem_reft.options import MemoryOptions
-from lowmem_reft.reft import tuner
+from lowmem_reft.reft import layer
 
 NUM_EXAMPLES, SEQ = 3, 20
 BASES = ["llama-fp32", "llama-nf4", "gpt2-fp32", "gpt2-nf4"]
@@ -233,10 +233,10 @@ def test_no_more_than_the_named_number_of_tokens_reaches_an_mlp(
     loss = model(**make_batch()).loss
     in_forward = copy.deepcopy(counts)
     loss.backward()
-    for layer in INNER[name]:
-        assert sum(in_forward[layer]) == NUM_EXAMPLES * SEQ
-        assert len(in_forward[layer]) <= -(-NUM_EXAMPLES * SEQ // num_tokens)
-        assert max(counts[layer]) <= num_tokens
+    for inner in INNER[name]:
+        assert sum(in_forward[inner]) == NUM_EXAMPLES * SEQ
+        assert len(in_forward[inner]) <= -(-NUM_EXAMPLES * SEQ // num_tokens)
+        assert max(counts[inner]) <= num_tokens
 
 
 def test_an_evaluation_runs_its_mlps_in_chunks_too(load: Callable[[str], Any]) -> None:
@@ -447,7 +447,7 @@ def test_edits_in_chunks_are_the_edits_of_all_at_once(
     with torch.no_grad():
         logits = model(**make_batch(), **extra).logits
     sizes = record_sizes_of_edits(model)
-    monkeypatch.setattr(tuner, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(layer, "CHUNK_TOKENS", 8)
     if checkpointing:
         enable_activation_checkpointing(model)
     assert_same(step(model, **extra), wanted)
@@ -472,9 +472,9 @@ def test_dropout_on_an_edit_in_chunks_is_recomputed_as_it_was(
     load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapt(load("llama-fp32"), "loreft_all", dropout=0.3)
-    monkeypatch.setattr(tuner, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(layer, "CHUNK_TOKENS", 8)
     found = step(model)
-    monkeypatch.setattr(tuner, "checkpoint", lambda function, part, **_: function(part))
+    monkeypatch.setattr(layer, "checkpoint", lambda function, part, **_: function(part))
     assert_same(found, step(model))
 
 
@@ -484,7 +484,7 @@ def test_edits_in_chunks_of_a_16_bit_base_keep_no_fp32_copies(
 ) -> None:
     model = adapt(load("llama-bf16"), "loreft_all")
     at_once = kept_bytes(model, **TOKENS[tokens])
-    monkeypatch.setattr(tuner, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(layer, "CHUNK_TOKENS", 8)
     in_chunks = kept_bytes(model, **TOKENS[tokens])
     num_edited = NUM_EXAMPLES * (SEQ if tokens == "all_tokens" else 12)
     num_layers, hidden = 4, 64

@@ -13,7 +13,7 @@ import pytest
 
 import lowmem_reft as lr
 from lowmem_reft import cli
-from lowmem_reft.base.loading import load_config
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.compare.budget import (
     NUM_TIMED_STEPS,
     Equalized,

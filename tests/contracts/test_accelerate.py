@@ -154,7 +154,7 @@ def test_values_are_shared_and_versions_compared_by_three_functions(
 
 @contract(
     "accelerate",
-    used_by="base/loading.py",
+    used_by="base/quantization.py",
     broken_by=with_value(f"{__name__}:_source_of_fsdp2", lambda: ""),
 )
 def test_fsdp2_shards_packed_weights_only_where_they_are_floating_point(breach: bool) -> None:

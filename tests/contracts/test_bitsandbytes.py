@@ -40,7 +40,7 @@ def linear8bit() -> Any:
 
 @contract(
     "bitsandbytes",
-    used_by="base/loading.py",
+    used_by="base/quantization.py",
     broken_by=wrapped(
         f"{MODULES}Linear4bit.forward",
         lambda forward: (
@@ -73,7 +73,7 @@ def test_linear4bit_repacks_in_eval_on_avx512_bf16_if_a_flag_of_the_layer_is_set
 
 @contract(
     "bitsandbytes",
-    used_by="base/loading.py",
+    used_by="base/quantization.py",
     broken_by=wrapped(
         f"{MODULES}_convert_weight_packed_for_cpu", lambda _: lambda data, state: (data, state)
     ),
@@ -158,7 +158,7 @@ def test_a_quant_state_is_made_of_its_constants(breach: bool) -> None:
 
 @contract(
     "bitsandbytes",
-    used_by="base/loading.py",
+    used_by="base/quantization.py",
     broken_by=doing_nothing(f"{MODULES}fix_4bit_weight_quant_state_from_module"),
 )
 def test_a_layer_gives_its_constants_to_a_weight_that_has_lost_them(breach: bool) -> None:
@@ -172,7 +172,7 @@ def test_a_layer_gives_its_constants_to_a_weight_that_has_lost_them(breach: bool
 
 @contract(
     "bitsandbytes",
-    used_by="base/loading.py",
+    used_by="base/quantization.py",
     broken_by=wrapped(
         "bitsandbytes:matmul_4bit",
         lambda product: lambda x, weight, **k: product(x, weight.to(torch.uint8), **k),
@@ -195,7 +195,7 @@ def test_packed_bytes_may_be_held_as_floating_point_numbers(
 
 @contract(
     "bitsandbytes",
-    used_by="base/loading.py memory/live.py base/identity.py",
+    used_by="base/quantization.py memory/live.py base/identity.py",
     broken_by=with_result(f"{MODULES}Params4bit._quantize", lambda weight: weight.data),
 )
 def test_quantizing_keeps_the_class_and_the_kind(breach: bool) -> None:
@@ -351,7 +351,7 @@ def test_a_4bit_product_is_one_operator_or_dequantizes_the_weight(breach: bool) 
 
 @contract(
     "bitsandbytes",
-    used_by="base/loading.py",
+    used_by="base/quantization.py",
     broken_by=with_value(f"{FUNCTIONS}logger", logging.getLogger("bitsandbytes.other")),
 )
 def test_the_notice_of_a_cast_comes_from_one_logger(
@@ -380,7 +380,7 @@ def test_the_notice_of_a_missing_kernel_comes_from_one_logger(breach: bool) -> N
 
 @contract(
     "bitsandbytes",
-    used_by="base/loading.py",
+    used_by="base/quantization.py",
     broken_by=with_value(f"{MODULES}Linear4bit.__init__", torch.nn.Linear.__init__),
 )
 def test_a_bias_and_the_sizes_are_those_of_a_linear_layer(breach: bool) -> None:

@@ -228,7 +228,7 @@ def test_a_static_cache_gets_a_prepared_mask(llama: Any, ids: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="base/loading.py runs/generate.py",
+    used_by="base/heads.py runs/generate.py",
     broken_by=wrapped(
         f"{GENERATE}generate",
         lambda generate: lambda self, *a, **k: generate(self, *a, **{"use_cache": False, **k}),

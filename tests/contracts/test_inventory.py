@@ -17,8 +17,6 @@ HERE = Path(__file__).parent
 
 NO_CONTRACT = {
     "_exit": "os: ends a process, as its documentation says",
-    "_forward_of_all_tokens": "ours, hung on an MLP by techniques",
-    "_forward_with_logits": "ours, hung on a model by loss",
     "_getframe": "sys: documented, of CPython",
 }
 """Private names that need no probe, and why."""

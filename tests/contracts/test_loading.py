@@ -106,7 +106,7 @@ def test_the_loader_quantizes_the_parts_that_it_is_given(directory: Path) -> Non
 
 @contract(
     "transformers",
-    used_by="base/loading.py base/synthetic.py",
+    used_by="base/upper.py base/synthetic.py",
     broken_by=doing_nothing(f"{QUANTIZER}_process_model_before_weight_loading"),
 )
 def test_a_quantizer_puts_its_layers_into_an_empty_model(breach: bool) -> None:
@@ -125,7 +125,7 @@ def test_a_quantizer_puts_its_layers_into_an_empty_model(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="base/loading.py",
+    used_by="base/quantization.py",
     broken_by=wrapped(
         "transformers.quantizers.quantizers_utils:should_convert_module",
         lambda _: lambda *args, **kwargs: True,
@@ -142,7 +142,7 @@ def test_names_to_skip_are_expressions_that_match_from_the_start(breach: bool) -
 
 @contract(
     "transformers",
-    used_by="base/loading.py base/synthetic.py base/identity.py",
+    used_by="base/loading.py base/upper.py base/synthetic.py base/identity.py",
     broken_by=with_value(
         f"{QUANTIZER}_process_model_after_weight_loading", lambda self, model, **_: model
     ),
@@ -188,7 +188,7 @@ def test_loading_tells_what_differs_and_reports_it_by_one_logger(
 
 @contract(
     "transformers",
-    used_by="base/residency.py base/synthetic.py base/loading.py",
+    used_by="base/residency.py base/heads.py",
     broken_by=doing_nothing(f"{MODEL}_init_weights"),
 )
 def test_init_weights_fills_buffers_and_leaves_parameters_that_are_marked(breach: bool) -> None:
@@ -212,7 +212,7 @@ def test_init_weights_fills_buffers_and_leaves_parameters_that_are_marked(breach
 
 @contract(
     "transformers",
-    used_by="base/loading.py",
+    used_by="base/hub.py",
     broken_by=wrapped(
         "transformers.utils.hub:cached_file",
         lambda function: (
@@ -233,7 +233,7 @@ def test_a_file_that_is_missing_is_none(directory: Path, breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="base/loading.py",
+    used_by="base/hub.py",
     broken_by=wrapped(
         "transformers.utils.hub:cached_files",
         lambda _: lambda *args, **kwargs: (_ for _ in ()).throw(OSError("offline")),
@@ -251,7 +251,7 @@ def test_what_the_hub_says_is_the_cause_of_an_os_error(
 
 @contract(
     "huggingface_hub",
-    used_by="base/identity.py base/loading.py",
+    used_by="base/identity.py",
     broken_by=with_result(
         "huggingface_hub._snapshot_download:snapshot_download", lambda path: Path(path).parent
     ),

@@ -271,7 +271,7 @@ def _keeping_the_name(make: Any) -> Any:
 
 @contract(
     "peft",
-    used_by="methods/weights.py reft/tuner.py",
+    used_by="methods/weights.py reft/tuner.py reft/layer.py",
     broken_by=doing_nothing(f"{TUNERS}BaseTuner.disable_adapter_layers"),
 )
 def test_disable_adapter_reaches_the_tuner_its_layers_and_a_flag(method: Any) -> None:
@@ -339,7 +339,7 @@ def test_what_is_saved_has_no_name_of_an_adapter_and_comes_back(method: Any) -> 
 
 @contract(
     "peft",
-    used_by="reft/tuner.py",
+    used_by="reft/layer.py",
     broken_by=wrapped(
         "peft.peft_model:set_peft_model_state_dict",
         lambda load: lambda *args, **kwargs: load(*args, **{**kwargs, "low_cpu_mem_usage": False}),
@@ -457,7 +457,7 @@ def test_lora_has_a_prefix_hooks_and_keys_that_can_be_inherited(breach: bool) ->
 
 @contract(
     "peft",
-    used_by="methods/configs.py",
+    used_by="methods/configs.py methods/attach.py",
     broken_by=wrapped(
         f"{TUNERS}_maybe_include_all_linear_layers",
         lambda include: lambda config, model: _forgetting_layers(include(config, model)),
@@ -564,7 +564,7 @@ def test_a_prefix_is_keys_and_values_that_can_be_taken_from_a_cache(breach: bool
 
 @contract(
     "peft",
-    used_by="base/loading.py",
+    used_by="base/quantization.py",
     broken_by=wrapped(
         f"{MODEL}get_nb_trainable_parameters",
         lambda _: lambda self: (0, sum(p.numel() for p in self.parameters())),

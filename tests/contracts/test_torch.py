@@ -41,7 +41,7 @@ class Seen(TorchDispatchMode):
 
 @contract(
     "torch",
-    used_by="reft/tuner.py base/loss.py base/partial.py",
+    used_by="reft/tuner.py reft/layer.py base/loss.py base/partial.py",
     broken_by=wrapped(
         f"{MODULE}register_forward_hook",
         lambda register: lambda self, hook, *, prepend=False, **k: register(self, hook, **k),
@@ -124,7 +124,7 @@ def test_hooks_and_submodules_go_without_a_trace(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="base/loading.py base/residency.py base/synthetic.py base/loss.py memory/live.py "
+    used_by="base/quantization.py base/residency.py base/synthetic.py base/loss.py memory/live.py "
     "memory/planner.py",
     broken_by=with_value(f"{MODULE}__getattr__", lambda self, name: None),
 )
@@ -216,7 +216,7 @@ def test_hooks_around_a_checkpoint_see_its_inputs_alone(breach: bool) -> None:
 
 @contract(
     "torch",
-    used_by="memory/kernels.py base/techniques.py reft/tuner.py",
+    used_by="memory/kernels.py base/techniques.py reft/layer.py",
     broken_by=wrapped(
         "torch.utils.checkpoint:checkpoint",
         lambda function: (

@@ -55,7 +55,7 @@ def _note_call(calls: list[Any], _: Any, args: Any, output: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="base/blocks.py reft/tuner.py base/partial.py",
+    used_by="base/blocks.py reft/layer.py base/partial.py",
     broken_by=wrapped(
         f"{GPT2}GPT2Block.__call__",
         lambda call: lambda self, h, *a, **k: nn.Module.__call__(self, hidden_states=h, **k),
@@ -107,7 +107,7 @@ def _renamed(self: Any, init: Any, *args: Any, **kwargs: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="reft/tuner.py",
+    used_by="reft/layer.py",
     broken_by=wrapped(
         f"{LLAMA}LlamaMLP.__call__",
         lambda _: lambda self, hidden: nn.Module.__call__(self, x=hidden),
@@ -227,7 +227,7 @@ def test_backbone_embeddings_and_head_are_found_by_the_model_itself(llama: Any) 
 
 @contract(
     "transformers",
-    used_by="base/loading.py base/residency.py",
+    used_by="base/upper.py base/residency.py",
     broken_by=doing_nothing(f"{MODEL}tie_weights"),
 )
 def test_tie_weights_makes_the_head_the_embedding_again(breach: bool) -> None:
@@ -242,7 +242,7 @@ def test_tie_weights_makes_the_head_the_embedding_again(breach: bool) -> None:
 
 @contract(
     "transformers",
-    used_by="reft/tuner.py base/partial.py",
+    used_by="reft/recompute.py base/partial.py",
     broken_by=with_value("transformers:__version__", "5.0" if SINCE_5_23 else "6.0"),
 )
 def test_a_checkpoint_leaves_hooks_outside_since_5_23(llama: Any, ids: Any) -> None:

@@ -18,6 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lowmem_reft import InputError, cli, load_base
+from lowmem_reft.base.ours import ours
 from lowmem_reft.machine import notices
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
 from lowmem_reft.runs.evaluate import run_evaluation
@@ -306,7 +307,7 @@ def test_a_new_head_is_not_reported_but_a_hole_in_the_checkpoint_is(
     assert [lost in text for text in shown.texts] == [True, True]
     whole.save_pretrained(tmp_path / "with head")
     heads = [
-        load_base(directory, storage="fp32", task_type="SEQ_CLS").has_new_head
+        ours(load_base(directory, storage="fp32", task_type="SEQ_CLS")).has_new_head
         for directory in (tiny_llama_dir, tmp_path / "with head")
     ]
     assert heads == [True, False]

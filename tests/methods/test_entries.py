@@ -104,8 +104,11 @@ def test_the_learning_rate_is_the_methods_own_unless_given() -> None:
     assert resolve_learning_rate(options, OptimOptions(lr=0.5)).lr == 0.5
 
 
-def attach_lora(targets: str, architecture: str = "llama", **options: Any) -> Any:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+def attach_lora(
+    targets: str | None, architecture: str = "llama", num_layers: int = 2, **options: Any
+) -> Any:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2}
+    sizes["num_hidden_layers"] = num_layers
     if architecture == "llama":
         sizes |= {"intermediate_size": 48, "num_key_value_heads": 2}
     base = base_with_random_weights(
@@ -114,7 +117,7 @@ def attach_lora(targets: str, architecture: str = "llama", **options: Any) -> An
         storage="fp32",
         compute_dtype=torch.float32,
     )
-    method = MethodOptions(method="lora", target_modules=targets, **options)
+    method = MethodOptions(**{"method": "lora", "target_modules": targets, **options})
     return attach(base, method, task_type="CAUSAL_LM", memory=MemoryOptions(), chunked_loss=True)
 
 
@@ -131,6 +134,21 @@ def test_target_modules_are_those_trained_with_blanks_or_without() -> None:
     trained = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert {name.rpartition(".")[2] for name in trained} == {"q_proj", "v_proj"}
     assert len(trained) == 4
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora_reft"])
+@pytest.mark.parametrize("num_layers", [2, 3])  # of fewer than 20 names PEFT keeps each in full
+def test_layers_are_those_trained_however_few_there_are(method: str, num_layers: int) -> None:
+    model = attach_lora(None, num_layers=num_layers, method=method, layers="1")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".layers.1." in name for name in trained)
+
+
+def test_names_of_all_layers_are_left_to_peft_where_it_looks_at_layers() -> None:
+    config = attach_lora(None, num_layers=3, layers="1").peft_config["default"]
+    suffixes = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert (config.target_modules, config.layers_to_transform) == (suffixes, [1])
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT sets it

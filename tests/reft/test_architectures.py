@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import lowmem_reft as lr
 from lowmem_reft import InputError
 from lowmem_reft.base.blocks import component_path, find_blocks
-from lowmem_reft.base.loading import AUTO_CLASSES, base_digest, enable_activation_checkpointing
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.heads import AUTO_CLASSES
+from lowmem_reft.base.identity import base_digest
 
 HIDDEN, NUM_LAYERS = 32, 2
 COMMON = {

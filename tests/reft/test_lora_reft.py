@@ -13,8 +13,8 @@ from torch import Tensor
 import lowmem_reft as lr
 from lowmem_reft.errors import InputError
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.layer import ReftLayer
 from lowmem_reft.reft.lora_reft import LoraReftConfig
-from lowmem_reft.reft.tuner import ReftLayer
 
 IDS = torch.arange(3, 23).view(2, 10)
 LABELS = torch.where(torch.arange(10) < 6, -100, IDS)

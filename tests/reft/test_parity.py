@@ -21,7 +21,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import lowmem_reft as lr
-from lowmem_reft.base.loading import enable_activation_checkpointing
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from reference import dequantized_copy, relative_error
 
 LAYERS = (1, 3)

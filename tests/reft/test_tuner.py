@@ -31,7 +31,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import lowmem_reft as lr
 from lowmem_reft import InputError
 from lowmem_reft.base.caches import caches_in, with_cache
-from lowmem_reft.base.loading import base_digest, enable_activation_checkpointing
+from lowmem_reft.base.checkpointing import enable_activation_checkpointing
+from lowmem_reft.base.identity import base_digest
 from lowmem_reft.base.techniques import chunk_mlps
 from lowmem_reft.reft.interventions import orthonormal_rows
 from lowmem_reft.reft.tuner import prompt_arguments
@@ -1107,7 +1108,7 @@ def test_a_parallel_adapter_has_the_same_gradients_recomputed_and_in_chunks(
     model = adapt(base, **fields).train()
     model(input_ids=IDS, labels=LABELS).loss.backward()
     expected = gradients(model)
-    monkeypatch.setattr("lowmem_reft.reft.tuner.CHUNK_TOKENS", 5)
+    monkeypatch.setattr("lowmem_reft.reft.layer.CHUNK_TOKENS", 5)
     enable_activation_checkpointing(base)
     if mlp_tokens:
         chunk_mlps(base, mlp_tokens)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lowmem_reft as lr
-from lowmem_reft.base.loading import base_digest
+from lowmem_reft.base.identity import base_digest
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.data.tokens import Collator
 from lowmem_reft.errors import InputError

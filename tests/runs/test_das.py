@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lowmem_reft.base.blocks import find_blocks
-from lowmem_reft.base.loading import base_digest, load_base
+from lowmem_reft.base.identity import base_digest
+from lowmem_reft.base.loading import load_base
 from lowmem_reft.runs.das import (
     Interchanges,
     Pairs,

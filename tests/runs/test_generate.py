@@ -23,8 +23,8 @@ from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.methods.several import answering, find_adapters, load_together
 from lowmem_reft.options import DecodingOptions, GenerateOptions, ModelOptions
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.layer import ReftLayer
 from lowmem_reft.reft.selection import Selector
-from lowmem_reft.reft.tuner import ReftLayer
 from lowmem_reft.runs import generate
 from lowmem_reft.runs.generate import continue_prompts, generate_batches, run_generation, until_stop
 

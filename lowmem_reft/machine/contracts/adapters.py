@@ -158,7 +158,7 @@ CONTRACTS = (
     Contract(
         sentence="PEFT switches, freezes and deletes an adapter in every layer of a tuner",
         libraries=("peft",),
-        leaned_on_by=("reft/tuner.py", "methods/weights.py"),
+        leaned_on_by=("reft/tuner.py", "reft/layer.py", "methods/weights.py"),
         check=_switches_layers,
     ),
     Contract(

@@ -110,13 +110,13 @@ CONTRACTS = (
     Contract(
         sentence="a 4-bit weight holds its constants in quant_state",
         libraries=("bitsandbytes", "torch"),
-        leaned_on_by=("base/loading.py", "base/synthetic.py", "memory/live.py"),
+        leaned_on_by=("base/quantization.py", "base/synthetic.py", "memory/live.py"),
         check=_4bit_weights_hold_their_constants,
     ),
     Contract(
         sentence="a guarded 4-bit layer has right gradients after an evaluation",
         libraries=("bitsandbytes", "torch"),
-        leaned_on_by=("base/loading.py",),
+        leaned_on_by=("base/quantization.py",),
         check=_4bit_gradients_survive_an_evaluation,
     ),
     Contract(

@@ -119,13 +119,13 @@ CONTRACTS = (
     Contract(
         sentence="decoder blocks are one list, and take and return hidden states first",
         libraries=("transformers",),
-        leaned_on_by=("base/blocks.py", "reft/tuner.py", "base/partial.py"),
+        leaned_on_by=("base/blocks.py", "reft/layer.py", "base/partial.py"),
         check=_blocks_take_and_return_hidden_states,
     ),
     Contract(
         sentence="a checkpointed block runs once, through its own checkpoint function",
         libraries=("transformers", "torch"),
-        leaned_on_by=("reft/tuner.py", "base/checkpointing.py"),
+        leaned_on_by=("reft/recompute.py", "base/checkpointing.py"),
         check=_checkpoints_run_blocks_once,
     ),
     Contract(

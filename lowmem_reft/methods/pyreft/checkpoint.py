@@ -39,7 +39,7 @@ _CLASS = re.compile(r"(?:<class ')?(?P<module>\w+(?:\.\w+)*)\.(?P<name>\w+)(?:'>
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Location:
     """Where one intervention edits, as its key says."""
 
     layer: int
@@ -53,12 +53,12 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class PyreftCheckpoint:
     """What a directory of pyreft's holds, checked."""
 
     class_name: str
     """Of all its interventions, a key of ``parameters.KINDS``."""
-    interventions: dict[Place, dict[str, Tensor]]
+    interventions: dict[Location, dict[str, Tensor]]
     """Tensors of each."""
     rank: int
     """Of all of them."""
@@ -68,7 +68,7 @@ class Checkpoint:
     """Weights of the base that were trained beside them, by name."""
     is_interleaved: bool
     """Whether config.json lists an untied layer's interventions one after the other."""
-    files: dict[Place, str]
+    files: dict[Location, str]
     """Where each was read from, for messages."""
 
     @property
@@ -82,7 +82,7 @@ class Checkpoint:
         return len({place.group for place in self.interventions})
 
 
-def read_checkpoint(directory: Path, class_name: str | None = None) -> Checkpoint:
+def read_checkpoint(directory: Path, class_name: str | None = None) -> PyreftCheckpoint:
     """Read what pyreft saved.
 
     Args:
@@ -95,7 +95,7 @@ def read_checkpoint(directory: Path, class_name: str | None = None) -> Checkpoin
     """
     directory = _find(directory)
     config = _load_config(directory)
-    files = {_place(path): path for path in sorted(directory.glob("intkey_*.bin"))}
+    files = {_location(path): path for path in sorted(directory.glob("intkey_*.bin"))}
     keys = _expected_keys(config, directory, files)
     tensors = {place: load_tensors(path) for place, path in files.items()}
     class_name = _class_name(config, directory, class_name, tensors, files)
@@ -106,7 +106,7 @@ def read_checkpoint(directory: Path, class_name: str | None = None) -> Checkpoin
     rank, hidden_size = next(iter(sizes.values()))
     weights = directory / WEIGHTS_OF_BASE
     groups = [int(key.rpartition("#")[2]) for key in keys]
-    return Checkpoint(
+    return PyreftCheckpoint(
         class_name=class_name,
         interventions=tensors,
         rank=rank,
@@ -182,7 +182,7 @@ def _load_config(directory: Path) -> dict[str, Any] | None:
     return content
 
 
-def _place(path: Path) -> Place:
+def _location(path: Path) -> Location:
     key = path.name.removeprefix("intkey_").removesuffix(".bin")
     match = _KEY.fullmatch(key.replace(".", "_"))
     if match is None:
@@ -198,14 +198,14 @@ def _place(path: Path) -> Place:
         )
     group = int(match["group"])
     if match["layer"] is not None:
-        return Place(layer=int(match["layer"]), group=group, component=match["component"])
+        return Location(layer=int(match["layer"]), group=group, component=match["component"])
     where = _PATH.fullmatch(match["component"])
     if where is None:
         raise InputError(
             f"{path} must edit the output of a block or of a part of one, got "
             f"{match['component']!r}; it cannot be an adapter here"
         )
-    return Place(
+    return Location(
         layer=int(where["index"] or where["number"]),
         group=group,
         component=where["below"] or "",
@@ -214,7 +214,7 @@ def _place(path: Path) -> Place:
 
 
 def _expected_keys(
-    config: dict[str, Any] | None, directory: Path, files: Mapping[Place, Path]
+    config: dict[str, Any] | None, directory: Path, files: Mapping[Location, Path]
 ) -> list[str]:
     """Check that every file is there; return the keys in the order of config.json, if it says."""
     present = {path.name for path in files.values()}
@@ -249,8 +249,8 @@ def _class_name(
     config: dict[str, Any] | None,
     directory: Path,
     given: str | None,
-    tensors: Mapping[Place, Mapping[str, Tensor]],
-    files: Mapping[Place, Path],
+    tensors: Mapping[Location, Mapping[str, Tensor]],
+    files: Mapping[Location, Path],
 ) -> str:
     """Say which class all interventions are of: by config.json, the user, or the tensors."""
     said = [] if config is None else list(dict.fromkeys(map(str, config["intervention_types"])))
@@ -288,7 +288,7 @@ def _class_name(
     )
 
 
-def _check_alike(sizes: Mapping[Place, tuple[int, int]], files: Mapping[Place, Path]) -> None:
+def _check_alike(sizes: Mapping[Location, tuple[int, int]], files: Mapping[Location, Path]) -> None:
     """Refuse interventions that one configuration cannot describe."""
     first = next(iter(sizes))
     for place, size in sizes.items():

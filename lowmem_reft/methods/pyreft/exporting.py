@@ -21,6 +21,7 @@ from lowmem_reft.methods.pyreft.importing import check_empty
 from lowmem_reft.methods.pyreft.notes import export_notes
 from lowmem_reft.methods.pyreft.parameters import KINDS, to_pyreft
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.peft_method import type_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,10 +142,9 @@ def _read(directory: Path) -> Adapter:
 
 def _check_expressible(config: Any) -> None:
     if not isinstance(config, ReftConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
         raise InputError(
-            f"adapter_dir must hold a ReFT adapter, got one of {kind}; pyreft has interventions "
-            "only"
+            f"adapter_dir must hold a ReFT adapter, got one of {type_of(config)}; pyreft has "
+            "interventions only"
         )
     if config.intervention not in _CLASSES:
         raise InputError(

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from lowmem_reft.base.blocks import component_path, find_blocks, hidden_size
-from lowmem_reft.base.loading import from_config, load_config
+from lowmem_reft.base.heads import from_config
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import peft_notices_hidden
 from lowmem_reft.methods.card import TrainingCard
-from lowmem_reft.methods.pyreft.checkpoint import WEIGHTS_OF_BASE, Checkpoint, read_checkpoint
+from lowmem_reft.methods.pyreft.checkpoint import WEIGHTS_OF_BASE, PyreftCheckpoint, read_checkpoint
 from lowmem_reft.methods.pyreft.notes import import_notes
 from lowmem_reft.methods.pyreft.parameters import KINDS, from_pyreft
 from lowmem_reft.reft.config import COMPONENTS, ReftConfig
@@ -96,7 +97,7 @@ def check_empty(directory: Path) -> None:
         )
 
 
-def _act(options: ImportPyreftOptions, checkpoint: Checkpoint) -> str | None:
+def _act(options: ImportPyreftOptions, checkpoint: PyreftCheckpoint) -> str | None:
     if not KINDS[checkpoint.class_name].has_act:
         if options.act not in (None, "none"):
             raise InputError(
@@ -113,7 +114,7 @@ def _act(options: ImportPyreftOptions, checkpoint: Checkpoint) -> str | None:
     return None if options.act == "none" else options.act
 
 
-def _tie(options: ImportPyreftOptions, checkpoint: Checkpoint) -> str:
+def _tie(options: ImportPyreftOptions, checkpoint: PyreftCheckpoint) -> str:
     groups = checkpoint.num_groups
     tie = options.tie or ("tied" if groups == 1 else "sides")
     needed = num_groups(parse_positions(options.positions), tie)
@@ -127,7 +128,7 @@ def _tie(options: ImportPyreftOptions, checkpoint: Checkpoint) -> str:
     return tie
 
 
-def _empty_base(options: ImportPyreftOptions, checkpoint: Checkpoint) -> Any:
+def _empty_base(options: ImportPyreftOptions, checkpoint: PyreftCheckpoint) -> Any:
     """Return the base's modules without weights; of a Llama if it is not said which base."""
     if options.model is not None:
         config = load_config(options.model)
@@ -159,7 +160,7 @@ def _empty_base(options: ImportPyreftOptions, checkpoint: Checkpoint) -> Any:
     return base
 
 
-def _component(base: Any, checkpoint: Checkpoint, options: ImportPyreftOptions) -> str:
+def _component(base: Any, checkpoint: PyreftCheckpoint, options: ImportPyreftOptions) -> str:
     """Return our name of what is edited, by pyreft's name or the path that it gives."""
     place = next(iter(checkpoint.interventions))
     name, blocks = find_blocks(base)
@@ -206,7 +207,7 @@ def _paths(block: Any) -> dict[str, str]:
     return paths
 
 
-def _heads(base: Any, checkpoint: Checkpoint, options: ImportPyreftOptions) -> list[str]:
+def _heads(base: Any, checkpoint: PyreftCheckpoint, options: ImportPyreftOptions) -> list[str]:
     """Return the modules that were trained whole, if those are a classifier's head."""
     if not checkpoint.base_weights:
         return []
@@ -225,7 +226,7 @@ def _heads(base: Any, checkpoint: Checkpoint, options: ImportPyreftOptions) -> l
 
 
 def _convert(
-    base: Any, config: ReftConfig, checkpoint: Checkpoint
+    base: Any, config: ReftConfig, checkpoint: PyreftCheckpoint
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the adapter's tensors under the names that PEFT saves them by, and notes."""
     name, _ = find_blocks(base)
@@ -259,7 +260,7 @@ def _convert(
     return result, sorted(notes)
 
 
-def _head_tensor(key: str, checkpoint: Checkpoint) -> Tensor:
+def _head_tensor(key: str, checkpoint: PyreftCheckpoint) -> Tensor:
     name = key.removeprefix("base_model.model.")
     if name not in checkpoint.base_weights:
         raise InputError(

@@ -1,0 +1,122 @@
+"""What a hub id or a directory holds, and what to say of one that is not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
+
+from lowmem_reft.errors import InputError
+
+
+def load_config(model: str | Path, revision: str = "main") -> Any:
+    """Read the configuration of a hub id or a directory.
+
+    Raises:
+        InputError: there is none.
+    """
+    check_path(model)
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            str(model), revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not Path(model).exists():
+            raise _not_found(model, error) from error
+        raise InputError(
+            f"model must be a directory with a config.json or a hub id, got {str(model)!r}; check "
+            f"what is there ({first_line(error)})"
+        ) from error
+
+
+def check_path(model: str | Path) -> None:
+    """Refuse what is meant as a directory and is none."""
+    if str(model).startswith(("/", ".", "~")) and not Path(model).is_dir():
+        raise InputError(
+            f"model must be a hub id or an existing directory, got {str(model)!r}; check the path"
+        )
+
+
+def check_on_hub(model: str | Path, revision: str) -> None:
+    """Refuse a hub id of which nothing can be had."""
+    try:
+        _find(model, CONFIG_NAME, revision)
+    except OSError as error:
+        raise _not_found(model, error) from error
+
+
+def _not_found(model: str | Path, error: Exception) -> InputError:
+    """Return what to say of a hub id, or a directory's name, that transformers does not find."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, LocalEntryNotFoundError):
+        why = "the hub cannot be reached"
+    elif isinstance(cause, GatedRepoError):
+        why = "its repository on the hub is gated"
+    elif isinstance(cause, RepositoryNotFoundError):
+        why = "the hub has no such repository, or none that you may read"
+    else:
+        why = first_line(error)
+    return InputError(
+        f"model must be a directory with a config.json or a hub id, got {str(model)!r}: there is "
+        f"no such directory, and {why}; check name, network and access rights"
+    )
+
+
+def _find(model: str | Path, name: str, revision: str) -> Path | None:
+    """Return where a file of a hub id or a directory lies; None if it has none of the name."""
+    found = cached_file(
+        str(model), name, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    return None if found is None else Path(found)
+
+
+def weight_files(model: str | Path, revision: str) -> list[Path]:
+    """Return the safetensors files of a hub id or a directory.
+
+    Raises:
+        InputError: there are none, or not all that there should be.
+    """
+    try:
+        files = weights_among(lambda name: _find(model, name, revision))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"model must have readable safetensors, got {str(model)!r}; check it "
+            f"({first_line(error)})"
+        ) from error
+    found = [file for file in files if file is not None]
+    if not files or len(found) < len(files):
+        raise InputError(
+            f"model must have all of its safetensors, got {str(model)!r}; convert or download it"
+        )
+    return found
+
+
+def weights_among(find: Callable[[str], Path | None]) -> list[Path | None]:
+    """Return the files that transformers would load: the whole one, else those of the index.
+
+    Args:
+        find: Where a file lies; None if it is not there.
+    """
+    whole = find("model.safetensors")
+    if whole is not None:
+        return [whole]
+    index = find("model.safetensors.index.json")
+    if index is None:
+        return []
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [find(name) for name in sorted(set(names))]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return str(error).strip().split("\n")[0]
