@@ -67,9 +67,9 @@ from lowmem_reft.memory.planner import GIB, Lengths, Planner, read_config
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.profile import measure_step
 from lowmem_reft.options import MemoryOptions, MethodOptions
+from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.proof import prove
 from lowmem_reft.reuse.reuse import Reuse
-from lowmem_reft.reuse.split import ReuseError
 
 DTYPE = torch.bfloat16
 EIGHT, SEVENTY = "llama-3.1-8b", "llama-3.3-70b"

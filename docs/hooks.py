@@ -46,7 +46,7 @@ class LiteralBlocks(griffe.Extension):
 
 
 def subcommands() -> list[Subcommand]:
-    """Every subcommand with the class of its options, ``cache ls`` and its like included."""
+    """Every subcommand with the class of its options, ``reuse ls`` and its like included."""
     found = []
     for name, command in cli._COMMANDS.items():
         options = command.options

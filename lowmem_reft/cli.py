@@ -40,7 +40,6 @@ from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import plain
 from lowmem_reft.machine.progress import show_bars
 from lowmem_reft.options import (
-    CacheOptions,
     ChatOptions,
     CompareOptions,
     EvaluateOptions,
@@ -52,6 +51,7 @@ from lowmem_reft.options import (
     PlanOptions,
     ProfileOptions,
     ReportOptions,
+    ReuseCommandOptions,
     SweepOptions,
     TasksOptions,
     TrainOptions,
@@ -100,9 +100,9 @@ _COMMANDS: dict[str, _Command] = {
         prints_tables=True,
         loads_nothing=True,
     ),
-    "cache": _Command(
-        options=CacheOptions,
-        handler="reuse.cache:run_cache",
+    "reuse": _Command(
+        options=ReuseCommandOptions,
+        handler="reuse.command:run_reuse",
         prints_tables=True,
         loads_nothing=True,
     ),
@@ -113,6 +113,9 @@ _COMMANDS: dict[str, _Command] = {
         options=ExportPyreftOptions, handler="methods.pyreft.exporting:run_export"
     ),
 }
+
+_FORMER = {"cache": "reuse"}
+"""Names that subcommands had before this release; the next one knows them no longer."""
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 
@@ -160,6 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"lowmem-reft {__version__}")
         return 0
+    if arguments and arguments[0] in _FORMER:
+        now = _FORMER[arguments[0]]
+        _report(arguments[0], f"this is now lowmem-reft {now}; use that name", code=0)
+        arguments[0] = now
     try:
         options = _parse(arguments)
         if processes.num_processes() > 1 and not isinstance(options, TrainOptions):
@@ -276,7 +283,7 @@ def _run(command: _Command, options: Options) -> int:
 def _as_json_and_quiet(options: Options) -> tuple[bool, bool]:
     if isinstance(options, ChatOptions):
         return False, options.quiet
-    if isinstance(options, CacheOptions):
+    if isinstance(options, ReuseCommandOptions):
         return options.action.json, options.action.quiet
     switches = options.run if isinstance(options, TrainOptions) else options
     return bool(switches.json), bool(switches.quiet)
@@ -383,7 +390,7 @@ def _what_is_kept(options: Options) -> str:
         return f"finished cells in {options.output_dir} are kept; the same command runs the rest"
     if isinstance(options, SweepOptions):
         return f"finished trials in {options.output_dir} are kept; the same command goes on"
-    if isinstance(options, CacheOptions):
+    if isinstance(options, ReuseCommandOptions):
         return (
             "what is gone is whole again when training builds it; the same command removes the rest"
         )

@@ -26,7 +26,7 @@ COMMANDS = {
     "sweep": "SweepOptions",
     "plan": "PlanOptions",
     "profile": "ProfileOptions",
-    "cache ls": "CacheListOptions",
+    "reuse ls": "ReuseListOptions",
 }
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output-dir", "out"]
 EVALUATE = ["evaluate", "--model", "m", "--data", "d.jsonl"]
@@ -194,7 +194,7 @@ def test_wrong_arguments_exit_with_2_and_are_named(arguments, named, capsys):
         ),
         (["compare", "--workers", "0"], "workers must be at least 1, got 0; raise it"),
         (
-            ["cache", "rm", "--reuse-dir", "."],
+            ["reuse", "rm", "--reuse-dir", "."],
             "keys must name what to remove, got none; give keys, --older-than-days or --all",
         ),
     ],

@@ -181,7 +181,7 @@ def test_the_reference_holds_every_option_of_every_subcommand(
     page = (site / "reference" / "cli.html").read_text()
     _, *parts = re.split(r"<h2 id=\"([a-z-]+)\"", page)
     sections = dict(zip(parts[::2], parts[1::2], strict=True))
-    nested = {"cache": ["cache ls", "cache rm"]}
+    nested = {"reuse": ["reuse ls", "reuse rm"]}
     commands = [each for name in cli._COMMANDS for each in nested.get(name, [name])]
     assert list(sections) == [command.replace(" ", "-") for command in commands]
     for command, section in zip(commands, sections.values(), strict=True):

@@ -153,10 +153,10 @@ SILENT = {options.ChatOptions: {"quiet"}}
         *(
             kind
             for kind in get_args(cli.Options)
-            if kind not in (options.TrainOptions, options.CacheOptions)
+            if kind not in (options.TrainOptions, options.ReuseCommandOptions)
         ),
-        options.CacheListOptions,
-        options.CacheRemoveOptions,
+        options.ReuseListOptions,
+        options.ReuseRemoveOptions,
     ],
     ids=lambda kind: kind.__name__,
 )

@@ -16,8 +16,9 @@ from bitsandbytes.nn.modules import Linear4bit
 from lowmem_reft.base.blocks import base_of, find_blocks
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.methods.constant import lower_part
+from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape
-from lowmem_reft.reuse.split import Example, ReuseError, find_split
+from lowmem_reft.reuse.split import Example, find_split
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

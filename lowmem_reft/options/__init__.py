@@ -15,11 +15,11 @@ from lowmem_reft.options.comparing import (
     TasksOptions,
 )
 from lowmem_reft.options.files import (
-    CacheListOptions,
-    CacheOptions,
-    CacheRemoveOptions,
     ExportPyreftOptions,
     ImportPyreftOptions,
+    ReuseCommandOptions,
+    ReuseListOptions,
+    ReuseRemoveOptions,
 )
 from lowmem_reft.options.groups import (
     DataOptions,
@@ -65,9 +65,6 @@ __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "TRACKERS",
-    "CacheListOptions",
-    "CacheOptions",
-    "CacheRemoveOptions",
     "ChatOptions",
     "CompareOptions",
     "Component",
@@ -91,7 +88,10 @@ __all__ = [
     "ProfileOptions",
     "PyreftClass",
     "ReportOptions",
+    "ReuseCommandOptions",
+    "ReuseListOptions",
     "ReuseOptions",
+    "ReuseRemoveOptions",
     "RunOptions",
     "ScoredDataOptions",
     "Scoring",

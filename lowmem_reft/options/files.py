@@ -1,4 +1,4 @@
-"""Options of the subcommands for files of pyreft and stored constants."""
+"""Options of the subcommands for files of pyreft and stores."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ExportPyreftOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheListOptions:
+class ReuseListOptions:
     """List the stores in a directory: what they hold, their size, when they were last used."""
 
     reuse_dir: Path
@@ -74,7 +74,7 @@ class CacheListOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheRemoveOptions:
+class ReuseRemoveOptions:
     """Remove stores; training builds again what it needs. One that is being built is kept."""
 
     keys: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY ...]")] = ()
@@ -105,10 +105,10 @@ class CacheRemoveOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheOptions:
+class ReuseCommandOptions:
     """List or remove what train --reuse has stored."""
 
     action: (
-        Annotated[CacheListOptions, tyro.conf.subcommand("ls", prefix_name=False)]
-        | Annotated[CacheRemoveOptions, tyro.conf.subcommand("rm", prefix_name=False)]
+        Annotated[ReuseListOptions, tyro.conf.subcommand("ls", prefix_name=False)]
+        | Annotated[ReuseRemoveOptions, tyro.conf.subcommand("rm", prefix_name=False)]
     )

@@ -14,12 +14,12 @@ from lowmem_reft.base.ours import ours
 from lowmem_reft.base.partial import blocks_of
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import ReuseOptions
+from lowmem_reft.reuse.disk import NoRoomError, ReuseError
 from lowmem_reft.reuse.proof import prove, prove_scores
-from lowmem_reft.reuse.reuse import NoRoomError, Report, Reuse
+from lowmem_reft.reuse.reuse import Report, Reuse
 from lowmem_reft.reuse.split import (
     Example,
     NothingToReuseError,
-    ReuseError,
     Split,
     find_split,
 )

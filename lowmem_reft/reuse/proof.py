@@ -10,8 +10,9 @@ from torch import Tensor
 from lowmem_reft.base.blocks import device_of
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.methods.likelihood import response_log_likelihood
+from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.reuse import Reuse
-from lowmem_reft.reuse.split import ReuseError, feeding_errors
+from lowmem_reft.reuse.split import feeding_errors
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Largest relative difference, in L2, between the gradients of the reused and the plain step."""

@@ -12,7 +12,6 @@ aLoRA's reuse of keys and values (arXiv 2504.12397).
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -39,10 +38,10 @@ from lowmem_reft.methods.constant import adapter_parts
 from lowmem_reft.reft.tuner import prompt_arguments
 from lowmem_reft.reuse.batch import ReadAhead, Stacked, aligned, run_stacked, stack
 from lowmem_reft.reuse.build import Below, compute, without_adapters
+from lowmem_reft.reuse.disk import NoRoomError, full_disk_noticed
 from lowmem_reft.reuse.layout import Layout, Shape, in_common
 from lowmem_reft.reuse.split import (
     Example,
-    ReuseError,
     Split,
     feeding_errors,
     find_split,
@@ -55,10 +54,6 @@ logger = logging.getLogger(__name__)
 
 Report = Callable[[int, int], None]
 """Told about progress: shards done, and all of them."""
-
-
-class NoRoomError(ReuseError):
-    """The disk, or the limit, has no room for a store."""
 
 
 class Reuse:
@@ -188,7 +183,7 @@ class Reuse:
                 self._remove_stages()  # of a build that was killed at its very end
                 return
             self.was_built = True
-            _check_room(self.store, limit_bytes)  # before lower blocks run for nothing
+            self.store.check_room(limit_bytes)  # before lower blocks run for nothing
             try:
                 below = None
                 if self.residency is not None:
@@ -254,7 +249,7 @@ class Reuse:
         report: Report,
     ) -> None:
         """Compute and write what is missing from a locked store."""
-        _check_room(store, limit_bytes)
+        store.check_room(limit_bytes)
         missing = store.missing_shards()
         for done, shard in enumerate(missing):
             report(done, len(missing))
@@ -265,13 +260,8 @@ class Reuse:
                 logger.warning("%s; what it held is computed again", error)
                 with self.whole():
                     records = self._compute(examples, store.layout, num_blocks, None)
-            try:
-                with feeding_errors(self.base):
-                    store.write(shard, records)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise NoRoomError(f"the disk is full ({store.directory})") from error
+            with full_disk_noticed(store.directory), feeding_errors(self.base):
+                store.write(shard, records)
 
     def _compute(
         self, indices: Sequence[int], layout: Layout, num_blocks: int, below: Below | None
@@ -426,9 +416,3 @@ class Reuse:
             for part in (keys, values):
                 part[:, row] = part[:, row].roll(prefix - shape.prefix, dims=2)
         return Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values)
-
-
-def _check_room(store: Store, limit_bytes: int | None) -> None:
-    reason = store.check_space(limit_bytes)
-    if reason is not None:
-        raise NoRoomError(reason)

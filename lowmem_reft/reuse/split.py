@@ -16,14 +16,11 @@ from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.methods.constant import num_constant_blocks
 from lowmem_reft.reft.tuner import ReftModel
+from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.store import CorruptShardError
 
 Example = dict[str, Any]
 """``input_ids`` and ``labels``: lists of integers (labels: one number for a head over texts)."""
-
-
-class ReuseError(Exception):
-    """Why nothing can be reused here, in words that end a sentence."""
 
 
 class NothingToReuseError(ReuseError):

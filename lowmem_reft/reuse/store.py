@@ -1,31 +1,28 @@
-"""Constants of a data set on disk: memory-mapped, checksummed, resumable, keyed by what made them.
+"""Numbers of a data set in a store: memory-mapped, checksummed, keyed by what made them.
 
-A store is a directory with ``manifest.json`` and shards of raw numbers. A shard counts only once
-the manifest names it with its checksum, and the manifest is replaced atomically, so a killed build
-goes on where it stopped. A shard's checksum is verified when it is first read.
+``disk`` says what a store is and who may write to it. A shard's checksum is verified when it is
+first read.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import mmap
 import os
-import shutil
 import zlib
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import DTYPES
 from lowmem_reft.machine.files import write_json
+from lowmem_reft.reuse import disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,8 +34,6 @@ VERSION = 2
 
 MOST_OPEN = 128
 """Shards that are mapped at once: each holds a file descriptor."""
-FREE_BYTES = 2**28
-"""Disk space that is left alone."""
 
 
 class CorruptShardError(RuntimeError):
@@ -93,40 +88,15 @@ class Store:
         Raises:
             InputError: the directory cannot be written to.
         """
-        try:
-            handle = self._lock()
-        except OSError as error:
-            raise InputError(
-                f"reuse_dir must be a directory that can be written to, got "
-                f"{str(self.directory.parent)!r}; choose another ({error.strerror})"
-            ) from error
-        with handle:
-            for path in self.directory.glob("*.tmp"):
-                path.unlink(missing_ok=True)  # of a killed build: one that runs holds the lock
+        with disk.locked(self.directory):
             self._read_manifest()
             yield
 
-    def _lock(self) -> IO[str]:
-        """Wait for the lock on the file that other processes find under its name."""
-        path = self.directory / "lock"
-        while True:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with ExitStack() as stack, suppress(FileNotFoundError):  # the store is being removed
-                handle = stack.enter_context(path.open("w"))
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                    stack.pop_all()
-                    return handle
-
     def _read_manifest(self) -> None:
-        path = self.directory / "manifest.json"
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(manifest["shards"], dict)
-            self._manifest = manifest
-            os.utime(path)  # "last used", for those who make room
-        except (OSError, ValueError, KeyError, AssertionError, TypeError):
-            self._manifest = {**self._facts, "version": VERSION, "shards": {}}
+        found = disk.read_manifest(self.directory)
+        self._manifest = found or {**self._facts, "version": VERSION, "shards": {}}
+        with suppress(OSError):
+            os.utime(self.directory / disk.MANIFEST)  # "last used", for those who make room
 
     @property
     def is_complete(self) -> bool:
@@ -136,36 +106,28 @@ class Store:
 
     def missing_shards(self) -> list[int]:
         """Return the shards that are not there whole."""
+        sizes = disk.file_sizes(self.directory)
         return [
             shard
             for shard in range(len(self.layout.shards))
             if str(shard) not in self._manifest["shards"]
-            or not self._path(shard).is_file()
-            or self._path(shard).stat().st_size != self._size(shard)
+            or sizes.get(self._path(shard).name) != self._size(shard)
         ]
 
     def _size(self, shard: int) -> int:
         return sum(map(self.layout.num_bytes, self.layout.shards[shard]))
 
     def _path(self, shard: int) -> Path:
-        return self.directory / f"shard-{shard:05d}.bin"
+        return disk.shard_path(self.directory, shard)
 
-    def check_space(self, limit_bytes: int | None) -> str | None:
-        """Return why there is no room for what is missing; None if there is."""
+    def check_room(self, limit_bytes: int | None) -> None:
+        """Check that there is room for what is missing, and for all of it within a limit.
+
+        Raises:
+            NoRoomError: there is none.
+        """
         missing = sum(self._size(shard) for shard in self.missing_shards())
-        if limit_bytes is not None and self.layout.total_bytes > limit_bytes:
-            return (
-                f"it would take {self.layout.total_bytes / 2**30:.2f} GiB, more than the limit of "
-                f"{limit_bytes / 2**30:.2f} GiB"
-            )
-        parent = next(p for p in (self.directory, *self.directory.parents) if p.is_dir())
-        free = shutil.disk_usage(parent).free
-        if missing > free - FREE_BYTES:
-            return (
-                f"it would take {missing / 2**30:.2f} GiB more and the disk has "
-                f"{free / 2**30:.2f} GiB free"
-            )
-        return None
+        disk.check_room(self.directory, missing, self.layout.total_bytes, limit_bytes)
 
     def write(self, shard: int, records: Sequence[Record]) -> None:
         """Write one shard; it counts from when this returns.
@@ -195,7 +157,7 @@ class Store:
         self._maps.pop(shard, None)
         self._verified.discard(shard)
         self._manifest["shards"][str(shard)] = crc
-        write_json(self.directory / "manifest.json", self._manifest)
+        write_json(self.directory / disk.MANIFEST, self._manifest)
 
     def _check(self, shard: int, records: Sequence[Record]) -> None:
         layout = self.layout
@@ -238,17 +200,8 @@ class Store:
     def remove(self) -> None:
         """Delete the store, unless a process builds it; maps of it that are open stay valid."""
         self._maps.clear()
-        lock = self.directory / "lock"
-        with suppress(OSError), lock.open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The manifest first: what a kill leaves behind counts as missing. The lock last: who
-            # gets it then sees that it has no name any more.
-            (self.directory / "manifest.json").unlink(missing_ok=True)
-            for path in self.directory.iterdir():
-                if path != lock:
-                    path.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
-            self.directory.rmdir()
+        with suppress(OSError):
+            disk.remove(self.directory)
 
     def read(self, index: int) -> Record:
         """Return the constants of an example, on the CPU.

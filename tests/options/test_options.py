@@ -15,7 +15,6 @@ from lowmem_reft.options import (
     OPTIMIZERS,
     SCHEDULES,
     TRACKERS,
-    CacheRemoveOptions,
     ChatOptions,
     CompareOptions,
     DataOptions,
@@ -27,6 +26,7 @@ from lowmem_reft.options import (
     ModelOptions,
     OptimOptions,
     ReuseOptions,
+    ReuseRemoveOptions,
     RunOptions,
     ScoringOptions,
 )
@@ -34,7 +34,7 @@ from lowmem_reft.options import (
 REQUIRED = {
     DataOptions: {"data": "d"},
     RunOptions: {"output_dir": Path("out")},
-    CacheRemoveOptions: {"reuse_dir": Path("reuse")},
+    ReuseRemoveOptions: {"reuse_dir": Path("reuse")},
     EvaluateOptions: {"model": ModelOptions(model="m"), "data": DataOptions(data="d")},
     GenerateOptions: {"model": ModelOptions(model="m")},
     ChatOptions: {"model": ModelOptions(model="m")},
@@ -65,7 +65,7 @@ NAN, INFINITY = float("nan"), float("inf")
         (RunOptions, "save_steps", [0]),
         (RunOptions, "logging_steps", [0]),
         (RunOptions, "report_to", ["unknown", ""]),
-        (CacheRemoveOptions, "older_than_days", [0.0, -1.0, NAN]),
+        (ReuseRemoveOptions, "older_than_days", [0.0, -1.0, NAN]),
         (EvaluateOptions, "batch_size", [0]),
         (ScoringOptions, "max_new_tokens", [0]),
         (GenerateOptions, "batch_size", [0]),

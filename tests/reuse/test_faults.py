@@ -42,9 +42,9 @@ from lowmem_reft.options import (
     TrainOptions,
 )
 from lowmem_reft.reuse import layout
-from lowmem_reft.reuse.cache import remove_store
+from lowmem_reft.reuse.disk import NoRoomError, remove
 from lowmem_reft.reuse.prepare import prepare
-from lowmem_reft.reuse.reuse import NoRoomError, Reuse
+from lowmem_reft.reuse.reuse import Reuse
 from lowmem_reft.reuse.store import CorruptShardError, Store
 from lowmem_reft.runs.train import run_training
 from tiny_models import adapted, make_examples, make_model, reft, saved, stacked
@@ -646,7 +646,7 @@ def _rebuild(store: Store, job: Job) -> None:
     gradients(job.reuse(store.directory.parent))
 
 
-@pytest.mark.parametrize("how", ["removed", "removed by cache rm", "damaged and built again"])
+@pytest.mark.parametrize("how", ["removed", "removed by reuse rm", "damaged and built again"])
 def test_a_reader_goes_on_when_another_process_changes_the_store(tmp_path: Path, how: str) -> None:
     job = Job()
     reuse = job.reuse(tmp_path)
@@ -655,8 +655,8 @@ def test_a_reader_goes_on_when_another_process_changes_the_store(tmp_path: Path,
     reader.wait_for("reading")
     if how == "removed":
         reuse.store.remove()
-    elif how == "removed by cache rm":
-        assert remove_store(reuse.store.directory)
+    elif how == "removed by reuse rm":
+        assert remove(reuse.store.directory)
     else:
         # What the reader has open is the old file, in which a byte may not be flipped.
         for path in shards(reuse):

@@ -19,14 +19,16 @@ from lowmem_reft.methods.constant import num_constant_blocks
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.options import ReuseOptions
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reuse.disk import NoRoomError, ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.reuse.proof import prove, prove_scores
-from lowmem_reft.reuse.reuse import NoRoomError, Reuse
-from lowmem_reft.reuse.split import ReuseError, find_split
+from lowmem_reft.reuse.reuse import Reuse
+from lowmem_reft.reuse.split import find_split
 from lowmem_reft.reuse.store import CorruptShardError, Record, Store
 from tiny_models import (
     ARCHITECTURES,
+    GPT2,
     NEOX,
     SIZES,
     batches,

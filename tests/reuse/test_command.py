@@ -1,4 +1,4 @@
-"""``lowmem-reft cache``: stores are listed and removed, and nothing that is not a store is."""
+"""``lowmem-reft reuse``: stores are listed and removed, and nothing that is not a store is."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ import torch
 
 from lowmem_reft import cli
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import CacheListOptions, CacheOptions, CacheRemoveOptions
-from lowmem_reft.reuse import cache
-from lowmem_reft.reuse.cache import find_stores, remove_store, run_cache
+from lowmem_reft.options import ReuseCommandOptions, ReuseListOptions, ReuseRemoveOptions
+from lowmem_reft.reuse import command
+from lowmem_reft.reuse.command import run_reuse
+from lowmem_reft.reuse.disk import find_stores
+from lowmem_reft.reuse.disk import remove as remove_store
 from lowmem_reft.reuse.layout import Layout, Shape
 from lowmem_reft.reuse.store import Record, Store, key_of
 
@@ -72,8 +74,8 @@ def locked_by_another_process(directory: Path) -> Iterator[None]:
 
 
 def remove(root: Path, *keys: str, **options: Any) -> dict[str, Any]:
-    action = CacheRemoveOptions(keys=keys, reuse_dir=root, **options)
-    return run_cache(CacheOptions(action=action))
+    action = ReuseRemoveOptions(keys=keys, reuse_dir=root, **options)
+    return run_reuse(ReuseCommandOptions(action=action))
 
 
 def content(root: Path) -> list[str]:
@@ -81,12 +83,12 @@ def content(root: Path) -> list[str]:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, lowmem_reft.reuse.cache; assert 'torch' not in sys.modules"
+    code = "import sys, lowmem_reft.reuse.command; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_stores_are_listed_with_what_they_hold(stores: list[Path], tmp_path: Path) -> None:
-    result = run_cache(CacheOptions(action=CacheListOptions(reuse_dir=tmp_path)))
+    result = run_reuse(ReuseCommandOptions(action=ReuseListOptions(reuse_dir=tmp_path)))
     assert [store["key"] for store in result["stores"]] == list(KEYS)  # last used first
     size = 200 + (stores[0] / "manifest.json").stat().st_size
     first = dict(result["stores"][0])
@@ -179,7 +181,7 @@ def content_of(root: Path, *directories: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("cc", "keys must name stores, got 'cc', which is none; lowmem-reft cache ls lists them"),
+        ("cc", "keys must name stores, got 'cc', which is none; lowmem-reft reuse ls lists them"),
         ("aa", "keys must name one store each, got 'aa', which is trunk-aa11.*, trunk-aa22"),
         ("trunk-", "keys must name one store each, got 'trunk-'"),
         ("", "keys must name stores, got ''"),
@@ -249,7 +251,7 @@ def test_listing_does_not_look_like_building(stores: list[Path], tmp_path: Path)
 def test_a_reader_in_another_process_keeps_what_it_has_mapped(tmp_path: Path) -> None:
     store, record = written_store(tmp_path)
     mapped = store.read(0).hidden
-    command = [sys.executable, "-m", "lowmem_reft.cli", "cache", "rm", "--reuse-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "lowmem_reft.cli", "reuse", "rm", "--reuse-dir", str(tmp_path)]
     subprocess.run([*command, "--all"], check=True, capture_output=True)
     assert not store.directory.exists()
     assert torch.equal(mapped, record.hidden)
@@ -299,7 +301,7 @@ def test_a_store_that_another_process_has_removed_meanwhile_is_no_error(
     stores: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = find_stores(tmp_path)
-    monkeypatch.setattr(cache, "find_stores", lambda _: found)
+    monkeypatch.setattr(command, "find_stores", lambda _: found)
     assert remove_store(stores[0])
     assert remove(tmp_path, all=True)["removed"] == [stores[1].name, stores[2].name]
 
@@ -310,21 +312,21 @@ def test_stores_that_may_not_be_removed_are_an_input_error(
     def refuse(_: Path) -> bool:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cache, "remove_store", refuse)
+    monkeypatch.setattr(command, "remove", refuse)
     with pytest.raises(InputError, match="reuse_dir must hold stores that may be removed, got"):
         remove(tmp_path, all=True)
 
 
-@pytest.mark.parametrize("command", [["ls"], ["rm", "--all"]])
+@pytest.mark.parametrize("words", [["ls"], ["rm", "--all"]])
 def test_a_directory_that_is_not_there_exits_with_2(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["cache", *command, "--reuse-dir", str(tmp_path / "none")]) == 2
-    assert "cache: error: reuse_dir must be an existing directory" in capsys.readouterr().err
+    assert cli.main(["reuse", *words, "--reuse-dir", str(tmp_path / "none")]) == 2
+    assert "reuse: error: reuse_dir must be an existing directory" in capsys.readouterr().err
 
 
 def test_keys_beside_all_exit_with_2(stores: list[Path], tmp_path: Path) -> None:
-    assert cli.main(["cache", "rm", "aa11", "--all", "--reuse-dir", str(tmp_path)]) == 2
+    assert cli.main(["reuse", "rm", "aa11", "--all", "--reuse-dir", str(tmp_path)]) == 2
     assert len(find_stores(tmp_path)) == 3
 
 
@@ -332,10 +334,10 @@ def test_the_last_line_with_json_is_the_result(
     stores: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     where = ["--reuse-dir", str(tmp_path), "--json"]
-    assert cli.main(["cache", "ls", *where]) == 0
+    assert cli.main(["reuse", "ls", *where]) == 0
     listed = json.loads(capfd.readouterr().out)
     assert [store["name"] for store in listed["stores"]] == [store.name for store in stores]
-    assert cli.main(["cache", "rm", "aa11", "bb33", *where]) == 0
+    assert cli.main(["reuse", "rm", "aa11", "bb33", *where]) == 0
     removed = json.loads(capfd.readouterr().out)
     assert removed["removed"] == [stores[0].name, stores[2].name]
 
@@ -343,11 +345,28 @@ def test_the_last_line_with_json_is_the_result(
 def test_a_person_sees_one_line_for_each_store(
     stores: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["cache", "ls", "--reuse-dir", str(tmp_path)]) == 0
+    assert cli.main(["reuse", "ls", "--reuse-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:6] == [stores[0].name, "LlamaForCausalLM", "8", "bf16", "0.0", "2"]
     assert len(lines) == 5
-    assert cli.main(["cache", "rm", "--all", "--reuse-dir", str(tmp_path)]) == 0
+    assert cli.main(["reuse", "rm", "--all", "--reuse-dir", str(tmp_path)]) == 0
     assert f"removed {stores[0].name}\n" in capsys.readouterr().out
-    assert cli.main(["cache", "ls", "--reuse-dir", str(tmp_path)]) == 0
+    assert cli.main(["reuse", "ls", "--reuse-dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "no stores\n"
+
+
+def test_the_former_name_does_the_same_and_says_the_new_one(
+    stores: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--reuse-dir", str(tmp_path), "--json"]
+    assert cli.main(["reuse", "ls", *where]) == 0
+    wanted = capfd.readouterr()
+    assert cli.main(["cache", "ls", *where]) == 0
+    found = capfd.readouterr()
+    assert found.out == wanted.out
+    assert found.err == "lowmem-reft cache: this is now lowmem-reft reuse; use that name\n"
+    assert wanted.err == ""
+    assert cli.main(["cache", "rm", "--reuse-dir", str(tmp_path)]) == 2
+    assert "keys must name what to remove" in capfd.readouterr().err
+    assert cli.main(["cache", "rm", "aa11", *where]) == 0
+    assert not stores[0].exists()
