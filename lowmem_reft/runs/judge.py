@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from lowmem_reft.data.rows import Row
-from lowmem_reft.data.tasks.files import read_json, text_of
+from lowmem_reft.data.tasks.converters import refusing, text_of
+from lowmem_reft.data.tasks.files import read_json
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.options import JudgeOptions
@@ -288,13 +289,13 @@ def _filled(template: str, question: Question) -> str:
 
 def _responses(path: Path) -> list[tuple[str, str]]:
     """(Prompt, response) of every line; a response may be empty."""
-    form = '{"prompt": "...", "response": "..."}'
     found = []
     for place, record in read_json(path):
         if isinstance(record, dict) and "messages" in record:
             prompt = _conversation(record["messages"], place)
         else:
-            prompt = text_of(record, "prompt", place, form=form)
+            with refusing(record, place, '{"prompt": "...", "response": "..."}'):
+                prompt = text_of(record, "prompt")
         names = ("response", "prediction_text", "prediction")
         response = next((record[name] for name in names if name in record), None)
         if not isinstance(response, str):

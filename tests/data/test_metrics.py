@@ -70,6 +70,52 @@ def test_degenerate_predictions_score_as_in_the_reference_library(name: str, cas
     )
 
 
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "values"),  # of f1, matthews, pearson, spearman
+    [
+        ([1], [1], (1.0, 0.0, NAN, NAN)),
+        ([1], [0], (0.0, 0.0, NAN, NAN)),
+        ([0], [0], (0.0, 0.0, NAN, NAN)),
+        ([0, 0], [0, 0], (0.0, 0.0, NAN, NAN)),
+        ([2, 2, 2], [2, 2, 2], (0.0, 0.0, NAN, NAN)),
+        ([0, 0, 0], [0, 1, 2], (0.0, 0.0, NAN, NAN)),
+        ([1, 1, 1], [0, 1, 2], (0.5, 0.0, NAN, NAN)),
+        ([0, 1, 2], [1, 1, 1], (0.5, 0.0, NAN, NAN)),
+        ([0, 0, 2], [0, 2, 2], (0.0, 0.5, 0.5, 0.5)),
+        ([0, 1, 2], [2, 1, 0], (1.0, 0.0, -1.0, -1.0)),
+        ([1, 0], [0, 1], (0.0, -1.0, -1.0, -1.0)),
+        ([0, 1], [0, 1], (1.0, 1.0, 1.0, 1.0)),
+        ([True, False, True], [1, 0, 0], (2 / 3, 0.5, 0.5, 0.5)),
+        ([3, 4, 5, 3], [3, 4, 5, 5], (0.0, 0.7, 5 / 11, 7 / 18)),
+    ],
+)
+def test_degenerate_inputs_have_these_values(
+    predictions: list[int], references: list[int], values: tuple[float, ...]
+) -> None:
+    names = ("f1", "matthews", "pearson", "spearman")
+    found = tuple(compute(name, predictions, references) for name in names)
+    assert found == pytest.approx(values, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references"),
+    [([1e300, 1e300], [0.0, 1.0]), ([1.0, 1.0 + 1e-15], [0.0, 1.0]), ([0.0, math.inf], [0.0, 1.0])],
+)
+def test_a_correlation_of_extreme_numbers_gives_no_warning(
+    predictions: list[float], references: list[float]
+) -> None:
+    for name in ("pearson", "spearman"):
+        value = compute(name, predictions, references)
+        assert math.isnan(value) or value == pytest.approx(1.0)
+
+
+def test_accuracy_compares_what_is_no_class_too() -> None:
+    assert compute("accuracy", ["1", None, 2.5], ["1", "2", 2.5]) == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("name", ["pearson", "spearman"])
 def test_a_correlation_with_missing_numbers_is_undefined(name: str) -> None:
     assert math.isnan(compute(name, [1.0, math.nan, 2.0], [1.0, 2.0, 3.0]))

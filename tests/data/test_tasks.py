@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -403,6 +404,27 @@ def test_a_wrong_file_is_refused_with_its_line(case: str, tmp_path: Path) -> Non
     assert name in str(caught.value)
 
 
+CONVERTERS = {
+    f"{name} {i}": source.convert
+    for name, task in TASKS.items()
+    for i, source in enumerate((*task.local, task.hub))
+    if source is not None
+}
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_a_record_with_anything_in_its_columns_is_taken_or_refused(name: str) -> None:
+    records = [record for record, *_ in HUB.values()]
+    records += [choice_record(0, "true/false"), number_record(1), aqua_record(1), mawps_record(1)]
+    odd: list[Any] = [None, 3, "text", [], {}]
+    for record in records:
+        for value in (None, "", "7", 7, True, 1.5, ["a"]):
+            odd += [{**record, column: value} for column in record]
+    for record in odd:
+        with contextlib.suppress(InputError):
+            assert CONVERTERS[name](record, "file:1").source == "file:1"
+
+
 def test_broken_lines_of_qqp_are_left_out_with_a_warning(tmp_path: Path) -> None:
     header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
     lines = [f"{i}\t1\t2\tq {i}?\tr {i}?\t{i % 2}\n" for i in range(4)]
@@ -417,7 +439,12 @@ def test_broken_lines_of_qqp_are_left_out_with_a_warning(tmp_path: Path) -> None
         ("piqa", "train", ["piqa/test.json"], r"must be in train.json, .*commonsense170k as the"),
         ("piqa", "validation", ["piqa/test.json"], "must be in train.json"),
         ("aqua", "train", ["AQuA/test.json"], r"must be in train.json, .*train on math10k"),
-        ("math10k", "test", ["ft-training_set/math_10k.json"], "to be tested on "),
+        (
+            "math10k",
+            "test",
+            ["ft-training_set/math_10k.json"],
+            "to be tested on aqua, gsm8k, mawps, svamp$",
+        ),
         ("sst2", "train", ["SST-2/dev.tsv"], r"must be in train.tsv, got none in '.*SST-2'; add"),
         ("trec", "train", [], r"must hold the files of trec, got .*; put TREC.train, TREC.test"),
     ],

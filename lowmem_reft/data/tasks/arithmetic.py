@@ -7,11 +7,12 @@ whose reasoning was kept where it came to the right answer, and tests on each se
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from lowmem_reft.data.tasks.answers import number
-from lowmem_reft.data.tasks.files import read_json, refused, text_of
-from lowmem_reft.data.tasks.task import Example, HubSet, LocalFiles, Task
+from lowmem_reft.data.tasks.converters import converter, text_of
+from lowmem_reft.data.tasks.task import HubSet, LocalFiles, Task
 
 INSTRUCTION_TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -19,234 +20,164 @@ INSTRUCTION_TEMPLATE = (
 )
 """Alpaca's, for an instruction without input; the paper's for arithmetic and instructions."""
 
-_GSM8K_TEMPLATE = (
-    "{prompt}\nAnswer the above question. First think step by step and then answer the final "
-    "number.\n"
-)
-_FORM = '{"instruction": "...", "answer": "8.0"}'
-_AQUA_FORM = '{"instruction": "... Answer Choices: (A) 21 (B) 22 ...", "answer": "B"}'
-_GSM8K_FORM = '{"question": "...", "answer": "... #### 8"}'
-_MAWPS_FORM = '{"original_text": "...", "equation": "X=3+5", "ans": 8.0}'
-_MIX_FORM = '{"instruction": "...", "output": "...", "answer": "8.0"}'
+
+def _digits(text: str) -> str:
+    found = number(text)
+    if found is None:
+        raise ValueError(f"no number is in {text!r}")
+    return found
 
 
-def convert_number(record: Any, place: str) -> Example:
-    """Check a problem whose answer is a number: LLM-Adapters' form, or SVAMP's own.
-
-    Raises:
-        InputError: If it has another form.
-    """
-    if isinstance(record, dict) and "Body" in record:
-        body, question = (text_of(record, name, place, form=_FORM) for name in ("Body", "Question"))
+def _with_number(record: Any) -> dict[str, Any]:
+    """A problem whose answer is a number: LLM-Adapters' form, or SVAMP's own."""
+    if "Body" in record:
+        body, question = text_of(record, "Body"), text_of(record, "Question")
         # Some bodies of SVAMP end without a full stop.
         problem = f"{body} {question}" if body[-1] in ".,?!" else f"{body}. {question}"
-        answer = number(str(record.get("Answer")))
+        answer = str(record.get("Answer"))
     else:
-        problem = text_of(record, "instruction", place, form=_FORM)
-        answer = number(text_of(record, "answer", place, form=_FORM))
-    if answer is None:
-        raise refused(place, _FORM, record)
-    return _example(place, problem, f"The answer is {answer}.")
+        problem, answer = text_of(record, "instruction"), text_of(record, "answer")
+    return {"prompt": problem, "response": f"The answer is {_digits(answer)}."}
 
 
-def convert_aqua(record: Any, place: str) -> Example:
-    """Check a problem with options A to E: LLM-Adapters' form, or AQuA's own.
-
-    Raises:
-        InputError: If it has another form.
-    """
-    if isinstance(record, dict) and "options" in record:
-        question = text_of(record, "question", place, form=_AQUA_FORM)
-        reasoning = f"{text_of(record, 'rationale', place, form=_AQUA_FORM)}\n"
-        answer = text_of(record, "correct", place, form=_AQUA_FORM)
+def _aqua(record: Any) -> dict[str, Any]:
+    """A problem with options A to E: LLM-Adapters' form, or AQuA's own."""
+    if "options" in record:
         options = " ".join(f"({str(option).replace(')', ') ', 1)}" for option in record["options"])
-        question = f"{question} Answer Choices: {options}"
+        question = f"{text_of(record, 'question')} Answer Choices: {options}"
+        reasoning, answer = f"{text_of(record, 'rationale')}\n", text_of(record, "correct")
     else:
-        question = text_of(record, "instruction", place, form=_AQUA_FORM)
-        answer, reasoning = text_of(record, "answer", place, form=_AQUA_FORM), ""
+        question, reasoning = text_of(record, "instruction"), ""
+        answer = text_of(record, "answer")
     if answer not in ("A", "B", "C", "D", "E") or f"({answer})" not in question:
-        raise refused(place, _AQUA_FORM, record)
-    return _example(place, question, f"{reasoning}The answer is ({answer}).")
+        raise ValueError(f"there is no option {answer}")
+    return {"prompt": question, "response": f"{reasoning}The answer is ({answer})."}
 
 
-def convert_gsm8k(record: Any, place: str) -> Example:
-    """Check a problem of GSM8K; as in the paper, "The final answer is:" stands for the hash marks.
-
-    Raises:
-        InputError: If it has another form.
-    """
-    question = text_of(record, "question", place, form=_GSM8K_FORM)
-    reasoning, mark, answer = text_of(record, "answer", place, form=_GSM8K_FORM).rpartition("####")
+def _gsm8k(record: Any) -> dict[str, Any]:
+    """As in the paper, "The final answer is:" stands for the hash marks."""
+    reasoning, mark, answer = text_of(record, "answer").rpartition("####")
     if not mark or number(answer) is None:
-        raise refused(place, _GSM8K_FORM, record)
-    return _example(place, question, f"{reasoning}The final answer is: {answer.strip()}")
+        raise ValueError("no number is after hash marks")
+    response = f"{reasoning}The final answer is: {answer.strip()}"
+    return {"prompt": text_of(record, "question"), "response": response}
 
 
-def convert_mawps(record: Any, place: str) -> Example:
-    """Check a problem of MAWPS with the equation that solves it.
-
-    Raises:
-        InputError: If it has another form.
-    """
-    problem = text_of(record, "original_text", place, form=_MAWPS_FORM)
-    equation = text_of(record, "equation", place, form=_MAWPS_FORM)
-    answer = number(str(record.get("ans")))  # in some rows it is a text
-    if answer is None:
-        raise refused(place, _MAWPS_FORM, record)
-    return _example(place, problem, f"{equation}\nThe answer is {answer}.")
+def _mawps(record: Any) -> dict[str, Any]:
+    """A problem with the equation that solves it."""
+    answer = _digits(str(record.get("ans")))  # in some rows it is a text
+    response = f"{text_of(record, 'equation')}\nThe answer is {answer}."
+    return {"prompt": text_of(record, "original_text"), "response": response}
 
 
-def convert_mix(record: Any, place: str) -> Example:
-    """Check a problem of the training mix: the response is the reasoning as it stands.
-
-    Raises:
-        InputError: If it has another form.
-    """
-    problem = text_of(record, "instruction", place, form=_MIX_FORM)
-    return _example(place, problem, text_of(record, "output", place, form=_MIX_FORM))
+def _mix(record: Any) -> dict[str, Any]:
+    """A problem of the training mix, whose reasoning is the response as it stands."""
+    return {"prompt": text_of(record, "instruction"), "response": text_of(record, "output")}
 
 
-def _example(place: str, problem: str, response: str) -> Example:
-    return Example(source=place, prompt=problem, text=problem, response=response)
+_number_converter = converter('{"instruction": "...", "answer": "8.0"}', _with_number)
+_aqua_converter = converter(
+    '{"instruction": "... Answer Choices: (A) 21 (B) 22 ...", "answer": "B"}', _aqua
+)
+_gsm8k_converter = converter('{"question": "...", "answer": "... #### 8"}', _gsm8k)
+_mawps_converter = converter('{"original_text": "...", "equation": "X=3+5", "ans": 8.0}', _mawps)
+_mix_converter = converter('{"instruction": "...", "output": "...", "answer": "8.0"}', _mix)
 
+_task = partial(
+    Task,
+    family="arithmetic",
+    template=INSTRUCTION_TEMPLATE,
+    metric="accuracy",
+    scoring="generation",
+    answer="number",
+    max_new_tokens=512,
+)
+# LLM-Adapters' files.
+_files = partial(LocalFiles, convert=_number_converter, train=("train.json",), test=("test.json",))
 
 TASKS = (
-    Task(
+    _task(
         name="math10k",
-        family="arithmetic",
         about="word problems with right reasoning: what the paper trains on",
-        template=INSTRUCTION_TEMPLATE,
-        metric="accuracy",
-        scoring="generation",
         answer="number_or_letter",
-        max_new_tokens=512,
         local=(
             LocalFiles(
                 directories=("math_10k", "ft-training_set"),
-                read=read_json,
-                convert=convert_mix,
+                convert=_mix_converter,
                 rule="held_out",
                 train=("math_10k.json",),
             ),
         ),
     ),
-    Task(
+    _task(
         name="aqua",
-        family="arithmetic",
         about="algebra word problems with five options",
-        template=INSTRUCTION_TEMPLATE,
-        metric="accuracy",
-        scoring="generation",
         answer="option_letter",
-        max_new_tokens=512,
         local=(
-            LocalFiles(
+            _files(
                 directories=("AQuA", "llm-adapters-AQuA"),
-                read=read_json,
-                convert=convert_aqua,
+                convert=_aqua_converter,
                 rule="own",
-                train=("train.json",),
                 validation=("dev.json",),
-                test=("test.json",),
             ),
         ),
         hub=HubSet(
             id="deepmind/aqua_rat",
             config="raw",
-            convert=convert_aqua,
+            convert=_aqua_converter,
             rule="own",
             train=("train",),
             validation=("validation",),
             test=("test",),
         ),
     ),
-    Task(
+    _task(
         name="gsm8k",
-        family="arithmetic",
         about="grade-school word problems of several steps",
-        template=_GSM8K_TEMPLATE,
-        metric="accuracy",
-        scoring="generation",
-        answer="number",
+        template="{prompt}\nAnswer the above question. First think step by step and then answer "
+        "the final number.\n",
         max_new_tokens=256,
         local=(
             LocalFiles(
                 directories=("gsm8k",),
-                read=read_json,
-                convert=convert_gsm8k,
+                convert=_gsm8k_converter,
                 rule="tail",
                 train=("train.jsonl",),
                 test=("test.jsonl",),
             ),
-            LocalFiles(  # LLM-Adapters'
-                directories=("gsm8k",),
-                read=read_json,
-                convert=convert_number,
-                rule="tail",
-                train=("train.json",),
-                test=("test.json",),
-            ),
+            _files(directories=("gsm8k",), rule="tail"),
         ),
         hub=HubSet(
             id="openai/gsm8k",
             config="main",
-            convert=convert_gsm8k,
+            convert=_gsm8k_converter,
             rule="tail",
             train=("train",),
             test=("test",),
         ),
     ),
-    Task(
+    _task(
         name="mawps",
-        family="arithmetic",
         about="short word problems with their equations",
-        template=INSTRUCTION_TEMPLATE,
-        metric="accuracy",
-        scoring="generation",
-        answer="number",
-        max_new_tokens=512,
         local=(
             LocalFiles(
                 directories=("mawps",),
-                read=read_json,
-                convert=convert_mawps,
+                convert=_mawps_converter,
                 rule="own",
                 train=("trainset.json",),
                 validation=("validset.json",),
                 test=("testset.json",),
             ),
-            LocalFiles(  # LLM-Adapters', made from testset.json
-                directories=("mawps",),
-                read=read_json,
-                convert=convert_number,
-                rule="own",
-                train=("train.json",),
-                test=("test.json",),
-            ),
+            _files(directories=("mawps",), rule="own"),  # made from testset.json
         ),
     ),
-    Task(
+    _task(
         name="svamp",
-        family="arithmetic",
         about="short word problems, varied so that shortcuts fail",
-        template=INSTRUCTION_TEMPLATE,
-        metric="accuracy",
-        scoring="generation",
-        answer="number",
-        max_new_tokens=512,
-        local=(
-            LocalFiles(
-                directories=("SVAMP", "llm-adapters-SVAMP"),
-                read=read_json,
-                convert=convert_number,
-                rule="held_out",
-                train=("train.json",),
-                test=("test.json",),
-            ),
-        ),
+        local=(_files(directories=("SVAMP", "llm-adapters-SVAMP"), rule="held_out"),),
         # The paper tests on all 1,000 rows.
         hub=HubSet(
-            id="ChilleD/SVAMP", convert=convert_number, rule="held_out", test=("train", "test")
+            id="ChilleD/SVAMP", convert=_number_converter, rule="held_out", test=("train", "test")
         ),
     ),
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_reft.data.tasks.files import read_lines, refused, text_of
-from lowmem_reft.data.tasks.task import Example, HubSet, LocalFiles, Task
+from lowmem_reft.data.tasks.converters import classified
+from lowmem_reft.data.tasks.files import read_lines
+from lowmem_reft.data.tasks.task import Convert, HubSet, LocalFiles, Task
 from lowmem_reft.errors import InputError
 
 TREC_TYPES = {
@@ -19,7 +20,7 @@ TREC_TYPES = {
     "NUM": "number",
 }
 _NAMES = tuple(TREC_TYPES.values())
-_HUB_ORDER = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
+_HUB_ORDER = ("abbreviation", "entity", "description", "human", "location", "number")
 
 
 def read_trec(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -39,27 +40,13 @@ def read_trec(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         yield place, {"text": question, "label": coarse}
 
 
-def convert(record: Any, place: str) -> Example:
-    """Make an example of a question and its coarse label, by name or, on the hub, by number.
-
-    Raises:
-        InputError: If the record has another form.
-    """
-    form = '{"text": "...", "coarse_label": 0 to 5}'
-    question, label = text_of(record, "text", place, form=form), record.get("label")
-    if label is None:
-        try:
-            label = _HUB_ORDER[record["coarse_label"]]
-        except (KeyError, IndexError, TypeError) as error:
-            raise refused(place, form, record) from error
-    name = TREC_TYPES[label]
-    return Example(
-        source=place,
-        prompt=question,
-        text=question,
-        choices=_NAMES,
-        answer=_NAMES.index(name),
-        label=name,
+def _convert(column: str, values: Mapping[Any, str]) -> Convert:
+    """Return the converter of records whose types are written with these values."""
+    return classified(
+        dict(zip(_NAMES, _NAMES, strict=True)),
+        ("text", column),
+        {value: _NAMES.index(name) for value, name in values.items()},
+        form='{"text": "...", "coarse_label": 0 to 5}',
     )
 
 
@@ -77,7 +64,7 @@ TASKS = (
             LocalFiles(
                 directories=("trec",),
                 read=read_trec,
-                convert=convert,
+                convert=_convert("label", TREC_TYPES),
                 rule="held_out",
                 train=("TREC.train",),
                 test=("TREC.test",),
@@ -86,7 +73,7 @@ TASKS = (
         hub=HubSet(
             id="CogComp/trec",
             revision="refs/convert/parquet",
-            convert=convert,
+            convert=_convert("coarse_label", dict(enumerate(_HUB_ORDER))),
             rule="held_out",
             train=("train",),
             test=("test",),

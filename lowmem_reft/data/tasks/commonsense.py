@@ -13,146 +13,129 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from lowmem_reft.data.tasks.files import read_json, refused, text_of
-from lowmem_reft.data.tasks.task import Example, HubSet, LocalFiles, Rule, Task
+from lowmem_reft.data.tasks.converters import converter, refusing, text_of
+from lowmem_reft.data.tasks.task import Convert, Example, HubSet, LocalFiles, Task
 
 _FORM = (
     '{"instruction": "... Answer format: answer1/answer2", "output": "the correct answer is '
     'answer2", "answer": "answer2"}'
 )
+_QUESTION = "Please choose the correct answer to the question: "
 _LABELS = re.compile(r"Answer format: (\S+(?:/\S+)+)\s*\Z")
 
 
-def convert(record: Any, place: str) -> Example:
-    """Check a record in LLM-Adapters' form.
-
-    Raises:
-        InputError: If it has another form or its answer is none of the choices.
-    """
-    instruction = text_of(record, "instruction", place, form=_FORM)
-    answer = text_of(record, "answer", place, form=_FORM)
+def _listed(record: Any) -> dict[str, Any]:
+    """A record in LLM-Adapters' form."""
+    instruction, answer = text_of(record, "instruction"), text_of(record, "answer")
     found = _LABELS.search(instruction)
     labels = found[1].split("/") if found else []
-    if answer not in labels:
-        raise refused(place, _FORM, record)
-    return Example(
-        source=place,
-        prompt=instruction,
-        text=instruction,
-        choices=tuple(f"the correct answer is {label}" for label in labels),
-        answer=labels.index(answer),
-        label=answer,
+    return {
+        "prompt": instruction,
+        "choices": tuple(f"the correct answer is {label}" for label in labels),
+        "answer": labels.index(answer),
+        "label": answer,
+    }
+
+
+_convert = converter(_FORM, _listed)
+
+
+def _from_hub(listed: Callable[[Any], dict[str, str]]) -> Convert:
+    """Return the converter for records that ``listed`` brings into LLM-Adapters' form."""
+
+    def convert(record: Any, place: str) -> Example:
+        with refusing(record, place, "one of the original set"):
+            brought = listed(record)
+        return _convert(brought, place)
+
+    return convert
+
+
+def _asked(question: str, word: str, options: Sequence[str], answer: Any) -> dict[str, str]:
+    """Write a question with its options; they are named by the word and counted from 1."""
+    labels = [f"{word}{number}" for number in range(1, len(options) + 1)]
+    # Only the two long solutions of PIQA stand on lines of their own.
+    listed = ("\n\n" if word == "solution" else " ").join(
+        f"{name.capitalize()}: {option}" for name, option in zip(labels, options, strict=True)
     )
+    return {
+        "instruction": f"{question}\n\n{listed}\n\nAnswer format: {'/'.join(labels)}",
+        "answer": f"{word}{int(answer)}",
+    }
 
 
-def _from_hub(ask: Callable[[Any], tuple[str, str, Sequence[str], Any]]) -> Any:
-    """Return the converter for records from which ``ask`` gets question, word, options, answer."""
-
-    def convert_record(record: Any, place: str) -> Example:
-        try:
-            question, word, options, answer = ask(record)
-            label = f"{word}{int(answer)}"
-        except (KeyError, TypeError, ValueError) as error:
-            raise refused(place, "one of the original set", record) from error
-        labels = [f"{word}{number}" for number in range(1, len(options) + 1)]
-        # Only the two long solutions of PIQA stand on lines of their own.
-        joint = "\n\n" if word == "solution" else " "
-        listed = joint.join(
-            f"{name.capitalize()}: {option}" for name, option in zip(labels, options, strict=True)
-        )
-        instruction = f"{question}\n\n{listed}\n\nAnswer format: {'/'.join(labels)}"
-        return convert({"instruction": instruction, "answer": label}, place)
-
-    return convert_record
-
-
-def _boolq(record: Any, place: str) -> Example:
-    if not isinstance(record.get("answer"), bool):
-        raise refused(place, "one of the original set", record)
-    question = record["question"].rstrip("?")
-    instruction = (
-        f"Please answer the following question with true or false, question: {question}?\n\n"
-        "Answer format: true/false"
+def _boolq(record: Any) -> dict[str, str]:
+    question = (
+        "Please answer the following question with true or false, question: "
+        f"{record['question'].rstrip('?')}?\n\nAnswer format: true/false"
     )
-    return convert({"instruction": instruction, "answer": str(record["answer"]).lower()}, place)
+    if not isinstance(record["answer"], bool):
+        raise TypeError("answer is no truth value")
+    return {"instruction": question, "answer": str(record["answer"]).lower()}
 
 
-def _piqa(record: Any) -> tuple[str, str, Sequence[str], Any]:
+def _piqa(record: Any) -> dict[str, str]:
     question = f"Please choose the correct solution to the question: {record['goal']}"
-    return question, "solution", (record["sol1"], record["sol2"]), record["label"] + 1
+    return _asked(question, "solution", (record["sol1"], record["sol2"]), record["label"] + 1)
 
 
-def _siqa(record: Any) -> tuple[str, str, Sequence[str], Any]:
-    asked = f"{record['context']} {record['question']}"
+def _siqa(record: Any) -> dict[str, str]:
+    question = f"{_QUESTION}{record['context']} {record['question']}"
     options = (record["answerA"], record["answerB"], record["answerC"])
-    return _question(asked), "answer", options, record["label"]
+    return _asked(question, "answer", options, record["label"])
 
 
-def _hellaswag(record: Any) -> tuple[str, str, Sequence[str], Any]:
+def _hellaswag(record: Any) -> dict[str, str]:
     question = (
         "Please choose the correct ending to complete the given sentence: "
         f"{record['activity_label']}: {record['ctx']}"
     )
-    return question, "ending", record["endings"], int(record["label"]) + 1
+    return _asked(question, "ending", record["endings"], int(record["label"]) + 1)
 
 
-def _winogrande(record: Any) -> tuple[str, str, Sequence[str], Any]:
+def _winogrande(record: Any) -> dict[str, str]:
     question = (
         "Please choose the correct answer to fill in the blank to complete the given sentence: "
         f"{record['sentence']}"
     )
-    return question, "option", (record["option1"], record["option2"]), record["answer"]
+    return _asked(question, "option", (record["option1"], record["option2"]), record["answer"])
 
 
-def _multiple_choice(record: Any) -> tuple[str, str, Sequence[str], Any]:
+def _multiple_choice(record: Any) -> dict[str, str]:
     """ARC and OpenBookQA; their options are named by letters or, in some rows of ARC, by digits."""
     names, options = record["choices"]["label"], record["choices"]["text"]
-    asked = record.get("question_stem") or record["question"]
-    return _question(asked), "answer", options, names.index(record["answerKey"]) + 1
+    question = f"{_QUESTION}{record.get('question_stem') or record['question']}"
+    return _asked(question, "answer", options, names.index(record["answerKey"]) + 1)
 
 
-def _question(asked: str) -> str:
-    return f"Please choose the correct answer to the question: {asked}"
+_task = partial(
+    Task,
+    family="commonsense",
+    template="{prompt}\n",
+    metric="accuracy",
+    scoring="likelihood",
+    answer="choice_word",
+)
 
 
-def _task(
-    name: str,
-    about: str,
-    directories: tuple[str, ...],
-    hub: HubSet,
-    answer: str = "choice_word",
-    labels: tuple[str, ...] = (),
-) -> Task:
-    return Task(
-        name=name,
-        family="commonsense",
-        about=about,
-        template="{prompt}\n",
-        metric="accuracy",
-        scoring="likelihood",
-        answer=answer,
-        max_new_tokens=32,
-        labels=labels,
-        local=(
-            LocalFiles(
-                directories=directories,
-                read=read_json,
-                convert=convert,
-                rule="held_out",
-                train=("train.json",),
-                test=("test.json",),
-            ),
+def _files(*directories: str) -> tuple[LocalFiles, ...]:
+    """LLM-Adapters' files of a set."""
+    return (
+        LocalFiles(
+            directories=directories,
+            convert=_convert,
+            rule="held_out",
+            train=("train.json",),
+            test=("test.json",),
         ),
-        hub=hub,
     )
 
 
 # These sets keep the answers of their test rows to themselves: the validation rows are the test.
 _hidden_test = partial(HubSet, rule="held_out", train=("train",), test=("validation",))
-_all_splits: Rule = "own"
 _open_test = partial(
     HubSet,
-    rule=_all_splits,
+    rule="own",
     train=("train",),
     validation=("validation",),
     test=("test",),
@@ -161,82 +144,77 @@ _open_test = partial(
 _PARQUET = "refs/convert/parquet"
 
 TASKS = (
-    Task(
+    _task(
         name="commonsense170k",
-        family="commonsense",
         about="the eight commonsense sets mixed: what the paper trains on",
-        template="{prompt}\n",
-        metric="accuracy",
-        scoring="likelihood",
         answer="choice_or_truth",
         local=(
             LocalFiles(
                 directories=("commonsense_170k", "ft-training_set"),
-                read=read_json,
-                convert=convert,
+                convert=_convert,
                 rule="held_out",
                 train=("commonsense_170k.json",),
             ),
         ),
         hub=HubSet(
-            id="zwhe99/commonsense_170k", convert=convert, rule="held_out", train=("train",)
+            id="zwhe99/commonsense_170k", convert=_convert, rule="held_out", train=("train",)
         ),
     ),
     _task(
-        "boolq",
-        "yes-or-no questions that people asked a search engine",
-        ("boolq",),
-        _hidden_test(id="google/boolq", convert=_boolq),
+        name="boolq",
+        about="yes-or-no questions that people asked a search engine",
+        local=_files("boolq"),
+        hub=_hidden_test(id="google/boolq", convert=_from_hub(_boolq)),
         answer="true_false",
         labels=("false", "true"),
     ),
     _task(
-        "piqa",
-        "which of two solutions works: physical commonsense",
-        ("piqa", "llm-adapters-piqa"),
-        _hidden_test(id="ybisk/piqa", revision=_PARQUET, convert=_from_hub(_piqa)),
+        name="piqa",
+        about="which of two solutions works: physical commonsense",
+        local=_files("piqa", "llm-adapters-piqa"),
+        hub=_hidden_test(id="ybisk/piqa", revision=_PARQUET, convert=_from_hub(_piqa)),
         labels=("solution1", "solution2"),
     ),
     _task(
-        "siqa",
-        "what people feel, want or do: social commonsense",
-        ("social_i_qa", "llm-adapters-social_i_qa"),
-        _hidden_test(id="allenai/social_i_qa", revision=_PARQUET, convert=_from_hub(_siqa)),
+        name="siqa",
+        about="what people feel, want or do: social commonsense",
+        local=_files("social_i_qa", "llm-adapters-social_i_qa"),
+        hub=_hidden_test(id="allenai/social_i_qa", revision=_PARQUET, convert=_from_hub(_siqa)),
         labels=("answer1", "answer2", "answer3"),
     ),
     _task(
-        "hellaswag",
-        "which ending continues a described scene",
-        ("hellaswag",),
-        _hidden_test(id="Rowan/hellaswag", convert=_from_hub(_hellaswag)),
+        name="hellaswag",
+        about="which ending continues a described scene",
+        local=_files("hellaswag"),
+        hub=_hidden_test(id="Rowan/hellaswag", convert=_from_hub(_hellaswag)),
         labels=("ending1", "ending2", "ending3", "ending4"),
     ),
     _task(
-        "winogrande",
-        "which of two names fills the blank",
-        ("winogrande", "llm-adapters-winogrande"),
-        _hidden_test(
+        name="winogrande",
+        about="which of two names fills the blank",
+        local=_files("winogrande", "llm-adapters-winogrande"),
+        hub=_hidden_test(
             id="allenai/winogrande", config="winogrande_xl", convert=_from_hub(_winogrande)
         ),
         labels=("option1", "option2"),
     ),
     _task(
-        "arc-easy",
-        "school science questions, the easy ones",
-        ("ARC-Easy",),
-        _open_test(id="allenai/ai2_arc", config="ARC-Easy"),
+        name="arc-easy",
+        about="school science questions, the easy ones",
+        local=_files("ARC-Easy"),
+        hub=_open_test(id="allenai/ai2_arc", config="ARC-Easy"),
     ),
     _task(
-        "arc-challenge",
-        "school science questions that retrieval and co-occurrence get wrong",
-        ("ARC-Challenge",),
-        _open_test(id="allenai/ai2_arc", config="ARC-Challenge"),
+        name="arc-challenge",
+        about="school science questions that retrieval and co-occurrence get wrong",
+        local=_files("ARC-Challenge"),
+        hub=_open_test(id="allenai/ai2_arc", config="ARC-Challenge"),
     ),
     _task(
-        "openbookqa",
-        "elementary science questions that need a fact and common knowledge",
-        ("openbookqa",),
-        _open_test(id="allenai/openbookqa", config="main"),
+        name="openbookqa",
+        about="elementary science questions that need a fact and common knowledge",
+        local=_files("openbookqa"),
+        hub=_open_test(id="allenai/openbookqa", config="main"),
         labels=("answer1", "answer2", "answer3", "answer4"),
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
@@ -111,32 +111,6 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
         elif text[index : index + 1] != "]":
             wrong = json.JSONDecodeError("Expecting ',' or ']'", text, index)
             raise _invalid(f"{path}:{wrong.lineno}", wrong)
-
-
-def text_of(record: Any, name: str, place: str, *, form: str) -> str:
-    """Return the text in a column of a record, without white space around it.
-
-    Args:
-        record: The record.
-        name: The column.
-        place: ``file:line``.
-        form: What a record must look like, for the message.
-
-    Raises:
-        InputError: If the record is not an object or has no such text.
-    """
-    value = record.get(name) if isinstance(record, Mapping) else None
-    if not isinstance(value, str) or not value.strip():
-        raise refused(place, form, record)
-    return value.strip()
-
-
-def refused(place: str, form: str, record: Any) -> InputError:
-    """Return the error for a record that does not look as it must."""
-    return InputError(
-        f"{place}: a row must be {form}, got {shortened(record)}; correct it or give the public "
-        "file"
-    )
 
 
 def _content(path: Path) -> str:

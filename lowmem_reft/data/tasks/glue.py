@@ -14,91 +14,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lowmem_reft.data.tasks.files import read_table, refused, text_of
-from lowmem_reft.data.tasks.task import Convert, Example, HubSet, LocalFiles, Read, Task
+from lowmem_reft.data.tasks.converters import classified, converter, written
+from lowmem_reft.data.tasks.files import read_table
+from lowmem_reft.data.tasks.task import Convert, HubSet, LocalFiles, Rule, Task
 
 SCORES = ("0", "1", "2", "3", "4", "5")
 """What a causal model chooses from on STS-B."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """How the examples of one set are written; the indices of classes are GLUE's."""
+@dataclass(frozen=True)
+class _Tables:
+    """The files of a set; columns are those of the texts, then the class's or the number's."""
 
-    labels: tuple[str, ...]
-    """Class names for a classifier; none: a number from 0 to 5."""
-    words: tuple[str, ...]
-    """What a causal model chooses from."""
-    prompt: str = "{first}"
-    """How both sentences are written for a causal model."""
-
-
-def _convert(
-    form: Form, first: str, second: str | None, label: str, values: Mapping[Any, int] | None = None
-) -> Convert:
-    """Return the converter for records with these columns.
-
-    Args:
-        form: How examples are written.
-        first: Column of the text, or of the first one.
-        second: Column of the second text.
-        label: Column of the class or the number.
-        values: Index of the class that each value of the column means; default: it is the index.
-    """
-    columns = [column for column in (first, second, label) if column]
-    said = "0 to 5" if not form.labels else " or ".join(map(str, values or range(len(form.labels))))
-    wanted = f"{', '.join(columns)}, the last {said}"
-
-    def convert(record: Any, place: str) -> Example:
-        text = text_of(record, first, place, form=wanted)
-        pair = None if second is None else text_of(record, second, place, form=wanted)
-        prompt = form.prompt.replace("{first}", text)
-        prompt = prompt if pair is None else prompt.replace("{second}", pair)
-        value = record.get(label)
-        example = partial(
-            Example, source=place, prompt=prompt, text=text, text_pair=pair, choices=form.words
-        )
-        if not form.labels:
-            target = _score(value)
-            if target is None:
-                raise refused(place, wanted, record)
-            return example(target=target, answer=math.floor(target + 0.5))
-        index = values.get(value) if values else value
-        if type(index) is not int or not 0 <= index < len(form.labels):
-            raise refused(place, wanted, record)
-        return example(answer=index, label=form.labels[index])
-
-    return convert
-
-
-def _score(value: Any) -> float | None:
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        return None
-    return score if 0 <= score <= 5 else None
-
-
-def _table(needed: tuple[str, ...], **options: Any) -> Read:
-    return partial(read_table, needed=needed, **options)
+    directories: tuple[str, ...]
+    columns: tuple[str, ...]
+    train: str = "train.tsv"
+    validation: tuple[str, ...] = ("dev.tsv",)
+    test: tuple[str, ...] = ()
+    rule: Rule = "halved"
+    header: tuple[str, ...] | None = None
+    """All columns, of files that do not name them."""
+    by_name: bool = False
+    """Whether classes are named, not numbered."""
+    skip_broken: bool = False
 
 
 def _task(
     name: str,
     about: str,
     template: str,
-    form: Form,
-    local: tuple[LocalFiles, ...],
-    hub_columns: tuple[str, str | None],
-    *,
+    words: Mapping[str, str],
+    hub_columns: tuple[str, ...],
+    *local: _Tables,
+    prompt: str = "{}",
     metric: str = "accuracy",
     extra_metrics: tuple[str, ...] = (),
     hub_validation: str = "validation",
 ) -> Task:
+    """Return a task; classes are numbered as in ``words``, and without any a number is predicted.
+
+    Columns of the hub are those of the texts; the class's is ``label``.
+    """
+
+    def convert(columns: tuple[str, ...], values: Mapping[Any, int] | None = None) -> Convert:
+        if not words:
+            return _scored(columns, prompt)
+        return classified(words, columns, values, prompt=prompt)
+
+    def files(tables: _Tables) -> LocalFiles:
+        names = words if tables.by_name else map(str, range(len(words)))
+        return LocalFiles(
+            directories=tables.directories,
+            read=partial(
+                read_table,
+                needed=tables.columns,
+                columns=tables.header,
+                skip_broken=tables.skip_broken,
+            ),
+            convert=convert(tables.columns, {name: index for index, name in enumerate(names)}),
+            rule=tables.rule,
+            train=(tables.train,),
+            validation=tables.validation,
+            test=tables.test,
+        )
+
     return Task(
         name=name,
         family="glue",
@@ -108,12 +91,12 @@ def _task(
         extra_metrics=extra_metrics,
         scoring="likelihood",
         max_new_tokens=8,
-        labels=form.labels,
-        local=local,
+        labels=tuple(words),
+        local=tuple(map(files, local)),
         hub=HubSet(
             id="nyu-mll/glue",
             config=name,
-            convert=_convert(form, *hub_columns, "label"),
+            convert=convert((*hub_columns, "label")),
             rule="halved",
             train=("train",),
             validation=(hub_validation,),
@@ -121,125 +104,89 @@ def _task(
     )
 
 
-def _files(
-    form: Form,
-    directories: tuple[str, ...],
-    said: tuple[str, str | None, str],
-    values: Mapping[str, int] | None,
-    *,
-    train: str = "train.tsv",
-    validation: tuple[str, ...] = ("dev.tsv",),
-    **options: Any,
-) -> LocalFiles:
-    return LocalFiles(
-        directories=directories,
-        read=_table(tuple(column for column in said if column), **options),
-        convert=_convert(form, *said, values),
-        rule="halved",
-        train=(train,),
-        validation=validation,
-    )
+def _scored(columns: tuple[str, ...], prompt: str) -> Convert:
+    """Return the converter of STS-B: a number to predict, and the nearest one to choose."""
+    *texts, number = columns
+
+    def fields(record: Any) -> dict[str, Any]:
+        target = float(record[number])
+        if not 0 <= target <= 5:
+            raise ValueError(f"{number} is out of range")
+        return {
+            **written(record, texts, prompt),
+            "choices": SCORES,
+            "answer": math.floor(target + 0.5),
+            "target": target,
+        }
+
+    return converter(f"{', '.join(columns)}, the last 0 to 5", fields)
 
 
-_DIGITS = {"0": 0, "1": 1}
-_ENTAILMENT = {"entailment": 0, "not_entailment": 1}
-_NLI = "Premise: {first}\nHypothesis: {second}"
-_SENTENCES = "Sentence 1: {first}\nSentence 2: {second}"
-
-_sst2 = Form(labels=("negative", "positive"), words=("negative", "positive"))
-_cola = Form(labels=("unacceptable", "acceptable"), words=("no", "yes"))
-_mrpc = Form(labels=("different", "equivalent"), words=("no", "yes"), prompt=_SENTENCES)
-_qqp = Form(
-    labels=("different", "duplicate"),
-    words=("no", "yes"),
-    prompt="Question 1: {first}\nQuestion 2: {second}",
-)
-_mnli = Form(
-    labels=("entailment", "neutral", "contradiction"), words=("yes", "maybe", "no"), prompt=_NLI
-)
-_rte = Form(labels=("entailment", "not_entailment"), words=("yes", "no"), prompt=_NLI)
-_qnli = Form(
-    labels=("entailment", "not_entailment"),
-    words=("yes", "no"),
-    prompt="Question: {first}\nSentence: {second}",
-)
-_stsb = Form(labels=(), words=SCORES, prompt=_SENTENCES)
+_SENTENCES = "Sentence 1: {}\nSentence 2: {}"
+_NLI = "Premise: {}\nHypothesis: {}"
 _MSR = ("#1 String", "#2 String", "Quality")
+_COLA = _Tables(
+    ("CoLA",),
+    ("sentence", "label"),
+    header=("origin", "label", "mark", "sentence"),
+)
 
 TASKS = (
     _task(
         "mnli",
         "does the premise entail or contradict the hypothesis, or neither",
         "{prompt}\nEntailed:",
-        _mnli,
-        (
-            _files(
-                _mnli,
-                ("MNLI",),
-                ("sentence1", "sentence2", "gold_label"),
-                {name: index for index, name in enumerate(_mnli.labels)},
-                validation=("dev_matched.tsv",),
-            ),
-        ),
+        {"entailment": "yes", "neutral": "maybe", "contradiction": "no"},
         ("premise", "hypothesis"),
+        _Tables(
+            ("MNLI",),
+            ("sentence1", "sentence2", "gold_label"),
+            validation=("dev_matched.tsv",),
+            by_name=True,
+        ),
+        prompt=_NLI,
         hub_validation="validation_matched",
     ),
     _task(
         "sst2",
         "is what a film review says positive",
         "Review: {prompt}\nSentiment:",
-        _sst2,
-        (
-            _files(_sst2, ("SST-2",), ("sentence", None, "label"), _DIGITS),
-            _files(
-                _sst2, ("sst2-glue",), ("sentence", None, "label"), _DIGITS, train="train_full.tsv"
-            ),
-        ),
-        ("sentence", None),
+        {"negative": "negative", "positive": "positive"},
+        ("sentence",),
+        _Tables(("SST-2",), ("sentence", "label")),
+        _Tables(("sst2-glue",), ("sentence", "label"), train="train_full.tsv"),
     ),
     _task(
         "mrpc",
         "do two sentences from the news mean the same",
         "{prompt}\nSame meaning:",
-        _mrpc,
-        (
-            _files(_mrpc, ("MRPC",), _MSR, _DIGITS),
-            LocalFiles(  # the original files, whose test rows have answers
-                directories=("mrpc", "MRPC"),
-                read=_table(_MSR),
-                convert=_convert(_mrpc, *_MSR, _DIGITS),
-                rule="held_out",
-                train=("msr_paraphrase_train.txt",),
-                test=("msr_paraphrase_test.txt",),
-            ),
-        ),
+        {"different": "no", "equivalent": "yes"},
         ("sentence1", "sentence2"),
+        _Tables(("MRPC",), _MSR),
+        _Tables(  # the original files, whose test rows have answers
+            ("mrpc", "MRPC"),
+            _MSR,
+            train="msr_paraphrase_train.txt",
+            validation=(),
+            test=("msr_paraphrase_test.txt",),
+            rule="held_out",
+        ),
+        prompt=_SENTENCES,
         extra_metrics=("f1",),
     ),
     _task(
         "cola",
         "is a sentence grammatical",
         "Sentence: {prompt}\nGrammatical:",
-        _cola,
-        (
-            _files(
-                _cola,
-                ("CoLA",),
-                ("sentence", None, "label"),
-                _DIGITS,
-                columns=("origin", "label", "mark", "sentence"),
-            ),
-            _files(
-                _cola,
-                ("cola", "cola_public/raw"),
-                ("sentence", None, "label"),
-                _DIGITS,
-                train="in_domain_train.tsv",
-                validation=("in_domain_dev.tsv", "out_of_domain_dev.tsv"),
-                columns=("origin", "label", "mark", "sentence"),
-            ),
+        {"unacceptable": "no", "acceptable": "yes"},
+        ("sentence",),
+        _COLA,
+        replace(
+            _COLA,
+            directories=("cola", "cola_public/raw"),
+            train="in_domain_train.tsv",
+            validation=("in_domain_dev.tsv", "out_of_domain_dev.tsv"),
         ),
-        ("sentence", None),
         metric="matthews",
         extra_metrics=("accuracy",),
     ),
@@ -247,53 +194,49 @@ TASKS = (
         "qnli",
         "does a sentence answer a question",
         "{prompt}\nAnswered:",
-        _qnli,
-        (_files(_qnli, ("QNLI",), ("question", "sentence", "label"), _ENTAILMENT),),
+        {"entailment": "yes", "not_entailment": "no"},
         ("question", "sentence"),
+        _Tables(("QNLI",), ("question", "sentence", "label"), by_name=True),
+        prompt="Question: {}\nSentence: {}",
     ),
     _task(
         "qqp",
         "do two questions ask the same",
         "{prompt}\nSame question:",
-        _qqp,
-        (
-            _files(
-                _qqp,
-                ("QQP",),
-                ("question1", "question2", "is_duplicate"),
-                _DIGITS,
-                skip_broken=True,  # the public file has a few
-            ),
-        ),
+        {"different": "no", "duplicate": "yes"},
         ("question1", "question2"),
+        _Tables(
+            ("QQP",),
+            ("question1", "question2", "is_duplicate"),
+            skip_broken=True,  # the public file has a few
+        ),
+        prompt="Question 1: {}\nQuestion 2: {}",
         extra_metrics=("f1",),
     ),
     _task(
         "rte",
         "does the premise entail the hypothesis",
         "{prompt}\nEntailed:",
-        _rte,
-        (_files(_rte, ("RTE", "rte"), ("sentence1", "sentence2", "label"), _ENTAILMENT),),
+        {"entailment": "yes", "not_entailment": "no"},
         ("sentence1", "sentence2"),
+        _Tables(("RTE", "rte"), ("sentence1", "sentence2", "label"), by_name=True),
+        prompt=_NLI,
     ),
     _task(
         "stsb",
         "how similar two sentences are, from 0 to 5",
         "{prompt}\nSimilarity from 0 to 5:",
-        _stsb,
-        (
-            _files(_stsb, ("STS-B",), ("sentence1", "sentence2", "score"), None),
-            _files(
-                _stsb,
-                ("stsb", "stsbenchmark"),
-                ("sentence1", "sentence2", "score"),
-                None,
-                train="sts-train.csv",
-                validation=("sts-dev.csv",),
-                columns=("genre", "file", "year", "number", "score", "sentence1", "sentence2"),
-            ),
-        ),
+        {},
         ("sentence1", "sentence2"),
+        _Tables(("STS-B",), ("sentence1", "sentence2", "score")),
+        _Tables(
+            ("stsb", "stsbenchmark"),
+            ("sentence1", "sentence2", "score"),
+            train="sts-train.csv",
+            validation=("sts-dev.csv",),
+            header=("genre", "file", "year", "number", "score", "sentence1", "sentence2"),
+        ),
+        prompt=_SENTENCES,
         metric="pearson",
         extra_metrics=("spearman",),
     ),

@@ -1,13 +1,15 @@
-"""Metrics of the tasks, in numpy, equal to scikit-learn's and scipy's also where they degenerate.
+"""Metrics of the tasks: scikit-learn's and scipy's, and two of texts.
 
 Classes are integers, numbers floats, answers and responses texts. Shares and scores lie between 0
-and 1, correlations between -1 and 1.
+and 1, correlations between -1 and 1. The two libraries are imported where they are used: that takes
+them a second or two, which commands that only name the metrics need not wait for.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,18 +20,18 @@ from lowmem_reft.data.tasks.answers import answers_equal
 from lowmem_reft.errors import InputError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """A figure that predictions and references give."""
 
     name: str
     """Its key in ``METRICS``."""
-    about: str
-    """One line, with what holds where it is undefined."""
     of: Literal["classes", "numbers", "texts"]
     """What it compares."""
     function: Callable[[Sequence[Any], Sequence[Any]], float]
     """Computes it from as many predictions as references, at least one."""
+    about: str
+    """One line, with what holds where it is undefined."""
 
 
 def find_metric(name: str) -> Metric:
@@ -67,48 +69,38 @@ def compute(name: str, predictions: Sequence[Any], references: Sequence[Any]) ->
 
 
 def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Share of predictions that equal their reference."""
+    """Share of predictions that equal their reference; also of answers, of which some are None."""
     pairs = zip(predictions, references, strict=True)
     return sum(bool(prediction == reference) for prediction, reference in pairs) / len(references)
 
 
 def f1(predictions: Sequence[int], references: Sequence[int]) -> float:
     """Harmonic mean of precision and recall of class 1; 0 if it is neither there nor predicted."""
-    predicted, there = np.asarray(predictions) == 1, np.asarray(references) == 1
-    total = int(predicted.sum() + there.sum())
-    return 2 * int((predicted & there).sum()) / total if total else 0.0
+    from sklearn.metrics import f1_score  # type: ignore[import-untyped]
+
+    predicted, there = ([value == 1 for value in side] for side in (predictions, references))
+    return float(f1_score(there, predicted, zero_division=0.0))
 
 
 def matthews(predictions: Sequence[int], references: Sequence[int]) -> float:
     """Matthews correlation of two or more classes; 0 if either side is constant."""
-    classes, codes = np.unique(
-        np.concatenate([np.asarray(predictions), np.asarray(references)]), return_inverse=True
-    )
-    predicted, there = np.split(codes, 2)
-    num_predicted = np.bincount(predicted, minlength=len(classes)).astype(float)
-    num_there = np.bincount(there, minlength=len(classes)).astype(float)
-    total, right = len(there), float((predicted == there).sum())
-    spread = (total**2 - num_predicted @ num_predicted) * (total**2 - num_there @ num_there)
-    return float((right * total - num_predicted @ num_there) / math.sqrt(spread)) if spread else 0.0
+    from sklearn.metrics import matthews_corrcoef
+
+    return _without_warnings(matthews_corrcoef, references, predictions)
 
 
 def pearson(predictions: Sequence[float], references: Sequence[float]) -> float:
     """Pearson correlation; NaN if either side is constant or has a single value."""
-    sides = []
-    for values in (predictions, references):
-        side = np.asarray(values, dtype=np.float64)
-        if len(side) < 2 or (side == side[0]).all():
-            return math.nan
-        side = side - side.mean()
-        sides.append(side / np.linalg.norm(side))
-    return float(np.clip(sides[0] @ sides[1], -1.0, 1.0))
+    from scipy.stats import pearsonr  # type: ignore[import-untyped]
+
+    return _correlation(pearsonr, predictions, references)
 
 
 def spearman(predictions: Sequence[float], references: Sequence[float]) -> float:
     """Pearson correlation of the ranks, equal values sharing their mean rank; NaN as there."""
-    if np.isnan(np.asarray([*predictions, *references], dtype=np.float64)).any():
-        return math.nan
-    return pearson(_ranks(predictions).tolist(), _ranks(references).tolist())
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, references)
 
 
 def exact_match(predictions: Sequence[str | None], references: Sequence[str | None]) -> float:
@@ -129,60 +121,56 @@ def overlap(predictions: Sequence[str], references: Sequence[str]) -> float:
 METRICS = {
     metric.name: metric
     for metric in (
+        Metric("accuracy", "classes", accuracy, "share of right answers"),
+        Metric("f1", "classes", f1, "F1 of class 1; 0 if it is neither there nor predicted"),
         Metric(
-            name="accuracy",
-            about="share of right answers",
-            of="classes",
-            function=accuracy,
+            "matthews",
+            "classes",
+            matthews,
+            "Matthews correlation; 0 if the predictions or the references are constant",
         ),
         Metric(
-            name="f1",
-            about="F1 of class 1; 0 if it is neither there nor predicted",
-            of="classes",
-            function=f1,
+            "pearson",
+            "numbers",
+            pearson,
+            "Pearson correlation; undefined (NaN) if either side is constant",
         ),
         Metric(
-            name="matthews",
-            about="Matthews correlation; 0 if the predictions or the references are constant",
-            of="classes",
-            function=matthews,
+            "spearman",
+            "numbers",
+            spearman,
+            "Spearman rank correlation; undefined (NaN) if either side is constant",
         ),
         Metric(
-            name="pearson",
-            about="Pearson correlation; undefined (NaN) if either side is constant",
-            of="numbers",
-            function=pearson,
+            "exact_match",
+            "texts",
+            exact_match,
+            "share of texts equal to the reference but for case and white space",
         ),
         Metric(
-            name="spearman",
-            about="Spearman rank correlation; undefined (NaN) if either side is constant",
-            of="numbers",
-            function=spearman,
-        ),
-        Metric(
-            name="exact_match",
-            about="share of texts equal to the reference but for case and white space",
-            of="texts",
-            function=exact_match,
-        ),
-        Metric(
-            name="overlap",
-            about="overlap with the reference (ROUGE-L F1); of wording, not of quality",
-            of="texts",
-            function=overlap,
+            "overlap",
+            "texts",
+            overlap,
+            "overlap with the reference (ROUGE-L F1); of wording, not of quality",
         ),
     )
 }
 """Every metric by its name; higher is better in all of them."""
 
 
-def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    _, codes, counts = np.unique(
-        np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True
-    )
-    last = np.cumsum(counts)
-    ranks: np.ndarray[Any, np.dtype[np.float64]] = (last - (counts - 1) / 2)[codes]
-    return ranks
+def _correlation(
+    function: Callable[..., Any], predictions: Sequence[float], references: Sequence[float]
+) -> float:
+    if len(references) < 2:  # of which scipy refuses to say anything
+        return math.nan
+    return _without_warnings(lambda *sides: function(*sides).statistic, predictions, references)
+
+
+def _without_warnings(function: Callable[..., Any], *sides: Sequence[Any]) -> float:
+    """What holds where a metric is undefined is said by ``METRICS``, not by a warning each time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(function(*sides))
 
 
 def _rouge_l(prediction: str, reference: str) -> float:

@@ -230,8 +230,9 @@ def _instead(task: Task) -> str:
     if mix is None:
         return ""
     if task.name == mix:
-        others = [other.name for other in TASKS.values() if other.family == task.family]
-        return f": it is for training, to be tested on {', '.join(set(others) - {mix})}"
+        family = [other.name for other in TASKS.values() if other.family == task.family]
+        others = ", ".join(name for name in family if name != mix)
+        return f": it is for training, to be tested on {others}"
     return f", or train on {mix} as the paper does"
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Family = Literal["commonsense", "arithmetic", "instruction", "glue", "classification"]
+from lowmem_reft.data.tasks.files import read_json
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -32,8 +33,8 @@ class Example:
     """``file:line``, or the place on the hub."""
     prompt: str
     """The prompt without template; both texts of a pair are written out."""
-    text: str
-    """The text alone, for a classifier."""
+    text: str = ""
+    """The text alone, for a classifier; none: it is the prompt."""
     text_pair: str | None = None
     """The second text of a pair."""
     choices: tuple[str, ...] = ()
@@ -46,6 +47,10 @@ class Example:
     """Class name, for a classifier."""
     target: float | None = None
     """The number to predict, for a regression."""
+
+    def __post_init__(self) -> None:
+        """Take the prompt for the text where there is no other."""
+        object.__setattr__(self, "text", self.text or self.prompt)
 
 
 Read = Callable[[Path], Iterator[tuple[str, Any]]]
@@ -60,12 +65,12 @@ class LocalFiles:
 
     directories: tuple[str, ...]
     """Where they may lie below a data directory; they may also lie in it directly."""
-    read: Read
-    """Reads a file's records."""
     convert: Convert
-    """Makes examples of them."""
+    """Makes examples of a file's records."""
     rule: Rule
     """How validation rows are made."""
+    read: Read = read_json
+    """Reads a file's records."""
     train: tuple[str, ...] = ()
     """Files of the public training rows."""
     validation: tuple[str, ...] = ()
@@ -107,7 +112,7 @@ class Task:
 
     name: str
     """Its name on the command line."""
-    family: Family
+    family: str
     """Which of the paper's task families it belongs to."""
     about: str
     """One line."""
