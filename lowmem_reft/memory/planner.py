@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from bitsandbytes.nn.modules import Int8Params, Params4bit
 
 from lowmem_reft.base.loading import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
+from lowmem_reft.memory.kernels import num_quantized
 from lowmem_reft.memory.live import LiveMemory
 from lowmem_reft.memory.predict import Predictor, Setting
 from lowmem_reft.memory.reuse import ReusePlan, plan_reuse
@@ -346,13 +346,8 @@ def loading_peak_bytes(predictor: Predictor) -> int:
     Matrices are read and quantized one after the other; the one at hand is there as it was stored
     (16 bit) and as a copy on the device.
     """
-    held = predictor.base_bytes() + predictor.streamed_bytes()
-    widest = 0
-    for module in predictor.model.modules():
-        weight = module._parameters.get("weight")
-        if isinstance(weight, Params4bit | Int8Params):
-            widest = max(widest, 2 * module.in_features * module.out_features)
-    return held + 2 * widest
+    widest = max(2 * num_quantized(module) for module in predictor.model.modules())
+    return predictor.base_bytes() + predictor.streamed_bytes() + 2 * widest
 
 
 def plan(
