@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_target_modules(
-    options: MethodOptions, model: str, *, task_type: str, storage: str | None = None
+    options: MethodOptions, model: Any, *, task_type: str, storage: str | None = None
 ) -> None:
     """Refuse what the base has not got, before its weights are loaded.
 
@@ -27,7 +28,7 @@ def check_target_modules(
 
     Args:
         options: the method; one that trains an adapter, without ``target_modules``, passes.
-        model: hub id or directory of the base.
+        model: the base's configuration (transformers), or its hub id or directory.
         task_type: PEFT task type, for example CAUSAL_LM.
         storage: how it will be stored, if that is known.
 
@@ -44,8 +45,9 @@ def check_target_modules(
 
     from lowmem_reft.base.loading import from_config, load_config
 
+    config = load_config(model) if isinstance(model, str) else copy.deepcopy(model)
     with torch.device("meta"):
-        base = from_config(load_config(model), task_type)
+        base = from_config(config, task_type)
     if options.target_modules is not None:
         _check_targets(options.target_modules, base)
     if part is not None:

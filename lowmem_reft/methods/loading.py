@@ -25,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_frozen(
-    options: ModelOptions, card: TrainingCard, tokenizer: Any, *, upper_for: Any = None
+    options: ModelOptions,
+    card: TrainingCard,
+    tokenizer: Any,
+    *,
+    config: Any,
+    upper_for: Any = None,
 ) -> Any:
     """Load the base as the card says, with the tokenizer's pad token.
 
@@ -33,6 +38,7 @@ def load_frozen(
         options: Which base, and where to.
         card: How it is stored, and its task.
         tokenizer: The base's tokenizer.
+        config: The base's configuration, as ``load_config`` has read it.
         upper_for: Configuration of an adapter; only the blocks are loaded that it needs, see
             ``load_base``. None loads all of them.
 
@@ -42,7 +48,7 @@ def load_frozen(
     resident: dict[str, Any] = {}
     if upper_for is not None:
         first = find_first_resident(
-            load_config(options.model),
+            config,
             upper_for,
             task_type=card.task_type,
             num_labels=card.num_classes,
@@ -55,6 +61,7 @@ def load_frozen(
         device=options.device,
         task_type=card.task_type,
         num_labels=card.num_classes,
+        config=config,
         **resident,
     )
     share_pad_token(base, tokenizer)
@@ -77,11 +84,12 @@ def load_adapted(
     """
     from peft import PeftConfig, PeftModel
 
-    tokenizer = load_tokenizer(options.model)
+    config = load_config(options.model)
+    tokenizer = load_tokenizer(options.model, config=config)
     if adapter is None and resident != "all":
         raise InputError(f"resident must be all without an adapter, got {resident!r}; leave it out")
     upper_for = PeftConfig.from_pretrained(str(adapter)) if resident == "upper" else None
-    base = load_frozen(options, card, tokenizer, upper_for=upper_for)
+    base = load_frozen(options, card, tokenizer, config=config, upper_for=upper_for)
     if adapter is None:
         return base.eval(), tokenizer
     try:
