@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,8 +29,8 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.devices import (
     DTYPES,
-    resolve_compute_dtype,
     resolve_device,
+    resolve_storage,
     return_freed_memory,
 )
 from lowmem_reft.machine.notices import held
@@ -52,6 +53,7 @@ def load_base(
     resident: Literal["all", "upper"] = "all",
     first_resident: int | None = None,
     quant_storage: Literal["bf16", "fp16", "fp32"] | None = None,
+    config: Any = None,
 ) -> PreTrainedModel:
     """Load a pretrained model as a frozen base, quantized on the way in.
 
@@ -83,6 +85,7 @@ def load_base(
         quant_storage: bf16, fp16 or fp32: the dtype in which tensors hold the 4-bit weights, as
             FSDP2 shards floating-point tensors only. The bytes are the same. Default: the compute
             dtype where the launcher asks for FSDP, else bytes.
+        config: What `load_config` has read, if it has been read; it is not changed.
 
     Raises:
         InputError: an argument is unknown, impossible on this machine or at odds with the model,
@@ -91,8 +94,8 @@ def load_base(
     check_versions()
     _check_choices(storage, task_type, resident)
     target = resolve_device(device)
-    dtype = _resolve_dtype(storage, compute_dtype, target)
-    config = load_config(model, revision)
+    _, dtype = resolve_storage(storage, compute_dtype, target)
+    config = load_config(model, revision) if config is None else copy.deepcopy(config)
     set_labels(config, task_type, num_labels)
     options = quantization_options(model, config, storage, dtype, task_type)
     if attn_implementation is not None:
@@ -143,22 +146,6 @@ def _check_choices(storage: str, task_type: str, resident: str) -> None:
         )
 
 
-def _resolve_dtype(
-    storage: str, compute_dtype: str | torch.dtype | None, device: torch.device
-) -> torch.dtype:
-    """Return the compute dtype; unquantized weights are computed with in the dtype they have."""
-    if storage in QUANTIZED:
-        return resolve_compute_dtype(compute_dtype, device)
-    if compute_dtype not in (None, "auto", storage, DTYPES[storage]):
-        raise InputError(
-            f"compute_dtype must be auto or {storage} with storage {storage}, "
-            f"got {compute_dtype!r}; unquantized weights are computed with as they are stored"
-        )
-    if storage == "fp16" and device.type == "cpu":
-        raise InputError("storage must be bf16 or fp32 on a CPU, got 'fp16'; use bf16")
-    return resolve_compute_dtype(storage, device)
-
-
 def _from_pretrained(auto_class: Any, model: str | Path, **options: Any) -> PreTrainedModel:
     try:
         with held("transformers.modeling_utils", "LOAD REPORT") as reports:
@@ -190,18 +177,23 @@ def _only_heads(base: PreTrainedModel, differences: Mapping[str, Any]) -> bool:
     )
 
 
-def load_tokenizer(model: str | Path, *, revision: str = "main") -> Any:
+def load_tokenizer(model: str | Path, *, revision: str = "main", config: Any = None) -> Any:
     """Load the tokenizer of a model; one without a pad token pads with eos (no embedding is added).
+
+    Args:
+        model: Hub id or local directory.
+        revision: Branch, tag or commit of a hub id.
+        config: What `load_config` has read, if it has been read: transformers would read it again.
 
     Raises:
         InputError: there is no tokenizer, or it has neither a pad nor an eos token.
     """
     check_path(model)
-    if not Path(model).is_dir():
+    if config is None and not Path(model).is_dir():
         check_on_hub(model, revision)  # transformers would ask for one file after the other
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(model), revision=revision, trust_remote_code=False
+            str(model), revision=revision, trust_remote_code=False, config=config
         )
     except (OSError, ValueError) as error:
         raise InputError(

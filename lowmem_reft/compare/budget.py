@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lowmem_reft.options import CompareOptions, MethodOptions, TrainOptions
 
 NUM_TIMED_STEPS = 12
-"""Of which the first are left out, as in every run (``train.NUM_WARMUP_STEPS``)."""
+"""Of which the first are left out, as in every run (``fit.NUM_WARMUP_STEPS``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +210,8 @@ def with_overrides(spec: MethodSpec, overrides: dict[str, Any]) -> MethodSpec:
 def _equal_memory(
     options: CompareOptions, specs: Sequence[MethodSpec], reference: MethodSpec, cells_of: CellsOf
 ) -> Equalized:
-    from lowmem_reft.memory.verdict import required_gib
-    from lowmem_reft.runs.train import read_examples
+    from lowmem_reft.runs.fitting import required_gib
+    from lowmem_reft.runs.resolve import resolve
 
     if options.memory.memory_gib is not None:
         raise InputError(
@@ -219,8 +219,7 @@ def _equal_memory(
             "the reference sets it; leave out one of the two"
         )
     train = _train_options(options, reference, cells_of)
-    card, examples = read_examples(train)
-    budget = required_gib(train, card, examples)
+    budget = required_gib(resolve(train))
     note = f"equal memory: at most {budget:g} GiB, which {reference.label} needs"
     return Equalized(
         options=replace(options, memory=replace(options.memory, memory_gib=budget)),

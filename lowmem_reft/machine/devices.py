@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import warnings
+from typing import Any
 
 import torch
 
@@ -82,6 +83,47 @@ def resolve_compute_dtype(
             f"compute_dtype bf16 is emulated on {target}, and slow; use fp32", stacklevel=2
         )
     return dtype
+
+
+def resolve_storage(
+    storage: str | None,
+    compute_dtype: str | torch.dtype | None,
+    device: str | torch.device | None = None,
+    *,
+    default: str = "nf4",
+    has_bf16: bool | None = None,
+) -> tuple[Any, torch.dtype]:
+    """Settle how a base is stored and what it computes in; all commands ask here.
+
+    Unquantized weights are computed with as they are stored.
+
+    Args:
+        storage: nf4, fp4, int8, bf16, fp16 or fp32; None: not given.
+        compute_dtype: See `resolve_compute_dtype`.
+        device: Likewise.
+        default: The storage where none is given: the method's own.
+        has_bf16: Whether a card that is planned for, and need not be here, computes in bf16; None
+            asks the device.
+
+    Raises:
+        InputError: they do not go together, or with the device.
+    """
+    storage = storage or default
+    stored = DTYPES.get(storage)
+    if has_bf16 is not None:
+        known = {**DTYPES, "auto": torch.bfloat16 if has_bf16 else torch.float32}
+        return storage, stored or known[str(compute_dtype)]
+    target = resolve_device(device)
+    if stored is None:
+        return storage, resolve_compute_dtype(compute_dtype, target)
+    if compute_dtype not in (None, "auto", storage, stored):
+        raise InputError(
+            f"compute_dtype must be auto or {storage} with storage {storage}, "
+            f"got {compute_dtype!r}; unquantized weights are computed with as they are stored"
+        )
+    if storage == "fp16" and target.type == "cpu":
+        raise InputError("storage must be bf16 or fp32 on a CPU, got 'fp16'; use bf16")
+    return storage, resolve_compute_dtype(storage, target)
 
 
 def _has_real_bf16(device: torch.device) -> bool:

@@ -17,6 +17,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from bitsandbytes.autograd import _functions
+from bitsandbytes.nn.modules import Int8Params, Params4bit
 from torch import Tensor
 
 BF16_PRODUCT_BYTES = 2**18
@@ -99,8 +101,6 @@ class Kernels:
             stack.enter_context(patch.object(functional, "scaled_dot_product_attention", attend))
             if self.device_type == "cpu":
                 # bitsandbytes asks for the tensor's device: on a CPU it trains by dequantizing.
-                from bitsandbytes.autograd import _functions
-
                 stack.enter_context(
                     patch.object(_functions, "MatMul8bitLt", _functions.MatMul8bitFp)
                 )
@@ -140,6 +140,13 @@ class Kernels:
             small(query), small(key), small(value), small_mask, 0.0, causal, enable_gqa=grouped
         )
         return {0: MATH, 1: FLASH, 2: EFFICIENT}.get(int(choice), MATH)
+
+
+def num_quantized(layer: Any, *, int8: bool = True) -> int:
+    """Return how many numbers of a layer are stored in 4 bits, or in 8 as well; else 0."""
+    weight: Any = layer._parameters.get("weight")
+    kinds = (Params4bit, Int8Params) if int8 else Params4bit
+    return layer.in_features * layer.out_features if isinstance(weight, kinds) else 0
 
 
 def _promoted_bytes(args: Any, *, in_place: bool) -> int:

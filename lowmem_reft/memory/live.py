@@ -50,7 +50,7 @@ _DEQUANTIZE = ("bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockw
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Origin:
     """Where in the program a storage was made."""
 
     operator: str
@@ -71,12 +71,12 @@ class Place:
 
 
 @dataclass(slots=True)
-class Block:
+class LiveStorage:
     """One live storage."""
 
     num_bytes: int
     category: str
-    place: Place | None
+    place: Origin | None
     """None for what existed before the counting began."""
 
 
@@ -87,9 +87,9 @@ class Peak:
     num_bytes: int
     breakdown_bytes: dict[str, int]
     """Bytes by category; the categories without any are left out."""
-    place: Place | None
+    place: Origin | None
     """What was allocated last."""
-    largest: list[Block] = field(repr=False)
+    largest: list[LiveStorage] = field(repr=False)
     """The largest storages alive then that were made during the counting."""
 
 
@@ -128,7 +128,7 @@ class LiveMemory(TorchDispatchMode):
         self._names = {id(module): name for module, name in (names or {}).items()}
         self._kernels = kernels
         self._outputs = KnownOutputs()
-        self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}
+        self._blocks: dict[int, tuple[weakref.ref[Any], LiveStorage]] = {}
         self._elsewhere: set[int] = set()
         self._callers_of_nodes: dict[int, _Caller] = {}
         self._last_caller = _NOBODY
@@ -138,7 +138,7 @@ class LiveMemory(TorchDispatchMode):
         """Return the most bytes that were live at once so far."""
         return self.peak.num_bytes
 
-    def add(self, tensor: Tensor, category: str | None = None, place: Place | None = None) -> None:
+    def add(self, tensor: Tensor, category: str | None = None, place: Origin | None = None) -> None:
         """Count the storage of ``tensor`` if it is on the device; give it ``category`` if named."""
         if tensor.device.type != self.device_type:
             return
@@ -159,7 +159,7 @@ class LiveMemory(TorchDispatchMode):
                 self.by_category[category] += size
                 block.category = category
         else:
-            block = Block(size, category or "activations", place)
+            block = LiveStorage(size, category or "activations", place)
             self._blocks[key] = (weakref.ref(storage, partial(self._free, key)), block)
             self._count(block, size)
         if self.current_bytes > self.peak.num_bytes:
@@ -183,13 +183,13 @@ class LiveMemory(TorchDispatchMode):
         unit = self._kernels.allocation_bytes if self._kernels else 1
         return -(-size // unit) * unit
 
-    def _count(self, block: Block, change: int) -> None:
+    def _count(self, block: LiveStorage, change: int) -> None:
         self.current_bytes += change
         self.by_category[block.category] += change
         if self._keep_timeline and change:
             self.timeline.append((self._current_phase(), dict(self.by_category)))
 
-    def _note_peak(self, place: Place | None) -> None:
+    def _note_peak(self, place: Origin | None) -> None:
         breakdown = {name: size for name, size in self.by_category.items() if size}
         self.peak = Peak(self.current_bytes, breakdown, place, [])
 
@@ -237,7 +237,7 @@ class LiveMemory(TorchDispatchMode):
         place = self._place(func)
         self.add(tensor, self._category(place), place)
 
-    def _category(self, place: Place) -> str:
+    def _category(self, place: Origin) -> str:
         if place.category is not None:
             return place.category
         if place.phase == "optimizer":
@@ -251,7 +251,7 @@ class LiveMemory(TorchDispatchMode):
             return self.phase
         return "recompute" if torch.is_grad_enabled() else "backward"
 
-    def _place(self, func: Any) -> Place:
+    def _place(self, func: Any) -> Origin:
         caller = _caller(sys._getframe(2), self._names)
         phase = self._current_phase()
         number = torch._C._autograd._get_sequence_nr()
@@ -264,7 +264,7 @@ class LiveMemory(TorchDispatchMode):
             # Gradients of a tensor with several uses are added up between the nodes.
             caller = caller if caller.line else self._last_caller
         self._last_caller = caller
-        return Place(func._schema.name, caller.line, caller.module, phase, caller.category)
+        return Origin(func._schema.name, caller.line, caller.module, phase, caller.category)
 
 
 class _Caller(NamedTuple):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.patches import Patch
 
-    from lowmem_reft.memory.live import Block
+    from lowmem_reft.memory.live import LiveStorage
 
 
 def draw_timeline(
@@ -81,7 +81,7 @@ def write_timeline_html(
     *,
     title: str,
     facts: Sequence[tuple[str, str]],
-    largest: Sequence[Block],
+    largest: Sequence[LiveStorage],
 ) -> Path:
     """Write one page with charts to explore, the bytes at the peaks and the largest allocations.
 
@@ -232,7 +232,7 @@ def _peak_table(curves: Mapping[str, Curve]) -> str:
     return _table(headings, [*rows, ["<b>total</b>", *totals]], numbers=range(1, len(headings)))
 
 
-def _largest_table(largest: Sequence[Block]) -> str:
+def _largest_table(largest: Sequence[LiveStorage]) -> str:
     if not largest:
         return '<p class="muted">None: all that was alive had been there before the step.</p>'
     rows = []

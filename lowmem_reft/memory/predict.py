@@ -84,6 +84,19 @@ class Setting:
     bf16: bool = True
     """Whether the card computes in bf16 (compute capability >= 8.0), and so has flash attention."""
 
+    @staticmethod
+    def of_device(device: torch.device) -> dict[str, Any]:
+        """Return the fields that follow from a device of this machine."""
+        capable = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+        return {"device_type": device.type, "bf16": capable}
+
+
+def stored_as(reuse: str, resident: str) -> Literal["off", "trunk", "prefix"]:
+    """Return what a step is predicted to read: ``auto`` takes prefixes where there are any."""
+    if reuse == "trunk":
+        return "trunk"
+    return "off" if reuse == "off" and resident == "all" else "prefix"
+
 
 class Predictor:
     """Predicts the memory of one model in one setting, for any lengths and batch sizes.

@@ -13,7 +13,7 @@ from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.loading import load_base
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
+from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_device, resolve_storage
 from lowmem_reft.machine.files import write_json
 from lowmem_reft.machine.provenance import device_name, versions
 from lowmem_reft.memory.live import CATEGORIES, LiveMemory, label_model, track
@@ -101,9 +101,12 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
 
 
 def _setting(options: ProfileOptions, device: torch.device) -> Setting:
-    storage = options.model.storage or find_method(options.method.method).storage
-    plain = storage if storage in DTYPES else options.model.compute_dtype
-    dtype = resolve_compute_dtype(plain, device)
+    storage, dtype = resolve_storage(
+        options.model.storage,
+        options.model.compute_dtype,
+        device,
+        default=find_method(options.method.method).storage,
+    )
     return Setting(
         storage=storage,
         compute_dtype=dtype_name(dtype),
@@ -111,8 +114,7 @@ def _setting(options: ProfileOptions, device: torch.device) -> Setting:
         memory=options.memory,
         chunked_loss=options.loss == "chunked",
         task_type=options.model.task_type or "CAUSAL_LM",
-        device_type=device.type,
-        bf16=device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0),
+        **Setting.of_device(device),
     )
 
 

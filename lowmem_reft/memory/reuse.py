@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitsandbytes.nn.modules import Linear4bit
-
 from lowmem_reft.base.blocks import base_of, find_blocks
 from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.memory.kernels import num_quantized
 from lowmem_reft.methods.constant import lower_part
 from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape
@@ -172,11 +171,7 @@ def plan_reuse(
 def _dequantized_bytes(blocks: Iterable[nn.Module], dtype: torch.dtype) -> int:
     """Return the size of the 4-bit layers in a dtype."""
     layers = (layer for block in blocks for layer in block.modules())
-    return sum(
-        layer.in_features * layer.out_features * dtype.itemsize
-        for layer in layers
-        if isinstance(layer, Linear4bit)
-    )
+    return dtype.itemsize * sum(num_quantized(layer, int8=False) for layer in layers)
 
 
 def _above_the_backbone(base: Any) -> list[nn.Module]:

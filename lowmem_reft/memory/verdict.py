@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
-from lowmem_reft.machine.processes import shards_model
+from lowmem_reft.machine.devices import dtype_name, resolve_storage
 from lowmem_reft.machine.progress import counter
 from lowmem_reft.memory.live import CATEGORIES
-from lowmem_reft.memory.planner import (
-    GIB,
-    Candidate,
-    Card,
-    Lengths,
-    Plan,
-    Planner,
-    describe,
-    fit,
-    longest_seq_len,
-    memory_ladder,
-    read_config,
-)
-from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.planner import GIB, Card, Lengths, Plan, Planner, read_config
+from lowmem_reft.memory.predict import Setting, stored_as
+from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import find_method
 from lowmem_reft.options import ReuseOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lowmem_reft.methods.card import TrainingCard
-    from lowmem_reft.options import LengthOptions, PlanOptions, TrainOptions
+    from lowmem_reft.options import LengthOptions, PlanOptions
 
 CARD_SIZES_GIB = (8, 12, 16, 24, 48, 80)
 """Cards of the table."""
@@ -59,7 +41,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
     Raises:
         InputError: the model, the card or the setting is not known or impossible.
     """
-    report = _reporter(quiet=options.quiet or options.json)
+    report = reporter(quiet=options.quiet or options.json)
     if options.table:
         return _run_table(options)
     card = Card.find(options.gpu, options.memory.memory_gib)
@@ -88,154 +70,19 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
     return result
 
 
-def fit_into_memory(
-    options: TrainOptions, card: TrainingCard, examples: Sequence[dict[str, Any]]
-) -> TrainOptions:
-    """Choose how a training run fits into ``--memory-gib``, before anything is loaded.
-
-    Examples per optimizer step stay as they are, so what is learned does too.
-
-    Args:
-        options: The user's choice; without ``memory_gib`` it is returned as it is.
-        card: How the base is stored and computes.
-        examples: Tokenized rows, whose lengths decide.
-
-    Raises:
-        InputError: nothing fits; the message says by how much and what would help.
-    """
-    budget = options.memory.memory_gib
-    if budget is None:
-        return options
-    setting, lengths = run_setting(options, card, examples)
-    found = Card.find(memory_gib=budget)
-    assert found is not None
-    if setting.device_type == "cpu":
-        found = replace(found, context_bytes=0)
-    planner = Planner(read_config(options.model.model), found)
-    chosen = fit(planner, setting, lengths, report=_reporter(quiet=options.run.quiet))
-    if chosen is None:
-        raise InputError(_refusal(planner, setting, lengths, budget))
-    reuse = options.reuse
-    if reuse.dequantize_upper == "auto" and reuse.reuse != "off" and not shards_model():
-        has_room = _has_room_dequantized(planner, chosen, len(examples))
-        reuse = replace(reuse, dequantize_upper="on" if has_room else "off")
-    flags = describe(chosen) + (" --dequantize-upper on" if reuse.dequantize_upper == "on" else "")
-    Console(stderr=True, soft_wrap=True, highlight=False, quiet=options.run.quiet).print(
-        f"to fit into {budget:g} GiB: {flags}"
-    )
-    memory = replace(chosen.setting.memory, memory_gib=budget)
-    optim = replace(
-        options.optim,
-        batch_size=chosen.lengths.batch_size,
-        gradient_accumulation=chosen.lengths.gradient_accumulation,
-    )
-    return replace(options, memory=memory, optim=optim, reuse=reuse)
-
-
-def _has_room_dequantized(planner: Planner, chosen: Candidate, num_examples: int) -> bool:
-    """Return whether a run that fits also does with its upper blocks dequantized."""
-    reuse = planner.reuse(chosen.setting, chosen.lengths, num_examples)
-    if reuse is None or not reuse.dequantized_bytes:
-        return False
-    peak = planner.training_peak_bytes(chosen.setting, chosen.lengths)
-    assert planner.card is not None
-    return planner.card.holds(peak + reuse.dequantized_bytes)
-
-
-def run_setting(
-    options: TrainOptions, card: TrainingCard, examples: Sequence[dict[str, Any]]
-) -> tuple[Setting, Lengths]:
-    """Return what is predicted for a training run: as the user gave it, on its longest example.
-
-    Args:
-        options: The run.
-        card: How the base is stored and computes.
-        examples: Tokenized rows, whose lengths decide.
-    """
-    device = resolve_device(options.model.device)
-    dtype = resolve_compute_dtype(
-        card.storage if card.storage in DTYPES else card.compute_dtype, device
-    )
-    longest = max(len(example["input_ids"]) for example in examples)
-    setting = Setting(
-        storage=card.storage,
-        compute_dtype=dtype_name(dtype),
-        method=options.method,
-        optim=options.optim.optim,
-        task_type=card.task_type,
-        num_labels=card.num_classes,
-        # With all blocks there, the plain step must fit too: training may fall back to it.
-        reuse=stored_as(options.reuse.reuse if options.reuse.resident == "upper" else "off", "all"),
-        resident=options.reuse.resident,
-        device_type=device.type,
-        bf16=device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0),
-    )
-    lengths = Lengths(
-        seq_len=longest,
-        response_len=max(_num_supervised(example["labels"]) for example in examples),
-        batch_size=options.optim.batch_size,
-        gradient_accumulation=options.optim.gradient_accumulation,
-    )
-    return setting, lengths
-
-
-def required_gib(
-    options: TrainOptions, card: TrainingCard, examples: Sequence[dict[str, Any]]
-) -> float:
-    """Return the memory that a training run needs as the user gave it, as ``--memory-gib`` counts.
-
-    Args:
-        options: The run.
-        card: How the base is stored and computes.
-        examples: Tokenized rows, whose lengths decide.
-    """
-    setting, lengths = run_setting(options, card, examples)
-    setting = replace(setting, memory=replace(options.memory, memory_gib=None))
-    counted = Card(name="", memory_bytes=0)
-    if setting.device_type == "cpu":
-        counted = replace(counted, context_bytes=0)
-    planner = Planner(read_config(options.model.model), counted)
-    needed = counted.required_bytes(planner.training_peak_bytes(setting, lengths))
-    return math.ceil(1e4 * needed / GIB) / 1e4
-
-
-def _num_supervised(labels: Any) -> int:
-    """Return the supervised tokens of an example; a class label counts as one."""
-    return sum(label != IGNORED_LABEL for label in labels) if isinstance(labels, list) else 1
-
-
-def _refusal(planner: Planner, setting: Setting, lengths: Lengths, budget: float) -> str:
-    """Say by how much a run misses its budget, and what would help."""
-    card = planner.card
-    assert card is not None
-    ladder = memory_ladder(planner.config, lengths.seq_len, setting)
-    smallest = replace(lengths, batch_size=1, gradient_accumulation=2)
-    needed = card.required_bytes(
-        planner.training_peak_bytes(replace(setting, memory=ladder[-1]), smallest)
-    )
-    longest = longest_seq_len(planner, setting)
-    helps = "choose a smaller model"
-    if longest:
-        helps = f"shorten the examples to --max-length {longest}, or {helps}"
-    elif setting.storage not in ("nf4", "fp4"):
-        helps = f"use --storage nf4, or {helps}"
-    return (
-        f"memory_gib must be at least {needed / GIB:.2f} for examples of {lengths.seq_len} tokens "
-        f"even one at a time and with every way to save memory, got {budget:g}; {helps}"
-    )
-
-
 def setting_of(options: PlanOptions, card: Card | None) -> Setting:
     """Turn the options into what is predicted."""
     shape = options.shape
-    compute_dtype = shape.compute_dtype
     bf16 = card is None or card.bf16
-    if compute_dtype == "auto":
-        compute_dtype = "bf16" if bf16 and shape.device == "cuda" else "fp32"
-    storage = shape.storage or find_method(options.method.method).storage
+    storage, dtype = resolve_storage(
+        shape.storage,
+        shape.compute_dtype,
+        default=find_method(options.method.method).storage,
+        has_bf16=bf16 and shape.device == "cuda",
+    )
     return Setting(
         storage=storage,
-        compute_dtype=storage if storage in ("bf16", "fp16", "fp32") else compute_dtype,
+        compute_dtype=dtype_name(dtype),
         method=options.method,
         memory=options.memory,
         chunked_loss=options.loss == "chunked",
@@ -250,13 +97,6 @@ def setting_of(options: PlanOptions, card: Card | None) -> Setting:
     )
 
 
-def stored_as(reuse: str, resident: str) -> Literal["off", "trunk", "prefix"]:
-    """Return what a step is predicted to read: ``auto`` takes prefixes where there are any."""
-    if reuse == "trunk":
-        return "trunk"
-    return "off" if reuse == "off" and resident == "all" else "prefix"
-
-
 def lengths_of(options: LengthOptions) -> Lengths:
     """Turn the options into lengths."""
     return Lengths(
@@ -269,7 +109,7 @@ def lengths_of(options: LengthOptions) -> Lengths:
     )
 
 
-def _reporter(*, quiet: bool) -> Callable[[str], None]:
+def reporter(*, quiet: bool) -> Callable[[str], None]:
     """Return what tells a person at a terminal what is being tried."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def check_target_modules(
-    options: MethodOptions, model: str, *, task_type: str, storage: str | None = None
+    options: MethodOptions, model: Any, *, task_type: str, storage: str | None = None
 ) -> None:
     """Refuse what the base has not got, before its weights are loaded.
 
@@ -51,8 +52,9 @@ def check_target_modules(
     part = find_method(options.method).fixed.get("part")
     if options.target_modules is None and part is None:
         return
+    config = load_config(model) if isinstance(model, str) else copy.deepcopy(model)
     with torch.device("meta"):
-        base = from_config(load_config(model), task_type)
+        base = from_config(config, task_type)
     if options.target_modules is not None:
         _check_targets(options.target_modules, base)
     if part is not None:

@@ -28,11 +28,17 @@ logger = logging.getLogger(__name__)
 
 
 def load_frozen(
-    options: ModelOptions, card: TrainingCard, tokenizer: Any, *, upper_for: Any = None
+    options: ModelOptions,
+    card: TrainingCard,
+    tokenizer: Any,
+    *,
+    config: Any,
+    upper_for: Any = None,
 ) -> Any:
     """Load the base as the card says, with the tokenizer's pad token.
 
-    With ``upper_for``, the configuration of an adapter, only the blocks are loaded that it needs.
+    With ``upper_for``, the configuration of an adapter, only the blocks are loaded that it needs;
+    ``config`` is what ``load_config`` has read.
 
     Raises:
         InputError: the base cannot be loaded.
@@ -40,13 +46,14 @@ def load_frozen(
     task: dict[str, Any] = {"task_type": card.task_type, "num_labels": card.num_classes}
     resident: dict[str, Any] = {}
     if upper_for is not None:
-        first = find_first_resident(load_config(options.model), upper_for, **task)
+        first = find_first_resident(config, upper_for, **task)
         resident = {"resident": "upper", "first_resident": first}
     base = load_base(
         options.model,
         storage=card.storage,
         compute_dtype=card.compute_dtype,
         device=options.device,
+        config=config,
         **task,
         **resident,
     )
@@ -64,11 +71,12 @@ def load_adapted(
     Raises:
         InputError: the base, the adapter or the tokenizer cannot be loaded.
     """
-    tokenizer = load_tokenizer(options.model)
+    config = load_config(options.model)
+    tokenizer = load_tokenizer(options.model, config=config)
     if adapter is None and resident != "all":
         raise InputError(f"resident must be all without an adapter, got {resident!r}; leave it out")
     upper_for = PeftConfig.from_pretrained(str(adapter)) if resident == "upper" else None
-    base = load_frozen(options, card, tokenizer, upper_for=upper_for)
+    base = load_frozen(options, card, tokenizer, config=config, upper_for=upper_for)
     if adapter is None:
         return base.eval(), tokenizer
     try:

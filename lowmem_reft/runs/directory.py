@@ -17,15 +17,13 @@ from lowmem_reft.data.rows import rows_digest
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import write_text_whole
-from lowmem_reft.methods.entries import resolve_learning_rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from lowmem_reft.data.rows import Row
-    from lowmem_reft.methods.card import TrainingCard
-    from lowmem_reft.options import TrainOptions
+    from lowmem_reft.runs.resolve import Run
 
 FILE_NAME = "run.json"
 
@@ -33,24 +31,20 @@ _OF_THE_CARD = ("storage", "compute_dtype", "task_type", "template", "max_length
 _OF_THE_OPTIMIZER = ("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optim")
 
 
-def prepare_directory(
-    options: TrainOptions, card: TrainingCard, validation: Sequence[Row], *, num_examples: int
-) -> None:
+def prepare_directory(run: Run, validation: Sequence[Row]) -> None:
     """Make the directory ready for a run: a new one, or one that goes on.
 
     The checkpoints of a finished run make way for a new one.
 
     Args:
-        options: Of the run.
-        card: What is trained, and on what.
+        run: What is trained, on what and how.
         validation: The rows that choose the best epoch.
-        num_examples: Rows to train on.
 
     Raises:
         InputError: the checkpoints are of a run that has not finished and is not resumed; it is to
             go on with other settings; or there is none to go on from.
     """
-    directory = options.run.output_dir
+    directory, options = run.directory, run.options.run
     if not processes.is_main():
         processes.wait()
         if not directory.is_dir():
@@ -59,12 +53,12 @@ def prepare_directory(
                 "choose one on a shared file system"
             )
         return
-    settings = _settings(options, card, validation)
-    if options.run.resume:
+    settings = _settings(run, validation)
+    if options.resume:
         _check_same(directory, settings)
-        _check_length(options, num_examples)
+        _check_length(run)
     else:
-        _clear(directory, quiet=options.run.quiet)
+        _clear(directory, quiet=options.quiet)
     (directory / "result.json").unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings, indent=2) + "\n"
@@ -107,22 +101,20 @@ def _clear(directory: Path, *, quiet: bool) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _settings(
-    options: TrainOptions, card: TrainingCard, validation: Sequence[Row]
-) -> dict[str, Any]:
+def _settings(run: Run, validation: Sequence[Row]) -> dict[str, Any]:
     """Return what decides the trained adapter, by the names of the options."""
-    optim = resolve_learning_rate(options.method, options.optim)
+    card, optim = run.card, run.optim
     settings = {
         "model": f"checkpoint {card.base_digest}" if card.base_digest else card.base,
         "data": f"rows {card.data_digest}",
         **{name: getattr(card, name) for name in _OF_THE_CARD},
-        **asdict(options.method),
+        **asdict(run.options.method),
         **{name: getattr(optim, name) for name in _OF_THE_OPTIMIZER},
         "effective batch": processes.effective_batch(optim),
         "validation_data": f"rows {rows_digest(validation)}" if validation else None,
     }
     if validation:
-        settings |= asdict(options.scoring)
+        settings |= asdict(run.options.scoring)
     return settings
 
 
@@ -154,10 +146,10 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else repr(value)
 
 
-def _check_length(options: TrainOptions, num_examples: int) -> None:
+def _check_length(run: Run) -> None:
     """Refuse fewer steps than were taken before the last checkpoint."""
-    step, optim = _step(last_checkpoint(options.run.output_dir)), options.optim
-    num_steps = optim.num_steps(num_examples, num_processes=processes.num_processes())
+    step, optim = _step(last_checkpoint(run.directory)), run.optim
+    num_steps = optim.num_steps(len(run.examples), num_processes=processes.num_processes())
     name, value = ("max_steps", num_steps) if optim.max_steps > 0 else ("epochs", optim.epochs)
     if num_steps < step:
         raise InputError(

@@ -21,13 +21,12 @@ from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.data.rows import Row, load_rows
 from lowmem_reft.data.tokens import Collator, encode_prompts
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.devices import dtype_name, resolve_compute_dtype
+from lowmem_reft.machine.devices import dtype_name, resolve_storage
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.machine.provenance import file_digest
 from lowmem_reft.methods.several import answering, find_adapters, load_together, mixes_in_a_batch
 from lowmem_reft.methods.virtual_tokens import generate
 from lowmem_reft.options import DecodingOptions
-from lowmem_reft.options.values import QUANTIZED
 from lowmem_reft.runs.answer_file import as_line, keep_answers, lock, note_run
 
 if TYPE_CHECKING:
@@ -253,16 +252,12 @@ def _kept(
 def _run(options: GenerateOptions, adapters: Sequence[NamedAdapter]) -> dict[str, Any]:
     """Return what determines the answers to given prompts, as JSON has it."""
     base, card = Path(options.model.model), adapters[0].card
-    dtype = card.compute_dtype
-    if card.storage not in QUANTIZED:
-        dtype = card.storage
-    elif dtype == "auto":
-        dtype = dtype_name(resolve_compute_dtype(dtype, options.model.device))
+    storage, dtype = resolve_storage(card.storage, card.compute_dtype, options.model.device)
     run: dict[str, Any] = {
         "base": str(base.resolve()) if base.is_dir() else options.model.model,
         "base_digest": checkpoint_digest(options.model.model),
-        "storage": card.storage,
-        "compute_dtype": dtype,
+        "storage": storage,
+        "compute_dtype": dtype_name(dtype),
         "adapters": [adapter.name for adapter in adapters],
     }
     for adapter in adapters:

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype
+from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.provenance import device_name
-from lowmem_reft.methods.entries import resolve_learning_rate
-from lowmem_reft.options import TrainOptions
 
 if TYPE_CHECKING:
     from lowmem_reft.methods.card import TrainingCard
+    from lowmem_reft.options import TrainOptions
+    from lowmem_reft.runs.resolve import Run
+
+_TASKS = ("text-classification", "text-generation")
+"""The hub's names: of other tasks, of a language model's."""
 
 _UNSAID = {"json", "quiet", "resume"}
 """Options that say nothing about the adapter."""
@@ -34,29 +37,21 @@ _SETTINGS = (
 """Of the adapter's configuration, under PEFT's names or ours."""
 
 
-def write_model_card(
-    directory: Path, options: TrainOptions, card: TrainingCard, result: dict[str, Any]
-) -> None:
-    """Write ``README.md`` into the adapter's directory.
-
-    Args:
-        directory: Where the adapter was saved.
-        options: Of the run.
-        card: What the adapter was trained on.
-        result: What ``run_training`` returns, as far as it is known.
-    """
-    name = directory.parent.resolve().name if directory.name == "adapter" else directory.name
+def write_model_card(run: Run, result: dict[str, Any]) -> None:
+    """Write ``README.md`` beside the adapter, from what ``run_training`` returns so far."""
+    card, rows = run.card, run.options.data.data
+    name = run.directory.resolve().name
     data = ModelCardData(
         base_model=None if Path(card.base).exists() else card.base,
         library_name="peft",
-        pipeline_tag="text-generation" if card.task_type == "CAUSAL_LM" else "text-classification",
+        pipeline_tag=_TASKS[card.task_type == "CAUSAL_LM"],
         tags=["lowmem-reft", str(card.method)],
-        datasets=None if Path(options.data.data).exists() else [options.data.data],
+        datasets=None if Path(rows).exists() else [rows],
         model_name=name,
-        eval_results=_eval_results(options, card, result),
+        eval_results=_eval_results(run, result),
     )
-    text = "\n\n".join(_sections(directory, options, card, result, name))
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(directory / "README.md")
+    text = "\n\n".join(_sections(run, result, name))
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(run.adapter_dir / "README.md")
 
 
 def command_of(options: TrainOptions, num_processes: int = 1) -> str:
@@ -88,9 +83,8 @@ def _portable(value: Any) -> str:
     return path.name if path.is_absolute() and path.name else str(value)
 
 
-def _sections(
-    directory: Path, options: TrainOptions, card: TrainingCard, result: dict[str, Any], name: str
-) -> list[str]:
+def _sections(run: Run, result: dict[str, Any], name: str) -> list[str]:
+    options, card = run.options, run.card
     base, is_local = _portable(card.base), Path(card.base).exists()
     where = (
         f"a local directory named `{base}`, which is not on the hub: say where it is from, and set "
@@ -102,10 +96,10 @@ def _sections(
     facts = [
         ("base", where),
         ("checkpoint digest", card.base_digest and f"`{card.base_digest}`"),
-        ("stored as", f"`{card.storage}`, computed in `{_computed_in(options, card)}`"),
+        ("stored as", f"`{card.storage}`, computed in `{dtype_name(run.compute_dtype)}`"),
         ("method", f"`{card.method}`, {result['num_trainable_params']:,} trained parameters"),
-        ("settings", _settings(directory)),
-        ("training", _training(options, result)),
+        ("settings", _settings(run.adapter_dir)),
+        ("training", _training(run, result)),
         ("training rows", f"{result['num_examples']:,}, SHA-256 `{card.data_digest}`"),
         ("prompts", f"`{card.template!r}`, at most {card.max_length} tokens with the answer"),
         ("seed", card.seed),
@@ -135,8 +129,8 @@ def _settings(directory: Path) -> str:
     return ", ".join(f"{name} `{value}`" for name, value in given.items())
 
 
-def _training(options: TrainOptions, result: dict[str, Any]) -> str:
-    optim = resolve_learning_rate(options.method, options.optim)
+def _training(run: Run, result: dict[str, Any]) -> str:
+    optim = run.optim
     length = f"{optim.max_steps} steps" if optim.max_steps > 0 else f"{optim.epochs:g} epochs"
     batch = f"{optim.batch_size} x {optim.gradient_accumulation} accumulation"
     if result["num_processes"] > 1:
@@ -145,12 +139,6 @@ def _training(options: TrainOptions, result: dict[str, Any]) -> str:
         f"`{optim.optim}`, peak rate {optim.lr:g} ({optim.schedule}), {length}, batches of "
         f"{result['effective_batch']} ({batch})"
     )
-
-
-def _computed_in(options: TrainOptions, card: TrainingCard) -> str:
-    """Return what the base computed in, where ``auto`` was given too."""
-    dtype = card.storage if card.storage in DTYPES else card.compute_dtype
-    return dtype_name(resolve_compute_dtype(dtype, options.model.device))
 
 
 def _usage(card: TrainingCard, base: str, *, is_local: bool) -> str:
@@ -205,19 +193,18 @@ def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _eval_results(
-    options: TrainOptions, card: TrainingCard, result: dict[str, Any]
-) -> list[EvalResult] | None:
+def _eval_results(run: Run, result: dict[str, Any]) -> list[EvalResult] | None:
     """Return the test score in the form of the hub's model index."""
-    if "eval" not in result or options.held_out.eval_data is None:
+    held_out = run.options.held_out
+    if "eval" not in result or held_out.eval_data is None:
         return None
-    name = _portable(options.held_out.eval_data)
+    name = _portable(held_out.eval_data)
     return [
         EvalResult(
-            task_type="text-generation" if card.task_type == "CAUSAL_LM" else "text-classification",
+            task_type=_TASKS[run.card.task_type == "CAUSAL_LM"],
             dataset_type=name,
             dataset_name=name,
-            dataset_split=options.held_out.eval_split,
+            dataset_split=held_out.eval_split,
             metric_type=result["eval"]["metric"],
             metric_value=result["eval"]["value"],
         )

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import Trainer
 
-    from lowmem_reft.methods.card import TrainingCard
-    from lowmem_reft.options import TrainOptions
+    from lowmem_reft.runs.resolve import Run
 
 
 @dataclass
@@ -30,16 +29,11 @@ class RunArguments(TrainingArguments):
 
 
 class Trackers:
-    """Keeps the trackers of a run open until its last figures are logged.
+    """Keeps the trackers of a run open until its last figures are logged."""
 
-    Args:
-        options: Of the run.
-        card: What is trained, and on what.
-    """
-
-    def __init__(self, options: TrainOptions, card: TrainingCard) -> None:
-        settings = {name: v for name, v in asdict(options.method).items() if v is not None}
-        self.facts = {**asdict(card), **settings}
+    def __init__(self, run: Run) -> None:
+        settings = {name: v for name, v in asdict(run.options.method).items() if v is not None}
+        self.facts = {**asdict(run.card), **settings}
         self._trainer: Any = None
         self._held: list[tuple[Any, Callable[..., None]]] = []
 

@@ -87,7 +87,7 @@ def test_mixed_precision_is_in_the_shared_state_whoever_asked_for_it(
 
 @contract(
     "accelerate",
-    used_by="machine/processes.py runs/train.py",
+    used_by="machine/processes.py runs/fit.py",
     broken_by=without(f"{STATE}PartialState.wait_for_everyone"),
 )
 def test_a_state_is_of_one_process_without_a_launcher(fresh_states: None) -> None:

@@ -125,7 +125,7 @@ def test_hooks_and_submodules_go_without_a_trace(breach: bool) -> None:
 @contract(
     "torch",
     used_by="base/quantization.py base/residency.py base/synthetic.py base/loss.py memory/live.py "
-    "memory/planner.py",
+    "memory/kernels.py",
     broken_by=with_value(f"{MODULE}__getattr__", lambda self, name: None),
 )
 def test_modules_parameters_and_buffers_are_dictionaries_to_write_to(breach: bool) -> None:

@@ -192,7 +192,7 @@ class Events(TrainerCallback):
 
 @contract(
     "transformers",
-    used_by="runs/train.py runs/validation.py memory/callback.py",
+    used_by="runs/fit.py runs/validation.py memory/callback.py",
     broken_by=wrapped(
         "transformers.trainer_callback:CallbackHandler.on_pre_optimizer_step",
         lambda _: lambda self, args, state, control: control,
@@ -210,7 +210,7 @@ def test_callbacks_hear_of_a_step_three_times_with_the_steps_that_are_done(tmp_p
 
 @contract(
     "transformers",
-    used_by="runs/train.py",
+    used_by="runs/fit.py",
     broken_by=with_value(
         "transformers:TrainerControl.should_training_stop",
         property(lambda _: False, lambda *_: None),
@@ -230,7 +230,7 @@ def test_a_callback_can_have_a_checkpoint_saved_and_the_training_stopped(tmp_pat
 
 @contract(
     "transformers",
-    used_by="runs/train.py",
+    used_by="runs/fit.py",
     broken_by=doing_nothing(f"{TRAINER}pop_callback"),
 )
 def test_losses_are_printed_by_a_callback_that_can_be_taken_away(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_trackers_are_callbacks_with_on_log_and_on_train_end(breach: bool) -> No
 
 @contract(
     "transformers",
-    used_by="runs/tracking.py runs/train.py",
+    used_by="runs/tracking.py runs/fit.py",
     broken_by=with_value("transformers:TrainingArguments.to_dict", lambda self: {}),
 )
 def test_arguments_of_a_subclass_are_told_to_trackers(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_arguments_of_a_subclass_are_told_to_trackers(tmp_path: Path) -> None:
 
 @contract(
     "transformers",
-    used_by="runs/train.py",
+    used_by="runs/fit.py",
     broken_by=with_value("transformers:TrainingArguments.n_gpu", property(lambda self: 3)),
 )
 def test_the_number_of_gpus_can_be_set_once_it_was_asked_for(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_the_number_of_gpus_can_be_set_once_it_was_asked_for(tmp_path: Path) -> 
 
 @contract(
     "transformers",
-    used_by="runs/train.py",
+    used_by="runs/fit.py",
     broken_by=with_value("transformers:TrainingArguments.get_warmup_steps", lambda self, n: 1),
 )
 def test_a_warmup_below_one_is_a_share_of_the_steps(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_warmup_below_one_is_a_share_of_the_steps(tmp_path: Path) -> None:
 
 @contract(
     "transformers",
-    used_by="machine/processes.py runs/train.py",
+    used_by="machine/processes.py runs/fit.py",
     broken_by=without("transformers:TrainingArguments.world_size"),
 )
 def test_arguments_hold_the_state_of_accelerate(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ from lowmem_reft.options import (
 )
 from lowmem_reft.reft.layer import ReftLayer
 from lowmem_reft.reft.positions import assign_groups, num_groups, parse_positions
-from lowmem_reft.runs.train import _edits_in_every_batch, run_training
+from lowmem_reft.runs.fit import _edits_in_every_batch
+from lowmem_reft.runs.train import run_training
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate"

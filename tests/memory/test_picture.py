@@ -12,16 +12,18 @@ import pytest
 from matplotlib.image import imread
 
 from lowmem_reft import InputError
-from lowmem_reft.memory.live import CATEGORIES, Block, Place
+from lowmem_reft.memory.live import CATEGORIES, LiveStorage, Origin
 from lowmem_reft.memory.picture import draw_timeline, write_timeline_html
 from lowmem_reft.memory.timeline import COLORS, PHASE_COLORS, curve_of, size_text, thinned
 
 MIB = 2**20
 HOSTILE = '<script>alert("x")</script> & $y_1$'
 LARGEST = [
-    Block(12 * MIB, "activations", Place("aten::mm", "model.py:7", "layers.3.mlp", "forward")),
-    Block(3 * MIB, "quantization_constants", None),
-    Block(MIB, "loss", Place(HOSTILE, HOSTILE, HOSTILE, "backward")),
+    LiveStorage(
+        12 * MIB, "activations", Origin("aten::mm", "model.py:7", "layers.3.mlp", "forward")
+    ),
+    LiveStorage(3 * MIB, "quantization_constants", None),
+    LiveStorage(MIB, "loss", Origin(HOSTILE, HOSTILE, HOSTILE, "backward")),
 ]
 
 

@@ -5,38 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lowmem_reft import cli
-from lowmem_reft.errors import InputError
-from lowmem_reft.memory.planner import (
-    GIB,
-    Candidate,
-    Card,
-    Lengths,
-    Planner,
-    describe,
-    fit,
-    longest_seq_len,
-    plan,
-    read_config,
-)
+from lowmem_reft.memory.planner import GIB, Card, Lengths, Planner, plan, read_config
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.reuse import ReusePlan
+from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len
 from lowmem_reft.memory.shapes import config_of
-from lowmem_reft.memory.verdict import fit_into_memory, required_gib
-from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.options import (
-    DataOptions,
     MemoryOptions,
     MethodOptions,
-    ModelOptions,
-    OptimOptions,
-    ReuseOptions,
-    RunOptions,
-    TrainOptions,
 )
 
 LLAMA = {
@@ -299,43 +279,6 @@ def test_train_flags_hold_every_way_to_save_memory() -> None:
     )
 
 
-def train_options(config_file: Path, memory_gib: float) -> TrainOptions:
-    return TrainOptions(
-        model=ModelOptions(model=str(config_file), device="cpu"),
-        data=DataOptions(data="unread"),
-        method=LOREFT,
-        optim=OptimOptions(batch_size=4),
-        memory=MemoryOptions(memory_gib=memory_gib),
-        run=RunOptions(output_dir=config_file.parent, quiet=True),
-    )
-
-
-def test_upper_blocks_are_dequantized_where_the_budget_leaves_room(config_file: Path) -> None:
-    examples = [{"input_ids": [1] * 256, "labels": [-100] * 192 + [1] * 64}]
-    training_card = TrainingCard(base=str(config_file), storage="nf4", compute_dtype="fp32")
-    method = MethodOptions(layers="upper:0.5", positions="l1")
-
-    def chosen(memory_gib: float, reuse: Any = "auto", dequantize_upper: Any = "auto") -> str:
-        options = replace(
-            train_options(config_file, memory_gib),
-            method=method,
-            reuse=ReuseOptions(reuse=reuse, dequantize_upper=dequantize_upper),
-        )
-        return fit_into_memory(options, training_card, examples).reuse.dequantize_upper
-
-    given = replace(train_options(config_file, 8), method=method)
-    needed = required_gib(given, training_card, examples)
-    lengths = Lengths(seq_len=256)
-    found = plan(config_file, lengths=lengths, method=method, compute_dtype="fp32").reuse
-    assert found is not None
-    room = 1.1 * found.dequantized_bytes / GIB
-    assert chosen(needed) == "off"
-    assert chosen(needed + room) == "on"
-    assert chosen(needed + room, dequantize_upper="off") == "off"
-    assert chosen(needed, dequantize_upper="on") == "on"
-    assert chosen(8, reuse="off") == "auto"  # nothing to decide
-
-
 def test_dequantized_blocks_of_llama_8b_take_two_bytes_a_weight() -> None:
     found = reuse_of("llama-3.1-8b", Lengths(seq_len=256), layers="15", positions="l1")
     assert found is not None
@@ -345,17 +288,6 @@ def test_dequantized_blocks_of_llama_8b_take_two_bytes_a_weight() -> None:
     assert (planned.fits, planned.fits_dequantized) == (True, True)
     planned = plan("llama-3.1-8b", memory_gib=12, method=MethodOptions(layers="15"))
     assert planned.fits_dequantized is False
-
-
-def test_training_fits_itself_into_a_budget_before_anything_is_loaded(config_file: Path) -> None:
-    examples = [{"input_ids": [1] * 1024, "labels": [-100] * 960 + [1] * 64}]
-    training_card = TrainingCard(base=str(config_file), storage="nf4", compute_dtype="fp32")
-    options = train_options(config_file, 40 / 1024)
-    fitted = fit_into_memory(options, training_card, examples)
-    assert fitted.optim.batch_size * fitted.optim.gradient_accumulation == 4
-    assert (fitted.memory, fitted.optim.batch_size) != (MemoryOptions(), 4)
-    with pytest.raises(InputError, match=r"memory_gib must be at least .* for examples of 1024"):
-        fit_into_memory(train_options(config_file, 0.002), training_card, examples)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -49,7 +49,7 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.runs import train
+from lowmem_reft.runs import fit, train
 
 # Rates with which the random tiny models learn in a few steps.
 RATES = dict.fromkeys(("prompt", "prefix", "steering", "lobireft", "ia3"), 0.1)
@@ -363,9 +363,9 @@ def test_an_interrupted_run_resumes_to_the_same_adapter_bitwise(
         self.interrupted = state.global_step == 3
         plain(self, args, state, control, **kwargs)
 
-    plain = train._StepWatch.on_step_end
+    plain = fit._StepWatch.on_step_end
     with monkeypatch.context() as patch:
-        patch.setattr(train._StepWatch, "on_step_end", interrupt)
+        patch.setattr(fit._StepWatch, "on_step_end", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train.run_training(options)
     resumed = replace(options, run=replace(options.run, resume=True))

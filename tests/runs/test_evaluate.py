@@ -17,7 +17,8 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions, ReuseOptions
 from lowmem_reft.reft.config import ReftConfig
-from lowmem_reft.runs.evaluate import ScoringSettings, extract_answer, run_evaluation, score
+from lowmem_reft.runs.evaluate import run_evaluation
+from lowmem_reft.runs.score import ScoringSettings, extract_answer, score
 
 ROWS = [
     Row(source=f"rows:{i}", prompt=prompt, choices=choices, answer=0, response=choices[0])

@@ -32,9 +32,10 @@ from lowmem_reft.options import (
     ScoringOptions,
 )
 from lowmem_reft.reft.config import ReftConfig
-from lowmem_reft.runs.evaluate import ScoringSettings, run_evaluation, score
+from lowmem_reft.runs.evaluate import run_evaluation
 from lowmem_reft.runs.generate import generate_batches
 from lowmem_reft.runs.harness import AdaptedModel
+from lowmem_reft.runs.score import ScoringSettings, score
 from snippets import read_blocks
 
 ROWS = [

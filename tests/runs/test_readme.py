@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_reft import cli
 from lowmem_reft.base.identity import checkpoint_digest
+from lowmem_reft.data.tokens import EncodedRows
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import resolve_compute_dtype
-from lowmem_reft.methods.card import load_card
+from lowmem_reft.methods.card import TrainingCard, load_card
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
@@ -31,6 +32,7 @@ from lowmem_reft.options import (
 )
 from lowmem_reft.runs.evaluate import run_evaluation
 from lowmem_reft.runs.readme import command_of, write_model_card
+from lowmem_reft.runs.resolve import Run
 from lowmem_reft.runs.train import run_training
 
 
@@ -43,6 +45,18 @@ def options(tiny_llama_dir: Path, films: Path, tmp_path: Path) -> TrainOptions:
         method=MethodOptions(rank=2, positions="f1+l2"),
         optim=OptimOptions(max_steps=2, batch_size=4),
         run=RunOptions(output_dir=tmp_path / "film-adapter", quiet=True),
+    )
+
+
+def run_of(options: TrainOptions, card: TrainingCard) -> Run:
+    """What a README is written from: nothing but options, card and dtype."""
+    return Run(
+        options=options,
+        card=card,
+        config=None,
+        compute_dtype=resolve_compute_dtype(card.compute_dtype, "cpu"),
+        tokenizer=None,
+        encoded=EncodedRows(examples=[], num_cut_prompts=0, num_cut_tokens=0),
     )
 
 
@@ -160,7 +174,7 @@ def test_no_local_path_is_in_the_folder_where_the_base_is_a_hub_id(
     assert kept is not None
     model = replace(options.model, model="maker/tiny")
     write_model_card(
-        directory, replace(options, model=model), replace(kept, base="maker/tiny"), result
+        run_of(replace(options, model=model), replace(kept, base="maker/tiny")), result
     )
     card = ModelCard.load(directory / "README.md")
     assert card.data.base_model == "maker/tiny"
@@ -202,7 +216,7 @@ def test_several_processes_are_in_the_command_and_in_the_batch(
     assert "lowmem-reft train" in alone
     assert "batches of 4 (4 x 1 accumulation)" in alone
     result = {**result, "num_processes": 3, "effective_batch": 12}
-    write_model_card(directory, options, kept, result)
+    write_model_card(run_of(options, kept), result)
     said = (directory / "README.md").read_text()
     assert "accelerate launch --num_processes 3 -m lowmem_reft.cli train --model" in said
     assert "batches of 12 (4 x 1 accumulation x 3 processes)" in said
@@ -215,5 +229,5 @@ def test_the_use_names_the_dtype_that_was_asked_for(
     kept = load_card(directory)
     assert kept is not None
     assert "compute_dtype=" not in (directory / "README.md").read_text()
-    write_model_card(directory, options, replace(kept, compute_dtype="fp32"), result)
+    write_model_card(run_of(options, replace(kept, compute_dtype="fp32")), result)
     assert 'storage="nf4", compute_dtype="fp32")' in (directory / "README.md").read_text()

@@ -31,7 +31,9 @@ from lowmem_reft.options import (
     ScoringOptions,
     TrainOptions,
 )
-from lowmem_reft.runs.train import _cuda_peak, _training_arguments, run_training
+from lowmem_reft.runs.fit import _cuda_peak, _training_arguments
+from lowmem_reft.runs.resolve import resolve
+from lowmem_reft.runs.train import run_training
 
 ROWS = [
     {"prompt": f"is the {noun} good or bad? label:", "choices": ["good", "bad"], "answer": answer}
@@ -114,16 +116,16 @@ def test_a_killed_run_resumes_to_the_same_adapter_bitwise(
     script.write_text(
         "import os, signal, sys, torch\n"
         "from transformers import TrainerCallback\n"
-        "import lowmem_reft.runs.train as train\n"
+        "from lowmem_reft.runs import fit, train\n"
         "from lowmem_reft.options import *\n"
         "from pathlib import Path, PosixPath\n"
         "torch.set_num_threads(1)\n"
-        "original = train._StepWatch.on_step_end\n"
+        "original = fit._StepWatch.on_step_end\n"
         "def kill(self, args, state, control, **kwargs):\n"
         "    original(self, args, state, control, **kwargs)\n"
         "    if state.global_step == 5:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "train._StepWatch.on_step_end = kill\n"
+        "fit._StepWatch.on_step_end = kill\n"
         f"train.run_training({options!r})\n"
     )
     killed = subprocess.run([sys.executable, str(script)], capture_output=True, check=False)
@@ -319,10 +321,12 @@ def test_the_trainer_uses_one_gpu_however_many_there_are(
 ) -> None:
     from accelerate.state import AcceleratorState
 
+    run = resolve(options)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    arguments = _training_arguments(replace(options, model=replace(options.model, device="cuda")))
+    options = replace(options, model=replace(options.model, device="cuda"))
+    arguments = _training_arguments(replace(run, options=options))
     # What the Trainer reads, in its order: the device sets the number, the batch follows from it.
     assert arguments.device.type == "cuda"
     assert arguments.n_gpu == 1
@@ -332,7 +336,7 @@ def test_the_trainer_uses_one_gpu_however_many_there_are(
 
 def test_warm_up_may_take_all_steps(options: TrainOptions) -> None:
     optim = replace(options.optim, warmup_ratio=1.0)
-    assert _training_arguments(replace(options, optim=optim)).get_warmup_steps(40) == 40
+    assert _training_arguments(resolve(replace(options, optim=optim))).get_warmup_steps(40) == 40
 
 
 def test_memory_is_measured_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

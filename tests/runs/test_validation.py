@@ -19,8 +19,9 @@ from lowmem_reft.options import (
     RunOptions,
     TrainOptions,
 )
-from lowmem_reft.runs import train
-from lowmem_reft.runs.evaluate import Scores, run_evaluation
+from lowmem_reft.runs import fit, train
+from lowmem_reft.runs.evaluate import run_evaluation
+from lowmem_reft.runs.score import Scores
 from lowmem_reft.runs.train import run_training
 
 ROWS = [
@@ -139,17 +140,15 @@ def test_an_interrupted_run_keeps_its_best_epoch(
     scores_of([0.9, 0.1, 0.5], monkeypatch)
     whole = run_training(with_run(options, output_dir=tmp_path / "whole"))
 
-    def interrupt(
-        watch: train._StepWatch, args: object, state: object, control: object, **_: object
-    ):
+    def interrupt(watch: fit._StepWatch, args: object, state: object, control: object, **_: object):
         original(watch, args, state, control)
         if state.global_step == 3:
             watch.interrupted = control.should_save = control.should_training_stop = True
 
-    original = train._StepWatch.on_step_end
+    original = fit._StepWatch.on_step_end
     scores_of([0.9, 0.1, 0.5], monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(train._StepWatch, "on_step_end", interrupt)
+        patch.setattr(fit._StepWatch, "on_step_end", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_training(options)
     resumed = run_training(with_run(options, resume=True))

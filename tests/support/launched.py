@@ -14,9 +14,9 @@ from typing import Any
 
 from lowmem_reft import cli
 from lowmem_reft.reuse.store import Store
-from lowmem_reft.runs import train
+from lowmem_reft.runs import fit
 
-write, on_step_end = Store.write, train._StepWatch.on_step_end
+write, on_step_end = Store.write, fit._StepWatch.on_step_end
 
 
 def noted_write(self: Store, *args: Any) -> None:
@@ -34,5 +34,5 @@ def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None
 
 
 if __name__ == "__main__":
-    Store.write, train._StepWatch.on_step_end = noted_write, dying  # type: ignore[method-assign]
+    Store.write, fit._StepWatch.on_step_end = noted_write, dying  # type: ignore[method-assign]
     sys.exit(cli.main())

@@ -1,0 +1,141 @@
+"""A training run, resolved once: everything that must be known before its base is loaded.
+
+What trains, keeps the directory, writes the adapter's README or tells trackers is given the `Run`;
+none of them works out a storage, a dtype or a configuration again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.identity import checkpoint_digest
+from lowmem_reft.base.loading import load_tokenizer
+from lowmem_reft.data.rows import as_choices, label_names, load_rows, rows_digest
+from lowmem_reft.data.tokens import EncodedRows, encode_labelled, encode_rows
+from lowmem_reft.errors import InputError
+from lowmem_reft.machine import processes
+from lowmem_reft.machine.devices import resolve_storage
+from lowmem_reft.methods.attach import check_run, check_target_modules
+from lowmem_reft.methods.card import TrainingCard, merge_card
+from lowmem_reft.methods.configs import build_peft_config
+from lowmem_reft.methods.entries import resolve_learning_rate
+from lowmem_reft.methods.table import find_method
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from lowmem_reft.data.rows import Row
+    from lowmem_reft.options import OptimOptions, TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run."""
+
+    options: TrainOptions
+    """What the user chose."""
+    card: TrainingCard
+    """What the adapter is trained on: base, storage, task, labels, prompts, digests."""
+    config: Any
+    """The base's configuration (transformers), as it was read; nobody writes to it."""
+    compute_dtype: torch.dtype
+    """What the base computes in."""
+    tokenizer: Any
+    """The base's tokenizer."""
+    encoded: EncodedRows
+    """The rows to train on."""
+
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """The tokenized rows."""
+        return self.encoded.examples
+
+    @property
+    def optim(self) -> OptimOptions:
+        """How it is optimized: with the method's own learning rate where none is given."""
+        return resolve_learning_rate(self.options.method, self.options.optim)
+
+    @property
+    def directory(self) -> Path:
+        """Where checkpoints and results go."""
+        return self.options.run.output_dir
+
+    @property
+    def adapter_dir(self) -> Path:
+        """Where the adapter goes."""
+        return self.directory / "adapter"
+
+    @property
+    def reuse_dir(self) -> Path:
+        """Where what is constant is kept."""
+        return self.options.reuse.reuse_dir or self.directory / "reuse"
+
+
+def resolve(options: TrainOptions) -> Run:
+    """Read rows, configuration and tokenizer, and settle all that follows from them.
+
+    Raises:
+        InputError: an option, a file or a row is wrong, or does not go with the others.
+    """
+    model, data = options.model, options.data
+    rows = load_rows(data.data, split=data.split, limit=data.limit)
+    card = merge_card(None, model, template=data.template, max_length=data.max_length)
+    kind = rows[0].kind
+    if (card.task_type == "SEQ_CLS" and kind not in ("label", "target")) or (
+        card.task_type == "CAUSAL_LM" and kind == "target"
+    ):
+        wanted = "text, label or text, target" if card.task_type == "SEQ_CLS" else "other"
+        raise InputError(
+            f"data must hold {wanted} rows for task_type {card.task_type}, got {kind} rows; "
+            "convert them or change the task type"
+        )
+    storage, dtype = resolve_storage(
+        model.storage,
+        card.compute_dtype,
+        model.device,
+        default=find_method(options.method.method).storage,
+    )
+    card = replace(
+        card,
+        storage=storage,
+        label_names=label_names(rows) if kind == "label" else None,
+        regression=kind == "target",
+        method=options.method.method,
+        data_digest=rows_digest(rows),
+        seed=options.run.seed,
+        base_digest=checkpoint_digest(model.model),
+    )
+    config = _check(options, card)
+    tokenizer = load_tokenizer(model.model, config=config)
+    return Run(
+        options=options,
+        card=card,
+        config=config,
+        compute_dtype=dtype,
+        tokenizer=tokenizer,
+        encoded=_encode(rows, tokenizer, card),
+    )
+
+
+def _check(options: TrainOptions, card: TrainingCard) -> Any:
+    """Refuse what the method or the base has not got; return the base's configuration."""
+    build_peft_config(options.method, task_type=card.task_type, num_layers=None)
+    config = load_config(options.model.model)
+    check_target_modules(options.method, config, task_type=card.task_type, storage=card.storage)
+    check_run(options.method, options.memory, resume=options.run.resume)
+    processes.check_sharded_run(options, card.storage)
+    return config
+
+
+def _encode(rows: list[Row], tokenizer: Any, card: TrainingCard) -> EncodedRows:
+    """Tokenize the rows as the task wants them."""
+    if card.task_type == "SEQ_CLS":
+        return encode_labelled(
+            rows, tokenizer, max_length=card.max_length, label_names=card.label_names
+        )
+    rows = as_choices(rows, card.label_names)
+    return encode_rows(rows, tokenizer, template=card.template, max_length=card.max_length)

@@ -1,0 +1,376 @@
+"""Scoring: by the likelihood of choices, a classification head, or generated answers.
+
+Each way gives a prediction per example; the metric (``metrics.py``) makes one number of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_reft.base.blocks import base_of
+from lowmem_reft.base.ours import ours
+from lowmem_reft.data.rows import as_choices, class_index
+from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
+from lowmem_reft.data.tasks.metrics import compute, find_metric
+from lowmem_reft.data.tokens import (
+    Collator,
+    encode_choices,
+    encode_labelled,
+    encode_prompts,
+    encode_rows,
+)
+from lowmem_reft.errors import InputError
+from lowmem_reft.machine.progress import counter, progress
+from lowmem_reft.methods.likelihood import response_log_likelihood
+from lowmem_reft.options import ReuseOptions, ScoringOptions
+from lowmem_reft.reuse.prepare import prepare_scoring
+from lowmem_reft.runs.generate import generate_batches
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from lowmem_reft.data.rows import Row
+    from lowmem_reft.methods.card import TrainingCard
+    from lowmem_reft.reuse.reuse import Reuse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings(ScoringOptions):
+    """How rows are scored, and with what means."""
+
+    batch_size: int = 16
+    """Sequences per forward pass."""
+    quiet: bool = True
+    """No progress bar."""
+    reuse: ReuseOptions = field(default_factory=ReuseOptions)
+    """What may be computed once, and how much it may take on the disk."""
+    reuse_dir: Path | None = None
+    """Where that is kept; None computes everything anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Per-example outcomes of one evaluation."""
+
+    predictions: list[Any]
+    """What was answered: the index of a choice or class, a number, or the extracted text."""
+    references: list[Any]
+    """What is right, in the same form."""
+    correct: list[bool]
+    """Whether each example was answered rightly."""
+    losses: list[float] = field(default_factory=list)
+    """Mean negative log-likelihood per token of the right answer (or class), where it is known."""
+    num_cut_prompts: int = 0
+    """Prompts that were cut from the left to fit."""
+    texts: list[str] = field(default_factory=list)
+    """What was generated, where answers were."""
+    metric: str = "accuracy"
+    """What ``value`` is; a name in ``tasks.metrics.METRICS``."""
+    extra_metrics: str | None = None
+    """Comma-separated further ones."""
+    reuse: Reuse | None = None
+    """What scored the rows from stored constants, if something did."""
+
+    @property
+    def value(self) -> float:
+        """The metric over all examples: a share (accuracy, f1, ...) or a correlation."""
+        return self._computed(self.metric)
+
+    def _computed(self, metric: str) -> float:
+        if metric == "accuracy":
+            return sum(self.correct) / len(self.correct)
+        return compute(metric, self.predictions, self.references)
+
+    def summary(self) -> dict[str, Any]:
+        """Return ``metric``, ``value``, ``accuracy``, ``num_examples`` and, if known, ``loss``."""
+        summary: dict[str, Any] = {
+            "metric": self.metric,
+            "value": self.value,
+            "accuracy": sum(self.correct) / len(self.correct),
+            "num_examples": len(self.correct),
+            "num_cut_prompts": self.num_cut_prompts,
+        }
+        if self.extra_metrics is not None:
+            names = map(str.strip, self.extra_metrics.split(","))
+            summary["extra"] = {name: self._computed(name) for name in names}
+        if self.losses:
+            summary["loss"] = sum(self.losses) / len(self.losses)
+        if self.reuse is not None:
+            summary["reuse"] = self.reuse.mode
+            summary["store_bytes"] = self.reuse.layout.total_bytes
+            summary["build_time_s"] = self.reuse.build_time_s
+        return summary
+
+
+def check_scoring(options: ScoringOptions) -> None:
+    """Refuse a metric, an extractor or a pattern that there is not, before the work.
+
+    Raises:
+        InputError: see above.
+    """
+    for name in (options.metric, *filter(None, (options.extra_metrics or "").split(","))):
+        find_metric(name.strip())
+    if options.extractor is not None:
+        find_extractor(options.extractor)
+    extract_answer("", options.answer_pattern)
+
+
+def check_rows(rows: Sequence[Row], card: TrainingCard) -> None:
+    """Refuse rows that cannot be scored as the card says, before a base is loaded for them.
+
+    Raises:
+        InputError: a row has a label that the card does not know, or none for a classifier.
+    """
+    if card.regression:
+        for row in rows:
+            if row.target is None:
+                raise InputError(
+                    f"{row.source}: a row must have text and target, as in the training, got a "
+                    f"{row.kind} row; convert the file"
+                )
+    elif card.task_type == "SEQ_CLS":
+        for row in rows:
+            class_index(row, card.label_names or [])
+    else:
+        as_choices(rows, card.label_names)
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    card: TrainingCard,
+    settings: ScoringSettings | None = None,
+) -> Scores:
+    """Score a loaded model on rows; see ``evaluate.run_evaluation``.
+
+    A base of which only upper blocks are resident is scored from stored constants where rows have
+    choices; otherwise its lower blocks are read again for every forward pass.
+    """
+    settings = settings or ScoringSettings()
+    model.eval()
+    residency = ours(base_of(model)).residency
+    if card.task_type != "SEQ_CLS":
+        rows = as_choices(rows, card.label_names)
+    scoring = _Scoring(model, tokenizer, rows, card, settings)
+    with nullcontext() if residency is None else residency.streaming():
+        if card.task_type == "SEQ_CLS":
+            scores = scoring.of_classes()
+        elif settings.scoring == "likelihood" or (settings.scoring == "auto" and rows[0].choices):
+            scores = scoring.of_choices()
+        else:
+            scores = scoring.of_generated()
+    return replace(scores, metric=settings.metric, extra_metrics=settings.extra_metrics)
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """The ways to score rows with a model."""
+
+    model: Any
+    tokenizer: Any
+    rows: Sequence[Row]
+    card: TrainingCard
+    settings: ScoringSettings
+
+    @torch.no_grad()
+    def of_choices(self) -> Scores:
+        """Pick the choice whose tokens have the highest summed log-likelihood after the prompt."""
+        prompts: dict[str, Any] = {
+            "template": self.card.template,
+            "max_length": self.card.max_length,
+        }
+        encoded = [encode_choices(row, self.tokenizer, **prompts) for row in self.rows]
+        items = [
+            (index, choice, example)
+            for index, by_choice in enumerate(encoded)
+            for choice, example in enumerate(by_choice.examples)
+        ]
+        # Like lengths together: little padding.
+        items.sort(key=lambda item: -len(item[2]["input_ids"]))
+        totals: list[dict[int, tuple[float, int]]] = [{} for _ in self.rows]
+        reuse, likelihoods = self._likelihoods([example for _, _, example in items])
+        for indices in self._batches(len(items)):
+            sums, counts = likelihoods(indices)
+            for place, total, count in zip(indices, sums.tolist(), counts, strict=True):
+                index, choice, _ = items[place]
+                totals[index][choice] = (total, count)
+        answers = [max(scored, key=lambda choice: scored[choice][0]) for scored in totals]
+        right: list[Any] = [row.answer for row in self.rows]
+        of_right = [scored[answer] for scored, answer in zip(totals, right, strict=True)]
+        predictions, references = list[Any](answers), right
+        if self.rows[0].target is not None:
+            pairs = zip(self.rows, totals, strict=True)
+            predictions = [_expected(row, scored) for row, scored in pairs]
+            references = [row.target for row in self.rows]
+        return Scores(
+            correct=[a == r for a, r in zip(answers, right, strict=True)],
+            predictions=predictions,
+            references=references,
+            losses=[-total / count for total, count in of_right],
+            num_cut_prompts=sum(by_choice.num_cut_prompts for by_choice in encoded),
+            reuse=reuse,
+        )
+
+    @torch.no_grad()
+    def of_classes(self) -> Scores:
+        """Pick the class with the highest logit of the head; of one output, take its value."""
+        card, device = self.card, self.model.device
+        encoded = encode_labelled(
+            self.rows, self.tokenizer, max_length=card.max_length, label_names=card.label_names
+        )
+        examples, collate = encoded.examples, Collator(self.tokenizer)
+        predictions: list[Any] = []
+        losses: list[float] = []
+        for indices in self._batches(len(examples)):
+            batch = collate([examples[index] for index in indices])
+            batch = {key: value.to(device) for key, value in batch.items()}
+            labels = batch.pop("labels")
+            logits = self.model(**batch).logits.float()
+            if logits.shape[-1] == 1:  # a regression
+                predictions += logits[:, 0].tolist()
+                losses += (logits[:, 0] - labels).square().tolist()
+            else:
+                predictions += logits.argmax(-1).tolist()
+                each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+                losses += each.tolist()
+        references = [example["labels"] for example in examples]
+        return Scores(
+            correct=[p == r for p, r in zip(predictions, references, strict=True)],
+            predictions=predictions,
+            references=references,
+            losses=losses,
+            num_cut_prompts=encoded.num_cut_prompts,
+        )
+
+    def of_generated(self) -> Scores:
+        """Generate greedily, extract the answer and compare it with the one in the response."""
+        card, settings = self.card, self.settings
+        references = [_answer(row.response or "", settings) for row in self.rows]
+        for row, answer in zip(self.rows, references, strict=True):
+            if answer is None:
+                name = "extractor" if settings.extractor else "answer_pattern"
+                raise InputError(
+                    f"{row.source}: response must match {name} {getattr(settings, name)!r}, got "
+                    f"{row.response!r}; correct the {name} or the row"
+                )
+        encoded = encode_prompts(
+            self.rows, self.tokenizer, template=card.template, max_length=card.max_length
+        )
+        texts = list(
+            generate_batches(
+                self.model,
+                self.tokenizer,
+                [example["input_ids"] for example in encoded.examples],
+                batch_size=settings.batch_size,
+                max_new_tokens=settings.max_new_tokens,
+                quiet=settings.quiet,
+            )
+        )
+        predictions = [_answer(text, settings) for text in texts]
+        pairs = zip(predictions, references, strict=True)
+        return Scores(
+            correct=[answers_equal(settings.extractor, p, r) for p, r in pairs],
+            predictions=predictions,
+            references=references,
+            texts=texts,
+            # Where there is no right answer but a reference, its likelihood says more.
+            losses=self._response_losses() if settings.metric == "overlap" else [],
+            num_cut_prompts=encoded.num_cut_prompts,
+        )
+
+    def _response_losses(self) -> list[float]:
+        """Mean negative log-likelihood per token of each row's own response, EOS included."""
+        card = self.card
+        examples = encode_rows(
+            self.rows, self.tokenizer, template=card.template, max_length=card.max_length
+        ).examples
+        order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
+        collate, losses = Collator(self.tokenizer, padding_side="left"), [0.0] * len(examples)
+        for places in self._batches(len(order)):
+            indices = [order[place] for place in places]
+            batch = collate([examples[index] for index in indices])
+            sums, counts = response_log_likelihood(self.model, batch)
+            for index, total, count in zip(indices, sums.tolist(), counts, strict=True):
+                losses[index] = -total / count
+        return losses
+
+    def _batches(self, number: int) -> Iterator[range]:
+        """Yield the indices of each batch, with a bar."""
+        size = self.settings.batch_size
+        for start in progress(range(0, number, size), "scoring", quiet=self.settings.quiet):
+            yield range(start, min(start + size, number))
+
+    def _likelihoods(
+        self, examples: list[dict[str, Any]]
+    ) -> tuple[Reuse | None, Callable[[Sequence[int]], tuple[Tensor, list[int]]]]:
+        """Return what scores some of the examples: from stored constants (also returned) if any."""
+        model, settings = self.model, self.settings
+        collate = Collator(self.tokenizer, padding_side="left")
+
+        def batch_of(indices: Sequence[int]) -> dict[str, Tensor]:
+            return collate([examples[index] for index in indices])
+
+        if settings.reuse_dir is not None and hasattr(model, "peft_config"):
+            with counter("computing what is constant", quiet=settings.quiet) as report:
+                reuse = prepare_scoring(
+                    model,
+                    examples,
+                    batch_of,
+                    settings.reuse,
+                    root=settings.reuse_dir,
+                    batch_size=settings.batch_size,
+                    report=report,
+                )
+            if reuse is not None:
+                return reuse, reuse.log_likelihood
+        return None, lambda indices: response_log_likelihood(model, batch_of(indices))
+
+
+def _expected(row: Row, scored: dict[int, tuple[float, int]]) -> float:
+    """The choices are numbers: their mean under the softmax of their log-likelihoods."""
+    top = max(total for total, _ in scored.values())
+    weights = {choice: math.exp(total - top) for choice, (total, _) in scored.items()}
+    weighted = sum(weight * float(row.choices[choice]) for choice, weight in weights.items())
+    return weighted / sum(weights.values())
+
+
+def _answer(text: str, settings: ScoringSettings) -> str | None:
+    if settings.extractor is not None:
+        return find_extractor(settings.extractor)(text)
+    return extract_answer(text, settings.answer_pattern)
+
+
+def extract_answer(text: str, pattern: str | None) -> str | None:
+    """Return the last match's first group (or the whole text), lower-cased, white space folded.
+
+    Args:
+        text: generated or reference text.
+        pattern: regular expression; None takes the whole text.
+
+    Returns:
+        The answer, or None if the pattern does not match.
+
+    Raises:
+        InputError: the pattern is not a regular expression.
+    """
+    if pattern is not None:
+        try:
+            matches = list(re.finditer(pattern, text))
+        except re.error as error:
+            raise InputError(
+                f"answer_pattern must be a regular expression, got {pattern!r}; mend it ({error})"
+            ) from error
+        if not matches:
+            return None
+        text = matches[-1][1] if matches[-1].re.groups else matches[-1][0]
+    return " ".join((text or "").lower().split())

@@ -1,0 +1,116 @@
+"""A run is resolved once: the configuration is read once, and one function settles dtypes."""
+
+from __future__ import annotations
+
+import builtins
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.machine.devices import resolve_storage
+from lowmem_reft.options import (
+    DataOptions,
+    HeldOutOptions,
+    MemoryOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimOptions,
+    ReuseOptions,
+    RunOptions,
+    TrainOptions,
+)
+from lowmem_reft.runs.resolve import resolve
+from lowmem_reft.runs.train import run_training
+
+OF_LIBRARIES = {
+    "peft/utils/save_and_load.py": "compares sizes of vocabularies whenever an adapter is saved",
+    "transformers/generation/configuration_utils.py": "looks for settings of generation",
+}
+"""Who reads config.json again, and cannot be given what was read."""
+
+
+@pytest.fixture
+def options(tiny_llama_dir: Path, films: Path, tmp_path: Path) -> TrainOptions:
+    return TrainOptions(
+        model=ModelOptions(model=str(tiny_llama_dir), storage="nf4", device="cpu"),
+        data=DataOptions(data=str(films)),
+        held_out=HeldOutOptions(eval_data=str(films), validation_data=str(films)),
+        method=MethodOptions(rank=2, positions="f1+l2", layers="upper:0.5"),
+        optim=OptimOptions(max_steps=2, batch_size=4),
+        memory=MemoryOptions(memory_gib=4),
+        run=RunOptions(output_dir=tmp_path / "run", quiet=True),
+    )
+
+
+@pytest.fixture
+def readers(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The files on the stack at each opening of the base's config.json."""
+    path, found = Path(options.model.model) / "config.json", []
+    opened = builtins.open
+
+    def noted(file: Any, *arguments: Any, **more: Any) -> Any:
+        if str(file) == str(path):
+            found.append([frame.filename for frame in traceback.extract_stack()])
+        return opened(file, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "open", noted)
+    monkeypatch.setattr("io.open", noted)  # pathlib's
+    return found
+
+
+@pytest.mark.parametrize(
+    ("storage", "method", "resident"),
+    [
+        ("fp32", "loreft", "all"),
+        ("nf4", "loreft", "all"),
+        ("nf4", "loreft", "upper"),
+        ("fp32", "full", "all"),
+    ],
+)
+def test_one_training_reads_the_configuration_of_its_base_once(
+    options: TrainOptions, readers: list[list[str]], storage: Any, method: str, resident: Any
+) -> None:
+    if method != "loreft":
+        options = replace(options, method=MethodOptions(method=method))
+    options = replace(
+        options,
+        model=replace(options.model, storage=storage),
+        reuse=ReuseOptions(resident=resident),
+    )
+    run_training(options)
+    ours = [
+        files for files in readers if not any(file.endswith(tuple(OF_LIBRARIES)) for file in files)
+    ]
+    assert [[Path(file).name for file in files if "lowmem_reft/" in file] for files in ours] == [
+        ["train.py", "resolve.py", "resolve.py", "loading.py"]
+    ]
+
+
+def test_a_run_is_settled_before_anything_is_loaded(options: TrainOptions) -> None:
+    model = replace(options.model, storage=None, compute_dtype="fp32")
+    run = resolve(replace(options, model=model))
+    assert (run.card.storage, run.compute_dtype) == ("nf4", torch.float32)
+    assert run.card.compute_dtype == "fp32"
+    assert run.config.model_type == "llama"
+    assert run.optim.lr is not None
+    assert run.adapter_dir == options.run.output_dir / "adapter"
+
+
+def test_what_a_base_computes_in_follows_from_storage_dtype_and_device() -> None:
+    fp32, bf16 = torch.float32, torch.bfloat16
+    assert resolve_storage(None, "fp32", "cpu", default="int8") == ("int8", fp32)
+    assert resolve_storage("bf16", "auto", "cpu", default="int8") == ("bf16", bf16)
+    assert resolve_storage("nf4", bf16, "cpu") == ("nf4", bf16)
+    with pytest.raises(InputError, match="compute_dtype must be auto or bf16 with storage bf16"):
+        resolve_storage("bf16", "fp32", "cpu")
+    with pytest.raises(InputError, match="storage must be bf16 or fp32 on a CPU"):
+        resolve_storage("fp16", "auto", "cpu")
+    # Of a card that is planned for, this machine is not asked.
+    assert resolve_storage("nf4", "auto", has_bf16=True) == ("nf4", bf16)
+    assert resolve_storage("nf4", "auto", has_bf16=False) == ("nf4", fp32)
+    assert resolve_storage("fp16", "auto", has_bf16=False) == ("fp16", torch.float16)
