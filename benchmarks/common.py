@@ -9,6 +9,7 @@ nothing else of ours.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shlex
@@ -22,7 +23,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PYREFT_PYTHON_VARIABLE = "LOWMEM_REFT_PYREFT_PYTHON"
@@ -201,6 +205,48 @@ def timed_calls(
     return sample
 
 
+def now(device: torch.device) -> float:
+    """Return a clock's seconds once the device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def free(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measured_or_error(
+    measure: Callable[[], dict[str, Any]], *, started: float, seconds: float
+) -> dict[str, Any]:
+    """Return what is measured, or as ``error`` why it is not.
+
+    Args:
+        measure: Measures one row.
+        started: When the benchmark started, by ``time.perf_counter``.
+        seconds: A row that would start later than this is left out.
+    """
+    import torch
+
+    from lowmem_reft.errors import InputError
+
+    if time.perf_counter() - started > seconds:
+        return {"error": f"left out after {seconds:g} s"}
+    try:
+        return measure()
+    except torch.OutOfMemoryError as error:
+        return {"error": f"out of memory: {str(error).splitlines()[0]}"}
+    except InputError as error:  # such as a tied embedding that cannot leave the card
+        return {"error": str(error)}
+
+
 def reset_peak_rss() -> None:
     """Start a new peak of resident memory where the system can (Linux)."""
     with contextlib.suppress(OSError):
@@ -295,9 +341,14 @@ def report(
 def finish(result: Mapping[str, Any], output: Path | None) -> None:
     """Write the file, if one is named, and end with the result as one JSON line."""
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(result, output)
     print(json.dumps(result))
+
+
+def write(result: Mapping[str, Any], output: Path) -> None:
+    """Write the file that keeps a result."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _answer_or_error(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,12 @@ layers: peak over weights of LoReFT and QLoRA with their own loss and with ours.
 
 Goals: never under, at most 3 % over; LoReFT with checkpointing at most 180 MiB over the weights in
 fp32, at most 100 MiB in bf16.
+
+Run ``python -m benchmarks.memory --device cuda --model llama-3.1-8b`` (also qwen3-14b,
+llama-3.3-70b) for memory and speed on a card at the shapes of real models. Weights are random and
+drawn as they are stored, so no checkpoint is needed and nothing is ever there in full precision.
+Methods: LoReFT in three settings, PEFT QLoRA, and LoRA on a 16-bit base, at 512, 2,048 and 8,192
+tokens; a row that runs out of memory is a row. ``--seconds`` bounds the whole command.
 """
 
 from __future__ import annotations
@@ -16,19 +22,31 @@ import gc
 import itertools
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 from transformers import AutoConfig
 
-from benchmarks.common import environment
+from benchmarks.common import (
+    environment,
+    finish,
+    free,
+    measured_or_error,
+    now,
+    summarize,
+    write,
+)
+from lowmem_reft.base.blocks import device_of
+from lowmem_reft.errors import InputError
+from lowmem_reft.machine.devices import resolve_device
 from lowmem_reft.memory.live import LiveMemory, label_model
-from lowmem_reft.memory.planner import Lengths, Planner
+from lowmem_reft.memory.planner import GIB, Lengths, Planner, read_config
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.memory.profile import build_model, measure_step
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
@@ -37,29 +55,60 @@ from lowmem_reft.options import MemoryOptions, MethodOptions
 LOREFT = MethodOptions(method="loreft", rank=4, positions="f7+l7")
 LOREFT_ALL = MethodOptions(method="loreft", rank=4, positions="all")
 LOREFT_UPPER = MethodOptions(method="loreft", rank=4, positions="l1", layers="upper:0.5")
-QLORA = MethodOptions(method="qlora", rank=16)
+QLORA, LORA = MethodOptions(method="qlora", rank=16), MethodOptions(method="lora", rank=16)
 METHODS = {
     "LoReFT f7+l7": LOREFT,
     "LoReFT all": LOREFT_ALL,
     "LoReFT upper half l1": LOREFT_UPPER,
     "QLoRA r16": QLORA,
 }
+MIB = 2**20
 PLAIN, CHECKPOINTED = MemoryOptions(), MemoryOptions(activation_checkpointing=True)
 CHUNKED = MemoryOptions(activation_checkpointing=True, mlp_tokens=256)
+FRUGAL = MemoryOptions(
+    activation_checkpointing=True,
+    offload_activations=True,
+    mlp_tokens=4096,
+    embedding_on_host=True,
+)
 BATCHES = ((1, 512, False), (4, 128, True))
 """Batch size, tokens, and whether an example is shorter than the others."""
+REAL = {
+    "LoReFT f7+l7": Setting(method=LOREFT, memory=CHECKPOINTED),
+    "LoReFT f7+l7, every way to save": Setting(method=LOREFT, memory=FRUGAL),
+    "LoReFT upper half l1": Setting(method=LOREFT_UPPER, memory=CHECKPOINTED),
+    "PEFT QLoRA r16": Setting(method=QLORA, memory=CHECKPOINTED, chunked_loss=False),
+    "QLoRA r16, our loss": Setting(method=QLORA, memory=CHECKPOINTED),
+    "PEFT LoRA r16, bf16 base": Setting(
+        storage="bf16", method=LORA, memory=CHECKPOINTED, chunked_loss=False
+    ),
+}
+"""What is measured at a real model's shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBenchmark:
     """Measure predicted and real peaks."""
 
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    model: str | None = None
+    """Measure at this model's shape in place of the grid: short name, hub id, directory or
+    config.json; default on a card: llama-3.1-8b."""
+    tokens: str = "512,2048,8192"
+    """At a model's shape: comma-separated lengths of the one example of a batch."""
+    methods: str | None = None
+    """At a model's shape: only methods whose label contains this."""
+    repeats: int = 3
+    """At a model's shape: timed steps after two that are not counted."""
+    seconds: float = 480
+    """At a model's shape: rows that would start later than this are left out, and named."""
     small: bool = False
     """A quarter of the grid on small shapes, and no second part."""
     json: bool = False
     """Keep standard output to the JSON line."""
     output: Path | None = None
-    """Write the result here too (benchmarks/results/memory.json)."""
+    """Write the result here too (benchmarks/results/memory.json, or memory-MODEL.json)."""
 
 
 def config_of(architecture: str, width: int, layers: int, vocab: int) -> Any:
@@ -102,43 +151,62 @@ def grid(
             yield architecture, storage, dtype, method, memory, batch
 
 
-def measured_peak(config: Any, setting: Setting, batch: dict[str, Any]) -> tuple[int, int]:
-    """Return the measured peak and the bytes of the base (weights and constants)."""
-    torch.manual_seed(0)
-    device = torch.device("cpu")
-    model = build_model(config, setting, device, random_weights=True)
+def measured_step(
+    config: Any, setting: Setting, build: Callable[[], Any], lengths: Lengths, *, repeats: int = 0
+) -> dict[str, Any]:
+    """Predict a model's step and measure it; its times too, if it is repeated."""
+    model = build()
+    device = device_of(model)
+    predicted = Planner(config).training_peak_bytes(setting, lengths)
+    batch = make_batch(
+        lengths.batch_size,
+        lengths.seq_len,
+        lengths.num_supervised,
+        padded=bool(lengths.padded),
+        vocab_size=config.vocab_size,
+    )
+    batch = {key: value.to(device) for key, value in batch.items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model.train()
     warm_up(model, optimizer)
-    held = LiveMemory("cpu")
-    label_model(held, model)
-    base_bytes = held.by_category["weights"] + held.by_category["quantization_constants"]
     step = partial(training_step, model, batch, optimizer)
     step()
-    measured, held_bytes = measure_step(device, model, optimizer, batch, step)
-    return measured.allocated_bytes + held_bytes, base_bytes
+    peak, held_bytes = measure_step(device, model, optimizer, batch, step)
+    measured = peak.allocated_bytes + held_bytes
+    row: dict[str, Any] = {
+        "predicted_bytes": predicted,
+        "measured_bytes": measured,
+        "ratio": predicted / measured,
+    }
+    if repeats:
+        seconds = []
+        for _ in range(repeats):
+            started = now(device)
+            step()
+            seconds.append(now(device) - started)
+        row |= {"reserved_bytes": peak.reserved_bytes, **summarize(seconds)}
+        row["tokens_per_s"] = lengths.batch_size * lengths.seq_len / row["median_s"]
+    return row
 
 
 def cell(
     config: Any, setting: Setting, size: tuple[int, int, bool], response_len: int
 ) -> dict[str, Any]:
-    """Predict and measure one setting."""
+    """Predict and measure one setting, and say where its bytes are."""
     batch_size, seq_len, padded = size
     lengths = Lengths(
         seq_len=seq_len, batch_size=batch_size, padded=padded, response_len=response_len
     )
-    planner = Planner(config)
-    predicted = planner.training_peak_bytes(setting, lengths)
-    peak = planner.timeline(setting, lengths).peak
-    batch = make_batch(
-        batch_size, seq_len, response_len, padded=padded, vocab_size=config.vocab_size
-    )
-    measured, base_bytes = measured_peak(config, setting, batch)
+    peak = Planner(config).timeline(setting, lengths).peak
+    torch.manual_seed(0)
+    model = build_model(config, setting, torch.device("cpu"), random_weights=True)
     gc.collect()
+    row = measured_step(config, setting, lambda: model, lengths)
+    held = LiveMemory("cpu")
+    label_model(held, model)
+    base_bytes = held.by_category["weights"] + held.by_category["quantization_constants"]
     return {
-        "predicted_bytes": predicted,
-        "measured_bytes": measured,
-        "ratio": predicted / measured,
+        **row,
         "base_bytes": base_bytes,
         "breakdown_bytes": peak.breakdown_bytes,
         "place": str(peak.place),
@@ -171,7 +239,7 @@ def accuracy(options: MemoryBenchmark) -> list[dict[str, Any]]:
         _say(
             f"{architecture:7} {storage:5} {dtype:5} {method:21} "
             f"{'checkpointed' if memory.activation_checkpointing else 'plain':13} {size!s:15} "
-            f"{row['predicted_bytes'] / 2**20:9.2f} {row['measured_bytes'] / 2**20:9.2f} MiB "
+            f"{row['predicted_bytes'] / MIB:9.2f} {row['measured_bytes'] / MIB:9.2f} MiB "
             f"{row['ratio']:.4f}"
         )
     return rows
@@ -212,10 +280,44 @@ def floor() -> list[dict[str, Any]]:
         row["over_weights_bytes"] = row["measured_bytes"] - row["base_bytes"]
         rows.append(row)
         _say(
-            f"{label:36} measured {row['over_weights_bytes'] / 2**20:7.1f} MiB over weights, "
+            f"{label:36} measured {row['over_weights_bytes'] / MIB:7.1f} MiB over weights, "
             f"predicted/measured {row['ratio']:.4f}  {row['place']}"
         )
     return rows
+
+
+def at_shape_of(model: str, options: MemoryBenchmark, device: torch.device) -> list[dict[str, Any]]:
+    """Measure every method at every length at a real model's shape; out of memory is a row."""
+    started = time.perf_counter()
+    config = read_config(model)
+    rows: list[dict[str, Any]] = []
+    for label, each in REAL.items():
+        if options.methods is not None and options.methods not in label:
+            continue
+        setting = replace(each, device_type=device.type)
+        build = cache(partial(build_model, config, setting, device, random_weights=True))
+        for tokens in map(int, options.tokens.split(",")):
+            lengths = Lengths(seq_len=tokens, response_len=tokens // 4, padded=False)
+            measure = partial(
+                measured_step, config, setting, build, lengths, repeats=options.repeats
+            )
+            row = {"method": label, "tokens": tokens}
+            row |= measured_or_error(measure, started=started, seconds=options.seconds)
+            free(device)
+            rows.append(row)
+            _say(f"{label:34} {tokens:6} {row.get('error') or said(row)}")
+        build.cache_clear()
+        free(device)
+    return rows
+
+
+def said(row: dict[str, Any]) -> str:
+    """Return memory and speed in words."""
+    return (
+        f"predicted {row['predicted_bytes'] / GIB:7.3f} GiB, measured "
+        f"{row['measured_bytes'] / GIB:7.3f} (ratio {row['ratio']:.4f}), reserved "
+        f"{(row['reserved_bytes'] or 0) / GIB:7.3f}, {row['tokens_per_s']:8.0f} tokens/s"
+    )
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> Path:
@@ -227,7 +329,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
     for marker, method in zip("osD^", METHODS, strict=True):
         chosen = [row for row in rows if row["method"] == method]
         axes.scatter(
-            [row["measured_bytes"] / 2**20 for row in chosen],
+            [row["measured_bytes"] / MIB for row in chosen],
             [100 * (row["ratio"] - 1) for row in chosen],
             label=method,
             marker=marker,
@@ -248,14 +350,11 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def run(options: MemoryBenchmark) -> dict[str, Any]:
-    """Run the benchmark and return its result."""
+def run_grid(result: dict[str, Any], options: MemoryBenchmark) -> int:
+    """Measure the grid, print the summary and one JSON line; 1 if one is under or far over."""
     rows = accuracy(options)
     ratios = [row["ratio"] for row in rows]
-    result: dict[str, Any] = {
-        "benchmark": "memory",
-        "options": {k: v for k, v in asdict(options).items() if k != "output"},
-        "environment": environment("cpu"),
+    result |= {
         "num_settings": len(rows),
         "smallest_ratio": min(ratios),
         "largest_ratio": max(ratios),
@@ -265,21 +364,31 @@ def run(options: MemoryBenchmark) -> dict[str, Any]:
     if not options.small:
         result["floor"] = floor()
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(result, options.output)
         draw(rows, options.output.with_suffix(".png"))
-    return result
+    _say(f"{len(rows)} settings: predicted / measured from {min(ratios):.4f} to {max(ratios):.4f}")
+    print(json.dumps({k: v for k, v in result.items() if k != "rows"}))
+    return int(min(ratios) < 1 or max(ratios) > 1.03)
 
 
 def main(options: MemoryBenchmark) -> int:
-    """Print the summary and one JSON line; 1 if a prediction is under or far over."""
-    result = run(options)
-    _say(
-        f"{result['num_settings']} settings: predicted / measured from "
-        f"{result['smallest_ratio']:.4f} to {result['largest_ratio']:.4f}"
-    )
-    print(json.dumps({k: v for k, v in result.items() if k != "rows"}))
-    return int(result["num_under"] > 0 or result["largest_ratio"] > 1.03)
+    """Print what was measured and one JSON line; 2 if there is no such device."""
+    try:
+        device = resolve_device(options.device)
+    except InputError as error:
+        _say(f"benchmarks.memory: {error}")
+        return 2
+    model = options.model or ("llama-3.1-8b" if device.type == "cuda" else None)
+    result: dict[str, Any] = {
+        "benchmark": "memory",
+        "options": {k: v for k, v in asdict(options).items() if k != "output"},
+        "environment": environment(device.type),
+    }
+    if model is None:
+        return run_grid(result, options)
+    result |= {"model": model, "rows": at_shape_of(model, options, device)}
+    finish(result, options.output)
+    return 0
 
 
 if __name__ == "__main__":

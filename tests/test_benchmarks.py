@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from benchmarks import gpu_reuse, reuse_steps
-from benchmarks.common import Worker, alternate, ratio, summarize
+from benchmarks import gpu_reuse, memory, reuse_steps
+from benchmarks.common import Worker, alternate, measured_or_error, ratio, summarize
 from benchmarks.gpu_reuse import GpuReuse, RandomCheckpoint, upper_base
 from benchmarks.reuse import SHAPES, config_of
 from benchmarks.step import check_comparable
@@ -191,6 +193,52 @@ def test_a_fast_method_goes_on_for_its_whole_turn_and_a_slow_one_takes_a_step() 
     warm_up = [("fast", 0), ("fast", 1), ("fast", 2), ("slow", 0)]
     assert taken == [*warm_up, ("slow", 1), ("fast", 1)]
     assert seconds == {"slow": [2.0], "fast": [1.5]}
+
+
+def test_memory_benchmark_measures_every_method_at_the_shape_of_a_model(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    )
+    config.save_pretrained(tmp_path)
+    output = tmp_path / "memory-tiny.json"
+    shape = ("--model", str(tmp_path), "--tokens", "16,32", "--repeats", "1")
+    result = run_benchmark("memory", *shape, "--output", str(output))
+    assert json.loads(output.read_text()) == result
+    assert {"versions", "device", "commit", "command", "date"} <= result["environment"].keys()
+    lengths = [(row["method"], row["tokens"]) for row in result["rows"]]
+    assert lengths == [(method, tokens) for method in memory.REAL for tokens in (16, 32)]
+    for row in result["rows"]:
+        assert "error" not in row, row
+        assert row["predicted_bytes"] >= row["measured_bytes"] > 0
+        assert row["tokens_per_s"] > 0
+
+
+def test_a_row_that_starts_too_late_or_has_no_memory_says_so() -> None:
+    def without_memory() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 40 GiB.")
+
+    now = time.perf_counter()
+    row = measured_or_error(without_memory, started=now, seconds=100)
+    assert row == {"error": "out of memory: CUDA out of memory."}
+    late = measured_or_error(without_memory, started=now - 1000, seconds=100)
+    assert late == {"error": "left out after 100 s"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_card_that_is_not_there_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert memory.main(memory.MemoryBenchmark(device="cuda")) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("benchmarks.memory: device must be one that torch can use, got 'cuda'")
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ A mark names code, not a file, so that it moves along, and costs nothing where n
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any, TypeVar
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -39,7 +40,5 @@ def begins_step(function: _Function) -> _Function:
 
 
 def _code_of(function: Any) -> CodeType:
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    assert isinstance(function, FunctionType)
-    return function.__code__
+    code: CodeType = inspect.unwrap(function).__code__
+    return code

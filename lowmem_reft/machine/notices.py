@@ -18,14 +18,10 @@ from typing import NamedTuple
 
 
 class Logged(NamedTuple):
-    """A message that a library logs."""
+    """A message of a library's logger (others may log the same words), by how it begins."""
 
     logger: str
-    """The logger that it comes from; others may log the same words."""
     message: str
-    """Regular expression of its beginning."""
-    reason: str
-    """Why nobody needs it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is another message."""
@@ -33,61 +29,36 @@ class Logged(NamedTuple):
 
 
 class Warned(NamedTuple):
-    """A warning that a library gives."""
+    """A warning of a class, none of its parents, by how it begins."""
 
     category: type[Warning]
-    """Its class, none of its parents."""
     message: str
-    """Regular expression of its beginning."""
-    reason: str
-    """Why nobody needs it."""
-
-
-class Written(NamedTuple):
-    """A line that native code writes to standard error, where Python cannot filter it."""
-
-    line: bytes
-    """Regular expression of it."""
-    reason: str
-    """Why nobody needs it."""
 
 
 LOGGED = (
+    # That kernel has no backward pass; guard_linear4bit keeps every base of ours from it.
     Logged(
         "bitsandbytes.backends.cpu.ops",
         "Failed to load CPU gemm_4bit_forward from kernels-community",
-        "that kernel has no backward pass; guard_linear4bit keeps every base of ours from it",
     ),
-    Logged(
-        "bitsandbytes.autograd._functions",
-        "MatMul8bitLt: inputs will be cast from",
-        "int8 quantizes its inputs by way of fp16, whatever they are; it is said for every layer",
-    ),
-    Logged(
-        "transformers.trainer_utils",
-        "mtime may not be reliable on this filesystem",
-        "two checkpoints within a second, which are then told apart by their numbers, rightly",
-    ),
+    # int8 quantizes its inputs by way of fp16, whatever they are; it is said for every layer.
+    Logged("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast from"),
+    # Two checkpoints within a second, which are then told apart by their numbers, rightly.
+    Logged("transformers.trainer_utils", "mtime may not be reliable on this filesystem"),
 )
 
 WARNED = (
-    Warned(
-        FutureWarning,
-        "`is_gradient_checkpointing` is deprecated",
-        "get_peft_model asks transformers by the old name; both know the new one",
-    ),
+    # get_peft_model asks transformers by the old name; both know the new one.
+    Warned(FutureWarning, "`is_gradient_checkpointing` is deprecated"),
 )
 
 WRITTEN = (
-    Written(
-        rb"USDT:.* SyncActivityProfilerHandler\.cpp:\d+\] profiler_(start|stop)$",
-        "torch 2.13 says when its profiler starts and stops",
-    ),
-    Written(
-        rb"\[W.* CPUAllocator\.cpp:\d+\] Memory block of unknown size was allocated before",
-        "what was there before a measurement is none of it",
-    ),
+    # torch 2.13 says when its profiler starts and stops.
+    rb"USDT:.* SyncActivityProfilerHandler\.cpp:\d+\] profiler_(start|stop)$",
+    # What was there before a measurement is none of it.
+    rb"\[W.* CPUAllocator\.cpp:\d+\] Memory block of unknown size was allocated before",
 )
+"""Lines that native code writes to standard error, where Python cannot filter them."""
 
 
 def hide() -> None:
@@ -100,11 +71,7 @@ def hide() -> None:
 
 @contextmanager
 def held(logger: str, message: str) -> Iterator[list[logging.LogRecord]]:
-    """Hold back a message until it is known whether anybody needs it.
-
-    Args:
-        logger: The one that it comes from.
-        message: What occurs in it.
+    """Hold back a logger's messages that contain ``message`` until it is known who needs them.
 
     Yields:
         The records that came; those that are left in it at the end, or at an error, are logged.
@@ -143,6 +110,6 @@ def written_hidden() -> Iterator[None]:
             os.dup2(stderr, 2)
             lines.seek(0)
             for line in lines:
-                if not any(re.match(written.line, line.rstrip()) for written in WRITTEN):
+                if not any(re.match(known, line.rstrip()) for known in WRITTEN):
                     os.write(stderr, line)
             os.close(stderr)

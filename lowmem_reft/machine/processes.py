@@ -58,8 +58,7 @@ def shards_model() -> bool:
 def start(device: str) -> None:
     """Join the other processes, if there are any; all but the first fall silent.
 
-    Args:
-        device: as the user gave it: auto, cpu or cuda. Each process takes the card of its number.
+    Each takes the card of its number, so that ``device`` is auto, cpu or cuda.
 
     Raises:
         InputError: all processes would take the same card.
@@ -68,6 +67,7 @@ def start(device: str) -> None:
         return
     from accelerate import PartialState
 
+    # Here, since it imports torch, which one process alone may not need.
     from lowmem_reft.machine.devices import resolve_device
 
     if ":" in device:
@@ -85,17 +85,13 @@ def start(device: str) -> None:
 def stop() -> None:
     """Leave the other processes, at the end of a run that all of them have finished."""
     if num_processes() > 1:
-        from accelerate import PartialState
-
-        PartialState().destroy_process_group()
+        _state().destroy_process_group()
 
 
 def wait() -> None:
     """Wait until every process is here."""
     if num_processes() > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
+        _state().wait_for_everyone()
 
 
 def agree(value: T) -> T:
@@ -114,10 +110,9 @@ def any_of(flag: bool) -> bool:
     if num_processes() == 1:
         return flag
     import torch
-    from accelerate import PartialState
     from accelerate.utils import reduce
 
-    count: Any = reduce(torch.tensor(float(flag), device=PartialState().device))
+    count: Any = reduce(torch.tensor(float(flag), device=_state().device))
     return bool(count.item())
 
 
@@ -144,8 +139,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def trained_values(model: nn.Module) -> dict[str, Tensor]:
     """Return what is trained, whole, by name; every process has to ask."""
-    named = model.named_parameters()
-    return {name: whole(p.detach()) for name, p in named if p.requires_grad}
+    return {name: whole(parameter.detach()) for name, parameter in _trained(model).items()}
 
 
 def set_trained_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -153,8 +147,7 @@ def set_trained_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     import torch
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    values = agree(values)
+    trained, values = _trained(model), agree(values)
     assert set(values) == set(trained)
     with torch.no_grad():
         for name, parameter in trained.items():
@@ -164,13 +157,15 @@ def set_trained_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             parameter.copy_(value)
 
 
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def shard_on_cpu(arguments: Any) -> None:
     """Let accelerate shard between processes on CPUs, where it would leave the model whole.
 
-    It looks for FSDP among the kinds of cards alone; torch shards with gloo as well.
-
-    Args:
-        arguments: ``transformers.TrainingArguments``, before a Trainer is made of them.
+    It looks for FSDP among the kinds of cards alone; torch shards with gloo as well. ``arguments``
+    are ``transformers.TrainingArguments``, before a Trainer is made of them.
     """
     from accelerate.utils import DistributedType
 
@@ -187,15 +182,12 @@ def check_sharded_run(options: TrainOptions, storage: str) -> None:
     """
     if not shards_model():
         return
-    launcher = {
-        "fsdp_version": (os.environ.get("FSDP_VERSION", "1"), "2"),
-        "fsdp_cpu_ram_efficient_loading": (
-            os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower(),
-            "false",
-        ),
-        "mixed_precision": (os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "no"),
-    }
-    for name, (value, wanted) in launcher.items():
+    for name, variable, default, wanted in (
+        ("fsdp_version", "FSDP_VERSION", "1", "2"),
+        ("fsdp_cpu_ram_efficient_loading", "FSDP_CPU_RAM_EFFICIENT_LOADING", "false", "false"),
+        ("mixed_precision", "ACCELERATE_MIXED_PRECISION", "no", "no"),
+    ):
+        value = os.environ.get(variable, default).lower()
         if value != wanted:
             raise InputError(
                 f"{name} must be {wanted} here, got {value!r}; set it in the launcher's "
@@ -206,11 +198,6 @@ def check_sharded_run(options: TrainOptions, storage: str) -> None:
             "storage must be nf4, fp4, bf16 or fp32 with FSDP, got 'int8', whose weights cannot be "
             "sharded; use another"
         )
-    ours = {
-        "resident": options.reuse.resident != "all",
-        "dequantize_upper": options.reuse.dequantize_upper == "on",
-        "embedding_on_host": options.memory.embedding_on_host,
-    }
     from accelerate.utils import compare_versions
 
     if options.run.resume and compare_versions("accelerate", "<", "1.15"):
@@ -218,7 +205,11 @@ def check_sharded_run(options: TrainOptions, storage: str) -> None:
             "resume must be left out with FSDP before accelerate 1.15, got it: the state of the "
             "optimizer would be lost; pip install 'accelerate>=1.15'"
         )
-    for name, is_set in ours.items():
+    for name, is_set in (
+        ("resident", options.reuse.resident != "all"),
+        ("dequantize_upper", options.reuse.dequantize_upper == "on"),
+        ("embedding_on_host", options.memory.embedding_on_host),
+    ):
         if is_set:
             raise InputError(
                 f"{name} must be left out with FSDP, got it; it decides where the base lies, and "
@@ -242,6 +233,12 @@ def refuse_casts() -> None:
             f"mixed_precision must be no with FSDP, got {precision!r}; leave bf16 and fp16 out of "
             "the training arguments: the base computes in the dtype it was loaded in"
         )
+
+
+def _state() -> Any:
+    from accelerate import PartialState
+
+    return PartialState()
 
 
 def lost_a_process(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
 
@@ -18,17 +18,12 @@ def show_bars(shown: bool) -> None:
     _switches["shown"] = shown
 
 
-def progress(items: Sequence[T], what: str, *, quiet: bool) -> Iterable[T]:
+def progress(items: Sequence[T], what: str, *, quiet: bool) -> Iterator[T]:
     """Iterate over ``items`` with a bar that says ``what`` is being done and how long it takes."""
-    return items if quiet or not _switches["shown"] else _bar(items, what)
-
-
-def _bar(items: Sequence[T], what: str) -> Iterator[T]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    yield from track(items, what, console=console, disable=not console.is_terminal, transient=True)
+    with counter(what, quiet=quiet) as told:
+        for number, item in enumerate(items):
+            told(number, len(items))
+            yield item
 
 
 @contextmanager

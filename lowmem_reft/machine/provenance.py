@@ -28,38 +28,24 @@ _CHUNK_BYTES = 1 << 20
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that can change a result; None: not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name.replace("-", "_")] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name.replace("-", "_")] = None
-    return found
+    found = {name.replace("-", "_"): _version(name) for name in DISTRIBUTIONS}
+    return {"python": platform.python_version(), **found}
 
 
 def installed(name: str) -> str:
-    """A package with its version, as messages name it, for example ``transformers 5.24.0``.
-
-    Args:
-        name: of the distribution.
-    """
-    try:
-        return f"{name} {metadata.version(name)}"
-    except metadata.PackageNotFoundError:
-        return f"{name}, which is not installed"
+    """A distribution with its version, as messages name it, for example ``transformers 5.24.0``."""
+    version = _version(name)
+    return f"{name}, which is not installed" if version is None else f"{name} {version}"
 
 
 def device_name(device: str = "auto") -> str:
     """What the run was measured on: CPU model and threads, or GPU name and memory in GiB.
 
-    Args:
-        device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
-
-    Returns:
-        For example ``"Intel(R) Xeon(R) Processor, 2 threads"`` or ``"NVIDIA L4, 22.0 GiB"``.
+    For example ``"Intel(R) Xeon(R) Processor, 2 threads"`` or ``"NVIDIA L4, 22.0 GiB"``.
     """
     import torch
 
+    # Here, since it imports torch, which versions and digests do without.
     from lowmem_reft.machine.devices import resolve_device
 
     resolved = resolve_device(device)
@@ -98,9 +84,6 @@ def directory_digest(path: str | os.PathLike[str]) -> str:
     Hidden files and folders (``.git``, ``.cache``) do not count; links are followed, as the loader
     does.
 
-    Args:
-        path: A directory.
-
     Raises:
         NotADirectoryError: ``path`` is not a directory.
     """
@@ -113,6 +96,13 @@ def directory_digest(path: str | os.PathLike[str]) -> str:
         if not any(part.startswith(".") for part in name.split("/")):
             digest.update(f"{name}\0{file_digest(files[name])}\n".encode())
     return digest.hexdigest()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

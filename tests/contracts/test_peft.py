@@ -27,7 +27,7 @@ from peft.mapping import (
 )
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import (
     ModulesToSaveWrapper,
     PeftType,
@@ -42,6 +42,7 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
 
 from breaking import contract, doing_nothing, with_result, with_value, wrapped
+from lowmem_reft.machine.contracts.adapters import tuner_class
 from lowmem_reft.machine.contracts.contract import tiny_llama
 
 TUNERS = "peft.tuners.tuners_utils:"
@@ -50,16 +51,12 @@ CAUSAL = "peft.peft_model:PeftModelForCausalLM."
 SAVE = "peft.utils.save_and_load:"
 
 
-class Layer(nn.Module, BaseTunerLayer):
-    adapter_layer_names = ("probe_phi",)
-    other_param_names = ("probe_options",)
+Probe: Any = tuner_class()
 
+
+class Layer(Probe.tuner_layer_cls):
     def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.probe_phi = nn.ModuleDict()
-        self.probe_options: dict[str, int] = {}
-        self._disable_adapters = False
-        self.merged_adapters = []
+        super().__init__()
         self.moved: list[str] = []
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
@@ -77,12 +74,10 @@ class Config(PeftConfig):
         self.peft_type = PeftType("PROBE")
 
 
-class Tuner(BaseTuner):
+class Tuner(Probe):
     """Puts a layer beside one module, or nothing anywhere, and notes what it is asked."""
 
-    prefix = "probe_"
     tuner_layer_cls = Layer
-    target_module_mapping: Any = {}  # noqa: RUF012
     asked: Any = []  # noqa: RUF012
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -249,11 +244,13 @@ def test_the_base_of_a_configuration_is_replaced_before_the_tuner_sees_it(
     method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(
-        Tuner,
-        "_pre_injection_hook",
-        lambda self, model, config, name: seen.append(config.base_model_name_or_path),
-    )
+    before = Tuner._pre_injection_hook
+
+    def noted(self: Any, model: Any, config: Any, name: str) -> None:
+        seen.append(config.base_model_name_or_path)
+        before(self, model, config, name)
+
+    monkeypatch.setattr(Tuner, "_pre_injection_hook", noted)
     base = tiny_llama()
     base.name_or_path = "some/base"
     with pytest.warns(UserWarning, match="renamed from 'another/base' to 'some/base'"):

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
 from lowmem_reft.machine.contracts.contract import (
     BrokenContractError,
-    Contract,
     expect,
+    relied_on,
     some_tokens,
     tiny_llama,
 )
 
 
 @cache
-def _tuner_class() -> Any:
-    """Return a tuner that puts a layer into the second block and notes what PEFT calls."""
+def tuner_class() -> Any:
+    """Return a tuner that puts a layer into a module and notes in ``called`` what PEFT calls."""
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from torch import nn
 
@@ -31,8 +30,6 @@ def _tuner_class() -> Any:
             nn.Module.__init__(self)
             self.probe_phi = nn.ModuleDict()
             self.probe_options: dict[str, int] = {}
-            self._disable_adapters = False
-            self.merged_adapters = []
 
     class Tuner(BaseTuner):
         prefix = "probe_"
@@ -76,14 +73,16 @@ def _tuner_class() -> Any:
 def _tuner() -> Any:
     from peft import PeftConfig
 
-    @dataclass
-    class Config(PeftConfig):
-        target_modules: Any = field(default=None)
-
-    return _tuner_class()(tiny_llama(), Config(), "default")
+    config: Any = PeftConfig()
+    config.target_modules = None
+    return tuner_class()(tiny_llama(), config, "default")
 
 
+@relied_on(
+    "peft", "transformers", leaned_on_by="reft/tuner.py methods/weights.py reft/lora_reft.py"
+)
 def _injects_through_hooks() -> None:
+    """PEFT puts an adapter into a model through the hooks of its tuner."""
     tuner = _tuner()
     wanted = ["before default", "configuration", "model.layers.1", "after default"]
     expect(tuner.called == wanted, f"calls {tuner.called}")
@@ -92,7 +91,9 @@ def _injects_through_hooks() -> None:
     expect(trained == [f"{prefix}weight", f"{prefix}bias"], f"trained parameters {trained}")
 
 
+@relied_on("peft", leaned_on_by="reft/tuner.py reft/layer.py methods/weights.py")
 def _switches_layers() -> None:
+    """PEFT switches, freezes and deletes an adapter in every layer of a tuner."""
     tuner = _tuner()
     layer = tuner.model.model.layers[1].probe
     states = [layer.disable_adapters]
@@ -108,7 +109,9 @@ def _switches_layers() -> None:
     expect(not left, f"a deleted adapter that left {left}")
 
 
+@relied_on("peft", leaned_on_by="reft/tuner.py reft/lora_reft.py")
 def _asks_before_merging() -> None:
+    """PEFT asks a tuner before it merges an adapter."""
     tuner = _tuner()
     try:
         tuner.merge_and_unload()
@@ -119,7 +122,9 @@ def _asks_before_merging() -> None:
     raise BrokenContractError("merge_and_unload that does not ask _check_merge_allowed")
 
 
+@relied_on("peft", "transformers", leaned_on_by="reft/tuner.py reft/lora_reft.py")
 def _enters_hooks() -> None:
+    """forward and generate of PEFT enter the tuner's hooks with adapter_names."""
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(
@@ -146,31 +151,3 @@ def _enters_hooks() -> None:
     for run in (model, partial(model.generate, max_new_tokens=1)):
         run(input_ids=some_tokens(), adapter_names=names)
     expect(entered == [names] * 2, f"hooks that were entered with {entered}")
-
-
-CONTRACTS = (
-    Contract(
-        sentence="PEFT puts an adapter into a model through the hooks of its tuner",
-        libraries=("peft", "transformers"),
-        leaned_on_by=("reft/tuner.py", "methods/weights.py", "reft/lora_reft.py"),
-        check=_injects_through_hooks,
-    ),
-    Contract(
-        sentence="PEFT switches, freezes and deletes an adapter in every layer of a tuner",
-        libraries=("peft",),
-        leaned_on_by=("reft/tuner.py", "reft/layer.py", "methods/weights.py"),
-        check=_switches_layers,
-    ),
-    Contract(
-        sentence="PEFT asks a tuner before it merges an adapter",
-        libraries=("peft",),
-        leaned_on_by=("reft/tuner.py", "reft/lora_reft.py"),
-        check=_asks_before_merging,
-    ),
-    Contract(
-        sentence="forward and generate of PEFT enter the tuner's hooks with adapter_names",
-        libraries=("peft", "transformers"),
-        leaned_on_by=("reft/tuner.py", "reft/lora_reft.py"),
-        check=_enters_hooks,
-    ),
-)

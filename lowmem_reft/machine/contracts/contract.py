@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,21 @@ class Contract:
     """Raises whatever it meets where the assumption does not hold."""
 
 
+def relied_on(*libraries: str, leaned_on_by: str) -> Callable[[Callable[[], None]], Contract]:
+    """Make a contract of a probe, whose docstring is its sentence, in lower case as it is quoted.
+
+    Args:
+        libraries: As in the contract.
+        leaned_on_by: The files, with spaces between.
+    """
+    return lambda check: Contract(
+        sentence=(check.__doc__ or "").removesuffix("."),
+        libraries=libraries,
+        leaned_on_by=tuple(leaned_on_by.split()),
+        check=check,
+    )
+
+
 def expect(holds: bool, found: str) -> None:
     """Say what was found, unless it is what is relied on.
 
@@ -42,25 +57,26 @@ def apart() -> Iterator[None]:
     """Let a probe compute on the CPU and leave random numbers, modes and warnings as they were."""
     import torch
 
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
         warnings.simplefilter("ignore")
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast("cpu", enabled=False))
         yield
 
 
 def tiny_llama() -> Any:
     """Return a random Llama of two blocks, in evaluation mode; it knows no end of a sequence."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    kind: Any = LlamaConfig  # whose types leave out what all configurations take
-    config = kind(
+    config: Any = AutoConfig.for_model(
+        "llama",
         vocab_size=24,
         hidden_size=16,
         intermediate_size=24,

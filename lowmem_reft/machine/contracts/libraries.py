@@ -5,24 +5,30 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lowmem_reft.machine.contracts.contract import Contract, expect, some_tokens, tiny_llama
+from lowmem_reft.machine.contracts.contract import expect, relied_on, some_tokens, tiny_llama
 
 
-def _linear4bit() -> Any:
+def _linear4bit() -> tuple[Any, Any]:
+    """Return a quantized layer, and its weight dequantized."""
     import torch
+    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
 
     torch.manual_seed(0)
     layer = Linear4bit(64, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    layer.weight = layer.weight.to("cpu")  # which quantizes
-    return layer
+    weight: Any = layer.weight.to("cpu")  # which quantizes
+    layer.weight = weight
+    return layer, dequantize_4bit(weight.data, weight.quant_state)
 
 
+@relied_on(
+    "bitsandbytes", "torch", leaned_on_by="base/quantization.py base/synthetic.py memory/live.py"
+)
 def _4bit_weights_hold_their_constants() -> None:
+    """a 4-bit weight holds its constants in quant_state."""
     import torch
-    from bitsandbytes.functional import dequantize_4bit
 
-    layer = _linear4bit()
+    layer, weight = _linear4bit()
     state = layer.weight.quant_state
     expect(layer.weight.numel() == 64 * 128 // 2, f"a weight of {layer.weight.numel()} bytes")
     found = (state.blocksize, str(state.quant_type), tuple(state.shape), state.nested)
@@ -30,20 +36,20 @@ def _4bit_weights_hold_their_constants() -> None:
     constants = (state.absmax, state.code, state.offset, state.state2.absmax)
     sizes = [constant.numel() for constant in constants]
     expect(sizes == [128, 16, 1, 1], f"constants of {sizes} numbers")
-    weight, inputs = dequantize_4bit(layer.weight.data, state), torch.randn(3, 64)
+    inputs = torch.randn(3, 64)
     difference = float((layer(inputs) - inputs @ weight.T).abs().max())
     expect(difference < 1e-4, f"a product that differs by {difference:.2g}")
 
 
+@relied_on("bitsandbytes", "torch", leaned_on_by="base/quantization.py")
 def _4bit_gradients_survive_an_evaluation() -> None:
+    """a guarded 4-bit layer has right gradients after an evaluation."""
     import torch
-    from bitsandbytes.functional import dequantize_4bit
 
-    layer = _linear4bit()
+    layer, weight = _linear4bit()
     expect(hasattr(layer, "support_avx512bf16_for_cpu"), "no switch for the packed weight")
     layer.support_avx512bf16_for_cpu = False
     stored = layer.weight.data.clone()
-    weight = dequantize_4bit(stored, layer.weight.quant_state)
     with torch.no_grad():
         layer.eval()(torch.randn(3, 64))
     expect(torch.equal(layer.weight.data, stored), "bytes that an evaluation has changed")
@@ -54,7 +60,9 @@ def _4bit_gradients_survive_an_evaluation() -> None:
     expect(difference < 1e-4, f"a gradient that differs by {difference:.2g}")
 
 
+@relied_on("accelerate", leaned_on_by="machine/processes.py")
 def _accelerate_tells_the_mixed_precision() -> None:
+    """accelerate tells the mixed precision that was asked for."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
@@ -66,7 +74,9 @@ def _accelerate_tells_the_mixed_precision() -> None:
     expect(isinstance(shared, dict), f"a shared state {shared!r}")
 
 
+@relied_on("trl", leaned_on_by="base/loss.py")
 def _trl_asks_for_its_fused_head() -> None:
+    """TRL asks a model for its own loss by fused_lm_head."""
     from trl.trainer.utils import add_fused_lm_head
 
     model, ids = tiny_llama().train(), some_tokens()
@@ -75,7 +85,9 @@ def _trl_asks_for_its_fused_head() -> None:
     expect("log_probs" in output, f"an output of {list(output)}")
 
 
+@relied_on("lm_eval", leaned_on_by="runs/harness.py")
 def _the_harness_scores_and_generates_tokens() -> None:
+    """the harness scores and generates through two methods that take tokens."""
     from lm_eval.models.huggingface import HFLM
 
     for name, wanted in (
@@ -94,7 +106,9 @@ def _the_harness_scores_and_generates_tokens() -> None:
         expect(name in called, f"{caller} that does not call {name}")
 
 
+@relied_on("ray", leaned_on_by="compare/engines/cluster.py")
 def _ray_streams_what_a_task_yields() -> None:
+    """Ray streams what a task yields."""
     import ray
 
     def numbers() -> Any:
@@ -104,43 +118,3 @@ def _ray_streams_what_a_task_yields() -> None:
     options = task.options(num_cpus=1, num_gpus=0)
     expect(hasattr(options, "remote"), "a task that cannot be started")
     expect(hasattr(ray.ObjectRefGenerator, "__next__"), "a stream that is no iterator")
-
-
-CONTRACTS = (
-    Contract(
-        sentence="a 4-bit weight holds its constants in quant_state",
-        libraries=("bitsandbytes", "torch"),
-        leaned_on_by=("base/quantization.py", "base/synthetic.py", "memory/live.py"),
-        check=_4bit_weights_hold_their_constants,
-    ),
-    Contract(
-        sentence="a guarded 4-bit layer has right gradients after an evaluation",
-        libraries=("bitsandbytes", "torch"),
-        leaned_on_by=("base/quantization.py",),
-        check=_4bit_gradients_survive_an_evaluation,
-    ),
-    Contract(
-        sentence="accelerate tells the mixed precision that was asked for",
-        libraries=("accelerate",),
-        leaned_on_by=("machine/processes.py",),
-        check=_accelerate_tells_the_mixed_precision,
-    ),
-    Contract(
-        sentence="TRL asks a model for its own loss by fused_lm_head",
-        libraries=("trl",),
-        leaned_on_by=("base/loss.py",),
-        check=_trl_asks_for_its_fused_head,
-    ),
-    Contract(
-        sentence="the harness scores and generates through two methods that take tokens",
-        libraries=("lm_eval",),
-        leaned_on_by=("runs/harness.py",),
-        check=_the_harness_scores_and_generates_tokens,
-    ),
-    Contract(
-        sentence="Ray streams what a task yields",
-        libraries=("ray",),
-        leaned_on_by=("compare/engines/cluster.py",),
-        check=_ray_streams_what_a_task_yields,
-    ),
-)

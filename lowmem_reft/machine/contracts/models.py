@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lowmem_reft.machine.contracts.contract import Contract, expect, some_tokens, tiny_llama
+from lowmem_reft.machine.contracts.contract import expect, relied_on, some_tokens, tiny_llama
 
 
+@relied_on("transformers", leaned_on_by="base/blocks.py reft/layer.py base/partial.py")
 def _blocks_take_and_return_hidden_states() -> None:
+    """decoder blocks are one list, and take and return hidden states first."""
     model = tiny_llama()
     lists = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
     sizes = [len(each) for each in lists]
@@ -27,21 +29,20 @@ def _blocks_take_and_return_hidden_states() -> None:
             expect(found == shape, f"a block {what} {type(value).__name__}{found} first")
 
 
+@relied_on("transformers", "torch", leaned_on_by="reft/recompute.py base/checkpointing.py")
 def _checkpoints_run_blocks_once() -> None:
-    """Hooks are outside and the block is an argument (since 5.23), or hooks are inside."""
+    """a checkpointed block runs once, through its own checkpoint function."""
+    # Hooks are outside and the block is an argument (since 5.23), or hooks are inside.
     model = tiny_llama().train()
     block = model.model.layers[0]
-    inside: list[bool] = []  # for each call of the block's hook
-    given: list[Any] = []  # arguments that the checkpointed function has already
-    running: list[bool] = []
+    events: list[str] = []
 
     def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
-        given.append(getattr(function, "args", None))
-        running.append(True)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            running.pop()
+        given = getattr(function, "args", None)
+        events.append("a block" if given and given[0] is block else "a function")
+        output = function(*args, **kwargs)
+        events.append("its end")
+        return output
 
     name = "activation_checkpointing_enable"
     enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
@@ -49,14 +50,10 @@ def _checkpoints_run_blocks_once() -> None:
     keywords = getattr(block._gradient_checkpointing_func, "keywords", {})
     expect(keywords.get("use_reentrant") is False, f"a checkpoint function with {keywords}")
     block._gradient_checkpointing_func = checkpoint
-    block.register_forward_hook(lambda *_: inside.append(bool(running)))
+    block.register_forward_hook(lambda *_: events.append("a hook"))
     model(input_ids=some_tokens(), use_cache=False)
-    expect(len(given) == len(inside) == 1, f"{len(given)} checkpoints, {len(inside)} hooks")
-    names_block = bool(given[0]) and given[0][0] is block
-    expect(
-        names_block != inside[0],
-        f"a function that names the block: {names_block}, with hooks inside: {inside[0]}",
-    )
+    known = (["a block", "its end", "a hook"], ["a function", "a hook", "its end"])
+    expect(events in known, f"a checkpoint that runs {events}")
 
 
 def cache_parameter(model: Any) -> str:
@@ -67,7 +64,9 @@ def cache_parameter(model: Any) -> str:
     return names[0]
 
 
+@relied_on("transformers", leaned_on_by="reft/selection.py reft/tuner.py")
 def _generate_passes_through_the_model() -> None:
+    """every pass of generate goes through the model, with the one cache of its tokens."""
     import torch
     from transformers.cache_utils import Cache, DynamicCache
 
@@ -96,7 +95,9 @@ def _generate_passes_through_the_model() -> None:
     expect(returned == [True] * 3, "an output without the cache that was given")
 
 
+@relied_on("transformers", "torch", leaned_on_by="reft/selection.py reuse/batch.py base/partial.py")
 def _cached_tokens_continue() -> None:
+    """tokens behind a cache are computed as in one pass, and it says their number."""
     import torch
 
     model, ids = tiny_llama(), some_tokens()
@@ -113,31 +114,3 @@ def _cached_tokens_continue() -> None:
     expect(lengths == [3, 5], f"lengths {lengths} of a cache with 3 and 5 tokens")
     difference = float((whole.logits[:, 3:] - rest.logits).abs().max())
     expect(difference < 1e-4, f"logits that differ by {difference:.2g}")
-
-
-CONTRACTS = (
-    Contract(
-        sentence="decoder blocks are one list, and take and return hidden states first",
-        libraries=("transformers",),
-        leaned_on_by=("base/blocks.py", "reft/layer.py", "base/partial.py"),
-        check=_blocks_take_and_return_hidden_states,
-    ),
-    Contract(
-        sentence="a checkpointed block runs once, through its own checkpoint function",
-        libraries=("transformers", "torch"),
-        leaned_on_by=("reft/recompute.py", "base/checkpointing.py"),
-        check=_checkpoints_run_blocks_once,
-    ),
-    Contract(
-        sentence="every pass of generate goes through the model, with the one cache of its tokens",
-        libraries=("transformers",),
-        leaned_on_by=("reft/selection.py", "reft/tuner.py"),
-        check=_generate_passes_through_the_model,
-    ),
-    Contract(
-        sentence="tokens behind a cache are computed as in one pass, and it says their number",
-        libraries=("transformers", "torch"),
-        leaned_on_by=("reft/selection.py", "reuse/batch.py", "base/partial.py"),
-        check=_cached_tokens_continue,
-    ),
-)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from dataclasses import dataclass
 from importlib import metadata
+from typing import NamedTuple
 
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.machine.contracts import adapters, libraries, models
@@ -14,24 +14,21 @@ from lowmem_reft.machine.contracts.contract import Contract, apart
 
 DISTRIBUTION = "lowmem-reft"
 
-CONTRACTS: tuple[Contract, ...] = (
-    *models.CONTRACTS,
-    *adapters.CONTRACTS,
-    *libraries.CONTRACTS,
+CONTRACTS = tuple(
+    each
+    for module in (models, adapters, libraries)
+    for each in vars(module).values()
+    if isinstance(each, Contract)
 )
 """All that is checked at run time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Untested:
-    """A library whose installed version was not tested."""
+class Untested(NamedTuple):
+    """A distribution whose version was not tested; ``tested`` as pip takes it: ``>=5.17,<5.25``."""
 
     name: str
-    """Of its distribution."""
-    installed: str
-    """Its version."""
     tested: str
-    """The range, as pip takes it: ``>=5.17,<5.25``."""
+    installed: str
 
 
 def check_versions(extra: str | None = None) -> None:
@@ -51,18 +48,18 @@ def check_versions(extra: str | None = None) -> None:
 
 @functools.cache
 def _check(extra: str | None) -> None:
-    untested = {library.name: library for library in find_untested(extra)}
+    untested = find_untested(extra)
     if not untested:
         return
-    found = ", ".join(f"{each.name} {each.installed}" for each in untested.values())
-    ranges = ", ".join(each.name + each.tested for each in untested.values())
+    found = ", ".join(f"{each.name} {each.installed}" for each in untested)
+    ranges = ", ".join(each.name + each.tested for each in untested)
     warnings.warn(
-        f"{DISTRIBUTION} {_own_version()} was tested with {ranges} and not with {found}; what it "
-        "relies on is checked now",
+        f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)} was tested with {ranges} and not with "
+        f"{found}; what it relies on is checked now",
         stacklevel=3,
     )
     for contract in CONTRACTS:
-        concerned = [untested[name] for name in contract.libraries if name in untested]
+        concerned = [each for each in untested if each.name in contract.libraries]
         if concerned:
             _hold(contract, concerned)
 
@@ -70,8 +67,7 @@ def _check(extra: str | None) -> None:
 def find_untested(extra: str | None = None) -> list[Untested]:
     """Return the installed libraries, of those that contracts name, whose version was not tested.
 
-    Args:
-        extra: As in `check_versions`.
+    ``extra`` is as in `check_versions`.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -91,7 +87,7 @@ def find_untested(extra: str | None = None) -> list[Untested]:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             bounds = sorted(map(str, requirement.specifier), reverse=True)  # the lower one first
-            untested.append(Untested(name=name, installed=installed, tested=",".join(bounds)))
+            untested.append(Untested(name, ",".join(bounds), installed))
     return untested
 
 
@@ -102,28 +98,19 @@ def _requirements() -> list[str]:
         return []
 
 
-def _own_version() -> str:
-    return metadata.version(DISTRIBUTION)
-
-
 def _hold(contract: Contract, untested: list[Untested]) -> None:
-    """Run a contract.
-
-    Raises:
-        InputError: it does not hold; the message names the versions.
-    """
+    """Run a contract; refuse the versions, and name them, if it does not hold."""
     try:
         with apart():
             contract.check()
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        names, ranges, versions = (" and ".join(each) for each in zip(*untested, strict=True))
         first_line = next(iter(str(error).splitlines()), "")
         raise InputError(
-            f"{' and '.join(each.name for each in untested)} must be "
-            f"{' and '.join(each.tested for each in untested)} for {DISTRIBUTION} "
-            f"{_own_version()}, got {' and '.join(each.installed for each in untested)}, with "
-            f"which this does not hold: {contract.sentence} ({type(error).__name__}: "
-            f"{first_line}); pip install "
+            f"{names} must be {ranges} for {DISTRIBUTION} {metadata.version(DISTRIBUTION)}, got "
+            f"{versions}, with which this does not hold: {contract.sentence} "
+            f"({type(error).__name__}: {first_line}); pip install "
             + " ".join(f"'{each.name}{each.tested}'" for each in untested)
         ) from error
