@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from lowmem_reft.memory.timeline import INK, Curve, color_of, phase_color, unit_of, words
+from lowmem_reft.machine.pages import INK, MIDDLE_GREY
+from lowmem_reft.memory.timeline import Curve, color_of, phase_color, unit_of, words
 
 
 def traces(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
@@ -42,7 +43,7 @@ def traces(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
                 "y": curve.totals / unit,
                 "name": "total",
                 "showlegend": False,
-                "line": {"width": 0, "shape": "hv", "color": "#808892"},
+                "line": {"width": 0, "shape": "hv", "color": MIDDLE_GREY},
                 "customdata": [escape(phase) for phase in curve.phases],
                 "hovertemplate": f"%{{y:,.3f}} {symbol}, %{{customdata}}",
             }
@@ -80,7 +81,7 @@ def layout(curves: Mapping[str, Curve]) -> dict[str, Any]:
             "anchor": f"x{_suffix(number)}",
             "domain": [max(0, top - height), top],
             "range": [0, 1.12 * highest / unit],
-            "gridcolor": "rgba(128,136,146,.28)",
+            "gridcolor": "rgba({},{},{},.28)".format(*bytes.fromhex(MIDDLE_GREY[1:])),
             "title": {"text": f"live memory, {symbol}"},
             "fixedrange": True,
             "zeroline": False,
@@ -137,7 +138,7 @@ def _notes(number: int, name: str, curve: Curve, unit: float, symbol: str) -> li
             "arrowhead": 6,
             "arrowsize": 0.9,
             "arrowwidth": 1,
-            "arrowcolor": "#808892",
+            "arrowcolor": MIDDLE_GREY,
         },
     ]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.pages import INK, templates
 from lowmem_reft.memory.chart import layout, traces
 from lowmem_reft.memory.timeline import (
     COLORS,
-    INK,
     Curve,
     Timeline,
     color_of,
@@ -107,21 +107,37 @@ def write_timeline_html(
         ) from error
     curves = {name: curve_of(timeline) for name, timeline in timelines.items()}
     chart = plotly.graph_objects.Figure(traces(curves), layout(curves))
-    phases = dict.fromkeys(phase for curve in curves.values() for phase in curve.all_phases)
-    template = Template(Path(__file__).with_name("timeline.html").read_text(encoding="utf-8"))
-    page = template.substitute(
-        title=escape(title),
-        facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts),
-        phases=" ".join(_swatch(phase_color(phase), phase) for phase in phases),
-        chart=chart.to_html(
-            full_html=False,
-            include_plotlyjs=True,
-            div_id="chart",
-            default_height=f"{90 + 340 * len(curves)}px",
-            config={"responsive": True, "displayModeBar": False},
-        ),
-        peaks=_peak_table(curves),
-        largest=_largest_table(largest),
+    names = dict.fromkeys(name for curve in curves.values() for name in sorted(curve.at_peak))
+    peaks = {name: curve.at_peak for name, curve in curves.items()}
+    categories = [
+        each
+        for each in dict.fromkeys([*COLORS, *names])
+        if any(p.get(each) for p in peaks.values())
+    ]
+    page = (
+        templates(Path(__file__).parent)
+        .get_template("timeline.html")
+        .render(
+            title=title,
+            facts=facts,
+            phases={
+                name: phase_color(name) for curve in curves.values() for name in curve.all_phases
+            },
+            chart=Markup(
+                chart.to_html(
+                    full_html=False,
+                    include_plotlyjs=True,
+                    div_id="chart",
+                    default_height=f"{90 + 340 * len(curves)}px",
+                    config={"responsive": True, "displayModeBar": False},
+                )
+            ),
+            categories=categories[::-1],
+            peaks=peaks,
+            largest=largest,
+            color_of=color_of,
+            words_of=words,
+        )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -216,62 +232,3 @@ def _add_legend(axes: Axes, handles: Sequence[Patch], title: str, **where: Any) 
     legend = Legend(axes, handles, labels, title=title, **looks, **where)
     axes.add_artist(legend)
     legend.set_clip_on(False)
-
-
-def _peak_table(curves: Mapping[str, Curve]) -> str:
-    """The bytes at each curve's peak by category, beside each other, as they are stacked."""
-    names = [*COLORS, *sorted({name for curve in curves.values() for name in curve.sizes})]
-    peaks = [curve.at_peak for curve in curves.values()]
-    rows = []
-    for name in reversed(dict.fromkeys(names)):
-        sizes = [peak.get(name, 0.0) for peak in peaks]
-        if any(sizes):
-            rows.append([_swatch(color_of(name), words(name)), *map(_mib, sizes)])
-    totals = [f"<b>{_mib(curve.peak_bytes)}</b>" for curve in curves.values()]
-    headings = ["category", *(f"{escape(name)}, MiB" for name in curves)]
-    return _table(headings, [*rows, ["<b>total</b>", *totals]], numbers=range(1, len(headings)))
-
-
-def _largest_table(largest: Sequence[LiveStorage]) -> str:
-    if not largest:
-        return '<p class="muted">None: all that was alive had been there before the step.</p>'
-    rows = []
-    for block in largest:
-        place = block.place
-        where = ["before the step", "", "", ""]
-        if place is not None:
-            where = [place.operator, place.phase, place.module, place.line]
-        swatch = _swatch(color_of(block.category), words(block.category))
-        rows.append([_mib(block.num_bytes), swatch, *map(_code, where)])
-    headings = ["MiB", "category", "operator", "phase", "module", "line"]
-    return _table(headings, rows, numbers=(0,))
-
-
-def _table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int]
-) -> str:
-    """A table of finished cells; ``numbers`` are the columns that are set flush right."""
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        opened = [
-            f'<{tag} class="number">' if i in numbers else f"<{tag}>" for i in range(len(cells))
-        ]
-        return "".join(f"{start}{cell}</{tag}>" for start, cell in zip(opened, cells, strict=True))
-
-    body = "\n".join(f"<tr>{line('td', cells)}</tr>" for cells in rows)
-    return (
-        f'<div class="scroll"><table>\n<thead><tr>{line("th", headings)}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>"
-    )
-
-
-def _code(text: str) -> str:
-    return f"<code>{escape(text)}</code>" if text else "–"
-
-
-def _swatch(color: str, text: str) -> str:
-    return f'<span><span class="swatch" style="background: {color}"></span>{escape(text)}</span>'
-
-
-def _mib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:,.2f}" if num_bytes else "–"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.pages import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, YELLOW
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,19 +22,19 @@ Timeline = Sequence[tuple[str, Mapping[str, int]]]
 """(phase, bytes by category) after every change."""
 
 COLORS = {
-    "weights": "#0072B2",
-    "quantization_constants": "#56B4E9",
+    "weights": BLUE,
+    "quantization_constants": SKY,
     "store": "#9A9A9A",
-    "adapter": "#009E73",
-    "optimizer": "#CC79A7",
-    "gradients": "#F0E442",
-    "inputs": "#1F2329",
-    "activations": "#E69F00",
-    "loss": "#D55E00",
+    "adapter": GREEN,
+    "optimizer": PURPLE,
+    "gradients": YELLOW,
+    "inputs": INK,
+    "activations": ORANGE,
+    "loss": VERMILION,
     "workspace": "#7B4B94",
 }
-"""Category to colour, from the bottom of the stack, what never changes first. Okabe and Ito's set,
-which colour-blind readers can tell apart, a grey and a violet far from what they touch."""
+"""Category to colour, from the bottom of the stack, what never changes first. Beside Okabe and
+Ito's set a grey and a violet far from what they touch."""
 
 PHASE_COLORS = {
     "forward": "#E3E8EE",
@@ -43,7 +44,6 @@ PHASE_COLORS = {
 }
 """Phase to colour: greys, so that none is taken for a category."""
 
-INK = "#1f2329"
 _OTHER = "#C8C8C8"
 _MADE_BY_STEP = ("activations", "loss", "workspace")
 _MAX_POINTS = 2000

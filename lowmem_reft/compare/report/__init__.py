@@ -61,13 +61,13 @@ def write_report(results: Sequence[dict[str, Any]], directory: Path, *, texts: b
         The path of ``report.html``.
     """
     from lowmem_reft.compare.report.comparison import Comparison
-    from lowmem_reft.compare.report.page import render_page
+    from lowmem_reft.compare.report.html import render_page
     from lowmem_reft.compare.report.sections import SECTIONS
 
     directory.mkdir(parents=True, exist_ok=True)
     comparison = Comparison.read(results, directory, texts=texts)
     sections = [section for render in SECTIONS if (section := render(comparison)) is not None]
     for section in sections:
-        for name, figure in section.figures.items():
-            figure.savefig(directory / f"{name}.png", dpi=200, facecolor="white")
+        for name, chart in section.charts.items():
+            chart.figure.savefig(directory / f"{name}.png", dpi=200, facecolor="white")
     return write_text_whole(directory / "report.html", render_page(comparison, sections))

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lowmem_reft.compare.report.answers import TaskAnswers, read_answers
 from lowmem_reft.compare.report.figures import Style, method_styles
 from lowmem_reft.compare.report.names import head, short_names
 from lowmem_reft.compare.report.significance import Significance, compare_with
-from lowmem_reft.compare.report.table import Row, aggregate, over_tasks
+from lowmem_reft.compare.report.table import TASK, Measure, Summary, aggregate, over_tasks
 
 MAX_NAME = 24
 """Characters of a method's name in a chart."""
 _REFERENCE = "qlora"
+_MAX_TASKS_IN_TITLE = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,7 +26,7 @@ class Comparison:
 
     results: Sequence[dict[str, Any]]
     """The cells, as in ``results.json``."""
-    rows: Sequence[Row]
+    rows: Sequence[Summary]
     """Methods with means over seeds, one per method and task."""
     answers: dict[str, TaskAnswers]
     """By task; only tasks whose cells have predictions."""
@@ -49,8 +50,48 @@ class Comparison:
         """Every task, in the order in which it first occurs."""
         return list(dict.fromkeys(row.task for row in self.rows))
 
+    @property
+    def task_column(self) -> list[Measure]:
+        """Nothing, if there is one task."""
+        return [TASK] if len(self.tasks) > 1 else []
+
+    def rows_of(self, task: str) -> list[Summary]:
+        """The methods on a task, in the order in which they first occur."""
+        return [row for row in self.rows if row.task == task]
+
+    def listed(self, name: str) -> str:
+        """All values of a field of the results, each once, in words."""
+        found = (str(result[name]) for result in self.results if result.get(name) is not None)
+        return ", ".join(dict.fromkeys(found))
+
+    @property
+    def title(self) -> str:
+        """Tasks and model."""
+        is_long = len(self.tasks) > _MAX_TASKS_IN_TITLE
+        tasks = f"{len(self.tasks)} tasks" if is_long else ", ".join(self.tasks)
+        return f"{tasks} on {PurePath(self.listed('model')).name}"
+
+    @property
+    def summary(self) -> str:
+        """How many methods, tasks, seeds and runs, where, and what all were given the same of."""
+        num_failed = sum(result["error"] is not None for result in self.results)
+        num_seeds = len({result["seed"] for result in self.results})
+        untrained = {row.method for row in self.rows if row.num_trainable_params == 0}
+        num_methods = len({row.method for row in self.rows} - untrained)
+        budgets = dict.fromkeys(_budget(r["budget"]) for r in self.results if r.get("budget"))
+        words = (
+            f"{num_methods} {'method' if num_methods == 1 else 'methods'}",
+            f"{len(self.tasks)} tasks" if len(self.tasks) > 1 else "",
+            f"{num_seeds} {'seed' if num_seeds == 1 else 'seeds'}",
+            f"{len(self.results)} runs",
+            f"{num_failed} failed" if num_failed else "",
+            self.listed("device"),
+            f"equal budget: {'; '.join(budgets)}" if budgets else "",
+        )
+        return " · ".join(word for word in words if word)
+
     @cached_property
-    def mean_rows(self) -> list[Row]:
+    def mean_rows(self) -> list[Summary]:
         """Methods over all tasks; empty for a single task."""
         return over_tasks(self.results) if len(self.tasks) > 1 else []
 
@@ -101,14 +142,20 @@ class Comparison:
         return found
 
 
-def ranked(rows: Sequence[Row]) -> list[Row]:
+def _budget(budget: Any) -> str:
+    if isinstance(budget, dict):
+        return ", ".join(f"{name} {value}" for name, value in budget.items())
+    return str(budget)
+
+
+def ranked(rows: Sequence[Summary]) -> list[Summary]:
     """Rows by value, the highest first; those without one last."""
     return sorted(
         rows, key=lambda row: (row.value_mean is None, -(row.value_mean or 0.0), row.method)
     )
 
 
-def mean_text(row: Row) -> str:
+def mean_text(row: Summary) -> str:
     """The value in per cent, with its deviation over seeds if there are several."""
     if row.value_mean is None:
         return "failed" if row.errors else "–"

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from lowmem_reft.compare.cell import Cell, Result
-from lowmem_reft.compare.report.table import Row, columns
+from lowmem_reft.compare.report.table import Summary, columns
 
 _WIDE = 120
 _LEFT_OUT_WHERE_NARROW = ("loss", "trainable_percent", "reserved_bytes", "rss_bytes")
@@ -81,7 +81,7 @@ class Progress:
         self._console.print(line, style="red" if failed else None, markup=False, highlight=False)
 
 
-def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
+def print_table(rows: Sequence[Summary], console: Console | None = None) -> None:
     """Print the rows; what failed follows below, with the reason.
 
     Columns that matter less are left out where the terminal is narrow; all are in the files.

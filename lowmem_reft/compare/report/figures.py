@@ -1,23 +1,25 @@
 """What the charts of a comparison share: size, ink, and a colour and marker for each method.
 
 Each method keeps its colour and marker in all charts and is named beside its points, so that no
-legend has to be read and no colour has to be told apart. Colours: Okabe and Ito's set, safe for
-colour-blind readers.
+legend has to be read and no colour has to be told apart.
 """
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterable
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-INK = "#1f2329"
-"""Text and lines; in the page, the colour of the page's own text."""
+from lowmem_reft.machine.pages import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION
+
 Style = tuple[str, str]
 """Colour and marker."""
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 _MARKERS = "osD^vP"
 
 
@@ -51,3 +53,13 @@ def short_number(number: float, _position: int | None = None) -> str:
         if abs(number) >= size:
             return f"{number / size:g}{unit}"
     return f"{number:g}"
+
+
+def svg_text(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element; its text and axes take the colour of the page."""
+    buffer = io.StringIO()
+    # A fixed salt keeps the ids, and so the file, the same from run to run.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowmem-reft"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = re.sub(r"<metadata>.*</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")

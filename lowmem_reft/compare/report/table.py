@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Summary:
     """One method on one task; None where nothing was measured (the base has no training)."""
 
     method: str
@@ -43,61 +43,57 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the table: its heading and how a row fills it."""
+class Measure:
+    """What a column shows of a summary, or of a cell, which is a dictionary."""
 
     title: str
     field: str
-    """Field of ``Row``."""
     scale: float = 1.0
     digits: int = 0
     kind: Literal["text", "number"] = "number"
 
-    def number(self, row: Row) -> float | None:
-        """The row's value in the unit of the heading, for sorting."""
-        value = getattr(row, self.field)
+    def value(self, item: Any) -> Any:
+        """As it was measured; None where it was not."""
+        return item.get(self.field) if isinstance(item, dict) else getattr(item, self.field, None)
+
+    def number(self, item: Any) -> float | None:
+        """The value in the unit of the heading, for sorting."""
+        value = self.value(item)
         return None if value is None or self.kind == "text" else float(value) * self.scale
 
-    def text(self, row: Row) -> str:
-        """The row's value as it is shown; a dash where there is none."""
+    def text(self, item: Any) -> str:
+        """The value as it is shown; a dash where there is none."""
         if self.kind == "text":
-            return str(getattr(row, self.field))
-        number = self.number(row)
+            return str(self.value(item))
+        number = self.number(item)
+        if self.field == "value" and item["error"] is not None:
+            return "failed"
         if number is None:
-            return "failed" if self.field == "value_mean" and row.errors else "–"
+            return "failed" if self.field == "value_mean" and item.errors else "–"
         text = f"{number:,.{self.digits}f}"
-        if self.field == "value_mean" and row.value_sd is not None:
-            text += f" ± {row.value_sd * self.scale:.{self.digits}f}"
+        if self.field == "value_mean" and item.value_sd is not None:
+            text += f" ± {item.value_sd * self.scale:.{self.digits}f}"
         return text
 
 
-_COLUMNS = (
-    Column("method", "method", kind="text"),
-    Column("task", "task", kind="text"),
-    Column("{metric} %", "value_mean", 100.0, 1),
-    Column("eval loss", "loss", 1.0, 3),
-    Column("trainable", "num_trainable_params"),
-    Column("trainable %", "trainable_percent", 1.0, 3),
-    Column("adapter KiB", "adapter_bytes", 2**-10, 1),
-    Column("peak MiB", "peak_bytes", 2**-20, 1),
-    Column("reserved MiB", "reserved_bytes", 2**-20, 1),
-    Column("RSS MiB", "rss_bytes", 2**-20),
-    Column("step ms", "step_time_s", 1e3, 1),
-    Column("train s", "train_time_s", 1.0, 1),
-    Column("build s", "build_time_s", 1.0, 1),
-    Column("tokens/s", "tokens_per_s"),
+METHOD = Measure("method", "method", kind="text")
+TASK = Measure("task", "task", kind="text")
+_VALUE = Measure("{metric} %", "value_mean", 100.0, 1)
+_MEASURES = (
+    Measure("eval loss", "loss", 1.0, 3),
+    Measure("trainable", "num_trainable_params"),
+    Measure("trainable %", "trainable_percent", 1.0, 3),
+    Measure("adapter KiB", "adapter_bytes", 2**-10, 1),
+    Measure("peak MiB", "peak_bytes", 2**-20, 1),
+    Measure("reserved MiB", "reserved_bytes", 2**-20, 1),
+    Measure("RSS MiB", "rss_bytes", 2**-20),
+    Measure("step ms", "step_time_s", 1e3, 1),
+    Measure("train s", "train_time_s", 1.0, 1),
+    Measure("build s", "build_time_s", 1.0, 1),
+    Measure("tokens/s", "tokens_per_s"),
 )
-
-_LARGEST_FIELDS = (
-    "num_trainable_params",
-    "adapter_bytes",
-    "peak_bytes",
-    "reserved_bytes",
-    "rss_bytes",
-    "build_time_s",
-)
-_MEAN_FIELDS = (
-    "value",
+_LARGEST = ("num_trainable_params", "adapter_bytes", "peak_bytes", "reserved_bytes", "rss_bytes")
+_MEANS = (
     "loss",
     "trainable_percent",
     "step_time_s",
@@ -107,15 +103,15 @@ _MEAN_FIELDS = (
 )
 
 
-def aggregate(results: Iterable[dict[str, Any]]) -> list[Row]:
+def aggregate(results: Iterable[dict[str, Any]]) -> list[Summary]:
     """One row per method and task, in the order in which they first occur."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["method"], result["task"]), []).append(result)
-    return [_row(method, task, cells) for (method, task), cells in groups.items()]
+    return [_summary(method, task, cells) for (method, task), cells in groups.items()]
 
 
-def over_tasks(results: Sequence[dict[str, Any]]) -> list[Row]:
+def over_tasks(results: Sequence[dict[str, Any]]) -> list[Summary]:
     """One row per method over all tasks; the deviation is that of the seeds' means over tasks.
 
     Values and times are means over the tasks, sizes their largest. Seeds that did not finish every
@@ -131,23 +127,21 @@ def over_tasks(results: Sequence[dict[str, Any]]) -> list[Row]:
     )
 
 
-def columns(rows: Sequence[Row]) -> list[Column]:
+def measured(measures: Iterable[Measure], items: Sequence[Any]) -> list[Measure]:
+    """The measures that some item has."""
+    return [each for each in measures if any(each.value(item) is not None for item in items)]
+
+
+def columns(rows: Sequence[Summary]) -> list[Measure]:
     """The columns that say something here: no task if there is one, no reserved memory on a CPU."""
     metrics = {row.metric for row in rows if row.metric}
     metric = metrics.pop() if len(metrics) == 1 else "value"
-    shown = []
-    for column in _COLUMNS:
-        if column.field == "task":
-            keep = len({row.task for row in rows}) > 1
-        else:
-            keep = any(getattr(row, column.field) is not None for row in rows)
-        if keep or column.field == "value_mean":
-            title = column.title.format(metric=metric)
-            shown.append(Column(title, column.field, column.scale, column.digits, column.kind))
-    return shown
+    several = len({row.task for row in rows}) > 1
+    value = replace(_VALUE, title=_VALUE.title.format(metric=metric))
+    return [METHOD, *([TASK] if several else []), value, *measured(_MEASURES, rows)]
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Summary]) -> str:
     """The table for a README; a failed row names its error."""
     shown = columns(rows)
     lines = [
@@ -157,22 +151,9 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         words = [column.text(row) for column in shown]
         if row.errors and not row.num_seeds:
-            place = next(i for i, column in enumerate(shown) if column.field == "value_mean")
-            words[place] = _reason(row.errors[0])
+            words[[column.field for column in shown].index("value_mean")] = _reason(row.errors[0])
         lines.append("| " + " | ".join(word.replace("|", r"\|") for word in words) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The cells of one method and seed, one per task, as if they were one cell."""
-    metrics = {cell["metric"] for cell in cells}
-    mean = {**cells[0], "task": "all tasks"}
-    mean["metric"] = metrics.pop() if len(metrics) == 1 else "mean"
-    for fields, merge in ((_MEAN_FIELDS, statistics.fmean), (_LARGEST_FIELDS, max)):
-        for field in fields:
-            found = [cell[field] for cell in cells if cell.get(field) is not None]
-            mean[field] = merge(found) if len(found) == len(cells) else None
-    return mean
 
 
 def _reason(error: str) -> str:
@@ -182,42 +163,42 @@ def _reason(error: str) -> str:
     return f"failed: {seeds}: {said}" if refusal == said else f"refused: {refusal}"
 
 
-def _row(method: str, task: str, cells: Sequence[dict[str, Any]]) -> Row:
+def _mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The cells of one method and seed, one per task, as if they were one cell."""
+    metrics = {cell["metric"] for cell in cells}
+    mean = {**cells[0], "task": "all tasks"}
+    mean["metric"] = metrics.pop() if len(metrics) == 1 else "mean"
+    for name in ("value", *_MEANS, *_LARGEST, "build_time_s"):
+        merge = statistics.fmean if name in ("value", *_MEANS) else max
+        found = [cell[name] for cell in cells if cell.get(name) is not None]
+        mean[name] = merge(found) if len(found) == len(cells) else None
+    return mean
+
+
+def _summary(method: str, task: str, cells: Sequence[dict[str, Any]]) -> Summary:
     finished = [cell for cell in cells if cell["error"] is None]
     failed: dict[str, list[str]] = {}
     for cell in cells:
         if cell["error"] is not None:
             failed.setdefault(cell["error"], []).append(str(cell["seed"]))
 
-    def numbers(field: str) -> list[float]:
-        values = (cell.get(field) for cell in finished)
+    def numbers(name: str) -> list[float]:
+        values = (cell.get(name) for cell in finished)
         return [v for v in values if v is not None and math.isfinite(v)]
 
-    def mean(field: str) -> float | None:
-        return statistics.fmean(numbers(field)) if numbers(field) else None
-
-    def largest(field: str) -> int | None:
-        return int(max(numbers(field))) if numbers(field) else None
-
     values = numbers("value")
-    return Row(
+    merged: dict[str, Any] = {
+        **{name: statistics.fmean(found) if (found := numbers(name)) else None for name in _MEANS},
+        **{name: int(max(found)) if (found := numbers(name)) else None for name in _LARGEST},
+    }
+    return Summary(
         method=method,
         task=task,
         metric=finished[0]["metric"] if finished else None,
         num_seeds=len(finished),
         errors=[f"seed {', '.join(seeds)}: {error}" for error, seeds in failed.items()],
-        value_mean=mean("value"),
+        value_mean=statistics.fmean(values) if values else None,
         value_sd=statistics.stdev(values) if len(values) > 1 else None,
-        loss=mean("loss"),
-        num_trainable_params=largest("num_trainable_params"),
-        trainable_percent=mean("trainable_percent"),
-        adapter_bytes=largest("adapter_bytes"),
-        peak_bytes=largest("peak_bytes"),
-        reserved_bytes=largest("reserved_bytes"),
-        rss_bytes=largest("rss_bytes"),
-        step_time_s=mean("step_time_s"),
-        train_time_s=mean("train_time_s"),
-        wall_time_s=mean("wall_time_s"),
         build_time_s=max(numbers("build_time_s"), default=0.0) or None,
-        tokens_per_s=mean("tokens_per_s"),
+        **merged,
     )

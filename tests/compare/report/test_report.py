@@ -415,14 +415,12 @@ def test_no_name_in_a_chart_covers_another(num_methods):
         name = f"lora{i}" if i % 3 else f"loreft[rank={i},positions=f7+l7]"
         cells.append(result(name, **fields))
     comparison = compared(cells)
-    figures = {
-        **{
-            name: figure for name, (_, figure) in frontier.draw(comparison, comparison.rows).items()
-        },
-        **curves.render(comparison).figures,
+    drawn = {
+        **frontier.draw(comparison, comparison.rows),
+        **curves.render(comparison).charts,
     }
-    assert len(figures) == 4
-    for name, figure in figures.items():
+    assert len(drawn) == 4
+    for name, (_, figure) in drawn.items():
         frame, boxes = names_in(figure)
         assert len(boxes) >= min(num_methods, 9)
         for (one, box), (other, second) in itertools.combinations(boxes.items(), 2):
@@ -433,17 +431,17 @@ def test_no_name_in_a_chart_covers_another(num_methods):
 
 
 def test_loss_curves_are_means_over_seeds():
-    figure = curves.render(compared([result(seed=0), result(seed=1)])).figures["loss_curves"]
+    figure = curves.render(compared([result(seed=0), result(seed=1)])).charts["loss_curves"].figure
     [line] = figure.axes[0].lines
     assert list(line.get_ydata()) == [2.0, 1.5]
 
 
 def test_tasks_that_one_training_served_share_their_loss_curves():
     cells = [result(task=task) for task in ("boolq", "piqa")]
-    assert list(curves.render(compared(cells)).figures) == ["loss_curves"]
+    assert list(curves.render(compared(cells)).charts) == ["loss_curves"]
     cells.append(result(task="trec", loss_history=[[10, 3.0], [20, 1.0]]))
     section = curves.render(compared(cells))
-    assert list(section.figures) == ["loss_curves", "loss_curves-1"]
+    assert list(section.charts) == ["loss_curves", "loss_curves-1"]
     assert "boolq, piqa" in section.body
 
 
@@ -460,7 +458,7 @@ def test_the_memory_breakdown_is_of_the_run_with_the_highest_peak():
         ("qlora", {"weights": 10, "adapter": 9}),
     ]
     assert memory.categories(found) == ["weights", "adapter"]
-    [axes] = memory.render(compared(cells)).figures["memory_breakdown"].axes
+    [axes] = memory.render(compared(cells)).charts["memory_breakdown"].figure.axes
     ends = [bar.get_x() + bar.get_width() for bar in axes.patches[-2:]]
     assert np.multiply(ends, 2**20) == pytest.approx([13, 19])
 

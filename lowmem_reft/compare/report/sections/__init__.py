@@ -2,7 +2,7 @@
 
 A section is a module with ``render(comparison) -> Section | None``; None where there is nothing to
 show. A new one is a module here and a line in ``SECTIONS``; what several of them need stands in
-``markup.py`` (HTML), ``figures.py`` (charts) and ``comparison.py`` (the data).
+``templates/parts.html`` (HTML), ``figures.py`` (charts) and ``comparison.py`` (the data).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lowmem_reft.compare.report.comparison import Comparison
-from lowmem_reft.compare.report.markup import Section
+from lowmem_reft.compare.report.html import Section
 from lowmem_reft.compare.report.sections import (
     costs,
     curves,

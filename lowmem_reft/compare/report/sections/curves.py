@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lowmem_reft.compare.report.comparison import Comparison, ranked
-from lowmem_reft.compare.report.figures import INK, Style, new_figure, short_number
+from lowmem_reft.compare.report.figures import Style, new_figure, short_number
+from lowmem_reft.compare.report.html import Chart, Section, charts, html
 from lowmem_reft.compare.report.labels import Label, label_ends
-from lowmem_reft.compare.report.markup import Section, chart, note
+from lowmem_reft.machine.pages import INK
 
-Curve = list[tuple[float, float]]
+Losses = list[tuple[float, float]]
 """(step, loss) by step."""
 _MAX_NAMES = 9
 _LOG_FROM = 20
@@ -22,41 +23,42 @@ _LOG_FROM = 20
 
 def render(comparison: Comparison) -> Section | None:
     """One chart per task; one for all tasks that one training served."""
-    groups: list[tuple[list[str], dict[str, Curve]]] = []
+    groups: list[tuple[list[str], dict[str, Losses]]] = []
     for task in comparison.tasks:
-        found = mean_curves([r for r in comparison.results if r["task"] == task])
-        same = next((tasks for tasks, known in groups if known == found), None)
+        curves = mean_curves([r for r in comparison.results if r["task"] == task])
+        same = next((tasks for tasks, known in groups if known == curves), None)
         if same is not None:
             same.append(task)
-        elif found:
-            groups.append(([task], found))
+        elif curves:
+            groups.append(([task], curves))
     if not groups:
         return None
-    figures, charts = {}, []
+    found: dict[str, Chart] = {}
     is_cut = False
-    for number, (tasks, found) in enumerate(groups):
-        named = _named(comparison, tasks[0], list(found))
-        is_cut |= len(named) < len(found)
-        name = f"loss_curves-{number}" if number else "loss_curves"
-        figures[name] = draw(found, comparison.styles, named)
+    for number, (tasks, curves) in enumerate(groups):
+        named = _named(comparison, tasks[0], curves)
+        is_cut |= len(named) < len(curves)
         title = "Mean over seeds" if len(groups) == 1 else ", ".join(tasks)
-        charts.append(chart(name, title, figures[name]))
-    body = '<div class="charts">\n' + "\n".join(charts) + "\n</div>"
+        figure = draw(curves, comparison.styles, named)
+        found[f"loss_curves-{number}" if number else "loss_curves"] = Chart(title, figure)
+    parts = [charts(found)]
     if is_cut:
-        body += note(f"Named: the {_MAX_NAMES - 1} best and the reference. Grey: all others.")
-    return Section(name="curves", title="Training loss", body=body, figures=figures)
+        parts.append(
+            html.note(f"Named: the {_MAX_NAMES - 1} best and the reference. Grey: all others.")
+        )
+    return Section(name="curves", title="Training loss", parts=parts, charts=found)
 
 
-def _named(comparison: Comparison, task: str, methods: Sequence[str]) -> dict[str, str]:
+def _named(comparison: Comparison, task: str, methods: Iterable[str]) -> dict[str, str]:
     """The methods that are named in a chart, and how."""
-    rows = ranked([row for row in comparison.rows if row.task == task])
+    rows = ranked(comparison.rows_of(task))
     places = {row.method: i for i, row in enumerate(rows, 1) if row.method in methods}
     best = [method for method in places if method != comparison.reference]
     chosen = [*best[: _MAX_NAMES - 1], *(m for m in places if m == comparison.reference)]
     return {method: comparison.chart_name(method, places[method]) for method in chosen}
 
 
-def mean_curves(results: Sequence[dict[str, Any]]) -> dict[str, Curve]:
+def mean_curves(results: Sequence[dict[str, Any]]) -> dict[str, Losses]:
     """Loss by step and method, averaged over the seeds that reported the step."""
     losses: dict[str, dict[float, list[float]]] = {}
     for result in results:
@@ -70,7 +72,7 @@ def mean_curves(results: Sequence[dict[str, Any]]) -> dict[str, Curve]:
 
 
 def draw(
-    curves: Mapping[str, Curve], styles: Mapping[str, Style], names: Mapping[str, str]
+    curves: Mapping[str, Losses], styles: Mapping[str, Style], names: Mapping[str, str]
 ) -> Figure:
     """One line per method; those in ``names`` are named at their ends, the others are grey."""
     figure, axes = new_figure()

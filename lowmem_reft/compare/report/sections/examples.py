@@ -12,7 +12,7 @@ import numpy as np
 
 from lowmem_reft.compare.report.answers import TaskAnswers
 from lowmem_reft.compare.report.comparison import Comparison, ranked
-from lowmem_reft.compare.report.markup import Section, embedded_json, note
+from lowmem_reft.compare.report.html import Section, html
 from lowmem_reft.compare.report.names import head
 
 MAX_EXAMPLES = 2_000
@@ -23,23 +23,6 @@ _MAX_PROMPT = 1_200
 _MAX_ANSWER = 300
 _WITHOUT_RIGHT = ("pearson", "spearman", "overlap")
 """Metrics of tasks in which no answer is simply right."""
-_SHELL = """<noscript><p>The browser needs JavaScript.</p></noscript>
-<div id="examples" hidden="hidden">
-<div class="controls">
-<label id="examples-task">Task <select></select></label>
-<label id="examples-one">Method A <select></select></label>
-<label id="examples-two">Method B <select></select></label>
-<label id="examples-search">Search <input type="search" placeholder="prompt or answer"/></label>
-</div>
-<div class="outcomes" role="group" aria-label="Which examples"></div>
-<p class="muted" id="examples-note" aria-live="polite"></p>
-<ol class="examples"></ol>
-<div class="pages">
-<button type="button" id="examples-before">Back</button>
-<span class="muted" id="examples-page"></span>
-<button type="button" id="examples-next">Next</button>
-</div>
-</div>"""
 
 
 def render(comparison: Comparison) -> Section | None:
@@ -71,10 +54,11 @@ def render(comparison: Comparison) -> Section | None:
     ]
     if not comparison.texts:
         lead += " This page was written without the texts: examples are named by file and line."
-    parts = [f"<p>{lead}</p>", _SHELL, embedded_json("examples-data", data)]
+    parts = [html.paragraph(lead), html.examples(data)]
     if left_out:
-        parts.append(note(f"Not here, as nothing is right or wrong in it: {', '.join(left_out)}."))
-    return Section(name="examples-browser", title="Example by example", body="\n".join(parts))
+        words = f"Not here, as nothing is right or wrong in it: {', '.join(left_out)}."
+        parts.append(html.note(words))
+    return Section(name="examples-browser", title="Example by example", parts=parts)
 
 
 def pack(

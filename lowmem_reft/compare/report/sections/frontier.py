@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lowmem_reft.compare.report.comparison import MAX_NAME, Comparison, ranked
-from lowmem_reft.compare.report.figures import INK, new_figure, short_number
+from lowmem_reft.compare.report.figures import new_figure, short_number
+from lowmem_reft.compare.report.html import Chart, Section, charts, folded, html
 from lowmem_reft.compare.report.labels import Label, place_labels
-from lowmem_reft.compare.report.markup import Section, chart, folded, note
-from lowmem_reft.compare.report.table import Row
+from lowmem_reft.compare.report.table import Summary
+from lowmem_reft.machine.pages import INK
 
 _MAX_NAMES = 9
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
+class Cost(NamedTuple):
     """What a chart sets the quality against."""
 
     name: str
@@ -29,70 +29,58 @@ class Cost:
     title: str
     label: str
     """Of the axis."""
-    of: Callable[[Row], float | None]
+    field: str
+    """Of a summary."""
+    unit: float = 1.0
+
+    def of(self, row: Summary) -> float:
+        """The cost in the axis' unit; 0 where it was not measured."""
+        return (getattr(row, self.field) or 0) / self.unit
 
 
 _PARAMETERS = Cost(
-    name="parameters",
-    title="trainable parameters",
-    label="trainable parameters",
-    of=lambda row: row.num_trainable_params,
+    "parameters", "trainable parameters", "trainable parameters", "num_trainable_params"
 )
-_MEMORY = Cost(
-    name="memory",
-    title="peak memory",
-    label="peak memory in training, MiB",
-    of=lambda row: row.peak_bytes / 2**20 if row.peak_bytes else None,
-)
-_TRAIN_TIME = Cost(
-    name="time",
-    title="training time",
-    label="training time without loading, s",
-    of=lambda row: row.train_time_s,
-)
+_MEMORY = Cost("memory", "peak memory", "peak memory in training, MiB", "peak_bytes", 2.0**20)
+_TRAIN_TIME = Cost("time", "training time", "training time without loading, s", "train_time_s")
 _WALL_TIME = Cost(
-    name="time",
-    title="time of the run",
-    label="time of the run, loading and scoring included, s",
-    of=lambda row: row.wall_time_s,
+    "time",
+    "time of the run",
+    "time of the run, loading and scoring included, s",
+    "wall_time_s",
 )
 
 
 def render(comparison: Comparison) -> Section | None:
     """Charts of the mean over tasks, or of the only task; those of each task below."""
-    figures: dict[str, Figure] = {}
     groups = [("", comparison.mean_rows)] if comparison.mean_rows else []
-    groups += [
-        (task, [row for row in comparison.rows if row.task == task]) for task in comparison.tasks
-    ]
+    groups += [(task, comparison.rows_of(task)) for task in comparison.tasks]
+    found: dict[str, Chart] = {}
     parts = []
     for number, (task, rows) in enumerate(groups):
-        suffix = f"-{number}" if number else ""
         drawn = draw(comparison, rows)
-        charts = [
-            chart(f"{name}{suffix}", f"{title}{f', {task}' if number else ''}", figure)
-            for name, (title, figure) in drawn.items()
-        ]
-        figures |= {f"{name}{suffix}": figure for name, (_, figure) in drawn.items()}
-        grid = '<div class="charts">\n' + "\n".join(charts) + "\n</div>"
-        if charts:
-            parts.append(folded(task, grid) if number else grid)
-    if not figures:
+        if number:
+            drawn = {
+                f"{name}-{number}": Chart(f"{each.title}, {task}", each.figure)
+                for name, each in drawn.items()
+            }
+        if drawn:
+            parts.append(folded(task, charts(drawn)) if number else charts(drawn))
+        found |= drawn
+    if not found:
         return None
-    parts.insert(1, note(_explanation(comparison)))
-    return Section(
-        name="frontier", title="Quality against cost", body="\n".join(parts), figures=figures
-    )
+    parts.insert(1, html.note(_explanation(comparison)))
+    return Section(name="frontier", title="Quality against cost", parts=parts, charts=found)
 
 
-def draw(comparison: Comparison, rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
-    """Title and chart, by file name, for every cost that was measured."""
+def draw(comparison: Comparison, rows: Sequence[Summary]) -> dict[str, Chart]:
+    """A chart, by file name, for every cost that was measured."""
     scored = [row for row in rows if row.value_mean is not None]
     metrics = {row.metric for row in scored}
     metric = metrics.pop() if len(metrics) == 1 else "mean"
     time = _TRAIN_TIME if any(row.train_time_s for row in scored) else _WALL_TIME
     return {
-        f"accuracy_vs_{cost.name}": (
+        f"accuracy_vs_{cost.name}": Chart(
             f"{str(metric).capitalize()} against {cost.title}",
             _scatter(comparison, scored, cost, f"{metric}, %"),
         )
@@ -139,7 +127,7 @@ def _explanation(comparison: Comparison) -> str:
     return words
 
 
-def _scatter(comparison: Comparison, rows: Sequence[Row], cost: Cost, y_label: str) -> Figure:
+def _scatter(comparison: Comparison, rows: Sequence[Summary], cost: Cost, y_label: str) -> Figure:
     figure, axes = new_figure()
     places = {row.method: i for i, row in enumerate(ranked(rows), 1)}
     points = [row for row in rows if row.num_trainable_params and cost.of(row)]
@@ -161,21 +149,21 @@ def _scatter(comparison: Comparison, rows: Sequence[Row], cost: Cost, y_label: s
         else:
             apart.append(f"{name}\N{NO-BREAK SPACE}{y:.1f}\N{NO-BREAK SPACE}%")
     axes.set_ylabel(y_label)
-    _scale_x(axes, [cost.of(row) or 0.0 for row in points])
+    _scale_x(axes, [cost.of(row) for row in points])
     axes.set_xlabel(cost.label)
     if apart:
         outside = textwrap.fill("outside the chart: " + ", ".join(apart), 56)
         figure.supxlabel(outside, size=8.5, color=INK)
-    steps = pareto_steps([(cost.of(row) or 0.0, _value(row)[0]) for row in front])
+    steps = pareto_steps([(cost.of(row), _value(row)[0]) for row in front])
     place_labels(axes, labels, INK, steps)
     return figure
 
 
 def _draw_points(
-    comparison: Comparison, axes: Axes, points: Sequence[Row], cost: Cost
-) -> list[Row]:
+    comparison: Comparison, axes: Axes, points: Sequence[Summary], cost: Cost
+) -> list[Summary]:
     """Draw the methods and their front; return the methods on it, by cost."""
-    places = [(cost.of(row) or 0.0, _value(row)[0]) for row in points]
+    places = [(cost.of(row), _value(row)[0]) for row in points]
     indices = pareto_front(places)
     steps = pareto_steps([places[i] for i in indices])
     axes.plot(*zip(*steps, strict=True), color=INK, alpha=0.45, lw=1.2, zorder=1)
@@ -196,7 +184,7 @@ def _draw_points(
     return [points[i] for i in indices]
 
 
-def _value(row: Row) -> tuple[float, float]:
+def _value(row: Summary) -> tuple[float, float]:
     """Value and deviation in per cent."""
     return 100 * (row.value_mean or 0.0), 100 * (row.value_sd or 0.0)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lowmem_reft.compare.report.comparison import Comparison
-from lowmem_reft.compare.report.figures import INK, new_figure
-from lowmem_reft.compare.report.markup import Section, chart, note
+from lowmem_reft.compare.report.figures import new_figure
+from lowmem_reft.compare.report.html import Chart, Section, charts, html
 from lowmem_reft.compare.report.names import head
-from lowmem_reft.compare.report.table import Row
+from lowmem_reft.compare.report.table import Summary
+from lowmem_reft.machine.pages import INK, VERMILION
 
 _AXES = ("layers", "positions")
 _UNSET = "default"
@@ -34,24 +35,21 @@ class Grid:
     title: str
     layers: list[str]
     positions: list[str]
-    rows: dict[tuple[str, str], Row]
+    rows: dict[tuple[str, str], Summary]
     """By layers and positions; some may be missing."""
 
 
 def render(comparison: Comparison) -> Section | None:
     """One map per method, task and remaining setting."""
-    figures, charts = {}, []
-    for i, grid in enumerate(find_grids(comparison)):
-        name = f"layers_x_positions-{i}" if i else "layers_x_positions"
-        figures[name] = draw(grid)
-        charts.append(chart(name, grid.title, figures[name]))
-    if not figures:
+    found = {
+        f"layers_x_positions-{i}" if i else "layers_x_positions": Chart(grid.title, draw(grid))
+        for i, grid in enumerate(find_grids(comparison))
+    }
+    if not found:
         return None
-    body = '<div class="charts">\n' + "\n".join(charts) + "\n</div>\n"
-    body += note("Mean over seeds. Framed: the highest value. Hatched: not run, or failed.")
-    return Section(
-        name="layers-positions", title="Layers and positions", body=body, figures=figures
-    )
+    note = html.note("Mean over seeds. Framed: the highest value. Hatched: not run, or failed.")
+    parts = [charts(found), note]
+    return Section(name="layers-positions", title="Layers and positions", parts=parts, charts=found)
 
 
 def find_grids(comparison: Comparison) -> list[Grid]:
@@ -68,21 +66,14 @@ def find_grids(comparison: Comparison) -> list[Grid]:
             )
     grids = []
     for (task, _), places in groups.items():
-        rows = [row for row in comparison.rows if row.task == task and row.method in places]
+        rows = [row for row in comparison.rows_of(task) if row.method in places]
         scored = {places[row.method]: row for row in rows if row.value_mean is not None}
         if _has_square(set(scored)):
-            layers = _in_order(place[0] for place in places.values())
-            positions = _in_order(place[1] for place in places.values())
+            layers, positions = (_in_order(words) for words in zip(*places.values(), strict=True))
             metric = next(iter(scored.values())).metric or "value"
             name = head(next(iter(places))) + (f", {task}" if len(comparison.tasks) > 1 else "")
-            grids.append(
-                Grid(
-                    title=f"{name}: {metric}, %",
-                    layers=layers,
-                    positions=positions,
-                    rows=scored,
-                )
-            )
+            title = f"{name}: {metric}, %"
+            grids.append(Grid(title=title, layers=layers, positions=positions, rows=scored))
     return grids
 
 
@@ -121,7 +112,7 @@ def draw(grid: Grid) -> Figure:
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=9.5)
     for i, j in np.argwhere(values == high):
         axes.add_patch(
-            Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor="#D55E00", lw=2)
+            Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILION, lw=2)
         )
     axes.set_xticks(range(shape[1]), grid.positions)
     axes.set_yticks(range(shape[0]), grid.layers)
@@ -143,7 +134,7 @@ def _has_square(places: set[tuple[str, str]]) -> bool:
     return any(len(one & other) >= 2 for one, other in pairs)
 
 
-def _mean(row: Row | None) -> float:
+def _mean(row: Summary | None) -> float:
     return float("nan") if row is None or row.value_mean is None else row.value_mean
 
 
@@ -159,9 +150,7 @@ def _words(value: Any) -> str:
     return _UNSET if value is None else str(value)
 
 
-def _in_order(words: Any) -> list[str]:
+def _in_order(words: Iterable[str]) -> list[str]:
     """Each once: numbers by size, anything else as it came."""
-    found: Sequence[str] = list(dict.fromkeys(words))
-    if all(word.isdecimal() for word in found):
-        return sorted(found, key=int)
-    return list(found)
+    found = list(dict.fromkeys(words))
+    return sorted(found, key=int) if all(word.isdecimal() for word in found) else found

@@ -7,17 +7,10 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 
 from lowmem_reft.compare.report.comparison import Comparison
-from lowmem_reft.compare.report.figures import INK, new_figure
-from lowmem_reft.compare.report.markup import (
-    Section,
-    chart,
-    folded,
-    note,
-    number,
-    row_name,
-    scaled,
-    table,
-)
+from lowmem_reft.compare.report.figures import new_figure
+from lowmem_reft.compare.report.html import Chart, Section, chart, folded, html, shown, table
+from lowmem_reft.compare.report.table import METHOD, Measure
+from lowmem_reft.machine.pages import INK
 from lowmem_reft.memory.timeline import COLORS, color_of, size_text, unit_of, words
 
 Breakdown = Mapping[str, int]
@@ -30,29 +23,21 @@ def render(comparison: Comparison) -> Section | None:
     if not breakdowns:
         return None
     names = categories(breakdowns)
-    shown = {comparison.chart_names[method]: sizes for method, sizes in breakdowns.items()}
-    figure = draw(shown, names)
-    rows = (
-        [
-            row_name(method),
-            *(scaled(sizes.get(name), 2**-20, 2) for name in names),
-            number(sum(sizes.values()), f"{sum(sizes.values()) / 2**20:,.2f}"),
-        ]
-        for method, sizes in breakdowns.items()
-    )
-    headings = [("method", True), *((words(name), False) for name in names), ("sum", False)]
-    body = "\n".join(
-        (
-            chart("memory_breakdown", "Bytes alive at the peak, by what they are for", figure),
-            note(_note(comparison)),
-            folded("The numbers, in MiB", table(headings, rows)),
-        )
-    )
+    figure = draw({comparison.chart_names[m]: sizes for m, sizes in breakdowns.items()}, names)
+    made = Chart("Bytes alive at the peak, by what they are for", figure)
+    measures = [METHOD, *(Measure(words(each), each, 2**-20, 2) for each in names)]
+    rows = [{"method": m, **s, "sum": sum(s.values())} for m, s in breakdowns.items()]
+    numbers = table(shown([*measures, Measure("sum", "sum", 2**-20, 2)]), rows)
+    parts = [
+        chart("memory_breakdown", *made),
+        html.note(_note(comparison)),
+        folded("The numbers, in MiB", numbers),
+    ]
     return Section(
         name="memory",
         title="What the memory is for",
-        body=body,
-        figures={"memory_breakdown": figure},
+        parts=parts,
+        charts={"memory_breakdown": made},
     )
 
 

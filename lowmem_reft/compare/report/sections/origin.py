@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from lowmem_reft.compare.report.comparison import Comparison
-from lowmem_reft.compare.report.markup import Section, listed
+from lowmem_reft.compare.report.html import Section, html
 
 
 def render(comparison: Comparison) -> Section:
     """What all runs share, or everything that some of them had."""
-    results = comparison.results
     packages = {
         f"{name} {version}"
-        for result in results
+        for result in comparison.results
         for name, version in (result["versions"] or {}).items()
         if version
     }
     facts = {
-        "model": listed(results, "model"),
-        "data": listed(results, "task"),
-        "scored rows": listed(results, "num_examples"),
-        "device": listed(results, "device"),
-        "commit": listed(results, "commit"),
+        "model": comparison.listed("model"),
+        "data": comparison.listed("task"),
+        "scored rows": comparison.listed("num_examples"),
+        "device": comparison.listed("device"),
+        "commit": comparison.listed("commit"),
         "versions": ", ".join(sorted(packages)),
     }
-    rows = "\n".join(
-        f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items() if value
-    )
-    return Section(name="origin", title="Where the numbers come from", body=f"<dl>\n{rows}\n</dl>")
+    title = "Where the numbers come from"
+    return Section(name="origin", title=title, parts=[html.facts(facts)])

@@ -2,142 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from markupsafe import Markup
 
 from lowmem_reft.compare.report.comparison import Comparison, mean_text, ranked
-from lowmem_reft.compare.report.markup import (
-    Heading,
-    Section,
-    folded,
-    note,
-    number,
-    p_value,
-    row_name,
-    scaled,
-    signed,
-    table,
-)
+from lowmem_reft.compare.report.html import Column, Section, folded, html, shown, table
 from lowmem_reft.compare.report.significance import LEVEL, Difference, Significance
-from lowmem_reft.compare.report.table import Row
+from lowmem_reft.compare.report.table import Measure, Summary, measured
 
-_Cost = tuple[str, str, float, int]
-"""Heading, field of ``Row``, scale and digits."""
-_COSTS: tuple[_Cost, ...] = (
-    ("trainable", "num_trainable_params", 1.0, 0),
-    ("peak MiB", "peak_bytes", 2**-20, 1),
-    ("train s", "train_time_s", 1.0, 0),
+_COSTS = (
+    Measure("trainable", "num_trainable_params"),
+    Measure("peak MiB", "peak_bytes", 2**-20, 1),
+    Measure("train s", "train_time_s"),
 )
 
 
 def render(comparison: Comparison) -> Section:
     """The ranking of each task; with several tasks, all of them at a glance first."""
-    parts = []
     if comparison.mean_rows:
-        parts.append(_overview(comparison))
-    for task in comparison.tasks:
-        body = _task_ranking(comparison, task)
-        parts.append(body if len(comparison.tasks) == 1 else folded(task, body))
-    parts += [note(sentence) for sentence in _notes(comparison)]
-    return Section(name="ranking", title="Ranking", body="\n".join(parts))
+        parts = _overview(comparison)
+        parts += [folded(task, *_task_ranking(comparison, task)) for task in comparison.tasks]
+    else:
+        parts = [part for task in comparison.tasks for part in _task_ranking(comparison, task)]
+    parts += [html.note(sentence) for sentence in _notes(comparison)]
+    return Section(name="ranking", title="Ranking", parts=parts)
 
 
-def _task_ranking(comparison: Comparison, task: str) -> str:
-    rows = ranked([row for row in comparison.rows if row.task == task])
+def _task_ranking(comparison: Comparison, task: str) -> list[Markup]:
+    rows = ranked(comparison.rows_of(task))
     found = comparison.significance.get(task)
     metric = next((row.metric for row in rows if row.metric), "value")
-    headings: list[Heading] = [("method", True), (f"{metric} %", False), ("seeds", False)]
-    if found is not None:
-        reference = comparison.names[found.reference]
-        headings += [(f"against {reference}", False), ("95 % interval", False), ("p, Holm", False)]
-    costs = _measured(rows)
-    headings += [(title, False) for title, *_ in costs]
-    cells = []
-    for rank, row in enumerate(rows, 1):
-        cells.append(
-            [
-                row_name(row.method, rank if row.value_mean is not None else None),
-                _value(row),
-                number(row.num_seeds, str(row.num_seeds)),
-                *(_difference(row, found) if found is not None else ()),
-                *_costs(row, costs),
-            ]
-        )
-    lead = f"<p>{escape(_verdict(comparison, found))}</p>\n" if found is not None else ""
-    return lead + table(headings, cells, by=1)
+    ranks = {row.method: i for i, row in enumerate(rows, 1) if row.value_mean is not None}
+    columns = [
+        Column("method", lambda row: html.method(row.method, ranks.get(row.method)), "text"),
+        Column(f"{metric} %", _value),
+        *shown([Measure("seeds", "num_seeds")]),
+    ]
+    costs = shown(measured(_COSTS, rows))
+    if found is None:
+        return [table([*columns, *costs], rows, by=1)]
+    titles = (f"against {comparison.names[found.reference]}", "95 % interval", "p, Holm")
+    for i, title in enumerate(titles):
+        columns.append(Column(title, partial(_against, found, i)))
+    lead = html.paragraph(_verdict(comparison, found))
+    return [lead, table([*columns, *costs], rows, by=1)]
 
 
-def _overview(comparison: Comparison) -> str:
+def _overview(comparison: Comparison) -> list[Markup]:
     """Methods by tasks; the mean only of methods that finished all of them."""
-    means = {row.method: row for row in comparison.mean_rows}
-    by_place = {(row.method, row.task): row for row in comparison.rows}
+    means = {row.method: row for row in ranked(comparison.mean_rows)}
+    ranks = {method: rank for rank, method in enumerate(means, 1)}
     metrics = {row.task: row.metric for row in comparison.rows if row.metric}
-    headings: list[Heading] = [("method", True), ("mean %", False)]
-    headings += [(f"{task}, {metrics.get(task, '–')}", False) for task in comparison.tasks]
-    costs = _measured(comparison.mean_rows)
-    headings += [(title, False) for title, *_ in costs]
-    order = [row.method for row in ranked(list(means.values()))]
     failed = {row.method for row in comparison.rows if row.errors} - means.keys()
     partly = [m for m in comparison.names if m not in means and m not in failed]
-
-    def line(method: str, rank: int | None) -> list[str]:
-        mean = means.get(method)
-        return [
-            row_name(method, rank),
-            _value(mean) if mean else number(None),
-            *(
-                _overview_cell(comparison, by_place.get((method, task)))
-                for task in comparison.tasks
-            ),
-            *_costs(mean, costs),
-        ]
-
-    ranks = [line(method, rank) for rank, method in enumerate(order, 1)]
-    body = table(headings, ranks + [line(m, None) for m in comparison.names if m in failed], by=1)
-    if partly:
-        rest = table(headings, [line(method, None) for method in partly])
-        body += folded(f"{len(partly)} that were not run on every task", rest)
-    return body
-
-
-def _overview_cell(comparison: Comparison, row: Row | None) -> str:
-    if row is None or row.value_mean is None:
-        return number(None, "failed", "bad") if row and row.errors else number(None)
-    found = comparison.significance.get(row.task)
-    difference = found.differences.get(row.method) if found else None
-    sign, css = _sign(difference)
-    return number(100 * row.value_mean, f"{sign}{100 * row.value_mean:.1f}", css)
-
-
-def _measured(rows: Sequence[Row]) -> list[_Cost]:
-    return [cost for cost in _COSTS if any(getattr(row, cost[1]) is not None for row in rows)]
-
-
-def _costs(row: Row | None, costs: Sequence[_Cost]) -> list[str]:
-    return [
-        scaled(getattr(row, name) if row else None, scale, digits)
-        for _, name, scale, digits in costs
+    columns = [
+        Column("method", lambda method: html.method(method, ranks.get(method)), "text"),
+        Column("mean %", lambda method: _value(means.get(method))),
     ]
+    for task in comparison.tasks:
+        scores = {row.method: row for row in comparison.rows_of(task)}
+        found = comparison.significance.get(task)
+        title = f"{task}, {metrics.get(task, '–')}"
+        columns.append(Column(title, partial(_score, scores, found)))
+    for title, cell, _ in shown(measured(_COSTS, comparison.mean_rows)):
+        columns.append(Column(title, partial(_of_mean, means, cell)))
+    parts = [table(columns, [*means, *(m for m in comparison.names if m in failed)], by=1)]
+    if partly:
+        rest = table(columns, partly)
+        parts.append(folded(f"{len(partly)} that were not run on every task", rest))
+    return parts
 
 
-def _value(row: Row) -> str:
-    value = None if row.value_mean is None else 100 * row.value_mean
-    return number(value, mean_text(row), "value" if value is not None else "bad")
+def _of_mean(means: dict[str, Summary], cell: Callable[[Any], Markup], method: str) -> Markup:
+    return cell(means.get(method))
 
 
-def _difference(row: Row, found: Significance) -> Sequence[str]:
-    if row.method == found.reference:
-        return number(0.0, "reference", "muted"), number(None), number(None)
+def _score(scores: dict[str, Summary], found: Significance | None, method: str) -> Markup:
+    row = scores.get(method)
+    if row is None or row.value_mean is None:
+        return html.number(None, "failed", "bad") if row and row.errors else html.number(None)
+    sign, css = _sign(found.differences.get(row.method) if found else None)
+    return html.number(100 * row.value_mean, f"{sign}{100 * row.value_mean:.1f}", css)
+
+
+def _value(row: Summary | None) -> Markup:
+    if row is None:
+        return html.number(None)
+    if row.value_mean is None:
+        return html.number(None, mean_text(row), "bad")
+    return html.number(100 * row.value_mean, mean_text(row), "value")
+
+
+def _against(found: Significance, which: int, row: Summary) -> Markup:
+    """The difference, its interval or its p."""
+    if row.method == found.reference and which == 0:
+        return html.number(0.0, "reference", "muted")
     difference = found.differences.get(row.method)
     if difference is None:
-        return number(None), number(None), number(None)
+        return html.number(None)
     sign, css = _sign(difference)
-    low, high = signed(100 * difference.low), signed(100 * difference.high)
-    return (
-        number(100 * difference.value, f"{sign}{signed(100 * difference.value)}", css),
-        number(difference.low, f"{low} to {high}"),
-        number(difference.p_holm, p_value(difference.p_holm), css),
+    value, low, high = (
+        _signed(100 * each) for each in (difference.value, difference.low, difference.high)
     )
+    return (
+        html.number(100 * difference.value, f"{sign}{value}", css),
+        html.number(difference.low, f"{low} to {high}"),
+        html.number(difference.p_holm, _p_value(difference.p_holm), css),
+    )[which]
 
 
 def _sign(difference: Difference | None) -> tuple[str, str]:
@@ -147,20 +121,30 @@ def _sign(difference: Difference | None) -> tuple[str, str]:
     return ("▲ ", "good") if difference.value > 0 else ("▼ ", "bad")
 
 
+def _signed(value: float) -> str:
+    """A difference with its sign; nothing is written as minus nought."""
+    rounded = f"{abs(value):.1f}"
+    return rounded if float(rounded) == 0 else f"{'+' if value > 0 else '−'}{rounded}"
+
+
+def _p_value(p: float) -> str:
+    """A p-value with the digits that mean something."""
+    return "< 0.001" if p < 0.001 else f"{p:.{3 if p < 0.1 else 2}f}"
+
+
 def _verdict(comparison: Comparison, found: Significance) -> str:
     """The table in a few words."""
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "even": []}
+    groups: dict[str, list[str]] = {"▲ ": [], "▼ ": [], "": []}
     for method, difference in found.differences.items():
-        side = "better" if difference.value > 0 else "worse"
-        groups[side if difference.is_clear else "even"].append(comparison.names[method])
+        groups[_sign(difference)[0]].append(comparison.names[method])
+    words = ("Clearly better than", "Clearly worse than", "Not told apart from")
     reference = comparison.names[found.reference]
-    parts = (
-        (f"Clearly better than {reference}", groups["better"]),
-        (f"Clearly worse than {reference}", groups["worse"]),
-        (f"Not told apart from {reference}", groups["even"]),
+    sentences = (
+        f"{each} {reference}: {', '.join(methods)}"
+        for each, methods in zip(words, groups.values(), strict=True)
+        if methods
     )
-    listed = ". ".join(f"{words}: {', '.join(names)}" for words, names in parts if names)
-    return f"{listed}. ({found.num_examples:,} examples)"
+    return f"{'. '.join(sentences)}. ({found.num_examples:,} examples)"
 
 
 def _notes(comparison: Comparison) -> list[str]:

@@ -2,67 +2,28 @@
 
 from __future__ import annotations
 
-from html import escape
-from typing import Any
-
 from lowmem_reft.compare.report.comparison import Comparison
-from lowmem_reft.compare.report.markup import (
-    MANY_ROWS,
-    Heading,
-    Section,
-    folded,
-    number,
-    row_name,
-    scaled,
-    table,
-    text,
-)
+from lowmem_reft.compare.report.html import Column, Section, html, shown, table
+from lowmem_reft.compare.report.table import METHOD, Measure, measured
 
-_COLUMNS = (
-    ("value %", "value", 100.0, 1),
-    ("validation %", "validation_value", 100.0, 1),
-    ("best epoch", "best_epoch", 1.0, 0),
-    ("eval loss", "loss", 1.0, 3),
-    ("peak MiB", "peak_bytes", 2**-20, 1),
-    ("train s", "train_time_s", 1.0, 0),
-    ("wall s", "wall_time_s", 1.0, 0),
+_MEASURES = (
+    Measure("value %", "value", 100.0, 1),
+    Measure("validation %", "validation_value", 100.0, 1),
+    Measure("best epoch", "best_epoch"),
+    Measure("eval loss", "loss", 1.0, 3),
+    Measure("peak MiB", "peak_bytes", 2**-20, 1),
+    Measure("train s", "train_time_s"),
+    Measure("wall s", "wall_time_s"),
 )
-"""Heading, field of a result, scale and digits."""
 
 
 def render(comparison: Comparison) -> Section:
     """One row per cell; many rows are folded away."""
-    results = comparison.results
-    several = len(comparison.tasks) > 1
-    shown = [c for c in _COLUMNS if any(result.get(c[1]) is not None for result in results)]
-    headings: list[Heading] = [("method", True), *([("task", True)] if several else [])]
-    headings += [("seed", False), *((title, False) for title, *_ in shown)]
-    headings.append(("how to repeat it", True))
-    rows = (
-        [
-            row_name(result["method"]),
-            *([text(result["task"])] if several else []),
-            number(result["seed"], str(result["seed"])),
-            *(_cell(result, *column[1:]) for column in shown),
-            _command(result),
-        ]
-        for result in results
-    )
-    body = table(headings, rows)
-    if len(results) > MANY_ROWS:
-        body = folded(f"All {len(results)} runs", body)
-    return Section(name="runs", title="Every run", body=body)
-
-
-def _cell(result: dict[str, Any], name: str, scale: float, digits: int) -> str:
-    if name == "value" and result["error"] is not None:
-        return number(None, "failed", "bad")
-    return scaled(result.get(name), scale, digits)
-
-
-def _command(result: dict[str, Any]) -> str:
-    command = escape(str(result["command"]))
-    return (
-        f'<td class="text" data-value="{command}"><details><summary>command</summary>'
-        f"<code>{command}</code></details></td>"
-    )
+    columns = [
+        *shown([METHOD, *comparison.task_column]),
+        Column("seed", lambda result: html.number(result["seed"], str(result["seed"]))),
+        *shown(measured(_MEASURES, comparison.results)),
+        Column("how to repeat it", lambda result: html.command(str(result["command"])), "text"),
+    ]
+    body = table(columns, comparison.results, many="runs")
+    return Section(name="runs", title="Every run", parts=[body])
