@@ -20,10 +20,10 @@ from huggingface_hub import HfApi
 import lowmem_reft.memory
 from browser import CHROMEDRIVER, CHROMIUM, FLAGS
 from lowmem_reft import cli
-from lowmem_reft.compare import cell, report
+from lowmem_reft.compare import child, report
 from lowmem_reft.compare.cell import Cell, Result, write_cell
 from lowmem_reft.compare.engines import processes
-from lowmem_reft.compare.engines.child import result_or_cause
+from lowmem_reft.compare.engines.launch import leave_result, result_or_cause
 from lowmem_reft.data.tasks.registry import TASKS
 from lowmem_reft.reft.interventions import INTERVENTIONS
 from snippets import Runner, read_blocks
@@ -58,7 +58,7 @@ class CellHere:
     def __init__(self, todo: Cell, *_: object) -> None:
         self.cell = todo
         shutil.rmtree(todo.directory, ignore_errors=True)
-        cell.main([str(write_cell(todo))])
+        leave_result(write_cell(todo), child.run_cell)
 
     def ended(self) -> bool:
         return True

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from lowmem_reft.compare.cell import run_cell
+from lowmem_reft.compare.child import run_cell
 from lowmem_reft.data.tasks.answers import find_extractor
 from lowmem_reft.data.tasks.registry import load_task
 from lowmem_reft.errors import InputError

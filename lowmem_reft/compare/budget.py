@@ -13,19 +13,27 @@ runs it again without ``--equal``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lowmem_reft.base.loading import load_config
+from lowmem_reft.base.synthetic import base_on_meta
+from lowmem_reft.compare.cell import Cell, Result
+from lowmem_reft.data.rows import load_rows
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.entries import parse_methods
+from lowmem_reft.memory.verdict import required_gib
+from lowmem_reft.methods.attach import attach
+from lowmem_reft.methods.entries import MethodSpec, parse_methods
 from lowmem_reft.methods.table import find_method, given_options
-from lowmem_reft.options import HeldOutOptions
-
-if TYPE_CHECKING:
-    from lowmem_reft.compare.cell import Cell, Result
-    from lowmem_reft.methods.entries import MethodSpec
-    from lowmem_reft.options import CompareOptions, MethodOptions, TrainOptions
+from lowmem_reft.options import (
+    CompareOptions,
+    HeldOutOptions,
+    MemoryOptions,
+    MethodOptions,
+    TrainOptions,
+)
 
 NUM_TIMED_STEPS = 12
 """Of which the first are left out, as in every run (``fit.NUM_WARMUP_STEPS``)."""
@@ -43,15 +51,15 @@ class Equalized:
     """By the label of a method: what its budget is, and how near it comes."""
 
 
-CellsOf = Callable[["CompareOptions", Sequence["MethodSpec"]], "list[Cell]"]
+CellsOf = Callable[[CompareOptions, Sequence[MethodSpec]], list[Cell]]
 """Makes the cells of methods, one each, on the task at hand."""
 
-Run = Callable[["Sequence[Cell]"], "list[Result]"]
+RunCells = Callable[[Sequence[Cell]], list[Result]]
 """Runs cells, one after the other, and returns their results."""
 
 
 def equalize(
-    options: CompareOptions, specs: Sequence[MethodSpec], *, cells_of: CellsOf, run: Run
+    options: CompareOptions, specs: Sequence[MethodSpec], *, cells_of: CellsOf, run: RunCells
 ) -> Equalized:
     """Give every method the budget of the reference.
 
@@ -59,7 +67,7 @@ def equalize(
         options: The comparison, with ``equal``.
         specs: Its methods.
         cells_of: Makes cells, to know what a method would be trained with.
-        run: Runs cells, to time them.
+        run: RunCellss cells, to time them.
 
     Raises:
         InputError: the reference cannot be trained, or something that is chosen here is given.
@@ -100,12 +108,6 @@ class ParameterCounter:
         Raises:
             InputError: the method cannot be trained on this base.
         """
-        import copy
-
-        from lowmem_reft.base.synthetic import base_on_meta
-        from lowmem_reft.methods.attach import attach
-        from lowmem_reft.options import MemoryOptions
-
         base = base_on_meta(copy.deepcopy(self.config), storage="fp32", task_type=self.task_type)
         model = attach(
             base, options, task_type=self.task_type, memory=MemoryOptions(), chunked_loss=False
@@ -155,8 +157,6 @@ def nearest_size(count: Callable[[int], int], target: int, *, most: int) -> int:
 def _equal_params(
     options: CompareOptions, specs: Sequence[MethodSpec], reference: MethodSpec, cells_of: CellsOf
 ) -> Equalized:
-    from lowmem_reft.base.hub import load_config
-
     model = _train_options(options, reference, cells_of).model.model
     counter = ParameterCounter(load_config(model), options.task_type)
     target = counter(reference.options)
@@ -210,9 +210,6 @@ def with_overrides(spec: MethodSpec, overrides: dict[str, Any]) -> MethodSpec:
 def _equal_memory(
     options: CompareOptions, specs: Sequence[MethodSpec], reference: MethodSpec, cells_of: CellsOf
 ) -> Equalized:
-    from lowmem_reft.runs.fitting import required_gib
-    from lowmem_reft.runs.resolve import resolve
-
     if options.memory.memory_gib is not None:
         raise InputError(
             f"memory_gib must be left out with equal=memory, got {options.memory.memory_gib!r}: "
@@ -236,7 +233,7 @@ def _equal_time(
     specs: Sequence[MethodSpec],
     reference: MethodSpec,
     cells_of: CellsOf,
-    run: Run,
+    run: RunCells,
 ) -> Equalized:
     train = _train_options(options, reference, cells_of)
     times = _step_times(options, [reference, *specs], cells_of, run)
@@ -271,7 +268,7 @@ def _without_length(spec: MethodSpec) -> MethodSpec:
 
 
 def _step_times(
-    options: CompareOptions, specs: Sequence[MethodSpec], cells_of: CellsOf, run: Run
+    options: CompareOptions, specs: Sequence[MethodSpec], cells_of: CellsOf, run: RunCells
 ) -> dict[str, float | str]:
     """Return each method's median seconds per step, or why it has none, from short runs."""
     short = replace(
@@ -295,8 +292,6 @@ def _step_times(
 
 def num_steps(options: TrainOptions) -> int:
     """Return the optimizer steps of a run, as the Trainer counts them."""
-    from lowmem_reft.data.rows import load_rows
-
     data = options.data
     num_rows = len(load_rows(data.data, split=data.split, limit=data.limit))
     return options.optim.num_steps(num_rows)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.engines import Run, open_engine, stop
-from lowmem_reft.compare.engines.child import CHILD_COMMAND, read_result
+from lowmem_reft.compare.engines.launch import CHILD_COMMAND, read_result
 from lowmem_reft.options import Workers
 
 POLL_S = 0.1

@@ -5,14 +5,23 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from huggingface_hub import hf_hub_download
+
+from lowmem_reft.data import embedded
+from lowmem_reft.data.rows import (
+    as_choices,
+    holdout,
+    label_names,
+    load_rows,
+    rows_digest,
+    write_rows,
+)
+from lowmem_reft.data.tasks.registry import find_task, load_task
+from lowmem_reft.data.tasks.task import Split, Task
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import provenance
 from lowmem_reft.options import CompareOptions, ScoringOptions
-
-if TYPE_CHECKING:
-    from lowmem_reft.data.tasks.task import Split, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +71,6 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
 
     Training rows are drawn with a fixed seed if there is a limit: files are often sorted.
     """
-    from lowmem_reft.data import embedded
-    from lowmem_reft.data.rows import rows_digest, write_rows
-    from lowmem_reft.data.tasks.registry import find_task, load_task
-
     task, trained = find_task(name), find_task(options.train_task or name)
     paths, digests = {}, {}
     splits: tuple[tuple[Task, Split, int | None], ...] = (
@@ -129,16 +134,6 @@ def find_sources(options: CompareOptions) -> Sources:
         InputError: The model or the data are not there, or there is evaluation data without
         training data.
     """
-    from lowmem_reft.data import embedded
-    from lowmem_reft.data.rows import (
-        as_choices,
-        holdout,
-        label_names,
-        load_rows,
-        rows_digest,
-        write_rows,
-    )
-
     if options.data is None and options.eval_data is not None:
         raise InputError(
             f"eval_data must come with data, got {options.eval_data!r} alone; add --data"
@@ -193,8 +188,6 @@ def model_digest(model: str) -> str:
     """
     if Path(model).is_dir():
         return provenance.directory_digest(model)
-    from huggingface_hub import hf_hub_download
-
     try:
         config = Path(hf_hub_download(model, "config.json"))
     except (OSError, ValueError) as error:

@@ -23,8 +23,10 @@ from lowmem_reft.compare.budget import (
     num_steps,
     with_overrides,
 )
-from lowmem_reft.compare.cell import Cell, Result, run_cell
-from lowmem_reft.compare.matrix import build_cells, run_comparison
+from lowmem_reft.compare.cell import Cell, Result
+from lowmem_reft.compare.cells import build_cells
+from lowmem_reft.compare.child import run_cell
+from lowmem_reft.compare.matrix import run_comparison
 from lowmem_reft.compare.sources import find_sources
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import attach

@@ -35,6 +35,7 @@ FAKE_CELL = f"""
 import os, signal, sys, time
 from pathlib import Path
 from lowmem_reft.compare import cell
+from lowmem_reft.compare.engines.launch import leave_result
 
 def run_cell(todo):
     lr = todo.train.optim.lr if todo.train else 0
@@ -63,8 +64,7 @@ def run_cell(todo):
                     num_examples=len(rows), wall_time_s=1.0)
     return {{**cell.EMPTY_RESULT, **measured, **todo.record}}
 
-cell.run_cell = run_cell
-sys.exit(cell.main(sys.argv[1:]))
+sys.exit(leave_result(Path(sys.argv[1]), run_cell))
 """
 
 ROWS = [{"prompt": f"{i} is", "choices": ["even", "odd"], "answer": i % 2} for i in range(8)]
@@ -221,7 +221,7 @@ def test_a_killed_worker_loses_only_its_cell_and_only_that_one_runs_again(
 
 
 def test_a_stopped_cell_takes_its_process_with_it(options, fake_cell, cluster, tmp_path):
-    from lowmem_reft.compare.matrix import build_cells
+    from lowmem_reft.compare.cells import build_cells
     from lowmem_reft.compare.sources import find_sources
     from lowmem_reft.methods.entries import parse_methods
 

@@ -19,8 +19,10 @@ from pathlib import Path
 import pytest
 
 from lowmem_reft.compare import report
-from lowmem_reft.compare.cell import EMPTY_RESULT, read_cell, run_cell, write_cell
-from lowmem_reft.compare.matrix import build_cells, command_line, parse_seeds, run_comparison
+from lowmem_reft.compare.cell import EMPTY_RESULT, read_cell, write_cell
+from lowmem_reft.compare.cells import build_cells, command_line
+from lowmem_reft.compare.child import run_cell
+from lowmem_reft.compare.matrix import parse_seeds, run_comparison
 from lowmem_reft.compare.sources import Sources, find_sources, task_name
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import parse_methods
@@ -34,6 +36,7 @@ FAKE_CELL = f"""
 import os, signal, sys, time
 from pathlib import Path
 from lowmem_reft.compare import cell
+from lowmem_reft.compare.engines.launch import leave_result
 
 def run_cell(todo):
     lr = todo.train.optim.lr if todo.train else 0
@@ -56,8 +59,7 @@ def run_cell(todo):
                         loss_history=[[1, 2.0], [2, 1.0]], adapter_bytes=400)
     return {{**cell.EMPTY_RESULT, **measured, **todo.record}}
 
-cell.run_cell = run_cell
-sys.exit(cell.main(sys.argv[1:]))
+sys.exit(leave_result(Path(sys.argv[1]), run_cell))
 """
 
 ROWS = [{"prompt": f"{i} is", "choices": ["even", "odd"], "answer": i % 2} for i in range(20)]

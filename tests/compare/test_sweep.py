@@ -415,15 +415,13 @@ def test_labels_become_the_same_choices_for_training_and_scoring(options, fake_c
 
 
 def test_of_a_task_only_training_and_validation_rows_are_asked_for(options, fake_cell, monkeypatch):
-    from lowmem_reft.data.tasks import registry
-
     asked = []
 
     def load_task(name, split, **_):
         asked.append((name, split))
         return load_rows(options.data if split == "train" else options.validation_data)
 
-    monkeypatch.setattr(registry, "load_task", load_task)
+    monkeypatch.setattr("lowmem_reft.compare.sources.load_task", load_task)
     task = replace(options, task="boolq", data=None, validation_data=None, eval_data=None)
     answer = run_sweep(task, child_command=fake_cell)
     assert set(asked) == {("boolq", "train"), ("boolq", "validation")}

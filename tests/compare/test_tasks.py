@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_reft.compare.cell import read_cell, run_cell
-from lowmem_reft.compare.matrix import build_cells, run_comparison
+from lowmem_reft.compare.cell import read_cell, write_cell
+from lowmem_reft.compare.cells import build_cells
+from lowmem_reft.compare.child import run_cell
+from lowmem_reft.compare.matrix import run_comparison
 from lowmem_reft.compare.sources import find_all_sources
 from lowmem_reft.data.tasks.metrics import compute
 from lowmem_reft.errors import InputError
@@ -116,8 +118,6 @@ def test_one_training_serves_all_tasks(options: CompareOptions) -> None:
 
 
 def test_a_cell_of_a_task_survives_its_file(options: CompareOptions) -> None:
-    from lowmem_reft.compare.cell import write_cell
-
     cell = cells_of(options)[1]
     assert read_cell(write_cell(cell)) == cell
 

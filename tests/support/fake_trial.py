@@ -11,6 +11,7 @@ FAKE_CELL = f"""
 import json, sys, time
 from pathlib import Path
 from lowmem_reft.compare import cell
+from lowmem_reft.compare.engines.launch import leave_result
 
 def run_cell(todo):
     rank, lr = todo.train.method.rank or 4, todo.train.optim.lr
@@ -36,6 +37,5 @@ def run_cell(todo):
                     num_trainable_params=rank)
     return {{**cell.EMPTY_RESULT, **measured, **todo.record}}
 
-cell.run_cell = run_cell
-sys.exit(cell.main(sys.argv[1:]))
+sys.exit(leave_result(Path(sys.argv[1]), run_cell))
 """

@@ -1,8 +1,8 @@
 """Where cells run: in processes of this machine, or as tasks of a Ray cluster.
 
 An engine starts cells and says when they have ended; who starts which cell and when is up to
-``schedule.py`` (all cells of a comparison) and ``sweep`` (one trial after another). Each cell has a
-process of its own with every engine, started by the same code (``child.py``) with the same number
+``queue.py`` (all cells of a comparison) and ``sweep`` (one trial after another). Each cell has a
+process of its own with every engine, started by the same code (``launch.py``) with the same number
 of threads, so that its numbers do not depend on the engine.
 """
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from lowmem_reft.compare.cell import Cell, Result
-from lowmem_reft.compare.engines.child import CHILD_COMMAND
+from lowmem_reft.compare.engines.launch import CHILD_COMMAND
 from lowmem_reft.compare.engines.processes import ProcessEngine
 from lowmem_reft.options import Workers
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft.compare.cell import Cell, Result, write_cell
-from lowmem_reft.compare.engines.child import available_threads, result_or_cause
+from lowmem_reft.compare.engines.launch import available_threads, result_or_cause
 from lowmem_reft.compare.engines.node import Input, Part, data_files, read_content, run_on_node
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lowmem_reft.compare.engines.child import LOG_FILE, cause_of_death, join_child, start_child
+from lowmem_reft.compare.engines.launch import LOG_FILE, cause_of_death, join_child, start_child
 from lowmem_reft.machine.files import write_json
 
 _FOLLOWED = (LOG_FILE, "train/epochs.jsonl")

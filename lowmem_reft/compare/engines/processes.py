@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from lowmem_reft.compare.cell import Cell, Result, write_cell
-from lowmem_reft.compare.engines.child import (
+from lowmem_reft.compare.engines.launch import (
     available_threads,
     cause_of_death,
     join_child,

@@ -13,21 +13,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from lowmem_reft.compare.engines.child import CHILD_COMMAND
-from lowmem_reft.compare.matrix import build_cells, command_line
+from lowmem_reft.compare.cells import build_cells, command_line
+from lowmem_reft.compare.engines.launch import CHILD_COMMAND
 from lowmem_reft.compare.sources import Sources
+from lowmem_reft.compare.sweep.console import Progress, print_trials
 from lowmem_reft.compare.sweep.rows import find_rows
 from lowmem_reft.compare.sweep.runner import Task, run_trials
 from lowmem_reft.compare.sweep.search import Search, Trial, best_of
 from lowmem_reft.compare.sweep.space import Space, grid, parse_space, size
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json
+from lowmem_reft.methods.entries import MethodSpec, parse_methods
 from lowmem_reft.options import CompareOptions, SweepOptions
-
-if TYPE_CHECKING:
-    from lowmem_reft.methods.entries import MethodSpec
 
 TEST_SEEDS = "0,1,2"
 """Of the comparison that is proposed."""
@@ -52,9 +51,6 @@ def run_sweep(
     Raises:
         InputError: The space, the methods, the rows or the model are wrong, or Optuna is missing.
     """
-    from lowmem_reft.compare.sweep.console import Progress, print_trials
-    from lowmem_reft.methods.entries import parse_methods
-
     specs = parse_methods(options.methods)
     spaces = parse_space(options.space, specs)
     sampler = choose_sampler(options, spaces)

@@ -7,13 +7,12 @@ before anything else; where there are no validation rows, another tenth.
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowmem_reft.compare.sources import Sources, find_all_sources
+from lowmem_reft.data import embedded
+from lowmem_reft.data.rows import holdout, load_rows, write_rows
 from lowmem_reft.options import CompareOptions, SweepOptions
-
-if TYPE_CHECKING:
-    pass
 
 
 def find_rows(options: SweepOptions) -> tuple[CompareOptions, Sources, CompareOptions]:
@@ -50,8 +49,6 @@ def _with_rows(options: SweepOptions) -> CompareOptions:
     comparison = CompareOptions(**given)
     if options.validation_data is not None and options.eval_data is not None:
         return comparison
-    from lowmem_reft.data.rows import holdout, load_rows, write_rows
-
     rows = load_rows(options.data, split=options.split)
     parts: dict[str, Any] = {}
     for name in ("eval_data", "validation_data"):
@@ -63,8 +60,6 @@ def _with_rows(options: SweepOptions) -> CompareOptions:
 
 
 def _embedded(given: dict[str, Any]) -> CompareOptions:
-    from lowmem_reft.data import embedded
-
     train, test = map(str, embedded.task_files())
     rows = {"data": train, "eval_data": test, "validation_data": str(embedded.validation_file())}
     return CompareOptions(**{**given, **rows})

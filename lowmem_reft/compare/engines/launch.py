@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lowmem_reft.compare.cell import Cell, Result, failed_result
+from lowmem_reft.compare.cell import Cell, Result, failed_result, read_cell
 from lowmem_reft.machine.files import write_json
 
-CHILD_COMMAND = (sys.executable, "-m", "lowmem_reft.compare.cell")
+CHILD_COMMAND = (sys.executable, "-m", "lowmem_reft.compare.child")
 """What runs one cell; the path of its ``cell.json`` is appended."""
 
 LOG_FILE = "log.txt"
@@ -40,6 +42,19 @@ def start_child(
         return subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
+
+
+def leave_result(cell_path: Path, run: Callable[[Cell], Result]) -> int:
+    """Run the cell described in ``cell_path`` and write its result; 0, or 1 if ``run`` raised."""
+    cell, start = read_cell(cell_path), time.perf_counter()
+    try:
+        result = run(cell)
+    except Exception as error:
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+        result = failed_result(cell, message, time.perf_counter() - start)
+    write_json(cell.result_path, result)
+    return 1 if result["error"] else 0
 
 
 def join_child(process: subprocess.Popen[bytes], timeout_s: float) -> None:
