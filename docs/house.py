@@ -40,22 +40,32 @@ def modules() -> dict[str, Path]:
 
 
 @functools.cache
-def imports_of(name: str) -> list[tuple[str, int]]:
-    """What a module imports of the package anywhere, also inside functions: (module, line)."""
-    found = []
-    for node in ast.walk(ast.parse(modules()[name].read_text(encoding="utf-8"))):
+def imports_of(name: str, *, for_types: bool = True) -> set[str]:
+    """The modules of the package that a module imports anywhere, also inside functions.
+
+    Without ``for_types``, what is imported for type checkers alone is left out: it loads nothing.
+    """
+    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    checks = (n for n in ast.walk(tree) if isinstance(n, ast.If) and _checks_types(n.test))
+    only_types = {inner for check in checks for inner in ast.walk(check)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in only_types and not for_types:
+            continue
         if isinstance(node, ast.Import):
-            named = [alias.name for alias in node.names]
+            found |= {_below(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} imports relatively"
             # A name of a package may be a module of it.
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
-            named = [n if _below(n) in modules() else str(node.module) for n in whole]
-        else:
-            continue
-        inside = {below for n in named if (below := _below(n)) in modules() and below != name}
-        found += [(each, node.lineno) for each in sorted(inside)]
-    return found
+            found |= {
+                _below(n) if _below(n) in modules() else _below(str(node.module)) for n in whole
+            }
+    return found & set(modules()) - {name}
+
+
+def _checks_types(test: ast.expr) -> bool:
+    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
 
 
 def _below(name: str) -> str:
@@ -73,7 +83,7 @@ def arrows() -> set[tuple[str, str]]:
     pairs = (
         (folder_of(name), folder_of(imported))
         for name in modules()
-        for imported, _ in imports_of(name)
+        for imported in imports_of(name)
     )
     return {(own, other) for own, other in pairs if own and other and own != other}
 
@@ -82,15 +92,23 @@ def longest_chain() -> list[str]:
     """The longest way down from import to import.
 
     The folders' own ``__init__`` are left aside: they name public things, and load none of them.
-    """
 
-    @functools.cache
-    def chain(name: str) -> tuple[str, ...]:
-        below = (chain(each) for each, _ in imports_of(name) if each not in FOLDERS)
-        return (name, *max(below, key=len, default=()))
+    Raises:
+        RecursionError: modules import each other in a circle.
+    """
+    known: dict[str, list[str]] = {}
+
+    def chain(name: str, above: tuple[str, ...] = ()) -> list[str]:
+        if name in above:
+            raise RecursionError(f"a circle of imports: {' -> '.join((*above, name))}")
+        if name not in known:
+            below = imports_of(name, for_types=False) - set(FOLDERS)
+            chains = (chain(each, (*above, name)) for each in sorted(below))
+            known[name] = [name, *max(chains, key=len, default=[])]
+        return known[name]
 
     starts = (name for name in modules() if folder_of(name) and name not in FOLDERS)
-    return list(max(map(chain, starts), key=len))
+    return max(map(chain, starts), key=len)
 
 
 def drawing() -> str:

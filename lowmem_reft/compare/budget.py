@@ -18,12 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowmem_reft.base.loading import load_config
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.data.rows import load_rows
 from lowmem_reft.errors import InputError
-from lowmem_reft.memory.verdict import required_gib
 from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.entries import MethodSpec, parse_methods
 from lowmem_reft.methods.table import find_method, given_options
@@ -34,6 +33,8 @@ from lowmem_reft.options import (
     MethodOptions,
     TrainOptions,
 )
+from lowmem_reft.runs.fitting import required_gib
+from lowmem_reft.runs.resolve import resolve
 
 NUM_TIMED_STEPS = 12
 """Of which the first are left out, as in every run (``fit.NUM_WARMUP_STEPS``)."""
