@@ -29,7 +29,7 @@ from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.data.readers import read_records
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, check_counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,15 +75,8 @@ class Row:
     @property
     def kind(self) -> str:
         """One of messages, choices, label, target, response, prompt (no response to train on)."""
-        if self.messages:
-            return "messages"
-        if self.choices:
-            return "choices"
-        if self.label is not None:
-            return "label"
-        if self.target is not None:
-            return "target"
-        return "prompt" if self.response is None else "response"
+        kinds = ("messages", "choices", "label", "target", "response")
+        return next((kind for kind in kinds if getattr(self, kind) not in (None, ())), "prompt")
 
     @property
     def prompt_messages(self) -> list[dict[str, Any]]:
@@ -112,8 +105,7 @@ def load_rows(
     Raises:
         InputError: If the source cannot be read or a row is wrong; the message names file and line.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit must be at least 1, got {limit}; leave it out to use all rows")
+    check_counts(limit=limit)
     name, wanted = ("data", _WANTED) if require_response else ("input", _TO_ANSWER)
     rows: list[Row] = []
     for where, record in islice(read_records(str(source), split, name), limit):
@@ -211,16 +203,17 @@ def holdout(
             f"data must have two different rows to hold one out, got {len(different)}; add rows"
         )
     size = min(max(1, round(fraction * len(different))), len(different) - 1)
-    if not 0 <= fold <= len(different) // size - 1:
+    last = len(different) // size - 1
+    if not 0 <= fold <= last:
         raise InputError(
-            f"fold must be from 0 to {len(different) // size - 1} for {len(different)} different "
+            f"fold must be from 0 to {last} for {len(different)} different "
             f"rows and a fraction of {fraction}, got {fold}; choose another"
         )
     held_out = set(different[fold * size : (fold + 1) * size])
-    return (
-        [row for row, digest in zip(rows, digests, strict=True) if digest not in held_out],
-        [row for row, digest in zip(rows, digests, strict=True) if digest in held_out],
-    )
+    sides: tuple[list[Row], list[Row]] = [], []
+    for row, digest in zip(rows, digests, strict=True):
+        sides[digest in held_out].append(row)
+    return sides
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
@@ -236,9 +229,23 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
+_COLUMNS = {
+    "messages": ("messages",),
+    "choices": ("prompt", "choices", "answer", "target"),
+    "label": ("text", "text_pair", "label", "target"),
+    "target": ("text", "text_pair", "label", "target"),
+}
+
+
 def as_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Turn rows back into objects for JSON that ``load_rows`` reads as the same rows."""
-    return [_as_record(row) for row in rows]
+    records = []
+    for row in rows:
+        record = {**vars(row), "text": row.prompt}
+        record |= {"messages": list(row.messages), "choices": list(row.choices)}
+        columns = _COLUMNS.get(row.kind, ("prompt", "response"))
+        records.append({name: record[name] for name in columns if record[name] is not None})
+    return records
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> Path:
@@ -247,28 +254,6 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in as_records(rows))
     path.write_text("".join(lines), encoding="utf-8")
     return path
-
-
-def _as_record(row: Row) -> dict[str, Any]:
-    if row.kind == "messages":
-        return {"messages": list(row.messages)}
-    if row.kind == "choices":
-        record: dict[str, Any] = {
-            "prompt": row.prompt,
-            "choices": list(row.choices),
-            "answer": row.answer,
-            "target": row.target,
-        }
-    elif row.kind in ("label", "target"):
-        record = {
-            "text": row.prompt,
-            "text_pair": row.text_pair,
-            "label": row.label,
-            "target": row.target,
-        }
-    else:
-        record = {"prompt": row.prompt, "response": row.response}
-    return {name: value for name, value in record.items() if value is not None}
 
 
 def _label(row: Row) -> str:
@@ -304,10 +289,7 @@ def _checked_row(record: Any, where: str, *, require_response: bool) -> Row:
         return _text_row(record, kind, where)
     prompt = _text(record["prompt"], "prompt", where)
     if kind == "choices":
-        row = _choice_row(prompt, record["choices"], record["answer"], where)
-        # The cell of a CSV file is empty where there is none.
-        target = record.get("target")
-        return row if target in (None, "") else replace(row, target=_target(target, where))
+        return _choice_row(prompt, record, where)
     response = _text(record["response"], "response", where) if kind == "response" else None
     return Row(source=where, prompt=prompt, response=response)
 
@@ -315,12 +297,12 @@ def _checked_row(record: Any, where: str, *, require_response: bool) -> Row:
 def _text_row(record: dict[str, Any], kind: str, where: str) -> Row:
     text, pair = _text(record["text"], "text", where), record.get("text_pair") or None
     pair = None if pair is None else _text(pair, "text_pair", where)
+    row = Row(source=where, prompt=text, text_pair=pair)
     if kind == "target":
-        target = _target(record["target"], where)
-        return Row(source=where, prompt=text, text_pair=pair, target=target)
+        return replace(row, target=_target(record["target"], where))
     label = str(record["label"]) if type(record["label"]) is int else record["label"]
     label = _text(label, "label", where, "a non-empty string or an integer")
-    return Row(source=where, prompt=text, text_pair=pair, response=label, label=label)
+    return replace(row, response=label, label=label)
 
 
 def _target(value: Any, where: str) -> float:
@@ -336,7 +318,8 @@ def _target(value: Any, where: str) -> float:
     return number
 
 
-def _choice_row(prompt: str, choices: Any, answer: Any, where: str) -> Row:
+def _choice_row(prompt: str, record: dict[str, Any], where: str) -> Row:
+    choices, answer, target = record["choices"], record["answer"], record.get("target")
     if not isinstance(choices, list) or len(choices) < 2:
         raise InputError(
             f"{where}: choices must be a list of two or more texts, got {shortened(choices)}; "
@@ -348,7 +331,15 @@ def _choice_row(prompt: str, choices: Any, answer: Any, where: str) -> Row:
             f"{where}: answer must be an integer from 0 to {len(texts) - 1}, got {answer!r}; "
             "give the index of the right choice"
         )
-    return Row(source=where, prompt=prompt, response=texts[answer], choices=texts, answer=answer)
+    return Row(
+        source=where,
+        prompt=prompt,
+        response=texts[answer],
+        choices=texts,
+        answer=answer,
+        # The cell of a CSV file is empty where there is none.
+        target=None if target in (None, "") else _target(target, where),
+    )
 
 
 def _chat_row(messages: Any, where: str, *, require_response: bool) -> Row:

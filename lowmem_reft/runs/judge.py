@@ -17,18 +17,21 @@ so that they are finite where one side wins everything.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import expit  # type: ignore[import-untyped]
 
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tasks.converters import refusing, text_of
 from lowmem_reft.data.tasks.files import read_json
+from lowmem_reft.data.tokens import Collator, encode_choices
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.options import JudgeOptions
@@ -129,7 +132,7 @@ def judge_files(first: str | Path, second: str | Path, judge: Judge) -> Verdict:
         Question(prompt=prompt, first=ours, second=theirs)
         for (prompt, ours), (_, theirs) in zip(left, right, strict=True)
     ]
-    swapped = [Question(prompt=q.prompt, first=q.second, second=q.first) for q in pairs]
+    swapped = [replace(pair, first=pair.second, second=pair.first) for pair in pairs]
     said = np.asarray(judge([*pairs, *swapped]), dtype=np.float64)
     preferences = (said[: len(pairs)] + 1 - said[len(pairs) :]) / 2
     lengths = np.array([len(q.first) - len(q.second) for q in pairs], dtype=np.float64)
@@ -140,13 +143,12 @@ def verdict(preferences: _Floats, length_differences: _Floats, *, seed: int = 0)
     """Compute win rates and their intervals.
 
     Args:
-        preferences: For every instruction, the preference for the first response, 0 to 1.
+        preferences: For every instruction, that for the first response, 0 to 1.
         length_differences: Length of the first response minus that of the second.
         seed: Draws the resamples.
     """
     generator, size = np.random.default_rng(seed), len(preferences)
     draws = [generator.integers(size, size=size) for _ in range(NUM_RESAMPLES)]
-    rates = [float(preferences[draw].mean()) for draw in draws]
     controlled = [
         length_controlled_win_rate(preferences[draw], length_differences[draw]) for draw in draws
     ]
@@ -156,7 +158,7 @@ def verdict(preferences: _Floats, length_differences: _Floats, *, seed: int = 0)
         ties=int((preferences == 0.5).sum()),
         losses=int((preferences < 0.5).sum()),
         win_rate=float(preferences.mean()),
-        win_rate_interval=_interval(rates),
+        win_rate_interval=_interval([preferences[draw].mean() for draw in draws]),
         length_controlled_win_rate=length_controlled_win_rate(preferences, length_differences),
         length_controlled_interval=_interval(controlled),
         mean_length_difference=float(length_differences.mean()),
@@ -173,7 +175,7 @@ def length_controlled_win_rate(preferences: _Floats, length_differences: _Floats
     features = np.stack([np.ones(len(preferences)), scaled], axis=1)  # (examples, 2)
     weights = np.zeros(2)
     for _ in range(100):
-        chances = _sigmoid(features @ weights)
+        chances = expit(features @ weights)
         gradient = features.T @ (chances - preferences) + PENALTY * weights
         curvature = (features.T * (chances * (1 - chances))) @ features + PENALTY * np.eye(2)
         step = np.linalg.solve(curvature, gradient)
@@ -181,7 +183,7 @@ def length_controlled_win_rate(preferences: _Floats, length_differences: _Floats
         weights = weights - step / max(1.0, float(np.abs(step).max()))
         if np.abs(step).max() < 1e-10:
             break
-    return float(_sigmoid(weights[:1])[0])
+    return float(expit(weights[:1])[0])
 
 
 def command_judge(command: str) -> Judge:
@@ -248,22 +250,18 @@ def model_judge(
         raise InputError(f"template must contain {missing[0]}, got {template!r}; add it")
 
     def judge(questions: Sequence[Question]) -> list[float]:
+        # A program that judges needs no torch, which takes seconds to import.
         import torch
 
         from lowmem_reft.base.loading import load_base, load_tokenizer
-        from lowmem_reft.data.tokens import Collator, encode_choices
         from lowmem_reft.methods.likelihood import response_log_likelihood
 
         base, tokenizer = load_base(model, storage=storage), load_tokenizer(model)
         collate = Collator(tokenizer, padding_side="left")
         examples = []
-        for number, question in enumerate(questions):
-            row = Row(
-                source=f"question {number + 1}",
-                prompt=_filled(template, question),
-                choices=("A", "B"),
-                answer=0,
-            )
+        for number, question in enumerate(questions, start=1):
+            text, source = _filled(template, question), f"question {number}"
+            row = Row(source=source, prompt=text, choices=("A", "B"), answer=0)
             examples += encode_choices(row, tokenizer, max_length=max_length).examples
         sums: list[float] = []
         with torch.no_grad():
@@ -272,19 +270,15 @@ def model_judge(
                 batch = collate(examples[start : start + batch_size])
                 sums += response_log_likelihood(base, batch)[0].tolist()
         both = np.array(sums, dtype=np.float64).reshape(-1, 2)  # (questions, A and B)
-        chances: list[float] = _sigmoid(both[:, 0] - both[:, 1]).tolist()
-        return chances
+        return list(expit(both[:, 0] - both[:, 1]).tolist())
 
     return judge
 
 
 def _filled(template: str, question: Question) -> str:
     # All at once: a response may hold "{second}" itself.
-    for name in ("prompt", "first", "second"):
-        template = template.replace(f"{{{name}}}", f"\0{name}\0")
-    parts = template.split("\0")
     values = asdict(question)
-    return "".join(values[part] if i % 2 else part for i, part in enumerate(parts))
+    return re.sub(r"\{(prompt|first|second)\}", lambda found: values[found[1]], template)
 
 
 def _responses(path: Path) -> list[tuple[str, str]]:
@@ -321,12 +315,11 @@ def _conversation(messages: Any, place: str) -> str:
 def _preference(line: str, number: int) -> float:
     try:
         said = json.loads(line)
-        if "probability" in said:
-            chance = float(said["probability"])
-            if 0 <= chance <= 1:
-                return chance
-        else:
+        if "probability" not in said:
             return {"first": 1.0, "tie": 0.5, "second": 0.0}[said["preferred"]]
+        chance = float(said["probability"])
+        if 0 <= chance <= 1:
+            return chance
     except (KeyError, TypeError, ValueError):
         pass
     raise InputError(
@@ -338,8 +331,3 @@ def _preference(line: str, number: int) -> float:
 def _interval(values: Sequence[float]) -> tuple[float, float]:
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
-
-
-def _sigmoid(values: _Floats) -> _Floats:
-    chances: _Floats = 0.5 * (1 + np.tanh(values / 2))
-    return chances

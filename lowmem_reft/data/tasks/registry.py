@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ TASKS: dict[str, Task] = {
     for task in module.TASKS
 }
 _ALIASES = {
-    "arce": "arc-easy",
-    "arcc": "arc-challenge",
+    "arce": "arceasy",
+    "arcc": "arcchallenge",
     "obqa": "openbookqa",
     "socialiqa": "siqa",
 }
@@ -36,12 +35,12 @@ def find_task(name: str) -> Task:
     Raises:
         InputError: If there is none.
     """
+    tasks = {_key(task.name): task for task in TASKS.values()}
     key = _key(name)
-    key = _key(_ALIASES.get(key, key))
-    for task in TASKS.values():
-        if _key(task.name) == key:
-            return task
-    raise InputError(f"task must be one of {', '.join(TASKS)}, got {name!r}; choose one")
+    key = _ALIASES.get(key, key)
+    if key not in tasks:
+        raise InputError(f"task must be one of {', '.join(TASKS)}, got {name!r}; choose one")
+    return tasks[key]
 
 
 def load_task(
@@ -71,8 +70,7 @@ def load_task(
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}; choose one")
     source, directory = _source(task, data_dir)
-    public = {name: list(found) for name in SPLITS if (found := _read(source, directory, name))}
-    rows = divide(public, source.rule).rows.get(split)
+    rows = divide(_public(source, directory), source.rule)[0].get(split)
     if not rows:
         raise InputError(_missing(task, source, directory, split))
     return [_row(example, task, task_type) for example in rows[:limit]]
@@ -106,6 +104,7 @@ def summary(data_dir: str | Path | None = None) -> list[dict[str, Any]]:
 
 def _described(task: Task, data_dir: str | Path | None) -> dict[str, Any]:
     source = task.local[0]
+    carves_test = source.rule in ("halved", "held_out_twice")
     described: dict[str, Any] = {
         "name": task.name,
         "family": task.family,
@@ -120,11 +119,11 @@ def _described(task: Task, data_dir: str | Path | None) -> dict[str, Any]:
             "directories": list(source.directories),
             "train": list(source.train),
             "validation": RULES[source.rule],
-            "test": list(source.test) or ("see validation" if _carves_test(source) else []),
+            "test": list(source.test) or ("see validation" if carves_test else []),
         },
         "hub": task.hub.name if task.hub else None,
     }
-    if data_dir is not None and _find_local(task, _existing(data_dir)) is not None:
+    if data_dir is not None and _find_local(task, data_dir) is not None:
         try:
             described |= _counts(task, data_dir)
         except InputError as error:
@@ -134,19 +133,19 @@ def _described(task: Task, data_dir: str | Path | None) -> dict[str, Any]:
 
 def _counts(task: Task, data_dir: str | Path) -> dict[str, Any]:
     source, directory = _source(task, data_dir)
-    public = {name: list(found) for name in SPLITS if (found := _read(source, directory, name))}
-    divided = divide(public, source.rule)
+    public = _public(source, directory)
+    divided, num_removed = divide(public, source.rule)
     return {
         "files": {name: len(public[name]) for name in SPLITS if name in public},
-        "rows": {name: len(divided.rows[name]) for name in SPLITS if name in divided.rows},
-        "num_removed": divided.num_removed,
+        "rows": {name: len(divided[name]) for name in SPLITS if name in divided},
+        "num_removed": num_removed,
     }
 
 
 def _source(task: Task, data_dir: str | Path | None) -> tuple[LocalFiles | HubSet, Path]:
     """Where to read from: local files with their directory, or the hub."""
     if data_dir is not None:
-        found = _find_local(task, _existing(data_dir))
+        found = _find_local(task, data_dir)
         if found is None:
             files = task.local[0]
             wanted = ", ".join((*files.train, *files.validation, *files.test))
@@ -163,18 +162,14 @@ def _source(task: Task, data_dir: str | Path | None) -> tuple[LocalFiles | HubSe
     return task.hub, Path()
 
 
-def _existing(data_dir: str | Path) -> Path:
-    path = Path(data_dir).expanduser()
-    if not path.is_dir():
-        raise InputError(f"data_dir must be an existing directory, got {str(data_dir)!r}; check it")
-    return path
-
-
-def _find_local(task: Task, root: Path) -> tuple[LocalFiles, Path] | None:
+def _find_local(task: Task, data_dir: str | Path) -> tuple[LocalFiles, Path] | None:
     """The first whole set of files that is there, in folders of its own or in the root.
 
     Where no set is whole, the first of which there is a file.
     """
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise InputError(f"data_dir must be an existing directory, got {str(data_dir)!r}; check it")
     places = [(files, root / name) for files in task.local for name in files.directories]
     places += [(files, root) for files in task.local]
     for is_there in (all, any):
@@ -183,6 +178,10 @@ def _find_local(task: Task, root: Path) -> tuple[LocalFiles, Path] | None:
             if is_there((directory / name).is_file() for name in names):
                 return files, directory
     return None
+
+
+def _public(source: LocalFiles | HubSet, directory: Path) -> dict[Split, list[Example]]:
+    return {split: found for split in SPLITS if (found := _read(source, directory, split))}
 
 
 def _read(source: LocalFiles | HubSet, directory: Path, split: Split) -> list[Example] | None:
@@ -236,10 +235,6 @@ def _instead(task: Task) -> str:
     return f", or train on {mix} as the paper does"
 
 
-def _carves_test(source: LocalFiles) -> bool:
-    return source.rule in ("halved", "held_out_twice")
-
-
 def _row(example: Example, task: Task, task_type: TaskType) -> Row:
     if task_type == "SEQ_CLS":
         if example.label is None and example.target is None:
@@ -255,13 +250,10 @@ def _row(example: Example, task: Task, task_type: TaskType) -> Row:
             label=example.label,
             target=example.target,
         )
-    row = Row(source=example.source, prompt=example.prompt, response=example.response)
-    if not example.choices:
-        return row
-    assert example.answer is not None
-    return replace(
-        row,
-        response=example.choices[example.answer],
+    return Row(
+        source=example.source,
+        prompt=example.prompt,
+        response=example.response if example.answer is None else example.choices[example.answer],
         choices=example.choices,
         answer=example.answer,
         target=example.target,

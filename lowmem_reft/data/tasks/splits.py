@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from lowmem_reft.data.rows import Row, holdout
-from lowmem_reft.data.tasks.task import Example, Rule, Split
+from lowmem_reft.data.tasks.task import SPLITS, Example, Rule, Split
 
 SEED = 42
 """Draws the half of GLUE's validation rows that chooses; the same for every method and seed."""
@@ -21,22 +20,18 @@ NUM_LARGE, NUM_CHOOSING = 5_000, 1_000
 """Of more validation rows than that, this many choose, as in the paper's code."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Splits:
-    """The rows of a task; a split that cannot be had is missing."""
-
-    rows: dict[Split, list[Example]]
-    """Examples by split, in the order of the files."""
-    num_removed: int
-    """Training and validation rows that were left out because validation or test hold the same."""
-
-
-def divide(public: Mapping[Split, Sequence[Example]], rule: Rule) -> Splits:
+def divide(
+    public: Mapping[Split, Sequence[Example]], rule: Rule
+) -> tuple[dict[Split, list[Example]], int]:
     """Make the three splits of the public ones.
 
     Args:
         public: Examples by public split.
         rule: How validation rows are made (``task.RULES``).
+
+    Returns:
+        Examples by split, without those that cannot be had, in the order of the files; and how many
+        training and validation rows were left out because validation or test hold the same.
     """
     rows: dict[Split, list[Example]] = {name: list(examples) for name, examples in public.items()}
     if rule == "halved" and "validation" in rows:
@@ -49,12 +44,11 @@ def divide(public: Mapping[Split, Sequence[Example]], rule: Rule) -> Splits:
         rows["train"], rows["validation"] = _held_out(rows["train"])
     num_before = sum(map(len, rows.values()))
     seen: set[tuple[str, ...]] = set()
-    names: tuple[Split, ...] = ("test", "validation", "train")
-    for name in names:
+    for name in reversed(SPLITS):
         if name in rows:
             rows[name] = [example for example in rows[name] if _input(example) not in seen]
             seen.update(map(_input, rows[name]))
-    return Splits(rows=rows, num_removed=num_before - sum(map(len, rows.values())))
+    return rows, num_before - sum(map(len, rows.values()))
 
 
 def _halves(examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -62,11 +56,9 @@ def _halves(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     num_choosing = NUM_CHOOSING if len(examples) > NUM_LARGE else len(examples) // 2
     indices = list(range(len(examples)))
     random.Random(SEED).shuffle(indices)
-    choosing = set(indices[:num_choosing])
-    return (
-        [example for index, example in enumerate(examples) if index in choosing],
-        [example for index, example in enumerate(examples) if index not in choosing],
-    )
+    sides = sorted(indices[:num_choosing]), sorted(indices[num_choosing:])
+    choosing, others = ([examples[index] for index in side] for side in sides)
+    return choosing, others
 
 
 def _held_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -81,5 +73,4 @@ def _held_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
 
 def _input(example: Example) -> tuple[str, ...]:
     """What a model is given, but for white space."""
-    texts = (example.text, example.text_pair or "")
-    return tuple(" ".join(text.split()) for text in texts)
+    return tuple(" ".join(text.split()) for text in (example.text, example.text_pair or ""))
