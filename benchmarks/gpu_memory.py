@@ -23,8 +23,8 @@ import tyro
 from benchmarks.common import environment, finish
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.measure import measure
-from lowmem_reft.memory.planner import Lengths, Planner, read_config
-from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.planner import Planner, read_config
+from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.memory.profile import build_model
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.options import MemoryOptions, MethodOptions

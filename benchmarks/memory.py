@@ -28,8 +28,8 @@ from transformers import AutoConfig
 
 from benchmarks.common import environment
 from lowmem_reft.memory.live import LiveMemory, label_model
-from lowmem_reft.memory.planner import Lengths, Planner
-from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.planner import Planner
+from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.memory.profile import build_model, measure_step
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.options import MemoryOptions, MethodOptions
@@ -129,7 +129,7 @@ def cell(
     )
     planner = Planner(config)
     predicted = planner.training_peak_bytes(setting, lengths)
-    peak = planner.timeline(setting, lengths).peak
+    peak = planner.predictor(setting).training(lengths).peak
     batch = make_batch(
         batch_size, seq_len, response_len, padded=padded, vocab_size=config.vocab_size
     )
