@@ -63,8 +63,8 @@ from lowmem_reft.base import count_as_stored
 from lowmem_reft.base.blocks import find_blocks
 from lowmem_reft.base.residency import Residency
 from lowmem_reft.base.synthetic import base_on_meta, base_with_random_weights
-from lowmem_reft.memory.planner import GIB, Lengths, Planner, read_config
-from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.planner import GIB, Planner, read_config
+from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.memory.profile import measure_step
 from lowmem_reft.options import MemoryOptions, MethodOptions
 from lowmem_reft.reuse.disk import ReuseError

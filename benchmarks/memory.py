@@ -46,8 +46,8 @@ from lowmem_reft.base.blocks import device_of
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import resolve_device
 from lowmem_reft.memory.live import LiveMemory, label_model
-from lowmem_reft.memory.planner import GIB, Lengths, Planner, read_config
-from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.planner import GIB, Planner, read_config
+from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.memory.profile import build_model, measure_step
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.options import MemoryOptions, MethodOptions
@@ -197,7 +197,7 @@ def cell(
     lengths = Lengths(
         seq_len=seq_len, batch_size=batch_size, padded=padded, response_len=response_len
     )
-    peak = Planner(config).timeline(setting, lengths).peak
+    peak = Planner(config).predictor(setting).training(lengths).peak
     torch.manual_seed(0)
     model = build_model(config, setting, torch.device("cpu"), random_weights=True)
     gc.collect()

@@ -38,8 +38,8 @@ from lowmem_reft.base import load_tokenizer
 from lowmem_reft.data import IGNORED_LABEL, encode_rows, load_rows
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
-from lowmem_reft.memory.planner import GIB, Card, Lengths, Plan, Planner, read_config
-from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.planner import GIB, Card, Plan, Planner, read_config
+from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.memory.shapes import SHAPES
 from lowmem_reft.options import (
     DataOptions,

@@ -38,8 +38,8 @@ from lowmem_reft.data import IGNORED_LABEL, as_choices, encode_rows, label_names
 from lowmem_reft.data.embedded import model_dir, task_files
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_compute_dtype, resolve_device
-from lowmem_reft.memory.planner import GIB, Card, Lengths, Planner, read_config
-from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
+from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.memory.search import Candidate, describe, fit, memory_ladder
 from lowmem_reft.methods import MethodSpec, parse_methods
 from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions, Storage

@@ -16,7 +16,8 @@ from lowmem_reft.machine.lazy import names_on_use
 if TYPE_CHECKING:
     from lowmem_reft.memory.callback import MemoryCallback
     from lowmem_reft.memory.live import LiveMemory, peak_rss_bytes, track
-    from lowmem_reft.memory.planner import Lengths, Plan, plan
+    from lowmem_reft.memory.planner import Plan, plan
+    from lowmem_reft.memory.predict import Lengths
 
 __all__ = ["Lengths", "LiveMemory", "MemoryCallback", "Plan", "peak_rss_bytes", "plan", "track"]
 
@@ -25,6 +26,7 @@ __getattr__, __dir__ = names_on_use(
     {
         "callback": ["MemoryCallback"],
         "live": ["LiveMemory", "peak_rss_bytes", "track"],
-        "planner": ["Lengths", "Plan", "plan"],
+        "planner": ["Plan", "plan"],
+        "predict": ["Lengths"],
     },
 )

@@ -39,17 +39,15 @@ class Kernels:
 
     device_type: str
     """``cpu`` or ``cuda``."""
-    allocation_bytes: int
-    """Sizes are rounded up to multiples of this by the device's allocator."""
     bf16: bool = True
     """Whether a CUDA card computes in bf16 and has flash attention (compute capability >= 8)."""
     padded: bool = False
     """Whether some token of the batch is padding: models look at the values of the mask."""
 
-    @classmethod
-    def of(cls, device_type: str, *, bf16: bool = True, padded: bool = False) -> Kernels:
-        """Return the kernels of ``cpu`` or ``cuda``."""
-        return cls(device_type, 512 if device_type == "cuda" else 1, bf16, padded)
+    @property
+    def allocation_bytes(self) -> int:
+        """Sizes are rounded up to multiples of this by the device's allocator."""
+        return 512 if self.device_type == "cuda" else 1
 
     def substitute(self, operator: Any) -> Callable[..., Any] | None:
         """Return what stands for ``operator`` on the meta device; None for the operator itself."""
@@ -107,39 +105,28 @@ class Kernels:
                 stack.enter_context(patch.object(torch, "get_rng_state", _counted_rng_state))
             yield
 
-    def choose_attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> str:
-        """Return the kernel that ``scaled_dot_product_attention`` picks on this device."""
-        mask, causal = options.get("attn_mask"), options.get("is_causal", False)
-        grouped = options.get("enable_gqa", False)
-        if self.device_type == "cpu":
-            return self._ask_torch("cpu", query, key, value, mask, causal, grouped)
-        sixteen_bit = query.dtype in (torch.float16, torch.bfloat16)
-        flash = self.bf16 and sixteen_bit and mask is None and query.shape[-1] <= 256
-        if flash and query.shape[-1] == value.shape[-1]:
-            return FLASH
-        return MATH if grouped else EFFICIENT
-
-    def _ask_torch(
+    def choose_attention(
         self,
-        device: str,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
         causal: bool,
-        grouped: bool,
+        gqa: bool,
     ) -> str:
-        """Let torch choose for small tensors with the same heads, head size and dtype."""
-
-        def small(tensor: Tensor) -> Tensor:
-            shape = (1, tensor.shape[1], 4, tensor.shape[3])
-            return torch.empty(shape, dtype=tensor.dtype, device=device)
-
-        small_mask = None if mask is None else torch.ones(1, 1, 4, 4, dtype=torch.bool)
-        choice = torch._fused_sdp_choice(
-            small(query), small(key), small(value), small_mask, 0.0, causal, enable_gqa=grouped
-        )
-        return {0: MATH, 1: FLASH, 2: EFFICIENT}.get(int(choice), MATH)
+        """Return the kernel that ``scaled_dot_product_attention`` picks on this device."""
+        if self.device_type == "cpu":  # torch chooses alike for small tensors of the same heads
+            heads = ((t.shape[1], t.shape[3], t.dtype) for t in (query, key, value))
+            small: Any = [torch.empty(1, n, 4, width, dtype=kind) for n, width, kind in heads]
+            small_mask = None if mask is None else torch.ones(1, 1, 4, 4, dtype=torch.bool)
+            choose: Any = torch._fused_sdp_choice
+            choice = int(choose(*small, small_mask, 0.0, causal, enable_gqa=gqa))
+            return {0: MATH, 1: FLASH, 2: EFFICIENT}.get(choice, MATH)
+        sixteen_bit = query.dtype in (torch.float16, torch.bfloat16)
+        flash = self.bf16 and sixteen_bit and mask is None and query.shape[-1] <= 256
+        if flash and query.shape[-1] == value.shape[-1]:
+            return FLASH
+        return MATH if gqa else EFFICIENT
 
 
 def num_quantized(layer: Any, *, int8: bool = True) -> int:
@@ -184,34 +171,28 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Do what torch's C++ ``scaled_dot_product_attention`` does, with the kernel of the device."""
-    options = {"attn_mask": attn_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
-    kernel = kernels.choose_attention(query, key, value, **options)
+    kernel = kernels.choose_attention(query, key, value, attn_mask, is_causal, enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         additive = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = additive.masked_fill_(attn_mask.logical_not(), float("-inf"))
-    aten = torch.ops.aten
+    aten, options = torch.ops.aten, dict[str, Any](scale=scale)
+    how: tuple[Any, ...] = (dropout_p, is_causal)
     if kernel == MATH:
         if enable_gqa:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out: Tensor = aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale
-        )[0]
+        run, how = aten._scaled_dot_product_attention_math, (attn_mask, *how)
     elif kernels.device_type == "cpu":
-        out = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-        )[0]
+        run, options["attn_mask"] = aten._scaled_dot_product_flash_attention_for_cpu, attn_mask
     elif kernel == FLASH:
-        out = aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, scale=scale
-        )[0]
+        run = aten._scaled_dot_product_flash_attention
     else:
         needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-        out = aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale
-        )[0]
+        run = aten._scaled_dot_product_efficient_attention
+        how = (attn_mask, needs_grad, *how)
+    out: Tensor = run(query, key, value, *how, **options)[0]
     return out
 
 
@@ -224,15 +205,13 @@ def _gemm_4bit(
     quant_type: str,
     bias: Tensor | None = None,
     absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
+    *of_absmax: Tensor,
 ) -> Tensor:
     """Dequantize the whole weight, then multiply: what bitsandbytes does beyond a few rows."""
     bnb = torch.ops.bitsandbytes
     if absmax_8bit is not None:
-        assert absmax_offset is not None
-        scales = bnb.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
-        absmax = scales + absmax_offset
+        code, offset = of_absmax
+        absmax = bnb.dequantize_blockwise(absmax_8bit, absmax, code, 256, torch.float32) + offset
     full = bnb.dequantize_4bit(weight, absmax, blocksize, quant_type, shape, inputs.dtype)
     return torch.nn.functional.linear(inputs, full, bias)
 
@@ -248,19 +227,12 @@ def _int8_vectorwise_quant(inputs: Tensor, threshold: float = 0.0) -> tuple[Any,
 
 
 def _int8_mixed_scaled_mm(
-    inputs: Tensor,
-    quantized: Tensor,
-    weight: Tensor,
-    row_scales: Tensor,
-    column_scales: Tensor,
-    outliers: Tensor | None = None,
-    bias: Tensor | None = None,
+    inputs: Tensor, quantized: Tensor, weight: Tensor, *_scales_outliers_and_bias: Any
 ) -> tuple[Tensor, Tensor]:
     """Multiply in int8 with an int32 result, then scale."""
-    product = torch.empty(
-        (*quantized.shape[:-1], weight.shape[0]), dtype=torch.int32, device=inputs.device
-    )
-    out = torch.empty(product.shape, dtype=torch.float16, device=inputs.device)
+    shape = (*quantized.shape[:-1], weight.shape[0])
+    product = torch.empty(shape, dtype=torch.int32, device=inputs.device)
+    out = torch.empty(shape, dtype=torch.float16, device=inputs.device)
     del product
     return out.to(inputs.dtype), torch.empty(0, dtype=inputs.dtype, device=inputs.device)
 

@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,6 +78,10 @@ class LiveStorage:
     category: str
     place: Origin | None
     """None for what existed before the counting began."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for ``--json``."""
+        return {"bytes": self.num_bytes, "category": self.category, "place": str(self.place)}
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,9 @@ class LiveMemory(TorchDispatchMode):
         """Stop counting the storage of ``tensor``: it is on the host, whatever its device says."""
         key = tensor.untyped_storage()._cdata
         self._elsewhere.add(key)  # views of it come up whenever it is used
+        self._forget(key)
+
+    def _forget(self, key: int) -> None:
         known = self._blocks.pop(key, None)
         if known is not None:
             self._count(known[1], -known[1].num_bytes)
@@ -198,15 +205,13 @@ class LiveMemory(TorchDispatchMode):
         if known is not None and known[0] is reference:
             if self.current_bytes == self.peak.num_bytes and not self.peak.largest:
                 self._keep_largest()
-            del self._blocks[key]
-            self._count(known[1], -known[1].num_bytes)
+            self._forget(key)
 
     def _keep_largest(self, count: int = 20) -> None:
         """Complete the peak's record: called just before the first byte of it is freed."""
         made = [block for _, block in self._blocks.values() if block.place is not None]
         made.sort(key=lambda block: -block.num_bytes)
-        peak = self.peak
-        self.peak = Peak(peak.num_bytes, peak.breakdown_bytes, peak.place, made[:count])
+        self.peak = replace(self.peak, largest=made[:count])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, or what it is made of, and count what it returns."""
@@ -220,22 +225,17 @@ class LiveMemory(TorchDispatchMode):
         if extra:
             workspace = torch.empty(extra, dtype=torch.uint8, device=self.device_type)
             self.add(workspace, "workspace", self._place(func))
-        if isinstance(out, Tensor):
-            self._record(func, out)
-        elif isinstance(out, tuple | list):
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor):
-                    self._record(func, leaf)
+        for leaf in [out] if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._record(func, leaf)
         return out
 
     def _record(self, func: Any, tensor: Tensor) -> None:
         if tensor.device.type != self.device_type:
             return
-        if tensor.untyped_storage()._cdata in self._blocks:
-            self.add(tensor)
-            return
-        place = self._place(func)
-        self.add(tensor, self._category(place), place)
+        known = tensor.untyped_storage()._cdata in self._blocks
+        place = None if known else self._place(func)
+        self.add(tensor, None if place is None else self._category(place), place)
 
     def _category(self, place: Origin) -> str:
         if place.category is not None:
@@ -328,49 +328,44 @@ def label_model(memory: LiveMemory, model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         memory.add(parameter.detach(), "adapter" if parameter.requires_grad else "weights")
-        for constant in quantization_constants(parameter):
-            memory.add(constant, "quantization_constants")
-    for module in model.modules():
-        for constant in int8_constants(module):
-            memory.add(constant, "quantization_constants")
+    for constant in quantization_constants(model):
+        memory.add(constant, "quantization_constants")
     for buffer in model.buffers():
         memory.add(buffer, "weights")
 
 
-def quantization_constants(parameter: Any) -> list[Tensor]:
-    """Return the tensors beside a 4-bit weight: absmax (itself quantized), code books, offset."""
-    state = getattr(parameter, "quant_state", None)
-    found: list[Tensor] = []
-    while state is not None:
-        found += [
-            tensor
-            for tensor in (state.absmax, state.code, state.offset)
-            if isinstance(tensor, Tensor)
-        ]
-        state = state.state2
-    return found
+def quantization_constants(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors beside quantized weights.
+
+    Beside a 4-bit one: absmax (itself quantized), code books and offset; an 8-bit one: row scales.
+    """
+    for module in model.modules():
+        # Not module.weight: PEFT's layers forward that name.
+        holders = (*module._parameters.values(), module.__dict__.get("state"))
+        for holder in holders:
+            found = [getattr(holder, "SCB", None)]
+            state = getattr(holder, "quant_state", None)
+            while state is not None:
+                found += (state.absmax, state.code, state.offset)
+                state = state.state2
+            yield from (tensor for tensor in found if isinstance(tensor, Tensor))
 
 
-def int8_constants(module: nn.Module) -> list[Tensor]:
-    """Return the row scales beside an 8-bit weight."""
-    # Not module.weight: PEFT's layers forward that name.
-    holders = (module._parameters.get("weight"), module.__dict__.get("state"))
-    scales = [getattr(holder, "SCB", None) for holder in holders]
-    return [tensor for tensor in scales if isinstance(tensor, Tensor)]
-
-
-def label_gradients(memory: LiveMemory, parameters: Iterable[nn.Parameter]) -> list[Any]:
-    """Give gradients their category as soon as they are accumulated; return the hooks' handles."""
+@contextmanager
+def gradients_labelled(memory: LiveMemory, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Give gradients their category as soon as they are accumulated."""
 
     def label(parameter: Tensor) -> None:
         if parameter.grad is not None:
             memory.add(parameter.grad, "gradients")
 
-    return [
-        parameter.register_post_accumulate_grad_hook(label)
-        for parameter in parameters
-        if parameter.requires_grad
-    ]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    handles = [parameter.register_post_accumulate_grad_hook(label) for parameter in trained]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -391,26 +386,18 @@ def track(
         ``LiveMemory``, whose ``peak_bytes``, ``peak`` and ``current_bytes`` can be read at any
         time.
     """
-    if device_type is None:
-        if model is not None:
-            device_type = next(model.parameters()).device.type
-        else:
-            device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_type is None and model is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
     names = {module: name for name, module in model.named_modules()} if model else None
+    model = model or nn.Module()
+    device_type = device_type or next(model.parameters()).device.type
     memory = LiveMemory(device_type, names=names, keep_timeline=keep_timeline)
-    handles = []
-    if model is not None:
-        label_model(memory, model)
-        handles = label_gradients(memory, model.parameters())
+    label_model(memory, model)
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor):
             memory.add(thing)
-    try:
-        with memory:
-            yield memory
-    finally:
-        for handle in handles:
-            handle.remove()
+    with gradients_labelled(memory, model.parameters()), memory:
+        yield memory
 
 
 def peak_rss_bytes() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,18 +40,15 @@ def measure(device: torch.device, run: Callable[[], Any]) -> Measured:
         return Measured(
             torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         )
-    activities = [torch.profiler.ProfilerActivity.CPU]
     gc_was_on = gc.isenabled()
     gc.disable()  # what it frees at a random moment would blur the peak
     try:
-        with (
-            written_hidden(),
-            torch.profiler.profile(
-                activities=activities,
-                profile_memory=True,
-                acc_events=True,  # torch 2.11 warns without it
-            ) as profiler,
-        ):
+        recording = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU],
+            profile_memory=True,
+            acc_events=True,  # torch 2.11 warns without it
+        )
+        with written_hidden(), recording as profiler:
             run()
     finally:
         if gc_was_on:
@@ -61,8 +59,6 @@ def measure(device: torch.device, run: Callable[[], Any]) -> Measured:
         for event in inner.kineto_results.events()
         if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU
     ]
-    current = peak = 0
-    for _, change in sorted(events, key=lambda item: item[0]):
-        current += change
-        peak = max(peak, current)
-    return Measured(peak, None)
+    events.sort(key=lambda event: event[0])
+    levels = itertools.accumulate(change for _, change in events)
+    return Measured(max(0, max(levels, default=0)), None)

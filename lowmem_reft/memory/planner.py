@@ -13,8 +13,7 @@ from lowmem_reft.base.hub import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.kernels import num_quantized
-from lowmem_reft.memory.live import LiveMemory
-from lowmem_reft.memory.predict import Predictor, Setting
+from lowmem_reft.memory.predict import Lengths, Predictor, Setting
 from lowmem_reft.memory.reuse import ReusePlan, plan_reuse
 from lowmem_reft.memory.shapes import config_of
 
@@ -23,29 +22,6 @@ GIB = 2**30
 MARGIN = 0.005
 """Added to a counted peak: buffers inside kernels that no operator returns (measured: under 0.4 %
 on shapes of real size; ``benchmarks/results/memory.json``)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """How much goes through the model at once."""
-
-    seq_len: int = 2048
-    """Tokens of prompt + response of the longest example."""
-    response_len: int | None = None
-    """Supervised tokens of it; default: half."""
-    batch_size: int = 1
-    """Examples per forward pass."""
-    gradient_accumulation: int = 1
-    """Forward passes per optimizer step."""
-    padded: bool | None = None
-    """Whether examples of one batch differ in length; default: if there are several."""
-    max_new_tokens: int = 256
-    """Tokens generated after a prompt, for the peak of generation."""
-
-    @property
-    def num_supervised(self) -> int:
-        """Return ``response_len``, or its default."""
-        return self.response_len or max(1, self.seq_len // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +64,14 @@ class Card:
     def holds(self, peak_bytes: int) -> bool:
         """Return whether it has room for a peak of tensors."""
         return self.required_bytes(peak_bytes) <= self.memory_bytes
+
+
+_FIGURES = (
+    *("peak_bytes", "breakdown_bytes", "fits", "fits_dequantized", "required_bytes", "peak_place"),
+    *("largest", "loading_peak_bytes", "evaluation_peak_bytes", "generation_peak_bytes"),
+    *("host_bytes", "num_trainable_params"),
+)
+"""What ``--json`` gives of a plan as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +129,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures for ``--json``."""
-        card = self.card
-        overhead = {"context": 0, "fragmentation": 0}
+        card, overhead = self.card, {"context": 0, "fragmentation": 0}
         if card is not None:
             without_context = self.required_bytes - card.context_bytes
             overhead = {
@@ -154,21 +137,10 @@ class Plan:
                 "fragmentation": without_context - round(without_context / (1 + FRAGMENTATION)),
             }
         return {
-            "peak_bytes": self.peak_bytes,
-            "breakdown_bytes": self.breakdown_bytes,
-            "fits": self.fits,
-            "fits_dequantized": self.fits_dequantized,
-            "required_bytes": self.required_bytes,
+            **{name: getattr(self, name) for name in _FIGURES},
             "overhead_bytes": overhead,
             "card": None if card is None else card.name,
             "card_bytes": None if card is None else card.memory_bytes,
-            "peak_place": self.peak_place,
-            "largest": self.largest,
-            "loading_peak_bytes": self.loading_peak_bytes,
-            "evaluation_peak_bytes": self.evaluation_peak_bytes,
-            "generation_peak_bytes": self.generation_peak_bytes,
-            "host_bytes": self.host_bytes,
-            "num_trainable_params": self.num_trainable_params,
             "reuse": None if self.reuse is None else self.reuse.as_json(),
         }
 
@@ -263,18 +235,8 @@ class Planner:
         """Return the predicted peak of a training step, margin included."""
         key = (setting, lengths)
         if key not in self._peaks:
-            self._peaks[key] = with_margin(self._train(setting, lengths).peak_bytes)
+            self._peaks[key] = with_margin(self.predictor(setting).training(lengths).peak_bytes)
         return self._peaks[key]
-
-    def _train(self, setting: Setting, lengths: Lengths, **options: Any) -> Any:
-        return self.predictor(setting).training(
-            seq_len=lengths.seq_len,
-            batch_size=lengths.batch_size,
-            micro_batches=lengths.gradient_accumulation,
-            response_len=lengths.response_len,
-            padded=lengths.padded,
-            **options,
-        )
 
     def reuse(self, setting: Setting, lengths: Lengths, num_examples: int) -> ReusePlan | None:
         """Return what training could reuse; None if nothing is constant."""
@@ -286,51 +248,25 @@ class Planner:
             examples_per_step=lengths.batch_size * lengths.gradient_accumulation,
         )
 
-    def timeline(self, setting: Setting, lengths: Lengths) -> LiveMemory:
-        """Return a predicted step with its timeline."""
-        memory: LiveMemory = self._train(setting, lengths, keep_timeline=True)
-        return memory
-
     def plan(self, setting: Setting, lengths: Lengths, *, num_examples: int = 1000) -> Plan:
-        """Predict loading, training, evaluation and generation, and what could be reused.
-
-        Args:
-            setting: What is trained and how.
-            lengths: How much goes through at once.
-            num_examples: Examples of the data set, for what could be reused.
-        """
+        """Predict loading, training, evaluation and generation, and what could be reused."""
         predictor = self.predictor(setting)
-        peak = self._train(setting, lengths).peak
+        peak = predictor.training(lengths).peak
         peak_bytes = with_margin(peak.num_bytes)
         breakdown = dict(peak.breakdown_bytes)
         breakdown["workspace"] = breakdown.get("workspace", 0) + peak_bytes - peak.num_bytes
-        evaluation = predictor.evaluation(
-            seq_len=lengths.seq_len,
-            batch_size=lengths.batch_size,
-            response_len=lengths.num_supervised,
-            padded=lengths.batch_size > 1 if lengths.padded is None else lengths.padded,
-        )
         streamed = predictor.streamed_bytes()
+        evaluation = with_margin(predictor.evaluation(lengths).peak_bytes + streamed)
         generation = None
         if setting.task_type == "CAUSAL_LM":
-            generation = with_margin(
-                predictor.generation(
-                    prompt_len=lengths.seq_len,
-                    num_new_tokens=lengths.max_new_tokens,
-                    batch_size=lengths.batch_size,
-                ).peak_bytes
-                + streamed
-            )
+            generation = with_margin(predictor.generation(lengths).peak_bytes + streamed)
         return Plan(
             peak_bytes=peak_bytes,
             breakdown_bytes=breakdown,
             peak_place=str(peak.place),
-            largest=[
-                {"bytes": block.num_bytes, "category": block.category, "place": str(block.place)}
-                for block in peak.largest
-            ],
+            largest=[storage.as_json() for storage in peak.largest],
             loading_peak_bytes=with_margin(loading_peak_bytes(predictor)),
-            evaluation_peak_bytes=with_margin(evaluation.peak_bytes + streamed),
+            evaluation_peak_bytes=evaluation,
             generation_peak_bytes=generation,
             host_bytes=predictor.host_bytes(lengths.batch_size * lengths.seq_len),
             num_trainable_params=predictor.trainable_parameters,

@@ -25,8 +25,7 @@ from lowmem_reft.machine.marks import begins_step
 from lowmem_reft.memory.kernels import Kernels
 from lowmem_reft.memory.live import (
     LiveMemory,
-    int8_constants,
-    label_gradients,
+    gradients_labelled,
     label_model,
     quantization_constants,
 )
@@ -43,11 +42,11 @@ from lowmem_reft.reuse.layout import Layout, Shape
 from lowmem_reft.reuse.split import find_split, groups_of, is_causal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor, nn
 
-    from lowmem_reft.reuse.split import Example, Split
+    from lowmem_reft.reuse.split import Example
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Optimizers whose memory is predicted."""
@@ -84,6 +83,26 @@ class Setting:
     bf16: bool = True
     """Whether the card computes in bf16 (compute capability >= 8.0), and so has flash attention."""
 
+    def of_base(self) -> dict[str, Any]:
+        """Return what loads, makes up or predicts the base is told."""
+        return {
+            "storage": self.storage,
+            "compute_dtype": DTYPES[self.compute_dtype],
+            "task_type": self.task_type,
+            "num_labels": self.num_labels,
+            "attn_implementation": self.attn_implementation,
+        }
+
+    def attached_to(self, base: Any) -> Any:
+        """Put the method's adapter on a base, with its ways to save memory: see ``attach``."""
+        return attach(
+            base,
+            self.method,
+            task_type=self.task_type,
+            memory=self.memory,
+            chunked_loss=self.chunked_loss,
+        )
+
     @staticmethod
     def of_device(device: torch.device) -> dict[str, Any]:
         """Return the fields that follow from a device of this machine."""
@@ -96,6 +115,44 @@ def stored_as(reuse: str, resident: str) -> Literal["off", "trunk", "prefix"]:
     if reuse == "trunk":
         return "trunk"
     return "off" if reuse == "off" and resident == "all" else "prefix"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How much goes through the model at once."""
+
+    seq_len: int = 2048
+    """Tokens of prompt + response of the longest example."""
+    response_len: int | None = None
+    """Supervised tokens of it; default: half."""
+    batch_size: int = 1
+    """Examples per forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimizer step."""
+    padded: bool | None = None
+    """Whether examples of one batch differ in length; default: if there are several."""
+    max_new_tokens: int = 256
+    """Tokens generated after a prompt, for the peak of generation."""
+
+    @property
+    def num_supervised(self) -> int:
+        """Return ``response_len``, or its default."""
+        return self.response_len or max(1, self.seq_len // 2)
+
+    @property
+    def is_padded(self) -> bool:
+        """Return ``padded``, or its default."""
+        return self.batch_size > 1 if self.padded is None else self.padded
+
+    def make_batch(self, config: Any) -> dict[str, Tensor]:
+        """Return a batch of random tokens for a model of this configuration: see ``make_batch``."""
+        return make_batch(
+            self.batch_size,
+            self.seq_len,
+            min(self.seq_len - 1, self.num_supervised),
+            padded=self.is_padded,
+            vocab_size=config.get_text_config().vocab_size,
+        )
 
 
 class Predictor:
@@ -124,24 +181,10 @@ class Predictor:
 
     def _build(self) -> Any:
         setting = self.setting
-        base: Any = base_on_meta(
-            self.config,
-            storage=setting.storage,
-            compute_dtype=DTYPES[setting.compute_dtype],
-            task_type=setting.task_type,
-            num_labels=setting.num_labels,
-            attn_implementation=setting.attn_implementation,
-        )
-        memory = setting.memory
+        base: Any = base_on_meta(self.config, **setting.of_base())
         if not self._on_cuda:  # there is nowhere else to put anything
-            memory = replace(memory, offload_activations=False)
-        model = attach(
-            base,
-            setting.method,
-            task_type=setting.task_type,
-            memory=memory,
-            chunked_loss=setting.chunked_loss,
-        )
+            setting = replace(setting, memory=replace(setting.memory, offload_activations=False))
+        model = setting.attached_to(base)
         # After the tuner's own hook, which reads the values of the masks.
         base.register_forward_pre_hook(_to_meta, with_kwargs=True)
         # Prompt learning embeds the tokens before it calls the base.
@@ -190,15 +233,9 @@ class Predictor:
         return held["weights"] + held["quantization_constants"]
 
     def host_bytes(self, num_tokens: int) -> int:
-        """Return the host memory that a step needs instead of the device's.
-
-        Args:
-            num_tokens: Tokens of one forward pass.
-        """
-        total = 0
-        for module in self.model.modules():
-            if isinstance(module, HostEmbedding):
-                total += module.weight.nbytes
+        """Return the host memory for ``num_tokens`` a forward pass instead of the device's."""
+        moved = (m for m in self.model.modules() if isinstance(m, HostEmbedding))
+        total = sum(int(module.weight.nbytes) for module in moved)
         if self.setting.memory.offload_activations:
             text = self.config.get_text_config()
             width = DTYPES[self.setting.compute_dtype].itemsize * text.hidden_size
@@ -207,60 +244,32 @@ class Predictor:
         return total
 
     @begins_step
-    def training(
-        self,
-        *,
-        seq_len: int,
-        batch_size: int = 1,
-        micro_batches: int = 1,
-        response_len: int | None = None,
-        padded: bool | None = None,
-        keep_timeline: bool = False,
-    ) -> LiveMemory:
-        """Run one optimizer step that is not the first.
-
-        Args:
-            seq_len: Tokens of prompt + response.
-            batch_size: Examples per forward pass.
-            micro_batches: Forward passes per optimizer step.
-            response_len: Supervised tokens per example; default: half of the tokens.
-            padded: Whether some example is shorter, so that attention needs a mask; default:
-                whether there are several.
-            keep_timeline: Record every change.
-
-        Returns:
-            The counter, with its ``peak``.
-        """
-        response_len = min(seq_len - 1, response_len or max(1, seq_len // 2))
-        padded = batch_size > 1 if padded is None else padded
-        batch = self._batch(batch_size, seq_len, response_len, padded)
+    def training(self, lengths: Lengths, *, keep_timeline: bool = False) -> LiveMemory:
+        """Run one optimizer step that is not the first; return the counter, with its ``peak``."""
+        batch = self._batch(lengths)
         self.model.train()
-        memory, kernels = self._count(padded, keep_timeline)
-        handles = label_gradients(memory, self.model.parameters())
+        memory, kernels = self._count(lengths.is_padded, keep_timeline)
+        labelled = gradients_labelled(memory, self.model.parameters())
         try:
-            with kernels.imitated(), memory:
+            with labelled, kernels.imitated(), memory:
                 training_step(
                     self.model,
                     batch,
                     self._optimizer,
                     memory=memory,
-                    micro_batches=micro_batches,
+                    micro_batches=lengths.gradient_accumulation,
                     forward=self._reused_forward(batch, memory),
                 )
         finally:
-            for handle in handles:
-                handle.remove()
             self.model.zero_grad()
         return memory
 
     @begins_step
-    def evaluation(
-        self, *, seq_len: int, batch_size: int, response_len: int, padded: bool = True
-    ) -> LiveMemory:
+    def evaluation(self, lengths: Lengths) -> LiveMemory:
         """Score choices by their likelihood, as ``evaluate`` does."""
-        batch = self._batch(batch_size, seq_len, min(response_len, seq_len - 1), padded)
+        batch = self._batch(lengths)
         self.model.eval()
-        memory, kernels = self._count(padded)
+        memory, kernels = self._count(lengths.is_padded)
         with kernels.imitated(), memory, torch.no_grad():
             if self.setting.task_type == "CAUSAL_LM":
                 response_log_likelihood(self.model, batch)
@@ -269,17 +278,17 @@ class Predictor:
         return memory
 
     @begins_step
-    def generation(self, *, prompt_len: int, num_new_tokens: int, batch_size: int) -> LiveMemory:
-        """Read a prompt, then make the last of the new tokens, with a cache of keys and values.
+    def generation(self, lengths: Lengths) -> LiveMemory:
+        """Read ``seq_len`` tokens of a prompt, then make the last new one, with a cache.
 
         Virtual tokens count as tokens of the prompt, which PEFT puts before it.
         """
         self.model.eval()
         num_virtual = num_virtual_tokens(self.model)
         model = base_of(self.model) if num_virtual else self.model
-        prompt_len += num_virtual
-        padded = batch_size > 1
-        memory, kernels = self._count(padded)
+        batch_size, prompt_len = lengths.batch_size, lengths.seq_len + num_virtual
+        total_len = prompt_len + lengths.max_new_tokens
+        memory, kernels = self._count(batch_size > 1)
         ids = torch.zeros(batch_size, prompt_len, dtype=torch.long)
         with kernels.imitated(), memory, torch.no_grad():
             base = base_of(self.model)
@@ -288,7 +297,7 @@ class Predictor:
             mask = torch.ones_like(ids)
             model(input_ids=ids, attention_mask=mask, **arguments)
             for layer in cache.layers:
-                num_kept = prompt_len + num_new_tokens - 1
+                num_kept = total_len - 1
                 if isinstance(layer, DynamicSlidingWindowLayer):
                     layer.cumulative_length = num_kept
                     num_kept = min(num_kept, layer.sliding_window - 1)
@@ -298,7 +307,7 @@ class Predictor:
                     grown = torch.cat([held, held.new_empty(shape)], dim=2)
                     setattr(layer, name, grown)
                     del held, grown
-            mask = torch.ones(batch_size, prompt_len + num_new_tokens, dtype=torch.long)
+            mask = torch.ones(batch_size, total_len, dtype=torch.long)
             model(input_ids=ids[:, :1], attention_mask=mask, **arguments)
         return memory
 
@@ -314,24 +323,23 @@ class Predictor:
             return None
         base, labels = base_of(self.model), batch["labels"]
         lengths = batch["attention_mask"].sum(1).tolist()
-        classes = labels.ndim == 1
-        examples = [
-            {
-                "input_ids": [0] * length,
-                "labels": int(row) if classes else row[:length].tolist(),
-            }
+        examples: list[Example] = [
+            {"input_ids": [0] * length, "labels": row[:length].tolist() if row.ndim else int(row)}
             for row, length in zip(labels, lengths, strict=True)
         ]
-        split = self.find_split(examples)
-        shapes = [
-            Shape(first, length - first)
-            for first, length in zip(split.first_edited, lengths, strict=True)
-        ]
+        try:
+            split = find_split(self.model, examples, prefix=self.setting.reuse == "prefix")
+        except ReuseError as error:
+            raise InputError(
+                f"reuse must be off in this setting, got {self.setting.reuse!r}: {error}"
+            ) from error
+        edited = zip(split.first_edited, lengths, strict=True)
+        shapes = [Shape(first, length - first) for first, length in edited]
         dtype = base.get_input_embeddings().weight.dtype
         layout = Layout.of(base, split.num_blocks, shapes, dtype)
         prefix, suffix = (max(s.prefix for s in shapes), max(s.suffix for s in shapes))
         arguments: dict[str, Any] = {"labels": labels}
-        if not classes:
+        if labels.ndim > 1:  # no classes
             arguments = {"labels": aligned(shapes, labels.tolist(), IGNORED_LABEL)}
             if prefix:
                 groups = groups_of(self.model, examples)
@@ -340,42 +348,22 @@ class Predictor:
             arguments["input_ids"] = torch.zeros(len(shapes), suffix, dtype=torch.long)
 
         def forward() -> Any:
-            size = (layout.num_cached_layers, len(shapes), layout.num_kv_heads)
-            kv = (*size, prefix, layout.head_dim)
-            stacked = Stacked(
-                shapes=shapes,
-                hidden=torch.empty(
-                    len(shapes), suffix, layout.hidden_size, dtype=dtype, device="meta"
-                ),
-                keys=torch.empty(kv, dtype=dtype, device="meta"),
-                values=torch.empty(kv, dtype=dtype, device="meta"),
-            )
-            for part in (stacked.hidden, stacked.keys, stacked.values):
-                memory.add(part, "store")
+            of_hidden = (len(shapes), suffix, layout.hidden_size)
+            of_cache = (layout.num_cached_layers, len(shapes), layout.num_kv_heads, prefix)
+            sizes = (of_hidden, *[(*of_cache, layout.head_dim)] * 2)
+            stored = [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
+            for tensor in stored:
+                memory.add(tensor, "store")
+            parts = dict(zip(("hidden", "keys", "values"), stored, strict=True))
+            stacked = Stacked(shapes=shapes, **parts)
             return run_stacked(self.model, split.num_blocks, stacked, **arguments)
 
         return forward
 
-    def find_split(self, examples: Sequence[Example]) -> Split:
-        """Return what of examples is constant in this setting.
-
-        Raises:
-            InputError: nothing is.
-        """
-        try:
-            return find_split(self.model, examples, prefix=self.setting.reuse == "prefix")
-        except ReuseError as error:
-            raise InputError(
-                f"reuse must be off in this setting, got {self.setting.reuse!r}: {error}"
-            ) from error
-
-    def _batch(
-        self, batch_size: int, seq_len: int, response_len: int, padded: bool
-    ) -> dict[str, Tensor]:
-        vocab_size = self.config.get_text_config().vocab_size
-        batch = make_batch(batch_size, seq_len, response_len, padded=padded, vocab_size=vocab_size)
+    def _batch(self, lengths: Lengths) -> dict[str, Tensor]:
+        batch = lengths.make_batch(self.config)
         if self.setting.task_type == "SEQ_CLS":
-            batch["labels"] = torch.zeros(batch_size, dtype=torch.long)
+            batch["labels"] = torch.zeros(lengths.batch_size, dtype=torch.long)
         return batch
 
     def _count(self, padded: bool, keep_timeline: bool = False) -> tuple[LiveMemory, Kernels]:
@@ -391,19 +379,16 @@ class Predictor:
         return memory, kernels
 
     def _kernels(self, padded: bool) -> Kernels:
-        return Kernels.of(self.setting.device_type, bf16=self.setting.bf16, padded=padded)
+        return Kernels(self.setting.device_type, bf16=self.setting.bf16, padded=padded)
 
     def _discard_lower(self, memory: LiveMemory) -> None:
         """Stop counting what ``--resident upper`` leaves out."""
         base = base_of(self.model)
         for part in lower_part(base, num_constant_blocks(self.model)):
-            for module in part.modules():
-                for constant in int8_constants(module):
-                    memory.discard(constant)
-            for parameter in part.parameters():
-                if not parameter.requires_grad:  # else an edit of the last of the blocks
-                    for tensor in (parameter, *quantization_constants(parameter)):
-                        memory.discard(tensor)
+            # What requires a gradient is an edit of the last of the blocks.
+            frozen = (p for p in part.parameters() if not p.requires_grad)
+            for tensor in (*frozen, *quantization_constants(part)):
+                memory.discard(tensor)
 
     def _hold(self, memory: LiveMemory, modules: Iterable[nn.Module]) -> None:
         """Count what modules hold on the device."""
@@ -420,11 +405,7 @@ def _ids_to_meta(_embedding: Any, args: Any) -> Any:
 
 def _to_meta(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Move the batch to where the model is, but for labels, whose values the loss reads."""
-    moved = {
-        key: value.to("meta") if isinstance(value, torch.Tensor) and key != "labels" else value
-        for key, value in kwargs.items()
-    }
-    labels = kwargs.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.ndim == 1:
-        moved["labels"] = labels.to("meta")
-    return args, moved
+    for key, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and (key != "labels" or value.ndim == 1):
+            kwargs[key] = value.to("meta")
+    return args, kwargs

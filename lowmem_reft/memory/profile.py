@@ -7,22 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.loading import load_base
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_device, resolve_storage
+from lowmem_reft.machine.devices import dtype_name, resolve_device, resolve_storage
 from lowmem_reft.machine.files import write_json
 from lowmem_reft.machine.provenance import device_name, versions
 from lowmem_reft.memory.live import CATEGORIES, LiveMemory, label_model, track
 from lowmem_reft.memory.measure import Measured, measure
 from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
 from lowmem_reft.memory.predict import Setting
-from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
+from lowmem_reft.memory.step import optimizer_tensors, training_step, warm_up
 from lowmem_reft.memory.verdict import lengths_of
-from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.table import find_method
 
 if TYPE_CHECKING:
@@ -47,22 +46,14 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
     config = read_config(options.model.model)
     planner = Planner(config, Card(name="", memory_bytes=0))
     predicted = planner.plan(setting, lengths)
-    timeline = planner.timeline(setting, lengths)
+    timeline = planner.predictor(setting).training(lengths, keep_timeline=True)
     model = build_model(
         config if options.random_weights else options.model.model,
         setting,
         device,
         random_weights=options.random_weights,
     )
-    padded = lengths.batch_size > 1 if lengths.padded is None else lengths.padded
-    batch = make_batch(
-        lengths.batch_size,
-        lengths.seq_len,
-        min(lengths.seq_len - 1, lengths.response_len or max(1, lengths.seq_len // 2)),
-        padded=padded,
-        vocab_size=config.get_text_config().vocab_size,
-    )
-    batch = {key: value.to(device) for key, value in batch.items()}
+    batch = {key: value.to(device) for key, value in lengths.make_batch(config).items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model.train()
     warm_up(model, optimizer)
@@ -70,27 +61,21 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
     step = partial(training_step, model, batch, optimizer, micro_batches=accumulation)
     step()  # kernels are chosen and caches filled in the first one
     measured, held = measure_step(device, model, optimizer, batch, step)
+    peak_bytes = measured.allocated_bytes + held
     with track(device.type, model=base_of(model), keep_timeline=True) as live:
-        for value in batch.values():
-            live.add(value, "inputs")
-        label_model(live, model)
-        for value in optimizer_tensors(optimizer):
-            live.add(value, "optimizer")
+        _label(live, model, optimizer, batch)
         live.reset_peak()
         step(memory=live)
     result = {
         "predicted_peak_bytes": predicted.peak_bytes,
-        "measured_peak_bytes": measured.allocated_bytes + held,
+        "measured_peak_bytes": peak_bytes,
         "reserved_bytes": measured.reserved_bytes,
-        "ratio": predicted.peak_bytes / (measured.allocated_bytes + held),
+        "ratio": predicted.peak_bytes / peak_bytes,
         "predicted_bytes": predicted.breakdown_bytes,
         "live_bytes": live.peak.breakdown_bytes,
         "peak_place": str(live.peak.place),
         "predicted_peak_place": predicted.peak_place,
-        "largest": [
-            {"bytes": b.num_bytes, "category": b.category, "place": str(b.place)}
-            for b in live.peak.largest
-        ],
+        "largest": [storage.as_json() for storage in live.peak.largest],
         "device": device_name(options.model.device),
         "versions": versions(),
     }
@@ -119,43 +104,13 @@ def _setting(options: ProfileOptions, device: torch.device) -> Setting:
 
 
 def build_model(model: Any, setting: Setting, device: torch.device, *, random_weights: bool) -> Any:
-    """Load or make up a base, and put on it what the setting names.
-
-    Args:
-        model: Configuration for random weights, else hub id or directory.
-        setting: What is trained and how.
-        device: Where.
-        random_weights: Make weights up.
+    """Load a base, or make one up of a configuration, and put on it what the setting names.
 
     Raises:
         InputError: the model cannot be loaded, or does not go with the setting.
     """
-    dtype = DTYPES[setting.compute_dtype]
-    if random_weights:
-        base: Any = base_with_random_weights(
-            model,
-            device=device,
-            storage=setting.storage,
-            compute_dtype=dtype,
-            task_type=setting.task_type,
-            attn_implementation=setting.attn_implementation,
-        )
-    else:
-        base = load_base(
-            model,
-            storage=setting.storage,
-            compute_dtype=dtype,
-            device=device,
-            task_type=setting.task_type,
-            attn_implementation=setting.attn_implementation,
-        )
-    return attach(
-        base,
-        setting.method,
-        task_type=setting.task_type,
-        memory=setting.memory,
-        chunked_loss=setting.chunked_loss,
-    )
+    make: Any = base_with_random_weights if random_weights else load_base
+    return setting.attached_to(make(model, device=device, **setting.of_base()))
 
 
 def measure_step(
@@ -170,28 +125,32 @@ def measure_step(
     if device.type == "cuda":
         return measured, 0
     held = LiveMemory(device.type)
-    label_model(held, model)
-    for value in optimizer_tensors(optimizer):
-        held.add(value)
-    for value in batch.values():
-        held.add(value)
+    _label(held, model, optimizer, batch)
     return measured, held.current_bytes
+
+
+def _label(memory: LiveMemory, model: Any, optimizer: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Count what is there before a step."""
+    for value in batch.values():
+        memory.add(value, "inputs")
+    label_model(memory, model)
+    for value in optimizer_tensors(optimizer):
+        memory.add(value, "optimizer")
 
 
 def _write(
     options: ProfileOptions, result: dict[str, Any], live: LiveMemory, predicted: LiveMemory
 ) -> dict[str, Any]:
     """Write profile.json and the pictures; return their paths."""
+    # Here, as a drawing needs matplotlib, which others who measure a step do not.
     from lowmem_reft.memory.picture import draw_timeline, write_timeline_html
 
     directory = options.output_dir
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "profile.json", result)
     title = f"{options.model.model}, {options.method.method}: live memory in one training step"
-    paths = {
-        "png": str(draw_timeline(directory / "timeline.png", live.timeline, title=title)),
-        "html": None,
-    }
+    png = draw_timeline(directory / "timeline.png", live.timeline, title=title)
+    paths = {"png": str(png), "html": None}
     facts = [
         ("predicted peak", f"{result['predicted_peak_bytes'] / GIB:.4f} GiB"),
         ("measured peak", f"{result['measured_peak_bytes'] / GIB:.4f} GiB"),
@@ -213,27 +172,28 @@ def _write(
     return paths
 
 
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f}"
+
+
 def _print(result: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    table = Table("category at the peak", "predicted MiB", "live MiB", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    sizes = [Column(f"{kind} MiB", justify="right") for kind in ("predicted", "live")]
+    table = Table("category at the peak", *sizes, box=None, pad_edge=False)
     for name in CATEGORIES:
-        sizes = [result[key].get(name, 0) for key in ("predicted_bytes", "live_bytes")]
-        if any(sizes):
-            table.add_row(name.replace("_", " "), *(f"{size / 2**20:,.1f}" for size in sizes))
+        both = [result[key].get(name, 0) for key in ("predicted_bytes", "live_bytes")]
+        if any(both):
+            table.add_row(name.replace("_", " "), *map(_mib, both))
     console.print(table)
     console.print(
-        f"predicted {result['predicted_peak_bytes'] / 2**20:,.1f} MiB, measured by the allocator "
-        f"{result['measured_peak_bytes'] / 2**20:,.1f} MiB, ratio {result['ratio']:.4f}",
+        f"predicted {_mib(result['predicted_peak_bytes'])} MiB, measured by the allocator "
+        f"{_mib(result['measured_peak_bytes'])} MiB, ratio {result['ratio']:.4f}",
         style="bold",
     )
     if result["reserved_bytes"]:
-        console.print(f"reserved by the allocator: {result['reserved_bytes'] / 2**20:,.1f} MiB")
+        console.print(f"reserved by the allocator: {_mib(result['reserved_bytes'])} MiB")
     console.print(f"the peak is at {result['peak_place']}")
     console.print("largest storages made by the step:")
     for block in result["largest"][:10]:
-        console.print(
-            f"  {block['bytes'] / 2**20:10,.1f} MiB  {block['category']}  {block['place']}"
-        )
+        console.print(f"  {_mib(block['bytes']):>10} MiB  {block['category']}  {block['place']}")
     console.print(f"timeline: {result['png']}" + (f", {result['html']}" if result["html"] else ""))

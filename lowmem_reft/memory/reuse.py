@@ -120,12 +120,8 @@ def plan_reuse(
 ) -> ReusePlan | None:
     """Say what training could reuse; None if nothing is constant.
 
-    Args:
-        predictor: Of the setting; its adapter and its ways to save memory decide what is constant.
-        num_examples: Examples of the data set.
-        seq_len: Tokens of prompt + response of every example.
-        response_len: Supervised tokens of it.
-        examples_per_step: Examples per optimizer step, gradient accumulation included.
+    The adapter of the predictor's setting, and its ways to save memory, decide what is constant.
+    Every example has ``seq_len`` tokens; gradient accumulation counts in ``examples_per_step``.
     """
     model, setting = predictor.model, predictor.setting
     causal = setting.task_type == "CAUSAL_LM"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.memory.planner import Lengths, Planner
-from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.planner import Planner
+from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.methods.table import find_method
 from lowmem_reft.options import MemoryOptions
 
@@ -54,8 +55,8 @@ def memory_ladder(config: Any, seq_len: int, setting: Setting) -> list[MemoryOpt
     rungs = [plain]
     method = find_method(setting.method.method)
     if method.allows_checkpointing:
-        for every in (4, 2, 1):
-            rungs.append(replace(plain, activation_checkpointing=True, checkpoint_every=every))
+        saving = replace(plain, activation_checkpointing=True)
+        rungs += [replace(saving, checkpoint_every=every) for every in (4, 2, 1)]
     if seq_len > 2048:
         rungs.append(replace(rungs[-1], mlp_tokens=mlp_tokens))
     if setting.device_type == "cuda":
@@ -76,14 +77,9 @@ def fit(
 ) -> Candidate | None:
     """Return the fastest way to run a training that the card holds; None if there is none.
 
-    The product of batch size and gradient accumulation stays, so what is learned does too.
-
-    Args:
-        planner: With a card.
-        setting: What is trained; its ways to save memory are chosen here.
-        lengths: The batch as asked for.
-        storages: Storages to choose among; default: the setting's own.
-        report: Told what is being tried.
+    The product of batch size and gradient accumulation stays, so what is learned does too. The
+    setting's ways to save memory are chosen here, and its storage among ``storages`` if there are
+    any; ``report`` is told what is being tried.
 
     Raises:
         InputError: the planner has no card, or the setting is impossible.
@@ -92,7 +88,9 @@ def fit(
     if card is None:
         raise InputError("gpu must be given (or memory_gib) to fit into, got neither; give one")
     best: Candidate | None = None
-    for way in _ways(planner.config, setting, lengths, storages):
+    ladder = memory_ladder(planner.config, lengths.seq_len, setting)
+    for storage, memory in itertools.product(storages or (setting.storage,), ladder):
+        way = replace(setting, storage=storage, memory=memory)
         held = planner.predictor(way).base_bytes()
         per_example = 0.0  # as far as larger forward passes have shown
         for option in _split(way, lengths):
@@ -108,16 +106,6 @@ def fit(
                 break
             per_example = (peak - held) / size
     return best
-
-
-def _ways(
-    config: Any, setting: Setting, lengths: Lengths, storages: tuple[Any, ...]
-) -> Iterator[Setting]:
-    """Yield the setting with every storage and every way to save memory."""
-    ladder = memory_ladder(config, lengths.seq_len, setting)
-    for storage in storages or (setting.storage,):
-        for memory in ladder:
-            yield replace(setting, storage=storage, memory=memory)
 
 
 def _split(setting: Setting, lengths: Lengths) -> Iterator[Candidate]:
@@ -154,14 +142,8 @@ def longest_seq_len(
 ) -> int:
     """Return the longest example, batch size 1, that the card holds with every way to save memory.
 
-    Args:
-        planner: With a card.
-        setting: What is trained; its ways to save memory are replaced by all there are.
-        report: Told what is being tried.
-        granularity: The answer is a multiple of it, or the model's own limit of positions.
-
-    Returns:
-        Tokens; 0 if not even ``granularity`` tokens fit.
+    Tokens: a multiple of ``granularity``, or the model's own limit of positions; 0 if not even
+    ``granularity`` tokens fit. ``report`` is told what is being tried.
     """
     card = planner.card
     assert card is not None

@@ -20,15 +20,10 @@ if TYPE_CHECKING:
 def make_batch(
     batch_size: int, seq_len: int, response_len: int, *, padded: bool, vocab_size: int
 ) -> dict[str, Tensor]:
-    """Return a batch of random tokens on the CPU: prompt, then a supervised response.
+    """Return random tokens on the CPU: prompt, then ``response_len`` supervised ones.
 
-    Args:
-        batch_size: examples.
-        seq_len: tokens of prompt + response.
-        response_len: supervised tokens at the end.
-        padded: make the first example shorter than the others by one token, so that the batch
-            needs an attention mask.
-        vocab_size: ids are below this.
+    With ``padded`` the first example is shorter than the others by one token, so that the batch
+    needs an attention mask.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each (batch, seq).
@@ -56,15 +51,9 @@ def training_step(
 ) -> None:
     """Run one optimizer step as the Trainer does, telling ``memory``, if it counts, the phase.
 
-    Args:
-        model: in training mode.
-        batch: keyword arguments of the model.
-        optimizer: with its state already made, so that this is not the first step of a run.
-        memory: counts the step.
-        micro_batches: forward and backward passes before the optimizer's step; each sees the same
-            batch, and two show all there is to see.
-        max_grad_norm: gradients are clipped to this norm.
-        forward: makes the forward pass instead, for example from stored constants.
+    The optimizer's state is there, as this is not the first step of a run. Each of the micro
+    batches is the same one, and two show all there is to see. ``forward`` makes the forward pass
+    instead of the model, for example from stored constants.
     """
     for _ in range(min(2, micro_batches)):
         if memory is not None:
@@ -84,12 +73,8 @@ def training_step(
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Return the tensors of an optimizer's state."""
-    return [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    ]
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 @begins_step

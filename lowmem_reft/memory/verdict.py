@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import dtype_name, resolve_storage
 from lowmem_reft.machine.progress import counter
 from lowmem_reft.memory.live import CATEGORIES
-from lowmem_reft.memory.planner import GIB, Card, Lengths, Plan, Planner, read_config
-from lowmem_reft.memory.predict import Setting, stored_as
+from lowmem_reft.memory.planner import GIB, Card, Plan, Planner, read_config
+from lowmem_reft.memory.predict import Lengths, Setting, stored_as
 from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import find_method
@@ -58,15 +58,13 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
             setting, lengths = chosen.setting, chosen.lengths
     plan = planner.plan(setting, lengths, num_examples=options.num_examples)
     result = plan.as_json()
-    console = Console(soft_wrap=True, highlight=False)
-    if not options.json:
-        _print_plan(console, options.shape.model, plan)
+    console = Console(soft_wrap=True, highlight=False, quiet=options.json)
+    _print_plan(console, options.shape.model, plan)
     if options.fit:
         longest = longest_seq_len(planner, setting, report=report)
         result["longest_seq_len"] = longest
         result["train_flags"] = None if chosen is None else describe(chosen)
-        if not options.json:
-            _print_fit(console, options, chosen, longest, plan)
+        _print_fit(console, options, chosen, longest, plan)
     return result
 
 
@@ -99,14 +97,8 @@ def setting_of(options: PlanOptions, card: Card | None) -> Setting:
 
 def lengths_of(options: LengthOptions) -> Lengths:
     """Turn the options into lengths."""
-    return Lengths(
-        seq_len=options.seq_len,
-        response_len=options.response_len,
-        batch_size=options.batch_size,
-        gradient_accumulation=options.gradient_accumulation,
-        padded=False if options.unpadded else None,
-        max_new_tokens=options.max_new_tokens,
-    )
+    given = dict(vars(options))
+    return Lengths(padded=False if given.pop("unpadded") else None, **given)
 
 
 def reporter(*, quiet: bool) -> Callable[[str], None]:
@@ -129,8 +121,7 @@ def _print_plan(console: Console, model: str, plan: Plan) -> None:
         f"{plan.num_trainable_params:,} trained parameters, "
         f"{lengths.batch_size} × {lengths.seq_len:,} tokens per forward pass"
     )
-    table = Table("category", "GiB", box=None, pad_edge=False)
-    table.columns[1].justify = "right"
+    table = Table("category", Column("GiB", justify="right"), box=None, pad_edge=False)
     for name in CATEGORIES:
         if plan.breakdown_bytes.get(name):
             table.add_row(name.replace("_", " "), f"{plan.breakdown_bytes[name] / GIB:.3f}")
@@ -159,21 +150,22 @@ def _print_reuse(console: Console, plan: Plan) -> None:
     if reuse.mode == "prefix":
         what += ", and keys and values above them of tokens before the first edit"
     console.print(f"--reuse {reuse.mode} would store {what}, for {reuse.num_examples:,} examples:")
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("store per example", f"{reuse.store_bytes_per_example / 2**20:,.2f} MiB")
     limit, size = ReuseOptions().reuse_limit_gib, gib(reuse.store_bytes)
     if limit is not None and reuse.store_bytes > limit * GIB:
         size += f", above the default of --reuse-limit-gib ({limit:g})"
-    table.add_row("store", size)
-    table.add_row("building it", f"{reuse.build_steps:,.1f} ordinary steps")
-    table.add_row("weights of the base that a step needs", gib(reuse.resident_bytes))
-    if reuse.dequantized_bytes:
-        fits = {None: "", True: ": fits", False: ": does not fit"}[plan.fits_dequantized]
-        size = f"{gib(reuse.dequantized_bytes)} more{fits}"
-        table.add_row("--dequantize-upper, for faster steps", size)
-    table.add_row("an epoch, by its arithmetic", f"{reuse.speedup_per_epoch:.2f} × faster")
+    fits = {None: "", True: ": fits", False: ": does not fit"}[plan.fits_dequantized]
+    dequantized = f"{gib(reuse.dequantized_bytes)} more{fits}" if reuse.dequantized_bytes else None
+    table = Table("", Column(justify="right"), box=None, pad_edge=False, show_header=False)
+    for name, value in (
+        ("store per example", f"{reuse.store_bytes_per_example / 2**20:,.2f} MiB"),
+        ("store", size),
+        ("building it", f"{reuse.build_steps:,.1f} ordinary steps"),
+        ("weights of the base that a step needs", gib(reuse.resident_bytes)),
+        ("--dequantize-upper, for faster steps", dequantized),
+        ("an epoch, by its arithmetic", f"{reuse.speedup_per_epoch:.2f} × faster"),
+    ):
+        if value is not None:
+            table.add_row(name, value)
     console.print(table)
 
 
@@ -201,9 +193,9 @@ def _print_fit(
     else:
         console.print("the fastest setting that fits (speed is estimated):")
         method = [
-            f"--{field.name.replace('_', '-')} {shlex.quote(str(value))}"
-            for field in fields(options.method)
-            if (value := getattr(options.method, field.name)) is not None
+            f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+            for name, value in vars(options.method).items()
+            if value is not None
         ]
         console.print(
             f"lowmem-reft train --model {shlex.quote(options.shape.model)} --data FILE.jsonl "
@@ -220,6 +212,7 @@ def _print_fit(
 def _run_table(options: PlanOptions) -> dict[str, Any]:
     """Find the longest context of every model with every method on every size of card."""
     rows: list[dict[str, Any]] = []
+    table = Table("model", "method", "base", *(f"{size} GB" for size in CARD_SIZES_GIB))
     models = [name.strip() for name in options.shape.model.split(",") if name.strip()]
     specs = parse_methods(options.methods)
     total = len(models) * len(specs) * len(CARD_SIZES_GIB)
@@ -231,24 +224,13 @@ def _run_table(options: PlanOptions) -> dict[str, Any]:
             found: dict[str, int] = {}
             for size in CARD_SIZES_GIB:
                 done(len(rows) * len(CARD_SIZES_GIB) + len(found), total)
-                card = Card.find(memory_gib=size)
-                planner.card = card
-                found[str(size)] = longest_seq_len(planner, setting_of(own, card))
-            rows.append(
-                {
-                    "model": model,
-                    "method": spec.label,
-                    "storage": spec.storage,
-                    "longest_seq_len": found,
-                }
-            )
-    if not options.json:
-        table = Table("model", "method", "base", *(f"{size} GB" for size in CARD_SIZES_GIB))
-        for row in rows:
-            lengths = (row["longest_seq_len"][str(size)] for size in CARD_SIZES_GIB)
-            cells = (f"{length:,}" if length else "does not fit" for length in lengths)
-            table.add_row(row["model"], row["method"], row["storage"], *cells)
-        console = Console(soft_wrap=True)
-        console.print("longest example in tokens, one at a time, every way to save memory on:")
-        console.print(table)
+                planner.card = Card.find(memory_gib=size)
+                found[str(size)] = longest_seq_len(planner, setting_of(own, planner.card))
+            known = {"model": model, "method": spec.label, "storage": spec.storage}
+            rows.append(known | {"longest_seq_len": found})
+            cells = (f"{length:,}" if length else "does not fit" for length in found.values())
+            table.add_row(*known.values(), *cells)
+    console = Console(soft_wrap=True, quiet=options.json)
+    console.print("longest example in tokens, one at a time, every way to save memory on:")
+    console.print(table)
     return {"table": rows}

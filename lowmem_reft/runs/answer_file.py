@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_text_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
     from typing import TextIO
 
@@ -26,12 +27,8 @@ def as_line(question: dict[str, Any], response: str) -> str:
 def keep_answers(path: Path, questions: Sequence[dict[str, Any]], run: dict[str, Any]) -> list[str]:
     """Return the answers that a file already holds; cut off a last line that is not whole.
 
-    The file is left as it is if it holds anything else than answers to the first questions.
-
-    Args:
-        path: Of the file; it need not be there.
-        questions: What each line is to hold besides its ``response``, in order.
-        run: What makes the answers, see ``note_run``.
+    The file, which need not be there, is left as it is if it holds anything else than answers to
+    the first of ``questions``: what each line is to hold besides its ``response``.
 
     Raises:
         InputError: something else made the answers, a line answers another question, or there are
@@ -59,44 +56,46 @@ def keep_answers(path: Path, questions: Sequence[dict[str, Any]], run: dict[str,
     return [answer for answer in answers if answer is not None]
 
 
-def lock(stream: TextIO, *, as_it_was: int | None) -> bool:
-    """Keep other processes from writing to a file until it is closed.
+@contextmanager
+def opened(path: Path, run: dict[str, Any], *, num_kept: int | None) -> Iterator[TextIO]:
+    """Open a file to append answers to; until it is closed no other process writes to it.
 
-    Args:
-        stream: The file, opened to append to.
-        as_it_was: Lines that it is to have, as read before; None: any.
+    It must have the ``num_kept`` lines that were read of it, and what a killed process wrote of the
+    next one is cut off; with None it is emptied. What makes the answers is written down beside it,
+    in ``<file>.run.json``; in ``run`` what is not known is None and never compared.
 
-    Returns:
-        False if another process is writing to it, or has since it was read. Else the file ends
-        with a whole line: what a killed process wrote of the next one is cut off.
+    Raises:
+        InputError: another process is writing to the file, or has since it was read; or something
+            else made the answers that are there.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        if path.is_file():  # not a device
+            if not _lock(stream, num_kept):
+                raise InputError(
+                    f"output must be written by one process, got {str(path)!r}, which another one "
+                    "is writing; name another file"
+                )
+            if num_kept is None:
+                stream.truncate(0)
+            _check_run(path, run)
+            text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
+            write_text_whole(_run_file(path), text)
+        yield stream
+
+
+def _lock(stream: TextIO, num_kept: int | None) -> bool:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    if as_it_was is None:
-        return True
-    with open(stream.name, "rb") as file:
-        content = file.read()
-    if content.count(b"\n") != as_it_was:
-        return False
-    stream.truncate(content.rfind(b"\n") + 1)
+    if num_kept is not None:
+        with open(stream.name, "rb") as file:
+            content = file.read()
+        if content.count(b"\n") != num_kept:
+            return False
+        stream.truncate(content.rfind(b"\n") + 1)
     return True
-
-
-def note_run(path: Path, run: dict[str, Any]) -> None:
-    """Write down what makes the answers of a file, in ``<file>.run.json`` beside it.
-
-    Args:
-        path: Of the file, which is there. If it holds answers, they must be of the same run.
-        run: Values by name, as JSON has them; what is not known is None and never compared.
-
-    Raises:
-        InputError: something else made the answers that are there.
-    """
-    _check_run(path, run)
-    text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
-    write_text_whole(_run_file(path), text)
 
 
 def _check_run(path: Path, run: dict[str, Any]) -> None:
@@ -133,10 +132,8 @@ def _answer(line: bytes, question: dict[str, Any]) -> str | None:
         content = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(content, dict) or not isinstance(content.get("response"), str):
-        return None
-    response = str(content.pop("response"))
-    return response if content == question else None
+    response = content.pop("response", None) if isinstance(content, dict) else None
+    return response if isinstance(response, str) and content == question else None
 
 
 def _other(path: Path, number: int) -> InputError:

@@ -40,10 +40,7 @@ HELP = """/adapter        list what can answer
 
 
 def run_chat(options: ChatOptions) -> dict[str, Any]:
-    """Answer the messages on standard input until it ends.
-
-    Returns:
-        Nothing to print.
+    """Answer the messages on standard input until it ends; return nothing to print.
 
     Raises:
         InputError: an option is wrong, or something cannot be loaded.
@@ -112,17 +109,13 @@ class Chat:
         while asked[-1]["role"] != "user":
             asked = asked[:-1]
         ids = self._prompt(asked, name)
-        known = self.adapters.get(name)
+        names = [self.adapters[name].peft_name if name in self.adapters else BASE]
         decoding = self.options.decoding
         streamer = _Streamer(self.tokenizer, decoding.stop_texts)
+        model, tokenizer = self.model, self.tokenizer
         try:
             (answer,) = continue_prompts(
-                self.model,
-                self.tokenizer,
-                [ids],
-                decoding,
-                adapters=[known.peft_name if known else BASE],
-                streamer=streamer,
+                model, tokenizer, [ids], decoding, adapters=names, streamer=streamer
             )
         except KeyboardInterrupt:
             streamer.end()  # type: ignore[no-untyped-call]
@@ -204,8 +197,8 @@ class Chat:
 
     def _template(self, name: str) -> str:
         """Return how an adapter reads messages; the base is asked as the first adapter is."""
-        first = next(iter(self.adapters))
-        return self.adapters[name if name in self.adapters else first].card.template
+        first = next(iter(self.adapters.values()))
+        return self.adapters.get(name, first).card.template
 
     def _encoded(self, row: Row, template: str = "{prompt}") -> tuple[list[int], bool]:
         encoded = encode_prompts(

@@ -34,11 +34,8 @@ _OF_THE_OPTIMIZER = ("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad
 def prepare_directory(run: Run, validation: Sequence[Row]) -> None:
     """Make the directory ready for a run: a new one, or one that goes on.
 
-    The checkpoints of a finished run make way for a new one.
-
-    Args:
-        run: What is trained, on what and how.
-        validation: The rows that choose the best epoch.
+    The checkpoints of a finished run make way for a new one. The rows of ``validation``, which
+    choose the best epoch, are a setting, too.
 
     Raises:
         InputError: the checkpoints are of a run that has not finished and is not resumed; it is to
@@ -72,9 +69,7 @@ def last_checkpoint(directory: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    found = [
-        path for path in directory.glob("checkpoint-*") if (path / "trainer_state.json").is_file()
-    ]
+    found = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
     if not found:
         raise InputError(
             f"resume must find a checkpoint in {str(directory)!r}, got none; leave it out"

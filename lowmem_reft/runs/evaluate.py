@@ -47,17 +47,13 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     adapter = None if options.adapter is None else find_adapter(options.adapter)
     data = options.data
     trained = None if adapter is None else load_card(adapter)
-    card = merge_card(
-        trained,
-        options.model,
-        template=data.template,
-        max_length=data.max_length,
-    )
+    card = merge_card(trained, options.model, template=data.template, max_length=data.max_length)
     check_scoring(options.scoring)
     if options.predictions is not None:
         options.predictions.parent.mkdir(parents=True, exist_ok=True)
     if options.harness.lm_eval is not None:
-        from lowmem_reft.runs.harness import run_harness  # it needs an optional package
+        # Here, as it needs an optional package.
+        from lowmem_reft.runs.harness import run_harness
 
         return run_harness(options, adapter, card)
     rows = load_rows(data.data, split=data.split, limit=data.limit)
@@ -75,11 +71,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
             for line in _prediction_lines(rows, scores, card):
                 file.write(json.dumps(line) + "\n")
     summary = scores.summary() | {"storage": card.storage}
-    if (
-        trained is not None
-        and trained.storage not in (None, card.storage)
-        and not options.only_given_storage
-    ):
+    differs = trained is not None and trained.storage not in (None, card.storage)
+    if trained is not None and differs and not options.only_given_storage:
         own = replace(card, storage=trained.storage, compute_dtype=trained.compute_dtype)
         summary |= _score_as_trained(options, adapter, own, rows)
     return summary

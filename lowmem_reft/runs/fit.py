@@ -46,16 +46,11 @@ NUM_WARMUP_STEPS = 2
 """Steps that are left out of the timing."""
 
 
-def fit(
-    model: PeftModel, run: Run, best: BestEpoch | None = None, trackers: Trackers | None = None
-) -> dict[str, Any]:
+def fit(model: PeftModel, run: Run, best: BestEpoch | None, trackers: Trackers) -> dict[str, Any]:
     """Train the adapter of ``model`` in place with the stock Trainer.
 
-    Args:
-        model: the base with its adapter.
-        run: what to train on, and how.
-        best: keeps the weights of the best epoch; None keeps those of the last.
-        trackers: told the facts of the run and kept open; None leaves them to the Trainer.
+    ``best`` keeps the weights of the best epoch, where nothing else does; ``trackers`` are told the
+    facts of the run and kept open.
 
     Returns:
         The measured part of ``run_training``'s result.
@@ -75,8 +70,7 @@ def fit(
     checkpoint = str(last_checkpoint(run.directory)) if run.options.run.resume else None
     callbacks: list[TrainerCallback] = [watch] if best is None else [watch, best]
     trainer = _build_trainer(model, collator, run, reuse, callbacks)
-    if trackers is not None:
-        trackers.hold(trainer)
+    trackers.hold(trainer)
     with ExitStack() as stack:
         stack.enter_context(_stopping_at_a_step(watch))
         if run.options.reuse.dequantize_upper == "on":
@@ -105,7 +99,7 @@ def fit(
         "reuse": "off" if reuse is None else reuse.mode,
         "store_bytes": 0 if reuse is None else reuse.layout.total_bytes,
         "build_time_s": 0.0 if reuse is None else reuse.build_time_s,
-        **_restore_best(best),
+        **({} if best is None else best.restore()),
     }
 
 
@@ -251,18 +245,6 @@ def _speed(watch: _StepWatch, run: Run) -> dict[str, Any]:
         "step_time_s": step_time,
         "tokens_per_s": tokens_of_a_step / step_time if step_time else None,
         "train_time_s": watch.total_s,
-    }
-
-
-def _restore_best(best: BestEpoch | None) -> dict[str, Any]:
-    """Put the weights of the best epoch back, if epochs were scored."""
-    if best is None or best.best is None:
-        return {}
-    best.restore()
-    return {
-        "validation": best.epochs,
-        "best_epoch": best.best["epoch"],
-        "validation_value": best.best["value"],
     }
 
 

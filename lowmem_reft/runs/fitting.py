@@ -12,8 +12,8 @@ from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import dtype_name, resolve_device
 from lowmem_reft.machine.processes import shards_model
-from lowmem_reft.memory.planner import GIB, Card, Lengths, Planner, check_sizes
-from lowmem_reft.memory.predict import Setting, stored_as
+from lowmem_reft.memory.planner import GIB, Card, Planner, check_sizes
+from lowmem_reft.memory.predict import Lengths, Setting, stored_as
 from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len, memory_ladder
 from lowmem_reft.memory.verdict import reporter
 

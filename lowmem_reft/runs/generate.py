@@ -10,7 +10,7 @@ import hashlib
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,10 @@ from lowmem_reft.machine.provenance import file_digest
 from lowmem_reft.methods.several import answering, find_adapters, load_together, mixes_in_a_batch
 from lowmem_reft.methods.virtual_tokens import generate
 from lowmem_reft.options import DecodingOptions
-from lowmem_reft.runs.answer_file import as_line, keep_answers, lock, note_run
+from lowmem_reft.runs.answer_file import as_line, keep_answers, opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import TextIO
 
     from lowmem_reft.methods.several import NamedAdapter
     from lowmem_reft.options import GenerateOptions
@@ -58,34 +57,34 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
     questions = [_question(row, each if named else None) for row in rows for each in adapters]
     run = {} if options.output is None else _run(options, adapters)
     texts = _kept(options, questions, run)
-    result: dict[str, Any] = {
-        "num_examples": len(questions),
-        "num_kept": len(texts),
-        "num_cut_prompts": 0,
-        "output": None if options.output is None else str(options.output),
-        "num_new_tokens": 0,
-        "tokens_per_s": 0.0,
-    }
+    num_kept, num_cut, num_new, seconds = len(texts), 0, 0, 1.0
     if len(texts) == len(questions):
         print(f"{options.output} holds all answers; --overwrite writes it anew", file=sys.stderr)
     else:
         model, tokenizer = load_together(options.model, adapters)
         # Of a base of the hub it may be known only now.
         run["base_digest"] = checkpoint_digest(options.model.model)
-        prompts, result["num_cut_prompts"] = _encode(rows, adapters, tokenizer)
+        prompts, num_cut = _encode(rows, adapters, tokenizer)
         started = time.perf_counter()
         names = [each.peft_name for _ in rows for each in adapters]
-        new = _new_answers(model, tokenizer, prompts, names, len(texts), options)
-        texts = [*texts, *_written(new, questions, len(texts), options, run)]
-        encoded = tokenizer(texts[result["num_kept"] :], add_special_tokens=False)["input_ids"]
-        result["num_new_tokens"] = sum(map(len, encoded))
-        result["tokens_per_s"] = result["num_new_tokens"] / (time.perf_counter() - started)
-    if options.prompt is None:
-        return result
-    if len(adapters) == 1:
-        return result | {"response": texts[0]}
-    by_name = zip((each.name for each in adapters), texts, strict=True)
-    return result | {"responses": dict(by_name)}
+        new = _new_answers(model, tokenizer, prompts, names, num_kept, options)
+        texts = [*texts, *_written(new, questions, num_kept, options, run)]
+        encoded = tokenizer(texts[num_kept:], add_special_tokens=False)["input_ids"]
+        num_new, seconds = sum(map(len, encoded)), time.perf_counter() - started
+    result: dict[str, Any] = {
+        "num_examples": len(questions),
+        "num_kept": num_kept,
+        "num_cut_prompts": num_cut,
+        "output": None if options.output is None else str(options.output),
+        "num_new_tokens": num_new,
+        "tokens_per_s": num_new / seconds,
+    }
+    if options.prompt is not None and len(adapters) == 1:
+        result["response"] = texts[0]
+    elif options.prompt is not None:
+        answers = zip(adapters, texts, strict=True)
+        result["responses"] = {each.name: text for each, text in answers}
+    return result
 
 
 def _new_answers(
@@ -116,7 +115,11 @@ def _written(
     run: dict[str, Any],
 ) -> Iterator[str]:
     """Write every answer after the first ``num_kept`` as soon as it is there, and pass it on."""
-    with _opened(options, run, num_kept) as stream:
+    start = None if options.overwrite else num_kept
+    output: Any = nullcontext(sys.stdout)
+    if options.output is not None:
+        output = opened(options.output, run, num_kept=start)
+    with output as stream:
         for question, text in zip(questions[num_kept:], texts, strict=True):
             stream.write(as_line(question, text))
             stream.flush()
@@ -132,19 +135,7 @@ def generate_batches(
     max_new_tokens: int,
     quiet: bool = True,
 ) -> Iterator[str]:
-    """Continue tokenized prompts greedily, batch by batch.
-
-    Args:
-        model: a causal language model, with or without an adapter.
-        tokenizer: its tokenizer.
-        prompts: token ids, of unequal lengths.
-        batch_size: prompts per forward pass.
-        max_new_tokens: most tokens per continuation.
-        quiet: no progress bar.
-
-    Yields:
-        The continuations, without special tokens, in the order of the prompts.
-    """
+    """Continue prompts greedily, batch by batch, in their order: see ``continue_prompts``."""
     decoding = DecodingOptions(max_new_tokens=max_new_tokens)
     for start in progress(range(0, len(prompts), batch_size), "generating", quiet=quiet):
         yield from continue_prompts(model, tokenizer, prompts[start : start + batch_size], decoding)
@@ -159,17 +150,11 @@ def continue_prompts(
     adapters: Sequence[str] | None = None,
     streamer: Any = None,
 ) -> list[str]:
-    """Continue tokenized prompts in one batch.
+    """Continue prompts, token ids of unequal lengths, in one batch.
 
-    Args:
-        model: a causal language model, with or without adapters.
-        tokenizer: its tokenizer.
-        prompts: token ids, of unequal lengths.
-        decoding: how tokens are chosen.
-        adapters: the name in the model of each prompt's adapter (``__base__``: none); where PEFT
-            cannot mix them, the prompts of each adapter are a batch of their own. Default: what is
-            active answers all.
-        streamer: is given the tokens of a single prompt as they come.
+    ``adapters`` are the name in the model of each prompt's adapter (``__base__``: none); where PEFT
+    cannot mix them, the prompts of each adapter are a batch of their own. Without names, what is
+    active answers all. A streamer is given the tokens of a single prompt as they come.
 
     Returns:
         The continuations, without special tokens.
@@ -189,8 +174,8 @@ def continue_prompts(
     texts = [""] * len(prompts)
     for name in different:
         places = [place for place, other in enumerate(adapters) if other == name]
+        own = [prompts[place] for place in places]
         with answering(model, name):
-            own = [prompts[place] for place in places]
             new = _continue(model, tokenizer, own, decoding, streamer=streamer)
         for place, text in zip(places, new, strict=True):
             texts[place] = text
@@ -198,11 +183,7 @@ def continue_prompts(
 
 
 def _continue(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    decoding: DecodingOptions,
-    **options: Any,
+    model: Any, tokenizer: Any, prompts: Sequence[Any], decoding: DecodingOptions, **options: Any
 ) -> list[str]:
     batch = Collator(tokenizer, padding_side="left")([{"input_ids": ids} for ids in prompts])
     if decoding.stop:
@@ -238,15 +219,10 @@ def _question(row: Row, adapter: NamedAdapter | None) -> dict[str, Any]:
 def _kept(
     options: GenerateOptions, questions: Sequence[dict[str, Any]], run: dict[str, Any]
 ) -> list[str]:
-    if options.output is None:
-        return []
-    if options.input is not None and options.output.resolve() == options.input.resolve():
-        raise InputError(
-            f"output must be another file than input, got {str(options.output)!r}; rename it"
-        )
-    if options.overwrite:
-        return []
-    return keep_answers(options.output, questions, run)
+    given, output = options.input, options.output
+    if given is not None and output is not None and output.resolve() == given.resolve():
+        raise InputError(f"output must be another file than input, got {str(output)!r}; rename it")
+    return [] if output is None or options.overwrite else keep_answers(output, questions, run)
 
 
 def _run(options: GenerateOptions, adapters: Sequence[NamedAdapter]) -> dict[str, Any]:
@@ -285,38 +261,17 @@ def _encode(
     """Return each prompt as each adapter reads it, prompt by prompt, and how many were cut."""
     by_adapter, num_cut = [], 0
     for adapter in adapters:
-        card = adapter.card
-        encoded = encode_prompts(
-            rows, tokenizer, template=card.template, max_length=card.max_length
-        )
+        template, max_length = adapter.card.template, adapter.card.max_length
+        encoded = encode_prompts(rows, tokenizer, template=template, max_length=max_length)
         by_adapter.append([example["input_ids"] for example in encoded.examples])
         if encoded.num_cut_prompts and not num_cut:
             warnings.warn(
                 f"{encoded.num_cut_prompts} of {len(rows)} prompts had more than max_length "
-                f"{card.max_length} tokens and were cut from the left; raise max_length",
+                f"{max_length} tokens and were cut from the left; raise max_length",
                 stacklevel=3,
             )
         num_cut += encoded.num_cut_prompts
     return [ids for same in zip(*by_adapter, strict=True) for ids in same], num_cut
-
-
-@contextmanager
-def _opened(options: GenerateOptions, run: dict[str, Any], num_kept: int) -> Iterator[TextIO]:
-    if options.output is None:
-        yield sys.stdout
-        return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("a", encoding="utf-8") as stream:
-        if options.output.is_file():  # not a device
-            if not lock(stream, as_it_was=None if options.overwrite else num_kept):
-                raise InputError(
-                    f"output must be written by one process, got {str(options.output)!r}, which "
-                    "another one is writing; name another file"
-                )
-            if options.overwrite:
-                stream.truncate(0)
-            note_run(options.output, run)
-        yield stream
 
 
 def _rows(options: GenerateOptions) -> list[Row]:

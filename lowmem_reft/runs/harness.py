@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -21,7 +21,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 from lowmem_reft.base.blocks import base_of, device_of
@@ -103,11 +103,7 @@ def run_harness(
 class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
     """The harness's view of a model of ours, which tells context from continuation.
 
-    Args:
-        model: a causal language model in evaluation mode, with or without an adapter.
-        tokenizer: its tokenizer.
-        batch_size: sequences per forward pass.
-        quiet: no progress bar.
+    The model is in evaluation mode, with or without an adapter.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, quiet: bool = True) -> None:
@@ -209,8 +205,7 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         if not embeds_virtual_tokens(self.model):
             continued: Tensor = super()._model_generate(context, max_length, stop, **options)
             return continued
-        options.setdefault("do_sample", False)
-        if not options["do_sample"]:
+        if not options.setdefault("do_sample", False):
             options.pop("temperature", None)
         batch = {"input_ids": context, "attention_mask": options.pop("attention_mask")}
         new = generate(
@@ -232,13 +227,14 @@ def _task_manager(names: Sequence[str], include_path: Path | None, *, quiet: boo
 
     The harness's own, ten thousand files, are read for their names, which takes seconds.
     """
-    if include_path is not None:
-        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    own = None if include_path is None else str(include_path)
+    if own is not None:
+        manager = TaskManager(include_path=own, include_defaults=False)
         if set(names) <= set(manager.all_tasks):
             return manager
     if not quiet:
         print("reading the list of the harness's tasks", file=sys.stderr)
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+    return TaskManager(include_path=own)
 
 
 def _load_task(name: str, manager: TaskManager) -> list[Any]:
@@ -261,17 +257,13 @@ def _load_task(name: str, manager: TaskManager) -> list[Any]:
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
     """Return what the harness measured, without its record of the machine."""
-    texts = ("alias", "name", "sample_len")
-
-    def metrics(by_name: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: {key: value for key, value in entry.items() if key not in texts}
-            for name, entry in by_name.items()
-        }
-
+    results, groups = (
+        {name: _without_texts(entry) for name, entry in found.get(kind, {}).items()}
+        for kind in ("results", "groups")
+    )
     return {
-        "results": metrics(found["results"]),
-        "groups": metrics(found.get("groups", {})),
+        "results": results,
+        "groups": groups,
         "task_versions": found["versions"],
         "num_fewshot": found["n-shot"],
         "num_examples": {name: count["effective"] for name, count in found["n-samples"].items()},
@@ -279,12 +271,15 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _without_texts(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in entry if key not in ("alias", "name", "sample_len")}
+
+
 def _print(result: dict[str, Any]) -> None:
     """Print a line per metric; with ``--json`` standard output is elsewhere by now."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("task", "metric"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
+    justified: dict[str, Any] = {"task": "left", "metric": "left", "value": "right"}
+    columns: Any = [Column(n, justify=side, no_wrap=True) for n, side in justified.items()]
+    table = Table(*columns, box=None, pad_edge=False)
     for kind in ("results", "groups"):
         for task, metrics in result[kind].items():
             for metric, value in metrics.items():
@@ -300,19 +295,14 @@ def _write_samples(samples: dict[str, list[Any]], path: Path) -> None:
                 file.write(json.dumps({"task": task, **example}, default=str) + "\n")
 
 
-@contextmanager
-def _bars(*, shown: bool) -> Iterator[None]:
+def _bars(*, shown: bool) -> AbstractContextManager[Any]:
     """Keep the harness's own progress bars off what is no terminal."""
-    if shown:
-        yield
-        return
     start = tqdm.__init__
 
     def start_hidden(bar: Any, *args: Any, **options: Any) -> None:
         start(bar, *args, **{**options, "disable": True})
 
-    with mock.patch.object(tqdm, "__init__", start_hidden):
-        yield
+    return nullcontext() if shown else mock.patch.object(tqdm, "__init__", start_hidden)
 
 
 @contextmanager

@@ -108,18 +108,18 @@ def _sections(run: Run, result: dict[str, Any], name: str) -> list[str]:
         f"# {name}",
         f"A `{card.method}` adapter, trained with lowmem-reft. On another base, or one that is "
         "stored otherwise, it may answer differently; loading it there says so.",
-        _table(("", ""), facts),
+        _table(facts),
         "## Use",
         f"```python\n{_usage(card, base, is_local=is_local)}\n```",
         "The first line registers ReFT with PEFT, which without it ends in `KeyError: 'REFT'`.",
         "## Measured",
-        _table(("", ""), [*_scores(result), *_costs(result)]),
+        _table([*_scores(result), *_costs(result)]),
         f"Trained on {device_name(options.model.device)}.",
         "## Command",
         f"```bash\n{command_of(options, result['num_processes'])}\n```",
         f"Absolute paths are shortened to their last part{launched}.",
         "## Versions",
-        _table(("package", "version"), list(result["versions"].items())),
+        _table(list(result["versions"].items()), ("package", "version")),
     ]
 
 
@@ -187,7 +187,7 @@ def _costs(result: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
+def _table(rows: list[tuple[str, Any]], head: tuple[str, str] = ("", "")) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|:--|:--|"]
     lines += [f"| {name} | {value} |" for name, value in rows if value is not None]
     return "\n".join(lines)
@@ -198,14 +198,13 @@ def _eval_results(run: Run, result: dict[str, Any]) -> list[EvalResult] | None:
     held_out = run.options.held_out
     if "eval" not in result or held_out.eval_data is None:
         return None
-    name = _portable(held_out.eval_data)
-    return [
-        EvalResult(
-            task_type=_TASKS[run.card.task_type == "CAUSAL_LM"],
-            dataset_type=name,
-            dataset_name=name,
-            dataset_split=held_out.eval_split,
-            metric_type=result["eval"]["metric"],
-            metric_value=result["eval"]["value"],
-        )
-    ]
+    name, score = _portable(held_out.eval_data), result["eval"]
+    score = EvalResult(
+        task_type=_TASKS[run.card.task_type == "CAUSAL_LM"],
+        dataset_type=name,
+        dataset_name=name,
+        dataset_split=held_out.eval_split,
+        metric_type=score["metric"],
+        metric_value=score["value"],
+    )
+    return [score]

@@ -93,6 +93,7 @@ def resolve(options: TrainOptions) -> Run:
             f"data must hold {wanted} rows for task_type {card.task_type}, got {kind} rows; "
             "convert them or change the task type"
         )
+    build_peft_config(options.method, task_type=card.task_type, num_layers=None)
     storage, dtype = resolve_storage(
         model.storage,
         card.compute_dtype,
@@ -122,8 +123,7 @@ def resolve(options: TrainOptions) -> Run:
 
 
 def _check(options: TrainOptions, card: TrainingCard) -> Any:
-    """Refuse what the method or the base has not got; return the base's configuration."""
-    build_peft_config(options.method, task_type=card.task_type, num_layers=None)
+    """Refuse what the base has not got; return its configuration."""
     config = load_config(options.model.model)
     check_target_modules(options.method, config, task_type=card.task_type, storage=card.storage)
     check_run(options.method, options.memory, resume=options.run.resume)

@@ -9,6 +9,7 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from lowmem_reft.reuse.prepare import prepare_scoring
 from lowmem_reft.runs.generate import generate_batches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -95,7 +96,7 @@ class Scores:
         summary: dict[str, Any] = {
             "metric": self.metric,
             "value": self.value,
-            "accuracy": sum(self.correct) / len(self.correct),
+            "accuracy": self._computed("accuracy"),
             "num_examples": len(self.correct),
             "num_cut_prompts": self.num_cut_prompts,
         }
@@ -182,35 +183,25 @@ class _Scoring:
     card: TrainingCard
     settings: ScoringSettings
 
+    @property
+    def _prompts(self) -> dict[str, Any]:
+        return {"template": self.card.template, "max_length": self.card.max_length}
+
     @torch.no_grad()
     def of_choices(self) -> Scores:
         """Pick the choice whose tokens have the highest summed log-likelihood after the prompt."""
-        prompts: dict[str, Any] = {
-            "template": self.card.template,
-            "max_length": self.card.max_length,
-        }
-        encoded = [encode_choices(row, self.tokenizer, **prompts) for row in self.rows]
-        items = [
-            (index, choice, example)
-            for index, by_choice in enumerate(encoded)
-            for choice, example in enumerate(by_choice.examples)
-        ]
-        # Like lengths together: little padding.
-        items.sort(key=lambda item: -len(item[2]["input_ids"]))
-        totals: list[dict[int, tuple[float, int]]] = [{} for _ in self.rows]
-        reuse, likelihoods = self._likelihoods([example for _, _, example in items])
-        for indices in self._batches(len(items)):
-            sums, counts = likelihoods(indices)
-            for place, total, count in zip(indices, sums.tolist(), counts, strict=True):
-                index, choice, _ = items[place]
-                totals[index][choice] = (total, count)
-        answers = [max(scored, key=lambda choice: scored[choice][0]) for scored in totals]
+        encoded = [encode_choices(row, self.tokenizer, **self._prompts) for row in self.rows]
+        examples = [example for by_choice in encoded for example in by_choice.examples]
+        reuse, found = self._likelihoods(examples, reused=True)
+        rest = iter(found)
+        totals = [list(islice(rest, len(by_choice.examples))) for by_choice in encoded]
+        answers = [max(range(len(t)), key=lambda choice: t[choice][0]) for t in totals]
         right: list[Any] = [row.answer for row in self.rows]
-        of_right = [scored[answer] for scored, answer in zip(totals, right, strict=True)]
+        of_right = [by_choice[answer] for by_choice, answer in zip(totals, right, strict=True)]
         predictions, references = list[Any](answers), right
         if self.rows[0].target is not None:
             pairs = zip(self.rows, totals, strict=True)
-            predictions = [_expected(row, scored) for row, scored in pairs]
+            predictions = [_expected(row, by_choice) for row, by_choice in pairs]
             references = [row.target for row in self.rows]
         return Scores(
             correct=[a == r for a, r in zip(answers, right, strict=True)],
@@ -254,7 +245,7 @@ class _Scoring:
 
     def of_generated(self) -> Scores:
         """Generate greedily, extract the answer and compare it with the one in the response."""
-        card, settings = self.card, self.settings
+        settings, prompts = self.settings, self._prompts
         references = [_answer(row.response or "", settings) for row in self.rows]
         for row, answer in zip(self.rows, references, strict=True):
             if answer is None:
@@ -263,9 +254,7 @@ class _Scoring:
                     f"{row.source}: response must match {name} {getattr(settings, name)!r}, got "
                     f"{row.response!r}; correct the {name} or the row"
                 )
-        encoded = encode_prompts(
-            self.rows, self.tokenizer, template=card.template, max_length=card.max_length
-        )
+        encoded = encode_prompts(self.rows, self.tokenizer, **prompts)
         texts = list(
             generate_batches(
                 self.model,
@@ -276,6 +265,12 @@ class _Scoring:
                 quiet=settings.quiet,
             )
         )
+        losses: list[float] = []
+        if (
+            settings.metric == "overlap"
+        ):  # no right answer but a reference: its likelihood says more
+            own = encode_rows(self.rows, self.tokenizer, **prompts).examples
+            losses = [-total / count for total, count in self._likelihoods(own, reused=False)[1]]
         predictions = [_answer(text, settings) for text in texts]
         pairs = zip(predictions, references, strict=True)
         return Scores(
@@ -283,26 +278,9 @@ class _Scoring:
             predictions=predictions,
             references=references,
             texts=texts,
-            # Where there is no right answer but a reference, its likelihood says more.
-            losses=self._response_losses() if settings.metric == "overlap" else [],
+            losses=losses,
             num_cut_prompts=encoded.num_cut_prompts,
         )
-
-    def _response_losses(self) -> list[float]:
-        """Mean negative log-likelihood per token of each row's own response, EOS included."""
-        card = self.card
-        examples = encode_rows(
-            self.rows, self.tokenizer, template=card.template, max_length=card.max_length
-        ).examples
-        order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
-        collate, losses = Collator(self.tokenizer, padding_side="left"), [0.0] * len(examples)
-        for places in self._batches(len(order)):
-            indices = [order[place] for place in places]
-            batch = collate([examples[index] for index in indices])
-            sums, counts = response_log_likelihood(self.model, batch)
-            for index, total, count in zip(indices, sums.tolist(), counts, strict=True):
-                losses[index] = -total / count
-        return losses
 
     def _batches(self, number: int) -> Iterator[range]:
         """Yield the indices of each batch, with a bar."""
@@ -311,37 +289,49 @@ class _Scoring:
             yield range(start, min(start + size, number))
 
     def _likelihoods(
-        self, examples: list[dict[str, Any]]
-    ) -> tuple[Reuse | None, Callable[[Sequence[int]], tuple[Tensor, list[int]]]]:
-        """Return what scores some of the examples: from stored constants (also returned) if any."""
+        self, examples: list[dict[str, Any]], *, reused: bool
+    ) -> tuple[Reuse | None, list[tuple[float, int]]]:
+        """Return the summed log-likelihood of each response, and its number of tokens.
+
+        They are scored from stored constants (also returned) if any are kept and to be used.
+        """
+        # Like lengths together: little padding.
+        order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
         model, settings = self.model, self.settings
         collate = Collator(self.tokenizer, padding_side="left")
 
-        def batch_of(indices: Sequence[int]) -> dict[str, Tensor]:
-            return collate([examples[index] for index in indices])
+        def batch_of(places: Sequence[int]) -> dict[str, Tensor]:
+            return collate([examples[order[place]] for place in places])
 
-        if settings.reuse_dir is not None and hasattr(model, "peft_config"):
+        reuse = None
+        if reused and settings.reuse_dir is not None and hasattr(model, "peft_config"):
             with counter("computing what is constant", quiet=settings.quiet) as report:
                 reuse = prepare_scoring(
                     model,
-                    examples,
+                    [examples[index] for index in order],
                     batch_of,
                     settings.reuse,
                     root=settings.reuse_dir,
                     batch_size=settings.batch_size,
                     report=report,
                 )
+        found = [(0.0, 0)] * len(examples)
+        for places in self._batches(len(order)):
             if reuse is not None:
-                return reuse, reuse.log_likelihood
-        return None, lambda indices: response_log_likelihood(model, batch_of(indices))
+                sums, counts = reuse.log_likelihood(places)
+            else:
+                sums, counts = response_log_likelihood(model, batch_of(places))
+            for place, total, count in zip(places, sums.tolist(), counts, strict=True):
+                found[order[place]] = (total, count)
+        return reuse, found
 
 
-def _expected(row: Row, scored: dict[int, tuple[float, int]]) -> float:
+def _expected(row: Row, scored: Sequence[tuple[float, int]]) -> float:
     """The choices are numbers: their mean under the softmax of their log-likelihoods."""
-    top = max(total for total, _ in scored.values())
-    weights = {choice: math.exp(total - top) for choice, (total, _) in scored.items()}
-    weighted = sum(weight * float(row.choices[choice]) for choice, weight in weights.items())
-    return weighted / sum(weights.values())
+    top = max(total for total, _ in scored)
+    weights = [math.exp(total - top) for total, _ in scored]
+    weighted = sum(w * float(choice) for w, choice in zip(weights, row.choices, strict=True))
+    return weighted / sum(weights)
 
 
 def _answer(text: str, settings: ScoringSettings) -> str | None:
@@ -353,12 +343,8 @@ def _answer(text: str, settings: ScoringSettings) -> str | None:
 def extract_answer(text: str, pattern: str | None) -> str | None:
     """Return the last match's first group (or the whole text), lower-cased, white space folded.
 
-    Args:
-        text: generated or reference text.
-        pattern: regular expression; None takes the whole text.
-
-    Returns:
-        The answer, or None if the pattern does not match.
+    It is the whole text without a pattern, and None if the pattern, a regular expression, does not
+    match.
 
     Raises:
         InputError: the pattern is not a regular expression.

@@ -101,23 +101,18 @@ def _read_held_out(
 
 def _attach(run: Run) -> PeftModel:
     """Load the base and put the method's adapter on it."""
-    options, card = run.options, run.card
+    options, task_type = run.options, run.card.task_type
     upper_for = None
     if options.reuse.resident == "upper":
-        upper_for = build_peft_config(
-            options.method,
-            task_type=card.task_type,
-            num_layers=run.config.get_text_config().num_hidden_layers,
-        )
-    base = load_frozen(options.model, card, run.tokenizer, config=run.config, upper_for=upper_for)
+        number = run.config.get_text_config().num_hidden_layers
+        upper_for = build_peft_config(options.method, task_type=task_type, num_layers=number)
+    base = load_frozen(
+        options.model, run.card, run.tokenizer, config=run.config, upper_for=upper_for
+    )
     # The adapter's start depends on the seed alone, not on what loading the base drew.
     set_seed(options.run.seed)
     model = attach(
-        base,
-        options.method,
-        task_type=card.task_type,
-        memory=options.memory,
-        chunked_loss=True,
+        base, options.method, task_type=task_type, memory=options.memory, chunked_loss=True
     )
     assert isinstance(model, PeftModel)
     if model.get_nb_trainable_parameters()[0] == 0:

@@ -30,13 +30,9 @@ class BestEpoch(TrainerCallback):
     def __init__(
         self, model: Any, score: Callable[[], dict[str, Any]], directory: Path, *, resume: bool
     ) -> None:
-        """Start anew, or after the epochs that are written down.
+        """Start anew, or, to ``resume``, after the epochs that are written in the directory.
 
-        Args:
-            model: what is trained.
-            score: returns ``metric``, ``value`` and, where known, ``loss`` of the model as it is.
-            directory: the run's directory.
-            resume: whether the epochs in the directory belong to this run.
+        ``score`` returns ``metric``, ``value`` and, where known, ``loss`` of the model as it is.
         """
         self._model, self._score, self._directory = model, score, directory
         self.epochs: list[dict[str, Any]] = []
@@ -73,10 +69,17 @@ class BestEpoch(TrainerCallback):
         lines = "".join(json.dumps(known) + "\n" for known in self.epochs)
         write_text_whole(self._directory / EPOCHS_FILE, lines)
 
-    def restore(self) -> None:
-        """Load the weights of the best epoch; they stay on the disk for a run that goes on."""
-        path = self._directory / WEIGHTS_FILE
+    def restore(self) -> dict[str, Any]:
+        """Load the weights of the best epoch, if any was scored; return its part of the result.
+
+        They stay on the disk for a run that goes on.
+        """
+        best, path = self.best, self._directory / WEIGHTS_FILE
+        if best is None:
+            return {}
         set_trained_values(self._model, load_file(path) if is_main() else {})
+        chosen = {"best_epoch": best["epoch"], "validation_value": best["value"]}
+        return {"validation": self.epochs, **chosen}
 
 
 def _rank(line: dict[str, Any]) -> tuple[float, float, float]:

@@ -26,7 +26,7 @@ from lowmem_reft.memory.live import CATEGORIES
 from lowmem_reft.memory.measure import measure
 from lowmem_reft.memory.outputs import KnownOutputs
 from lowmem_reft.memory.planner import with_margin
-from lowmem_reft.memory.predict import Predictor, Setting
+from lowmem_reft.memory.predict import Lengths, Predictor, Setting
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.options import MemoryOptions, MethodOptions
@@ -244,7 +244,7 @@ def test_the_predicted_peak_is_what_the_allocator_sees(
     case: Case, load: Callable[[Case], Any]
 ) -> None:
     memory = case.predictor().training(
-        seq_len=case.seq_len, batch_size=case.batch_size, response_len=RESPONSE
+        Lengths(seq_len=case.seq_len, batch_size=case.batch_size, response_len=RESPONSE)
     )
     predicted, measured = memory.peak_bytes, measured_peak_bytes(case, load(case))
     said = f"predicted {predicted:,} measured {measured:,} ratio {predicted / measured:.4f}"
@@ -284,7 +284,7 @@ def shapes(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES[1::4], ids=str)
 def test_the_categories_add_up_to_the_peak(case: Case) -> None:
-    peak = case.predictor().training(seq_len=case.seq_len, batch_size=case.batch_size).peak
+    peak = case.predictor().training(Lengths(seq_len=case.seq_len, batch_size=case.batch_size)).peak
     assert sum(peak.breakdown_bytes.values()) == peak.num_bytes
     assert set(peak.breakdown_bytes) <= set(CATEGORIES)
     assert all(size > 0 for size in peak.breakdown_bytes.values())
@@ -308,7 +308,7 @@ def test_weights_and_constants_are_the_bytes_of_the_loaded_base(
         for constant in _constants(holder)
     )
     predictor = case.predictor()
-    breakdown = predictor.training(seq_len=16).peak.breakdown_bytes
+    breakdown = predictor.training(Lengths(seq_len=16)).peak.breakdown_bytes
     assert breakdown["weights"] == weights
     assert breakdown.get("quantization_constants", 0) == constants
     assert predictor.base_bytes() == weights + constants
@@ -319,7 +319,7 @@ def test_adapter_and_optimizer_are_the_bytes_of_the_trained_parameters(method: s
     predictor = case(f"llama nf4 bf16 {method} 1x64").predictor()
     trained = [p for p in predictor.model.parameters() if p.requires_grad]
     size = 4 * sum(p.numel() for p in trained)
-    breakdown = predictor.training(seq_len=64).peak.breakdown_bytes
+    breakdown = predictor.training(Lengths(seq_len=64)).peak.breakdown_bytes
     assert breakdown["adapter"] == size
     assert breakdown["optimizer"] == 2 * size  # AdamW's two moments
     assert predictor.trainable_parameters == size // 4
@@ -330,7 +330,8 @@ def test_gradient_accumulation_adds_the_gradients(method: str) -> None:
     predictor = case(f"llama nf4 bf16 {method} 1x512").predictor()
     size = 4 * predictor.trainable_parameters
     one, two, eight = (
-        predictor.training(seq_len=512, micro_batches=number).peak for number in (1, 2, 8)
+        predictor.training(Lengths(seq_len=512, gradient_accumulation=number)).peak
+        for number in (1, 2, 8)
     )
     assert two.breakdown_bytes["gradients"] == size
     assert two.num_bytes == eight.num_bytes
@@ -340,10 +341,10 @@ def test_gradient_accumulation_adds_the_gradients(method: str) -> None:
 def test_a_prediction_leaves_nothing_behind() -> None:
     predictor = case("gpt2 nf4 bf16 f7+l7 ckpt 1x64").predictor()
     sizes = {"seq_len": 64, "batch_size": 2}
-    first = predictor.training(**sizes)
-    predictor.evaluation(**sizes, response_len=8)
-    predictor.generation(prompt_len=64, num_new_tokens=8, batch_size=2)
-    second = predictor.training(**sizes)
+    first = predictor.training(Lengths(**sizes))
+    predictor.evaluation(Lengths(**sizes, response_len=8))
+    predictor.generation(Lengths(seq_len=64, max_new_tokens=8, batch_size=2))
+    second = predictor.training(Lengths(**sizes))
     assert second.peak_bytes == first.peak_bytes
     assert second.peak.breakdown_bytes == first.peak.breakdown_bytes
     assert all(p.grad is None for p in predictor.model.parameters())
@@ -352,7 +353,7 @@ def test_a_prediction_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("case", [*CASES[::4], CASES[2]], ids=str)
 def test_the_peaks_place_names_a_module_and_a_line(case: Case) -> None:
     predictor = case.predictor()
-    peak = predictor.training(seq_len=case.seq_len, batch_size=case.batch_size).peak
+    peak = predictor.training(Lengths(seq_len=case.seq_len, batch_size=case.batch_size)).peak
     assert peak.place is not None
     assert re.fullmatch(r"\w+\.py:\d+", peak.place.line)
     assert peak.place.module in dict(predictor.model.get_base_model().named_modules())
@@ -368,7 +369,9 @@ def test_a_full_sliding_window_takes_no_more_memory_with_more_new_tokens() -> No
     def peak(sliding_window: int | None, num_new_tokens: int) -> int:
         config = transformers.MistralConfig(**COMMON, sliding_window=sliding_window)
         predictor = Predictor(config, Setting(method=METHODS["f7+l7"], device_type="cpu"))
-        memory = predictor.generation(prompt_len=8, num_new_tokens=num_new_tokens, batch_size=1)
+        memory = predictor.generation(
+            Lengths(seq_len=8, max_new_tokens=num_new_tokens, batch_size=1)
+        )
         return memory.peak_bytes
 
     assert peak(32, 40) < peak(None, 40)
@@ -440,7 +443,7 @@ def test_answers_from_memory_change_no_byte_at_any_moment(
 ) -> None:
     def timeline() -> Any:
         sizes = {"seq_len": case.seq_len, "batch_size": case.batch_size}
-        return case.predictor().training(**sizes, keep_timeline=True).timeline
+        return case.predictor().training(Lengths(**sizes), keep_timeline=True).timeline
 
     answered = timeline()
     monkeypatch.setattr(KnownOutputs, "call", lambda _, function, args, kw: function(*args, **kw))
@@ -451,7 +454,7 @@ PREDICT_8B = """
 import resource, sys
 import transformers
 from lowmem_reft.memory.live import CATEGORIES
-from lowmem_reft.memory.predict import Predictor, Setting
+from lowmem_reft.memory.predict import Lengths, Predictor, Setting
 from lowmem_reft.options import MemoryOptions
 
 def rss():
@@ -461,7 +464,7 @@ def rss():
 def predict(**sizes):
     config = transformers.LlamaConfig(num_key_value_heads=8, tie_word_embeddings=False, **sizes)
     memory = MemoryOptions(activation_checkpointing=True)
-    return Predictor(config, Setting(memory=memory)).training(seq_len=2048).peak
+    return Predictor(config, Setting(memory=memory)).training(Lengths(seq_len=2048)).peak
 
 predict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=32)  # imports
@@ -532,7 +535,7 @@ def test_a_reused_step_takes_what_is_predicted(
     (batch_size, seq_len), upper = shape, {"resident": resident, "first_resident": 3}
     predicted = with_margin(
         Predictor(CONFIGS[name](), setting)
-        .training(seq_len=seq_len, batch_size=batch_size, response_len=RESPONSE)
+        .training(Lengths(seq_len=seq_len, batch_size=batch_size, response_len=RESPONSE))
         .peak_bytes
     )
     base: Any = lr.load_base(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lowmem_reft import cli
-from lowmem_reft.memory.planner import GIB, Card, Lengths, Planner, plan, read_config
-from lowmem_reft.memory.predict import Setting
+from lowmem_reft.memory.planner import GIB, Card, Planner, plan, read_config
+from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.memory.reuse import ReusePlan
 from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len
 from lowmem_reft.memory.shapes import config_of

@@ -29,7 +29,7 @@ from transformers import (
 
 import lowmem_reft as lr
 from lowmem_reft.errors import InputError
-from lowmem_reft.memory.predict import Predictor, Setting
+from lowmem_reft.memory.predict import Lengths, Predictor, Setting
 from lowmem_reft.memory.profile import build_model, measure_step
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.methods.attach import attach, check_target_modules
@@ -318,9 +318,9 @@ def test_the_predicted_peak_is_what_the_allocator_sees(method: str) -> None:
     )
     config = LlamaConfig(**SHAPE)
     predictor = Predictor(config, setting)
-    predicted = predictor.training(seq_len=128, batch_size=2, response_len=16).peak_bytes
-    assert predictor.evaluation(seq_len=128, batch_size=2, response_len=16).peak_bytes > 0
-    assert predictor.generation(prompt_len=64, num_new_tokens=8, batch_size=2).peak_bytes > 0
+    predicted = predictor.training(Lengths(seq_len=128, batch_size=2, response_len=16)).peak_bytes
+    assert predictor.evaluation(Lengths(seq_len=128, batch_size=2, response_len=16)).peak_bytes > 0
+    assert predictor.generation(Lengths(seq_len=64, max_new_tokens=8, batch_size=2)).peak_bytes > 0
     device = torch.device("cpu")
     model = build_model(config, setting, device, random_weights=True).train()
     assert predictor.trainable_parameters == model.get_nb_trainable_parameters()[0]

@@ -12,7 +12,8 @@ import torch
 
 from lowmem_reft.data.tokens import EncodedRows
 from lowmem_reft.errors import InputError
-from lowmem_reft.memory.planner import GIB, Lengths, plan, read_config
+from lowmem_reft.memory.planner import GIB, plan, read_config
+from lowmem_reft.memory.predict import Lengths
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.options import (
     DataOptions,
