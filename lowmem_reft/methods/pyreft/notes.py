@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.positions import parse_positions
-
-if TYPE_CHECKING:
-    from lowmem_reft.reft.config import ReftConfig
 
 _DATA_SETS = "ReftGenerationDataset, ReftSupervisedDataset and ReftClassificationDataset"
 _NEEDS_ADD_BIAS = ("noreft", "direft")
