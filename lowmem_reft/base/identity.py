@@ -117,9 +117,7 @@ def base_digest(model: nn.Module, exclude: Callable[[str], bool] | None = None) 
     Quantized bytes and their constants (absmax, code books) are included. The names that PEFT puts
     around a base are taken off: a base has one digest, alone or under an adapter that is excluded.
 
-    Args:
-        model: The base, or a PeftModel on it.
-        exclude: Tells from a name, as in ``state_dict``, whether to leave the tensor out.
+    ``exclude`` tells from a name, as in ``state_dict``, whether to leave a tensor out.
     """
     tensors = {**dict(model.named_buffers()), **model.state_dict()}
     digest = hashlib.sha256()

@@ -105,11 +105,6 @@ def summed_config(
 ) -> ReftConfig:
     """Return the configuration of a sum of adapters: DiReFT where any of them edits.
 
-    Args:
-        configs: Configurations by name.
-        ranks: The rank of each.
-        num_layers: Blocks of the model.
-
     Raises:
         InputError: they edit different tokens or vectors, or bring modules of their own.
     """

@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from lowmem_reft.base import ours as hung
 from lowmem_reft.base.caches import caches_in
 from lowmem_reft.methods.attach import attach, complete
 from lowmem_reft.methods.likelihood import response_log_likelihood
