@@ -104,8 +104,7 @@ def weight_files(model: str | Path, revision: str) -> list[Path]:
 def weights_among(find: Callable[[str], Path | None]) -> list[Path | None]:
     """Return the files that transformers would load: the whole one, else those of the index.
 
-    Args:
-        find: Where a file lies; None if it is not there.
+    ``find`` tells where a file lies; None if it is not there.
     """
     whole = find("model.safetensors")
     if whole is not None:

@@ -10,9 +10,10 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,9 +21,6 @@ from torch import nn
 
 from lowmem_reft.base.blocks import device_of, find_blocks
 from lowmem_reft.base.hub import weights_among
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 _NUM_SAMPLES = 8
 _SAMPLE_BYTES = 1 << 12
@@ -119,9 +117,7 @@ def base_digest(model: nn.Module, exclude: Callable[[str], bool] | None = None) 
     Quantized bytes and their constants (absmax, code books) are included. The names that PEFT puts
     around a base are taken off: a base has one digest, alone or under an adapter that is excluded.
 
-    Args:
-        model: The base, or a PeftModel on it.
-        exclude: Tells from a name, as in ``state_dict``, whether to leave the tensor out.
+    ``exclude`` tells from a name, as in ``state_dict``, whether to leave a tensor out.
     """
     tensors = {**dict(model.named_buffers()), **model.state_dict()}
     digest = hashlib.sha256()

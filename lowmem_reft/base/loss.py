@@ -359,13 +359,9 @@ def log_likelihood_of(
     """Return each example's summed log-likelihood of supervised tokens, (batch,), and their number.
 
     Only supervised tokens get logits, at most ``chunk_bytes`` of them at once; a model whose head
-    is not recognized gives those of all positions that any example supervises.
-
-    Args:
-        base: a causal language model in evaluation mode.
-        labels: (batch, seq), -100 where a token is not supervised.
-        run: makes the forward pass, with the further arguments that it is given.
-        chunk_bytes: bytes of fp32 logits that may exist at once.
+    is not recognized gives those of all positions that any example supervises. ``base`` is in
+    evaluation mode, ``labels`` are (batch, seq), and ``run`` makes the forward pass, with the
+    further arguments that it is given.
     """
     device, batch = device_of(base), labels.shape[0]
     supervised = labels[:, 1:] != IGNORED_LABEL
@@ -397,11 +393,7 @@ def supervised_head_arguments(model: nn.Module, labels: Tensor) -> dict[str, Ten
     """Return what to pass to ``model`` beside ``labels`` so that only supervised tokens get logits.
 
     Positions are kept for the whole batch, so examples of unequal length keep a few more. Loss and
-    gradients are those of the full logits.
-
-    Args:
-        model: A causal language model, with or without an adapter.
-        labels: (batch, seq), -100 where a token is not supervised.
+    gradients are those of the full logits. Labels are (batch, seq), -100 where not supervised.
 
     Returns:
         ``logits_to_keep`` (kept,) and ``shift_labels`` (batch, kept); nothing if the model does not

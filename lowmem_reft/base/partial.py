@@ -7,18 +7,16 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lowmem_reft.base.blocks import base_of, find_blocks, standing_in
 from lowmem_reft.base.caches import with_cache
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 
 class Reached(BaseException):

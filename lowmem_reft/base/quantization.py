@@ -116,12 +116,8 @@ def hold_packed_as(base: nn.Module, dtype: torch.dtype) -> None:
 def dequantized(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[int]:
     """Keep 4-bit layers dequantized for a while, so that no step pays for it; yield the bytes.
 
-    The numbers are those that a step would compute, so results are the same. The quantized layers
-    are put back at the end as they were.
-
-    Args:
-        modules: Where to look for 4-bit layers, at any depth.
-        dtype: What the base computes in.
+    The numbers are those that a step would compute, so results are the same. The quantized layers,
+    at any depth of ``modules``, are put back at the end as they were.
     """
     places = [
         (parent, name, child)

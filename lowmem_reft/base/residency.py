@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,37 +32,28 @@ EMBEDDING = -1
 """Stands for the input embedding among indices of blocks."""
 
 
+@dataclass(eq=False)
 class Checkpoint:
-    """The weights of a model on disk, read in parts.
+    """The weights of a model on disk, read in parts."""
 
-    Args:
-        files: Its safetensors files.
-        empty: The model on the meta device, prepared for quantization.
-        dtype: What unquantized weights are cast to.
-        device: Where weights go.
-        quantizer: What quantizes them (transformers); None leaves them as they are.
-        finish: Called with each part that was read: freezes and guards it.
-    """
+    files: list[Path]
+    """Its safetensors files."""
+    empty: Any
+    """The model on the meta device, prepared for quantization."""
+    dtype: torch.dtype
+    """What unquantized weights are cast to."""
+    device: torch.device
+    """Where weights go."""
+    quantizer: Any
+    """What quantizes them (transformers); None leaves them as they are."""
+    finish: Callable[[nn.Module], None]
+    """Called with each part that was read: freezes and guards it."""
+    _digest: str | None = None
 
-    def __init__(
-        self,
-        files: list[Path],
-        empty: Any,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        quantizer: Any,
-        finish: Callable[[nn.Module], None],
-    ) -> None:
-        self.files = files
-        self.empty = empty
-        self.dtype = dtype
-        self.device = device
-        self.quantizer = quantizer
-        self.finish = finish
-        self._blocks = find_blocks(empty)[0]
-        self._embedding = _name_of(empty, empty.get_input_embeddings())
-        self._digest: str | None = None
+    def __post_init__(self) -> None:
+        """Remember what the blocks and the embedding are called."""
+        self._blocks = find_blocks(self.empty)[0]
+        self._embedding = _name_of(self.empty, self.empty.get_input_embeddings())
 
     def read(self, model: Any, wanted: Callable[[int | None], bool], device: torch.device) -> None:
         """Fill the wanted parts of a model that is like ``empty``, on a device.
@@ -172,23 +164,18 @@ class Checkpoint:
         return self._digest
 
 
+@dataclass(eq=False)
 class Residency:
-    """Which blocks of a base are on its device, and how the others come there.
+    """Which blocks of a base are on its device, and how the others come there."""
 
-    Args:
-        base: The base; blocks below ``first_resident`` are on the meta device.
-        checkpoint: Where they are read from.
-        first_resident: The first block that is there.
-        has_embedding: Whether the input embedding is there.
-    """
-
-    def __init__(
-        self, base: Any, checkpoint: Checkpoint, *, first_resident: int, has_embedding: bool
-    ) -> None:
-        self.base = base
-        self.checkpoint = checkpoint
-        self.first_resident = first_resident
-        self.has_embedding = has_embedding
+    base: Any
+    """The base; blocks below ``first_resident`` are on the meta device."""
+    checkpoint: Checkpoint
+    """Where they are read from."""
+    first_resident: int
+    """The first block that is there."""
+    has_embedding: bool
+    """Whether the input embedding is there."""
 
     def begin(self) -> None:
         """Be the residency of the base, which the Trainer and accelerate leave where it is."""

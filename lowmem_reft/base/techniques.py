@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from lowmem_reft.base.blocks import base_of, find_blocks
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.base.ours import ours
 from lowmem_reft.errors import InputError
-
-if TYPE_CHECKING:
-    from lowmem_reft.options import MemoryOptions
+from lowmem_reft.options import MemoryOptions
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
 """What architectures call the part of a block that treats every token by itself."""

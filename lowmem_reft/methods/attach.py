@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -27,12 +28,8 @@ from lowmem_reft.methods.configs import build_peft_config, split_targets
 from lowmem_reft.methods.table import check_options, check_storage, find_method
 from lowmem_reft.methods.virtual_tokens import take_prefix_as_cache
 from lowmem_reft.methods.weights import trained_names
+from lowmem_reft.options import MemoryOptions, MethodOptions
 from lowmem_reft.reft.peft_method import type_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from lowmem_reft.options import MemoryOptions, MethodOptions
 
 
 def check_target_modules(

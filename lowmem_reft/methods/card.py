@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lowmem_reft.options import ModelOptions
+from lowmem_reft.options import ModelOptions
 
 FILE_NAME = "training.json"
 

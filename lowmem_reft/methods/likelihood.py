@@ -22,10 +22,8 @@ def response_log_likelihood(
 ) -> tuple[Tensor, list[int]]:
     """Return each example's summed log-likelihood of supervised tokens, (batch,), and their number.
 
-    Args:
-        model: a causal language model in evaluation mode, with or without an adapter.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, seq).
-        chunk_bytes: bytes of fp32 logits that may exist at once.
+    The model is causal and in evaluation mode, with or without an adapter. ``batch`` has
+    ``input_ids``, ``attention_mask`` and ``labels``, each (batch, seq).
     """
     labels, base = batch["labels"], base_of(model)
     device = device_of(base)

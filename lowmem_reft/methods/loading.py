@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 
@@ -14,15 +16,9 @@ from lowmem_reft.base.identity import OTHER_BASE, checkpoint_digest, other_base
 from lowmem_reft.base.loading import load_base, load_tokenizer, share_pad_token
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import complete, peft_notices_hidden, prepare_base
-from lowmem_reft.methods.card import load_card
+from lowmem_reft.methods.card import TrainingCard, load_card
 from lowmem_reft.methods.constant import find_first_resident
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from lowmem_reft.methods.card import TrainingCard
-    from lowmem_reft.options import ModelOptions
+from lowmem_reft.options import ModelOptions
 
 logger = logging.getLogger(__name__)
 

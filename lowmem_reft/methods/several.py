@@ -7,10 +7,11 @@ row (``adapter_names``); with other types, the rows of each adapter go by themse
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig
 
@@ -19,12 +20,8 @@ from lowmem_reft.methods.attach import complete
 from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
 from lowmem_reft.methods.loading import load_adapted, other_base_said, what_differs
 from lowmem_reft.methods.table import MIXED_IN_A_BATCH, REPLACING_THE_BASE
+from lowmem_reft.options import ModelOptions
 from lowmem_reft.reft.peft_method import type_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from lowmem_reft.options import ModelOptions
 
 BASE = "__base__"
 """PEFT's name for no adapter."""

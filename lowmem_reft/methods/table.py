@@ -15,7 +15,7 @@ from lowmem_reft.options.values import QUANTIZED, check_choice
 
 Family = Literal["reft", "lora", "lora_reft", "ia3", "ln_tuning", "virtual_tokens", "weights"]
 
-REFT = "arXiv 2404.03592"
+PAPER = "arXiv 2404.03592"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +55,49 @@ class Method:
 
 
 _WHERE = ("profile", "layers", "positions", "tie", "component", "dropout")
+_SOURCE = ("rank", "act", "init")
+_WIDTH = ("rank", "act")
+_ALL = {"positions": "all"}
+_MLPS = {"positions": "all", "component": "mlp_output", "rank": 8}
+_DORA: dict[str, Any] = {"use_dora": True}
 
-
-def _reft(about: str, *options: str, intervention: str, source: str = REFT, **rest: Any) -> Method:
-    """An intervention; ``options`` are those that it reads beside where it edits."""
-    return Method(
-        family="reft",
-        **{"lr": 9e-4, "size": "rank" if "rank" in options else "layers", **rest},
-        about=about,
-        source=source,
-        options=(*options, *_WHERE),
-        fixed={"intervention": intervention},
-    )
+# Name, options that it reads beside where it edits, defaults, overrides, and what it is.
+_REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
+    ("loreft", _SOURCE, {}, "rank=8,lr=4e-3", "low-rank linear subspace ReFT on a 4-bit base"),
+    ("noreft", _SOURCE, {}, "rank=8,lr=4e-3", "LoReFT without the orthonormal constraint"),
+    ("direft", _SOURCE, {}, "rank=8,lr=4e-3", "the paper's DiReFT: no constraint, no subtraction"),
+    ("orthogonal_direft", _SOURCE, {}, "rank=8,lr=4e-3", "DiReFT with orthonormal rows"),
+    ("consreft", ("rank",), {}, "rank=8,lr=4e-3", "sets the subspace to a learned constant"),
+    ("lobireft", ("rank",), {}, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
+    ("red", (), _ALL, "lr=1e-2", "learned scale and bias of hidden vectors"),
+    (
+        "steering",
+        ("alpha",),
+        _ALL,
+        "positions=l1,lr=1e-1",
+        "a learned steering vector of full rank",
+    ),
+    ("bottleneck", _WIDTH, _MLPS, "lr=1e-2", "series bottleneck adapters after the MLPs"),
+    (
+        "parallel_bottleneck",
+        _WIDTH,
+        _MLPS,
+        "lr=1e-2",
+        "parallel bottleneck adapters beside the MLPs",
+    ),
+)
+_OTHER_PAPERS = {
+    "red": "arXiv 2402.15179",
+    "steering": "arXiv 2308.10248; learned: arXiv 2406.00045",
+    "bottleneck": "arXiv 1902.00751",
+    "parallel_bottleneck": "arXiv 2110.04366",
+}
+_LORA: tuple[tuple[str, Storage, str, str, dict[str, Any]], ...] = (
+    ("lora", "bf16", "LoRA on all linear layers, 16-bit base", "arXiv 2106.09685", {}),
+    ("qlora", "nf4", "LoRA on all linear layers, 4-bit base", "arXiv 2305.14314", {}),
+    ("dora", "bf16", "weight-decomposed LoRA, 16-bit base", "arXiv 2402.09353", _DORA),
+    ("qdora", "nf4", "weight-decomposed LoRA, 4-bit base", "arXiv 2402.09353", _DORA),
+)
 
 
 def _virtual_tokens(about: str, *options: str, kind: str, **rest: Any) -> Method:
@@ -84,68 +115,20 @@ def _weights(about: str, *, part: str, **rest: Any) -> Method:
     return Method(family="weights", storage="fp32", about=about, fixed={"part": part}, **rest)
 
 
-_DORA: dict[str, Any] = {"use_dora": True}
-_LORA: tuple[tuple[str, Storage, str, str, dict[str, Any]], ...] = (
-    ("lora", "bf16", "LoRA on all linear layers, 16-bit base", "arXiv 2106.09685", {}),
-    ("qlora", "nf4", "LoRA on all linear layers, 4-bit base", "arXiv 2305.14314", {}),
-    ("dora", "bf16", "weight-decomposed LoRA, 16-bit base", "arXiv 2402.09353", _DORA),
-    ("qdora", "nf4", "weight-decomposed LoRA, 4-bit base", "arXiv 2402.09353", _DORA),
-)
-
 METHODS: dict[str, Method] = {
     **{
-        name: _reft(about, *("rank", "act", "init"), intervention=name, embedded="rank=8,lr=4e-3")
-        for name, about in {
-            "loreft": "low-rank linear subspace ReFT on a 4-bit base",
-            "noreft": "LoReFT without the orthonormal constraint",
-            "direft": "the paper's DiReFT: no constraint, no subtraction",
-            "orthogonal_direft": "DiReFT with orthonormal rows",
-        }.items()
-    },
-    "consreft": _reft(
-        "sets the subspace to a learned constant",
-        "rank",
-        intervention="consreft",
-        embedded="rank=8,lr=4e-3",
-    ),
-    "lobireft": _reft(
-        "a learned steering vector of bounded rank",
-        "rank",
-        intervention="lobireft",
-        embedded="rank=8,lr=5e-2",
-    ),
-    "red": _reft(
-        "learned scale and bias of hidden vectors",
-        intervention="red",
-        source="arXiv 2402.15179",
-        defaults={"positions": "all"},
-        embedded="lr=1e-2",
-    ),
-    "steering": _reft(
-        "a learned steering vector of full rank",
-        "alpha",
-        intervention="steering",
-        source="arXiv 2308.10248; learned: arXiv 2406.00045",
-        defaults={"positions": "all"},
-        embedded="positions=l1,lr=1e-1",
-    ),
-    **{
-        name: _reft(
-            about,
-            *("rank", "act"),
-            intervention=name,
-            source=source,
-            defaults={"positions": "all", "component": "mlp_output", "rank": 8},
-            embedded="lr=1e-2",
+        name: Method(
+            family="reft",
+            lr=9e-4,
+            about=about,
+            source=_OTHER_PAPERS.get(name, PAPER),
+            options=(*options, *_WHERE),
+            size="rank" if "rank" in options else "layers",
+            fixed={"intervention": name},
+            defaults=defaults,
+            embedded=embedded,
         )
-        for name, about, source in (
-            ("bottleneck", "series bottleneck adapters after the MLPs", "arXiv 1902.00751"),
-            (
-                "parallel_bottleneck",
-                "parallel bottleneck adapters beside the MLPs",
-                "arXiv 2110.04366",
-            ),
-        )
+        for name, options, defaults, embedded, about in _REFT
     },
     **{
         name: Method(
@@ -165,7 +148,7 @@ METHODS: dict[str, Method] = {
         family="lora_reft",
         lr=4e-4,
         about="LoRA on all linear layers and LoReFT, trained together, 4-bit base",
-        source=REFT,
+        source=PAPER,
         options=(
             *("rank", "lora_rank", "alpha", "target_modules", "act", "init"),
             *("layers", "positions", "tie", "component", "dropout"),

@@ -16,8 +16,9 @@ the sum of the parts is then the LoReFT whose R, W and b hold the rows of all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,9 +37,6 @@ from lowmem_reft.reft.interventions import (
     SteeringVector,
     orthonormal_rows,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +104,6 @@ def summed_config(
     configs: Mapping[str, ReftConfig], ranks: Mapping[str, int], num_layers: int
 ) -> ReftConfig:
     """Return the configuration of a sum of adapters: DiReFT where any of them edits.
-
-    Args:
-        configs: Configurations by name.
-        ranks: The rank of each.
-        num_layers: Blocks of the model.
 
     Raises:
         InputError: they edit different tokens or vectors, or bring modules of their own.

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jaxtyping import Bool, Int
 from peft.config import PeftConfig
+from torch import Tensor
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.options.values import check_choice
 from lowmem_reft.reft.interventions import ACTIVATIONS, READS_INPUT, intervention_options
 from lowmem_reft.reft.peft_method import NAME, peft_type
-from lowmem_reft.reft.positions import num_groups, parse_positions
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from lowmem_reft.reft.positions import assign_groups, num_groups, parse_positions
 
 COMPONENTS = ("block_output", "mlp_output", "attention_output")
 LAYERS_GRAMMAR = "'all', 0-based indices such as '8;12;16' or [8, 12, 16], or 'upper:0.5'"
@@ -68,7 +67,7 @@ class ReftConfig(PeftConfig):
         reads = intervention_options(self.intervention)
         if self.init is None:
             self.init = "paper" if self.act else "identity"
-        num_groups(parse_positions(self.positions), self.tie)
+        _ = self.num_groups  # which checks positions and tie
         check_layers(self.layers)
         if not isinstance(self.layers, str):
             self.layers = list(self.layers)  # a range or a tuple would not come back from the file
@@ -91,6 +90,17 @@ class ReftConfig(PeftConfig):
                 f"act must be one of {', '.join(ACTIVATIONS)} and belong to an intervention with a "
                 f"learned source, got {self.act!r} for {self.intervention}; leave it out"
             )
+
+    @property
+    def num_groups(self) -> int:
+        """How many φ a layer has: 1, one per side, or one per position."""
+        return num_groups(parse_positions(self.positions), self.tie)
+
+    def groups(
+        self, prompt: Bool[Tensor, "batch seq"], segments: Int[Tensor, "batch seq"] | None = None
+    ) -> Int[Tensor, "batch seq"]:
+        """Return for each token the index of the φ that edits it, or -1; see ``assign_groups``."""
+        return assign_groups(parse_positions(self.positions), self.tie, prompt, segments)
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that interventions may read, for ``build_intervention``."""

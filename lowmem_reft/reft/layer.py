@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,15 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowmem_reft.machine.processes import shards_model
+from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.interventions import READS_INPUT, build_intervention
-from lowmem_reft.reft.positions import num_groups, parse_positions
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from lowmem_reft.reft.config import ReftConfig
-    from lowmem_reft.reft.past import Place
-    from lowmem_reft.reft.selection import Selection, Selector
+from lowmem_reft.reft.past import Place
+from lowmem_reft.reft.selection import Selection, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +82,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def add(self, adapter_name: str, config: ReftConfig, device: torch.device) -> None:
         """Create the φ of ``adapter_name``, one per parameter group, in fp32 on ``device``."""
-        groups = num_groups(parse_positions(config.positions), config.tie)
         phi = nn.ModuleList(
             build_intervention(config.intervention, self.hidden_size, **config.fields())
-            for _ in range(groups)
+            for _ in range(config.num_groups)
         )
         if not any(parameter.is_meta for parameter in phi.parameters()):
             phi.to(device)

@@ -8,24 +8,21 @@ vectors of the result at some prompt positions. Both keep their parameters in fp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from lowmem_reft.base.identity import note_base
 from lowmem_reft.errors import InputError
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.peft_method import peft_type, register
 from lowmem_reft.reft.tuner import ReftModel
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor, nn
 
 NAME = "LORA_REFT"
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from lowmem_reft.base.blocks import SUBMODULE
-from lowmem_reft.reft.layer import ReftLayer
-
-if TYPE_CHECKING:
-    from lowmem_reft.reft.layer import CurrentSelection
+from lowmem_reft.reft.layer import CurrentSelection, ReftLayer
 
 
 def keep_selection_in_recompute(model: nn.Module, current: CurrentSelection) -> None:

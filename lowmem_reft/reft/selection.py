@@ -11,28 +11,17 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.past import Branch, Generation, Place, place_by_hand, shape_of
-from lowmem_reft.reft.positions import (
-    assign_groups,
-    find_prompt,
-    num_groups,
-    packed_segments,
-    parse_positions,
-)
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import nn
-
-    from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.positions import find_prompt, packed_segments
 
 OWN_ARGUMENTS = ("prompt_mask", "intervention_mask")
 
@@ -104,8 +93,8 @@ class Selector:
             groups = self._groups(config, call, place, training=training)
             if examples is not None:
                 groups = torch.where(examples[:, None].to(groups.device), groups, -1)
-            count = num_groups(parse_positions(config.positions), config.tie)
-            tokens = [(groups == group).nonzero(as_tuple=True) for group in range(count)]
+            numbers = range(config.num_groups)
+            tokens = [(groups == number).nonzero(as_tuple=True) for number in numbers]
             selection[name] = [(rows, columns) for rows, columns in tokens]
         return selection, kwargs
 
@@ -171,7 +160,11 @@ class Selector:
         batch, length = shape_of(call)
         branch, explicit = place.branch, call.get("intervention_mask")
         if branch is not None and branch.mask is not None and explicit is None:
-            groups = _groups_of_prompt(config, branch.mask, branch.choice)
+            groups = (
+                config.groups(branch.mask.bool())
+                if branch.choice is None
+                else _explicit_groups(branch.choice, config, branch.mask.shape)
+            )
             groups = groups.repeat_interleave(batch // groups.shape[0], 0)
             groups = groups[:, place.past : place.past + length]
             return torch.nn.functional.pad(groups, (0, length - groups.shape[1]), value=-1)
@@ -183,7 +176,7 @@ class Selector:
         if prompt is not None:
             _check_shape("prompt_mask", prompt, (batch, length))
             attended = mask.bool() & prompt.to(mask.device).bool()
-            return assign_groups(parse_positions(config.positions), config.tie, attended, segments)
+            return config.groups(attended, segments)
         causal = config.task_type == "CAUSAL_LM" or (config.task_type is None and self.is_causal)
         labels = call.get("labels") if causal else None
         if causal and labels is None and training:
@@ -195,7 +188,7 @@ class Selector:
         prompt = find_prompt(mask, labels, segments)
         if labels is not None and training:
             self._require_prompt(prompt, call)
-        return assign_groups(parse_positions(config.positions), config.tie, prompt, segments)
+        return config.groups(prompt, segments)
 
     def _require_prompt(self, prompt: Tensor, call: dict[str, Any]) -> None:
         """Say that a batch has no prompt, so that nothing in it is edited.
@@ -217,13 +210,6 @@ class Selector:
                 "supervised; ReFT edits the prompt, so nothing would be trained: give prompt and "
                 "completion, or messages with assistant_only_loss=True, or pass intervention_mask"
             )
-
-
-def _groups_of_prompt(config: ReftConfig, attended: Tensor, explicit: Tensor | None) -> Tensor:
-    if explicit is not None:
-        return _explicit_groups(explicit, config, attended.shape)
-    prompt = attended.bool()
-    return assign_groups(parse_positions(config.positions), config.tie, prompt)
 
 
 def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:
@@ -252,7 +238,7 @@ def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:
 def _explicit_groups(mask: Tensor, config: ReftConfig, shape: Sequence[int]) -> Tensor:
     """Check an ``intervention_mask`` and turn it into group indices."""
     _check_shape("intervention_mask", mask, shape)
-    count = num_groups(parse_positions(config.positions), config.tie)
+    count = config.num_groups
     if mask.dtype == torch.bool:
         if count > 1:
             raise InputError(

@@ -10,9 +10,10 @@ recomputation under activation checkpointing.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -32,9 +33,6 @@ from lowmem_reft.reft.layer import HALF, NO_MERGE, CurrentSelection, ReftLayer
 from lowmem_reft.reft.peft_method import NAME, PREFIX, register
 from lowmem_reft.reft.recompute import SelectionKeepingCheckpoint, keep_selection_in_recompute
 from lowmem_reft.reft.selection import Selector
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 
 class ReftModel(BaseTuner):

@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from lowmem_reft.base import ours as hung
 from lowmem_reft.base.caches import caches_in
 from lowmem_reft.methods.attach import attach, complete
 from lowmem_reft.methods.likelihood import response_log_likelihood
@@ -104,7 +105,7 @@ def test_loss_and_gradients_are_those_of_peft_on_full_logits(name: str, method: 
     model = adapted(name, method).double()
     loss, ours = gradients(model, batch_of("right"))
     base = model.get_base_model()
-    base.forward = ours(base).forward_with_logits
+    base.forward = hung.ours(base).forward_with_logits
     expected, theirs = gradients(model, batch_of("right"))
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-6, atol=0)  # fp32 sums
     for one, two in zip(ours, theirs, strict=True):

@@ -83,11 +83,7 @@ class PyreftCheckpoint:
 
 
 def read_checkpoint(directory: Path, class_name: str | None = None) -> PyreftCheckpoint:
-    """Read what pyreft saved.
-
-    Args:
-        directory: with ``intkey_*.bin`` files, or a checkpoint of pyreft's Trainer.
-        class_name: pyreft's class, where the directory cannot tell.
+    """Read what pyreft, or its Trainer, saved; ``class_name`` is for where that cannot be told.
 
     Raises:
         InputError: there is no such directory, a file is missing or damaged, it would run code, or

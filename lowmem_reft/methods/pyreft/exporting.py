@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -20,13 +21,9 @@ from lowmem_reft.methods.pyreft.checkpoint import CONFIG, WEIGHTS_OF_BASE
 from lowmem_reft.methods.pyreft.importing import check_empty
 from lowmem_reft.methods.pyreft.notes import export_notes
 from lowmem_reft.methods.pyreft.parameters import KINDS, to_pyreft
+from lowmem_reft.options import ExportPyreftOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.peft_method import type_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lowmem_reft.options import ExportPyreftOptions
 
 README = "README.md"
 

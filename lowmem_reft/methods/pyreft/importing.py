@@ -8,12 +8,14 @@ own tuner on an empty model of the base's architecture: no weights of the base a
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import LlamaConfig
 
 from lowmem_reft.base.blocks import component_path, find_blocks, hidden_size
@@ -25,15 +27,9 @@ from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.methods.pyreft.checkpoint import WEIGHTS_OF_BASE, PyreftCheckpoint, read_checkpoint
 from lowmem_reft.methods.pyreft.notes import import_notes
 from lowmem_reft.methods.pyreft.parameters import KINDS, from_pyreft
+from lowmem_reft.options import ImportPyreftOptions
 from lowmem_reft.reft.config import COMPONENTS, ReftConfig
 from lowmem_reft.reft.positions import num_groups, parse_positions
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from lowmem_reft.options import ImportPyreftOptions
 
 
 def run_import(options: ImportPyreftOptions) -> dict[str, Any]:
@@ -179,22 +175,13 @@ def _component(base: Any, checkpoint: PyreftCheckpoint, options: ImportPyreftOpt
             f"{options.directory} must edit {', '.join(COMPONENTS)}, got {component!r}; ReFT here "
             "has no such component"
         )
-    _check_component(blocks[0], component)
-    return component
-
-
-def _check_component(block: Any, component: str) -> None:
-    """Refuse a component that is another vector here than in pyreft.
-
-    Raises:
-        InputError: the block norms it first, and we edit it after that, pyreft before.
-    """
-    if "norm" in component_path(block, component):
+    if "norm" in component_path(blocks[0], component):
         raise InputError(
-            f"component must be block_output in {type(block).__name__}, got {component!r}: pyreft "
-            "edits it before its norm and we do after, which is not the same; there is no adapter "
-            "that holds both"
+            f"component must be block_output in {type(blocks[0]).__name__}, got {component!r}: "
+            "pyreft edits it before its norm and we do after, which is not the same; there is no "
+            "adapter that holds both"
         )
+    return component
 
 
 def _paths(block: Any) -> dict[str, str]:

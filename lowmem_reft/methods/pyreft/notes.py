@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.positions import parse_positions
-
-if TYPE_CHECKING:
-    from lowmem_reft.reft.config import ReftConfig
 
 _DATA_SETS = "ReftGenerationDataset, ReftSupervisedDataset and ReftClassificationDataset"
 _NEEDS_ADD_BIAS = ("noreft", "direft")
@@ -15,13 +11,7 @@ _ROUNDED = ("loreft", "orthogonal_direft")
 
 
 def import_notes(config: ReftConfig, *, model: str | None, is_interleaved: bool) -> list[str]:
-    """Return what the user of an imported adapter should know.
-
-    Args:
-        config: of the adapter.
-        model: the base that it was made for, if it was given.
-        is_interleaved: whether config.json lists untied interventions layer by layer.
-    """
+    """Return what the user of an imported adapter should know."""
     positions = parse_positions(config.positions)
     notes = [
         "pyreft's files hold no dropout: it is 0 here, which only further training would notice"

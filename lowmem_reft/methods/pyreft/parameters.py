@@ -80,15 +80,7 @@ def fitting_classes(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def check_tensors(class_name: str, tensors: Mapping[str, Tensor], where: str) -> tuple[int, int]:
-    """Check names, shapes and values of one intervention's tensors.
-
-    Args:
-        class_name: key of ``KINDS``.
-        tensors: as read from its file.
-        where: the file, for the message.
-
-    Returns:
-        Rank and hidden size.
+    """Check names, shapes and values of a file's tensors; return rank and hidden size.
 
     Raises:
         InputError: a tensor is missing, of another shape, or not finite.
@@ -120,13 +112,7 @@ def check_tensors(class_name: str, tensors: Mapping[str, Tensor], where: str) ->
 def from_pyreft(
     class_name: str, tensors: Mapping[str, Tensor], act: str | None, where: str
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """Turn checked tensors of pyreft's into the fp32 parameters of our intervention.
-
-    Args:
-        class_name: key of ``KINDS``.
-        tensors: of one file, see ``check_tensors``.
-        act: the non-linearity that it was trained with.
-        where: the file, for messages.
+    """Turn checked tensors of a file of pyreft's into the fp32 parameters of our intervention.
 
     Returns:
         Parameters by name, and what the user should know about them.
@@ -199,15 +185,7 @@ def orthogonal_columns(
 
 
 def to_pyreft(class_name: str, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the parameters of our intervention into the tensors that pyreft's class loads.
-
-    Args:
-        class_name: key of ``KINDS``.
-        ours: parameters by name, fp32.
-
-    Returns:
-        fp32 tensors by pyreft's names, and its two integers.
-    """
+    """Return the fp32 tensors, and two integers, that pyreft's class loads for our parameters."""
     kind = KINDS[class_name]
     theirs = {name: ours[own].float() for own, name in kind.copied.items()}
     if kind.rotation:
