@@ -6,7 +6,7 @@ import itertools
 import math
 import shlex
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ from lowmem_reft.memory.planner import (
 from lowmem_reft.memory.predict import Setting
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import find_method
-from lowmem_reft.options import ReuseOptions
+from lowmem_reft.options import ReuseOptions, written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
         InputError: the model, the card or the setting is not known or impossible.
     """
     report = _reporter(quiet=options.quiet or options.json)
-    if options.table:
+    if options.longest.table:
         return _run_table(options)
     card = Card.find(options.gpu, options.memory.memory_gib)
     if options.fit and card is None:
@@ -74,7 +74,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
         chosen = fit(planner, setting, lengths, report=report)
         if chosen is not None:
             setting, lengths = chosen.setting, chosen.lengths
-    plan = planner.plan(setting, lengths, num_examples=options.num_examples)
+    plan = planner.plan(setting, lengths, num_examples=options.store.num_examples)
     result = plan.as_json()
     console = Console(soft_wrap=True, highlight=False)
     if not options.json:
@@ -243,8 +243,8 @@ def setting_of(options: PlanOptions, card: Card | None) -> Setting:
         task_type=shape.task_type,
         num_labels=2 if shape.task_type == "SEQ_CLS" else None,
         attn_implementation=shape.attn_implementation,
-        reuse=stored_as(options.reuse, options.resident),
-        resident=options.resident,
+        reuse=stored_as(options.store.reuse, options.store.resident),
+        resident=options.store.resident,
         device_type=shape.device,
         bf16=bf16,
     )
@@ -361,9 +361,9 @@ def _print_fit(
     else:
         console.print("the fastest setting that fits (speed is estimated):")
         method = [
-            f"--{field.name.replace('_', '-')} {shlex.quote(str(value))}"
-            for field in fields(options.method)
-            if (value := getattr(options.method, field.name)) is not None
+            f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+            for name, value in written.values(options.method).items()
+            if value is not None
         ]
         console.print(
             f"lowmem-reft train --model {shlex.quote(options.shape.model)} --data FILE.jsonl "
@@ -381,7 +381,7 @@ def _run_table(options: PlanOptions) -> dict[str, Any]:
     """Find the longest context of every model with every method on every size of card."""
     rows: list[dict[str, Any]] = []
     models = [name.strip() for name in options.shape.model.split(",") if name.strip()]
-    specs = parse_methods(options.methods)
+    specs = parse_methods(options.longest.methods)
     total = len(models) * len(specs) * len(CARD_SIZES_GIB)
     with counter("finding the longest contexts", quiet=options.quiet or options.json) as done:
         for model, spec in itertools.product(models, specs):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.table import PROFILES, Method, find_method
+from lowmem_reft.options import written
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -34,9 +35,8 @@ class Request:
 
 def given_options(options: MethodOptions) -> dict[str, Any]:
     """Return the options that the user has set, without the method's name."""
-    values = {item.name: getattr(options, item.name) for item in fields(options)}
-    del values["method"]
-    return {key: value for key, value in values.items() if value is not None}
+    items = written.values(options).items()
+    return {name: value for name, value in items if value is not None and name != "method"}
 
 
 def check_options(options: MethodOptions) -> None:

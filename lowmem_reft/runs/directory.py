@@ -18,6 +18,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import write_text_whole
 from lowmem_reft.methods.entries import resolve_learning_rate
+from lowmem_reft.options import written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,7 +117,7 @@ def _settings(
         "model": f"checkpoint {card.base_digest}" if card.base_digest else card.base,
         "data": f"rows {card.data_digest}",
         **{name: getattr(card, name) for name in _OF_THE_CARD},
-        **asdict(options.method),
+        **written.values(options.method),
         **{name: getattr(optim, name) for name in _OF_THE_OPTIMIZER},
         "effective batch": processes.effective_batch(optim),
         "validation_data": f"rows {rows_digest(validation)}" if validation else None,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from lowmem_reft.options import written
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -38,7 +40,7 @@ class Trackers:
     """
 
     def __init__(self, options: TrainOptions, card: TrainingCard) -> None:
-        settings = {name: v for name, v in asdict(options.method).items() if v is not None}
+        settings = {name: v for name, v in written.values(options.method).items() if v is not None}
         self.facts = {**asdict(card), **settings}
         self._trainer: Any = None
         self._held: list[tuple[Any, Callable[..., None]]] = []
