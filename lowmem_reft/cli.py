@@ -55,13 +55,14 @@ from lowmem_reft.options import (
     SweepOptions,
     TasksOptions,
     TrainOptions,
+    written,
 )
 
 Options: TypeAlias = Any
 """An instance of a class of ``_COMMANDS``."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Command:
     options: Any
     """Dataclass that its flags and its help are made from."""
@@ -73,45 +74,24 @@ class _Command:
     """Whether it needs neither torch nor transformers."""
 
 
+_LISTING = {"prints_tables": True, "loads_nothing": True}
+
 _COMMANDS: dict[str, _Command] = {
-    "train": _Command(options=TrainOptions, handler="runs.train:run_training"),
-    "evaluate": _Command(options=EvaluateOptions, handler="runs.evaluate:run_evaluation"),
-    "generate": _Command(options=GenerateOptions, handler="runs.generate:run_generation"),
-    "chat": _Command(options=ChatOptions, handler="runs.chat:run_chat"),
-    "compare": _Command(options=CompareOptions, handler="compare.matrix:run_comparison"),
-    "report": _Command(
-        options=ReportOptions, handler="compare.report.joining:run_report", loads_nothing=True
-    ),
-    "judge": _Command(options=JudgeOptions, handler="runs.judge:run_judge"),
-    "sweep": _Command(options=SweepOptions, handler="compare.sweep:run_sweep"),
-    "plan": _Command(options=PlanOptions, handler="memory.verdict:run_plan", prints_tables=True),
-    "profile": _Command(
-        options=ProfileOptions, handler="memory.profile:run_profile", prints_tables=True
-    ),
-    "tasks": _Command(
-        options=TasksOptions,
-        handler="data.tasks.listing:run_tasks",
-        prints_tables=True,
-        loads_nothing=True,
-    ),
-    "methods": _Command(
-        options=MethodsOptions,
-        handler="methods.listing:run_methods",
-        prints_tables=True,
-        loads_nothing=True,
-    ),
-    "reuse": _Command(
-        options=ReuseCommandOptions,
-        handler="reuse.command:run_reuse",
-        prints_tables=True,
-        loads_nothing=True,
-    ),
-    "import-pyreft": _Command(
-        options=ImportPyreftOptions, handler="methods.pyreft.importing:run_import"
-    ),
-    "export-pyreft": _Command(
-        options=ExportPyreftOptions, handler="methods.pyreft.exporting:run_export"
-    ),
+    "train": _Command(TrainOptions, "runs.train:run_training"),
+    "evaluate": _Command(EvaluateOptions, "runs.evaluate:run_evaluation"),
+    "generate": _Command(GenerateOptions, "runs.generate:run_generation"),
+    "chat": _Command(ChatOptions, "runs.chat:run_chat"),
+    "compare": _Command(CompareOptions, "compare.matrix:run_comparison"),
+    "report": _Command(ReportOptions, "compare.report.joining:run_report", loads_nothing=True),
+    "judge": _Command(JudgeOptions, "runs.judge:run_judge"),
+    "sweep": _Command(SweepOptions, "compare.sweep:run_sweep"),
+    "plan": _Command(PlanOptions, "memory.verdict:run_plan", prints_tables=True),
+    "profile": _Command(ProfileOptions, "memory.profile:run_profile", prints_tables=True),
+    "tasks": _Command(TasksOptions, "data.tasks.listing:run_tasks", **_LISTING),
+    "methods": _Command(MethodsOptions, "methods.listing:run_methods", **_LISTING),
+    "reuse": _Command(ReuseCommandOptions, "reuse.command:run_reuse", **_LISTING),
+    "import-pyreft": _Command(ImportPyreftOptions, "methods.pyreft.importing:run_import"),
+    "export-pyreft": _Command(ExportPyreftOptions, "methods.pyreft.exporting:run_export"),
 }
 
 _FORMER = {"cache": "reuse"}
@@ -212,17 +192,14 @@ def _parse(arguments: list[str]) -> Options:
         SystemExit: the help was asked for, or tyro has said what is wrong.
     """
     # tyro knows of the one subcommand alone, so what it suggests for a typo is an option of that.
-    name, is_known = (
-        arguments[0] if arguments else "",
-        bool(arguments) and arguments[0] in _COMMANDS,
-    )
+    command = _COMMANDS.get(arguments[0]) if arguments else None
 
     def parse() -> Options:
         options: Options = tyro.cli(
-            _COMMANDS[name].options if is_known else _all_commands(),
-            prog=f"lowmem-reft {name}" if is_known else "lowmem-reft",
-            description=None if is_known else _DESCRIPTION,
-            args=arguments[1:] if is_known else arguments,
+            command.options if command else _all_commands(),
+            prog=f"lowmem-reft {arguments[0]}" if command else "lowmem-reft",
+            description=None if command else _DESCRIPTION,
+            args=arguments[1:] if command else arguments,
             config=(
                 tyro.conf.OmitArgPrefixes,  # --rank, not --method.rank
                 tyro.conf.DisallowNone,  # "--rank INT", not "--rank {None}|INT"
@@ -258,8 +235,8 @@ def _all_commands() -> Any:
 
 def _run(command: _Command, options: Options) -> int:
     """Run the handler, print its result and return how many cells of a comparison failed."""
-    as_json, quiet = _as_json_and_quiet(options)
-    quiet = quiet or not processes.is_main()
+    said = written.values(options)
+    as_json, quiet = said.get("json", False), said["quiet"] or not processes.is_main()
     show_bars(not quiet)
     with _stdout_to_stderr() if as_json else contextlib.nullcontext():
         with _collector_paused():
@@ -278,15 +255,6 @@ def _run(command: _Command, options: Options) -> int:
         _print_summary(result)
     sys.stdout.flush()
     return int(result.get("num_failed", 0))
-
-
-def _as_json_and_quiet(options: Options) -> tuple[bool, bool]:
-    if isinstance(options, ChatOptions):
-        return False, options.quiet
-    if isinstance(options, ReuseCommandOptions):
-        return options.action.json, options.action.quiet
-    switches = options.run if isinstance(options, TrainOptions) else options
-    return bool(switches.json), bool(switches.quiet)
 
 
 def _hide_bars_of_transformers() -> None:

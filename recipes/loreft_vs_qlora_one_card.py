@@ -42,7 +42,16 @@ from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
 from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.memory.search import Candidate, describe, fit, memory_ladder
 from lowmem_reft.methods import MethodSpec, parse_methods
-from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions, Storage
+from lowmem_reft.options import (
+    BaseOptions,
+    CompareOptions,
+    MatrixOptions,
+    MemoryOptions,
+    OptimOptions,
+    RowsOptions,
+    ScoredOptions,
+    Storage,
+)
 
 METHODS = "loreft[rank=8,positions=f7+l7],qlora[rank=16]"
 TINY_METHODS = "loreft[rank=8,lr=4e-3],qlora[rank=8,lr=2e-3]"
@@ -193,14 +202,15 @@ def plan_method(
 
 def _comparison(config: Config, card: Card, methods: str) -> CompareOptions:
     return CompareOptions(
-        model=config.model,
-        data=config.data,
-        eval_data=config.eval_data,
-        methods=methods,
-        seeds=config.seeds,
-        max_length=config.max_length,
-        limit=config.limit,
-        eval_limit=config.limit,
+        base=BaseOptions(model=config.model),
+        rows=RowsOptions(
+            data=config.data,
+            eval_data=config.eval_data,
+            max_length=config.max_length,
+            limit=config.limit,
+        ),
+        scored=ScoredOptions(eval_limit=config.limit),
+        matrix=MatrixOptions(methods=methods, seeds=config.seeds),
         optim=OptimOptions(epochs=config.epochs, batch_size=config.batch_size),
         memory=MemoryOptions(memory_gib=card.memory_bytes / GIB),
         output_dir=config.output_dir,

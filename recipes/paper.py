@@ -23,7 +23,7 @@ from rich.table import Table
 from lowmem_reft.compare import run_comparison
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import parse_methods
-from lowmem_reft.options import CompareOptions, MemoryOptions, Storage, Workers
+from lowmem_reft.options import CompareOptions, MemoryOptions, Storage, Workers, written
 
 _WIDE = 150
 AnyConfig = TypeVar("AnyConfig")
@@ -77,7 +77,7 @@ def compare(
         config: What the user chose.
         methods: The recipe's methods, unless the user names others.
         num_validation: Rows to choose the epoch by; None takes all.
-        changes: What the experiment sets of ``CompareOptions``.
+        changes: What the experiment sets of ``CompareOptions``, by the names of its flags.
 
     Raises:
         InputError: An option, a method, the model or a file is wrong.
@@ -97,7 +97,7 @@ def compare(
         "workers": config.workers,
         "output_dir": config.output_dir,
     }
-    return run_comparison(CompareOptions(**{**options, **changes}))
+    return run_comparison(written.build(CompareOptions, **{**options, **changes}))
 
 
 def with_overrides(methods: str, **values: object) -> str:

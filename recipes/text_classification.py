@@ -28,7 +28,15 @@ from lowmem_reft.data.rows import Row, as_records, holdout
 from lowmem_reft.data.tasks.registry import file_rows, find_task
 from lowmem_reft.data.tasks.task import Split
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import CompareOptions, OptimOptions, ReuseOptions
+from lowmem_reft.options import (
+    BaseOptions,
+    CompareOptions,
+    MatrixOptions,
+    OptimOptions,
+    ReuseOptions,
+    RowsOptions,
+    ScoredOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -178,16 +186,20 @@ def main(config: Config) -> dict[str, object]:
         test = write_rows(directory / "test.jsonl", read(plan.test))
     return run_comparison(
         CompareOptions(
-            model=config.model,
-            data=str(train),
-            eval_data=str(test),
-            template=find_task(config.task).template,
-            compute_dtype="fp32",  # blocks this small are slower in bf16 on a CPU
-            methods=config.methods or stages[config.stage],
-            seeds=config.seeds or ("0" if config.stage == "search" else "0,1,2"),
+            # Blocks this small are slower in bf16 on a CPU.
+            base=BaseOptions(model=config.model, compute_dtype="fp32"),
+            rows=RowsOptions(
+                data=str(train),
+                eval_data=str(test),
+                template=find_task(config.task).template,
+                limit=config.limit,
+            ),
+            scored=ScoredOptions(eval_limit=config.limit),
+            matrix=MatrixOptions(
+                methods=config.methods or stages[config.stage],
+                seeds=config.seeds or ("0" if config.stage == "search" else "0,1,2"),
+            ),
             output_dir=directory / config.stage,
-            limit=config.limit,
-            eval_limit=config.limit,
             optim=OptimOptions(epochs=config.epochs or plan.epochs, batch_size=16),
             reuse=ReuseOptions(reuse="auto" if config.stage == "frontier" else "off"),
             workers=config.workers,

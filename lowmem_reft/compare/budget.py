@@ -32,6 +32,7 @@ from lowmem_reft.options import (
     MemoryOptions,
     MethodOptions,
     TrainOptions,
+    written,
 )
 from lowmem_reft.runs.fitting import required_gib
 from lowmem_reft.runs.resolve import resolve
@@ -73,11 +74,11 @@ def equalize(
     Raises:
         InputError: the reference cannot be trained, or something that is chosen here is given.
     """
-    (reference,) = parse_methods(options.budget_reference or specs[0].label)[:1]
-    plain = replace(options, equal=None, budget_reference=None)
-    if options.equal == "params":
+    (reference,) = parse_methods(options.matrix.budget_reference or specs[0].label)[:1]
+    plain = written.changed(options, equal=None, budget_reference=None)
+    if options.matrix.equal == "params":
         return _equal_params(plain, specs, reference, cells_of)
-    if options.equal == "memory":
+    if options.matrix.equal == "memory":
         return _equal_memory(plain, specs, reference, cells_of)
     return _equal_time(plain, specs, reference, cells_of, run)
 
@@ -159,7 +160,7 @@ def _equal_params(
     options: CompareOptions, specs: Sequence[MethodSpec], reference: MethodSpec, cells_of: CellsOf
 ) -> Equalized:
     model = _train_options(options, reference, cells_of).model.model
-    counter = ParameterCounter(load_config(model), options.task_type)
+    counter = ParameterCounter(load_config(model), options.base.task_type)
     target = counter(reference.options)
     chosen, notes = [], {}
     for spec in specs:
@@ -220,7 +221,7 @@ def _equal_memory(
     budget = required_gib(resolve(train))
     note = f"equal memory: at most {budget:g} GiB, which {reference.label} needs"
     return Equalized(
-        options=replace(options, memory=replace(options.memory, memory_gib=budget)),
+        options=written.changed(options, memory_gib=budget),
         specs=list(specs),
         notes={spec.label: note for spec in specs},
     )
@@ -272,7 +273,7 @@ def _step_times(
     options: CompareOptions, specs: Sequence[MethodSpec], cells_of: CellsOf, run: RunCells
 ) -> dict[str, float | str]:
     """Return each method's median seconds per step, or why it has none, from short runs."""
-    short = replace(
+    short = written.changed(
         options, output_dir=options.output_dir / "timing", eval_limit=1, validation_limit=1
     )
     cells: dict[str, Cell] = {}

@@ -11,20 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft.machine.files import write_json
-from lowmem_reft.options import (
-    DataOptions,
-    EvaluateOptions,
-    HarnessOptions,
-    HeldOutOptions,
-    MemoryOptions,
-    MethodOptions,
-    ModelOptions,
-    OptimOptions,
-    ReuseOptions,
-    RunOptions,
-    ScoringOptions,
-    TrainOptions,
-)
+from lowmem_reft.options import EvaluateOptions, TrainOptions, written
 
 Result = dict[str, Any]
 """The content of a ``result.json``: the fields of ``EMPTY_RESULT`` and those of ``Cell.record``."""
@@ -113,8 +100,8 @@ def read_cell(path: Path) -> Cell:
     content = json.loads(path.read_text(encoding="utf-8"))
     return Cell(
         directory=path.parent,
-        train=_train_options(content["train"]) if content["train"] else None,
-        evaluate=_evaluate_options(content["evaluate"]),
+        train=written.build(TrainOptions, **content["train"]) if content["train"] else None,
+        evaluate=written.build(EvaluateOptions, **content["evaluate"]),
         record=content["record"],
     )
 
@@ -123,37 +110,3 @@ def failed_result(cell: Cell, error: str, wall_time_s: float) -> Result:
     """The row of a cell that did not finish: what was known before, and the error on one line."""
     error = " ".join(error.split())[:_MAX_ERROR_CHARACTERS]
     return {**EMPTY_RESULT, **cell.record, "wall_time_s": wall_time_s, "error": error}
-
-
-def _train_options(content: dict[str, Any]) -> TrainOptions:
-    run = content["run"]
-    return TrainOptions(
-        model=ModelOptions(**content["model"]),
-        data=DataOptions(**content["data"]),
-        held_out=HeldOutOptions(**content["held_out"]),
-        scoring=ScoringOptions(**content["scoring"]),
-        method=MethodOptions(**content["method"]),
-        optim=OptimOptions(**content["optim"]),
-        memory=MemoryOptions(**content["memory"]),
-        reuse=_reuse_options(content["reuse"]),
-        run=RunOptions(**{**run, "output_dir": Path(run["output_dir"])}),
-    )
-
-
-def _evaluate_options(content: dict[str, Any]) -> EvaluateOptions:
-    paths = {
-        name: Path(content[name]) if content[name] else None for name in ("adapter", "predictions")
-    }
-    groups = {
-        "model": ModelOptions(**content["model"]),
-        "data": DataOptions(**content["data"]),
-        "harness": HarnessOptions(),
-        "scoring": ScoringOptions(**content["scoring"]),
-        "reuse": _reuse_options(content["reuse"]),
-    }
-    return EvaluateOptions(**{**content, **paths, **groups})
-
-
-def _reuse_options(content: dict[str, Any]) -> ReuseOptions:
-    directory = content["reuse_dir"]
-    return ReuseOptions(**{**content, "reuse_dir": Path(directory) if directory else None})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from lowmem_reft.compare import report
@@ -22,7 +22,7 @@ from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.compare.sources import Sources, find_all_sources
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import MethodSpec, expand_methods, parse_methods
-from lowmem_reft.options import CompareOptions
+from lowmem_reft.options import CompareOptions, written
 
 DEFAULT_METHODS = "loreft,loreft[storage=bf16],lora,qlora"
 EMBEDDED_METHODS = (
@@ -47,14 +47,14 @@ def run_comparison(
     Raises:
         InputError: The methods, seeds, model or data are wrong.
     """
-    every = options.methods == "all"
-    embedded = options.model is None and options.data is None
-    methods = expand_methods(options.methods or default_methods(options), embedded=embedded)
-    reference = options.budget_reference and expand_methods(
-        options.budget_reference, embedded=embedded
+    every = options.matrix.methods == "all"
+    chosen, embedded = options.matrix, options.is_embedded
+    methods = expand_methods(chosen.methods or default_methods(options), embedded=embedded)
+    reference = chosen.budget_reference and expand_methods(
+        chosen.budget_reference, embedded=embedded
     )
-    options = replace(options, methods=methods, budget_reference=reference)
-    specs, seeds = parse_methods(options.methods or ""), parse_seeds(options.seeds)
+    options = written.changed(options, methods=methods, budget_reference=reference)
+    specs, seeds = parse_methods(methods), parse_seeds(options.matrix.seeds)
     cells = [
         cell
         for sources in find_all_sources(options)
@@ -64,12 +64,12 @@ def run_comparison(
         results = run_cells(
             cells, observer=progress, workers=options.workers, child_command=child_command
         )
-    written = report.write_results(results, options.output_dir)
+    files = report.write_results(results, options.output_dir)
     rows = aggregate(results)
     if not options.quiet:
         print_table(rows)
     return {
-        **written,
+        **files,
         "num_cells": len(results),
         "num_failed": sum(
             # Of all methods, some are refused for a reason that their rows state.
@@ -88,7 +88,7 @@ def _cells_of_task(
     child_command: Sequence[str],
 ) -> list[Cell]:
     """The cells of one task, with equal budgets if they are asked for."""
-    if options.equal is None:
+    if options.matrix.equal is None:
         return build_cells(options, specs, seeds, sources)
     from lowmem_reft.compare.budget import equalize  # torch, which nothing else here needs
 
@@ -116,8 +116,7 @@ def is_refused(result: Result) -> bool:
 
 def default_methods(options: CompareOptions) -> str:
     """The methods when none are named; the tiny model wants higher learning rates."""
-    embedded = options.model is None and options.data is None
-    return EMBEDDED_METHODS if embedded else DEFAULT_METHODS
+    return EMBEDDED_METHODS if options.is_embedded else DEFAULT_METHODS
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lowmem_reft.compare.cell import Cell, Result
-from lowmem_reft.compare.engines import Run, open_engine, stop
+from lowmem_reft.compare.engines import Running, open_engine, stop
 from lowmem_reft.compare.engines.launch import CHILD_COMMAND, read_result
 from lowmem_reft.options import Workers
 
@@ -70,7 +70,7 @@ def _run_all(
     workers: Workers,
     child_command: Sequence[str],
 ) -> None:
-    running: list[Run] = []
+    running: list[Running] = []
     with open_engine(workers, child_command=child_command) as engine:
         try:
             while waiting or running:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -21,7 +21,7 @@ from lowmem_reft.data.tasks.registry import find_task, load_task
 from lowmem_reft.data.tasks.task import Split, Task
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import provenance
-from lowmem_reft.options import CompareOptions, ScoringOptions
+from lowmem_reft.options import CompareOptions, ScoringOptions, written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,11 @@ def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list
     Raises:
         InputError: a task is unknown or named twice, or its files or the model are not there.
     """
-    if options.tasks is None:
+    if options.scored.tasks is None:
         return [find_sources(options)]
-    names = [name.strip() for name in options.tasks.split(",")]
+    names = [name.strip() for name in options.scored.tasks.split(",")]
     if len(set(names)) < len(names):
-        raise InputError(f"tasks must be different, got {options.tasks!r}; drop one")
+        raise InputError(f"tasks must be different, got {options.scored.tasks!r}; drop one")
     return [_task_sources(options, name, scored) for name in names]
 
 
@@ -71,25 +71,27 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
 
     Training rows are drawn with a fixed seed if there is a limit: files are often sorted.
     """
-    task, trained = find_task(name), find_task(options.train_task or name)
+    task, trained = find_task(name), find_task(options.scored.train_task or name)
     paths, digests = {}, {}
     splits: tuple[tuple[Task, Split, int | None], ...] = (
-        (trained, "train", options.limit),
-        (trained, "validation", options.validation_limit),
-        (task, scored, options.eval_limit),
+        (trained, "train", options.rows.limit),
+        (trained, "validation", options.rows.validation_limit),
+        (task, scored, options.scored.eval_limit),
     )
     for of, split, limit in splits:
-        rows = load_task(of.name, split, data_dir=options.data_dir, task_type=options.task_type)
+        rows = load_task(
+            of.name, split, data_dir=options.rows.data_dir, task_type=options.base.task_type
+        )
         if split == "train" and limit is not None and limit < len(rows):
             rows = random.Random(0).sample(rows, limit)
         rows = rows[:limit]
         path = options.output_dir / "data" / of.name / f"{split}.jsonl"
         paths[split] = str(write_rows(path, rows))
         digests[split] = rows_digest(rows)
-    model = options.model or str(embedded.model_dir())
+    model = options.base.model or str(embedded.model_dir())
     return Sources(
         model=model,
-        model_name=options.model or "embedded-llama",
+        model_name=options.base.model or "embedded-llama",
         model_digest=model_digest(model),
         train=paths["train"],
         train_digest=digests["train"],
@@ -98,8 +100,8 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
         evaluate=paths[scored],
         evaluate_digest=digests[scored],
         task=task.name,
-        template=options.template or task.template,
-        train_template=options.template or trained.template,
+        template=options.rows.template or task.template,
+        train_template=options.rows.template or trained.template,
         scoring=_scoring(options, task),
         train_scoring=_scoring(options, trained),
     )
@@ -114,12 +116,7 @@ def _scoring(options: CompareOptions, task: Task) -> ScoringOptions:
         "extractor": task.answer,
         "max_new_tokens": task.max_new_tokens,
     }
-    given = {
-        item.name: value
-        for item in fields(ScoringOptions)
-        if (value := getattr(options.scoring, item.name)) != item.default
-    }
-    return ScoringOptions(**{**own, **given})
+    return ScoringOptions(**{**own, **written.given(options.scoring)})
 
 
 def find_sources(options: CompareOptions) -> Sources:
@@ -131,25 +128,21 @@ def find_sources(options: CompareOptions) -> Sources:
     to read.
 
     Raises:
-        InputError: The model or the data are not there, or there is evaluation data without
-        training data.
+        InputError: The model or the data are not there.
     """
-    if options.data is None and options.eval_data is not None:
-        raise InputError(
-            f"eval_data must come with data, got {options.eval_data!r} alone; add --data"
-        )
-    train, evaluation = options.data, options.eval_data
+    given = options.rows
+    train, evaluation = given.data, given.eval_data
     if train is None:
         train, evaluation = map(str, embedded.task_files())
-    train_rows = load_rows(train, split=options.split)
+    train_rows = load_rows(train, split=given.split)
     if evaluation is None:
         train_rows, evaluation_rows = holdout(train_rows)
     else:
-        evaluation_rows = load_rows(evaluation, split=options.eval_split)
-    validation, validation_rows = options.validation_data, []
+        evaluation_rows = load_rows(evaluation, split=given.eval_split)
+    validation, validation_rows = given.validation_data, []
     if validation is not None:
-        validation_rows = load_rows(validation, split=options.validation_split)
-    classes = any(row.kind == "label" for row in train_rows) and options.task_type != "SEQ_CLS"
+        validation_rows = load_rows(validation, split=given.validation_split)
+    classes = any(row.kind == "label" for row in train_rows) and options.base.task_type != "SEQ_CLS"
     if classes:
         names = label_names([*train_rows, *validation_rows, *evaluation_rows])
         train_rows, validation_rows, evaluation_rows = (
@@ -161,10 +154,10 @@ def find_sources(options: CompareOptions) -> Sources:
     if classes and validation is not None:
         path = options.output_dir / "data" / "validation.jsonl"
         validation = str(write_rows(path, validation_rows))
-    model = options.model or str(embedded.model_dir())
+    model = options.base.model or str(embedded.model_dir())
     return Sources(
         model=model,
-        model_name=options.model or "embedded-llama",
+        model_name=options.base.model or "embedded-llama",
         model_digest=model_digest(model),
         train=train,
         train_digest=rows_digest(train_rows),
@@ -172,9 +165,9 @@ def find_sources(options: CompareOptions) -> Sources:
         validation_digest=rows_digest(validation_rows) if validation_rows else None,
         evaluate=evaluation,
         evaluate_digest=rows_digest(evaluation_rows),
-        task=task_name(options.data) if options.data else "embedded-task",
-        template=options.template,
-        train_template=options.template,
+        task=task_name(options.rows.data) if options.rows.data else "embedded-task",
+        template=options.rows.template,
+        train_template=options.rows.template,
         scoring=options.scoring,
         train_scoring=options.scoring,
     )

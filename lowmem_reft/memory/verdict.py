@@ -20,7 +20,7 @@ from lowmem_reft.memory.predict import Lengths, Setting, stored_as
 from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import find_method
-from lowmem_reft.options import ReuseOptions
+from lowmem_reft.options import ReuseOptions, written
 
 if TYPE_CHECKING:
     from lowmem_reft.options import LengthOptions, PlanOptions
@@ -42,7 +42,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
         InputError: the model, the card or the setting is not known or impossible.
     """
     report = reporter(quiet=options.quiet or options.json)
-    if options.table:
+    if options.longest.table:
         return _run_table(options)
     card = Card.find(options.gpu, options.memory.memory_gib)
     if options.fit and card is None:
@@ -56,7 +56,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
         chosen = fit(planner, setting, lengths, report=report)
         if chosen is not None:
             setting, lengths = chosen.setting, chosen.lengths
-    plan = planner.plan(setting, lengths, num_examples=options.num_examples)
+    plan = planner.plan(setting, lengths, num_examples=options.store.num_examples)
     result = plan.as_json()
     console = Console(soft_wrap=True, highlight=False, quiet=options.json)
     _print_plan(console, options.shape.model, plan)
@@ -88,8 +88,8 @@ def setting_of(options: PlanOptions, card: Card | None) -> Setting:
         task_type=shape.task_type,
         num_labels=2 if shape.task_type == "SEQ_CLS" else None,
         attn_implementation=shape.attn_implementation,
-        reuse=stored_as(options.reuse, options.resident),
-        resident=options.resident,
+        reuse=stored_as(options.store.reuse, options.store.resident),
+        resident=options.store.resident,
         device_type=shape.device,
         bf16=bf16,
     )
@@ -194,7 +194,7 @@ def _print_fit(
         console.print("the fastest setting that fits (speed is estimated):")
         method = [
             f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
-            for name, value in vars(options.method).items()
+            for name, value in written.values(options.method).items()
             if value is not None
         ]
         console.print(
@@ -214,7 +214,7 @@ def _run_table(options: PlanOptions) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     table = Table("model", "method", "base", *(f"{size} GB" for size in CARD_SIZES_GIB))
     models = [name.strip() for name in options.shape.model.split(",") if name.strip()]
-    specs = parse_methods(options.methods)
+    specs = parse_methods(options.longest.methods)
     total = len(models) * len(specs) * len(CARD_SIZES_GIB)
     with counter("finding the longest contexts", quiet=options.quiet or options.json) as done:
         for model, spec in itertools.product(models, specs):

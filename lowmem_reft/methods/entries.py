@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.table import METHODS, check_options, check_storage, find_method
-from lowmem_reft.options import MethodOptions, OptimOptions, Storage
+from lowmem_reft.options import MethodOptions, OptimOptions, Storage, written
+
+_OWN, _OPTIM = written.types(MethodOptions), written.types(OptimOptions)
+del _OWN["method"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +86,16 @@ def _parse_method(entry: str) -> MethodSpec:
         key = {"r": "rank"}.get(key.strip(), key.strip().replace("-", "_"))
         if equals and key == "storage":
             storage = _storage(value.strip(), entry)
-        elif equals and key in _names(MethodOptions) - {"method"}:
-            own[key] = _convert(MethodOptions, key, value.strip(), entry)
-        elif equals and key in _names(OptimOptions):
-            optim[key] = _convert(OptimOptions, key, value.strip(), entry)
+        elif equals and key in _OWN:
+            own[key] = _convert(_OWN[key], key, value.strip(), entry)
+        elif equals and key in _OPTIM:
+            optim[key] = _convert(_OPTIM[key], key, value.strip(), entry)
         else:
-            known = sorted(_names(MethodOptions, OptimOptions) - {"method"} | {"storage"})
+            known = sorted({*_OWN, *_OPTIM, "storage"})
             raise InputError(
                 f"overrides of {entry!r} must be among {', '.join(known)}, got {item!r}; mend it"
             )
-    options = MethodOptions(method=match["name"], **own)
+    options = written.build(MethodOptions, method=match["name"], **own)
     check_options(options)
     check_storage(match["name"], storage)
     return MethodSpec(
@@ -109,12 +112,7 @@ def _storage(value: str, entry: str) -> str:
     return value
 
 
-def _names(*classes: type) -> set[str]:
-    return {item.name for cls in classes for item in fields(cls)}
-
-
-def _convert(cls: type, key: str, value: str, entry: str) -> Any:
-    kind = get_type_hints(cls)[key]
+def _convert(kind: Any, key: str, value: str, entry: str) -> Any:
     kinds = getattr(kind, "__args__", (kind,))
     for target in (int, float):
         if target in kinds:

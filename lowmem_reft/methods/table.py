@@ -6,11 +6,11 @@ builder to ``configs.BUILDERS``. No torch is imported here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import MethodOptions, Storage
+from lowmem_reft.options import MethodOptions, Storage, written
 from lowmem_reft.options.values import QUANTIZED, check_choice
 
 Family = Literal["reft", "lora", "lora_reft", "ia3", "ln_tuning", "virtual_tokens", "weights"]
@@ -250,9 +250,8 @@ def find_method(name: str) -> Method:
 
 def given_options(options: MethodOptions) -> dict[str, Any]:
     """Return the options that the user has set, without the method's name."""
-    values = {item.name: getattr(options, item.name) for item in fields(options)}
-    del values["method"]
-    return {key: value for key, value in values.items() if value is not None}
+    items = written.values(options).items()
+    return {name: value for name, value in items if value is not None and name != "method"}
 
 
 def check_options(options: MethodOptions) -> None:

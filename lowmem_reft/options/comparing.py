@@ -13,6 +13,7 @@ from lowmem_reft.options.groups import MemoryOptions, OptimOptions, ReuseOptions
 from lowmem_reft.options.values import (
     ComputeDtype,
     Storage,
+    Switches,
     TaskType,
     Workers,
     check_directory,
@@ -21,34 +22,98 @@ from lowmem_reft.options.values import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
-    """Train and score every method with every seed, each in its own process."""
+class BaseOptions:
+    """The frozen base, which each method has stored as it needs it."""
 
     model: str | None = None
     """Hub id or local directory; default: the tiny model that the package ships."""
     task_type: TaskType = "CAUSAL_LM"
     """CAUSAL_LM, or SEQ_CLS for a classification head."""
-    tasks: str | None = None
-    """Comma-separated names that lowmem-reft tasks lists: rows, prompts, metrics and splits are
-    the task's own, and each adapter is that of its best epoch on the task's validation rows."""
-    train_task: str | None = None
-    """Train on this task's rows (commonsense170k, math10k, ...): each adapter once, to be scored on
-    all of --tasks."""
+    compute_dtype: ComputeDtype = "auto"
+    """Arithmetic of the base."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsOptions:
+    """The rows to train on, to choose by and to score, and how they become tokens."""
+
     data_dir: Path | None = None
-    """Directory with the files of --tasks; default: their hub ids."""
+    """Directory with the files of the named task or tasks; default: their hub ids."""
     data: str | None = None
     """Training rows (see train --data); default: the small task that the package ships."""
     validation_data: str | None = None
-    """Rows to choose the best epoch by; default with --data: the last epoch is kept."""
+    """Rows to choose by. Default with --data: compare keeps the last epoch of each training, sweep
+    scores its trials on a fixed tenth of the training rows."""
     eval_data: str | None = None
-    """Rows to score; default with --data: a fixed tenth of the training rows, held out."""
+    """Test rows, which compare scores and sweep only names in the command that it prints. Default
+    with --data: a fixed tenth of the training rows, put aside."""
     split: str = "train"
     """Split of --data where that is a datasets id."""
     validation_split: str = "validation"
     """Split of --validation-data where that is a datasets id."""
     eval_split: str = "test"
     """Split of --eval-data where that is a datasets id."""
-    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    template: str | None = None
+    """How a prompt is written; default: the named task's, else "{prompt}"."""
+    max_length: int = 512
+    """Tokens of prompt + response."""
+    limit: int | None = None
+    """Use only the first N training rows (of a task: N rows drawn with a fixed seed)."""
+    validation_limit: int | None = None
+    """Choose by the first N validation rows only."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(
+            max_length=self.max_length, limit=self.limit, validation_limit=self.validation_limit
+        )
+
+    def check_source(self, **named: str | None) -> None:
+        """Refuse rows from two places: a task, by the option that names it, and files of rows.
+
+        Raises:
+            InputError: There are both, or files without training rows.
+        """
+        for name in ("data", "validation_data", "eval_data"):
+            value = getattr(self, name)
+            for option, task in named.items():
+                if value is not None and task is not None:
+                    raise InputError(
+                        f"{option} must be given without {name}, got both; a task has rows of its "
+                        "own"
+                    )
+            if value is not None and self.data is None:
+                raise InputError(f"{name} must come with data, got {value!r} alone; add --data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredOptions:
+    """Tasks by name, and how much of what is scored."""
+
+    tasks: str | None = None
+    """Comma-separated names that lowmem-reft tasks lists: rows, prompts, metrics and splits are
+    the task's own, and each adapter is that of its best epoch on the task's validation rows."""
+    train_task: str | None = None
+    """Train on this task's rows (commonsense170k, math10k, ...): each adapter once, to be scored on
+    all of --tasks."""
+    eval_limit: int | None = None
+    """Score only the first N evaluation rows."""
+
+    def __post_init__(self) -> None:
+        """Check the count, and that there is something to score."""
+        check_counts(eval_limit=self.eval_limit)
+        if self.train_task is not None and self.tasks is None:
+            raise InputError(
+                f"train_task must come with tasks, got {self.train_task!r} alone; add --tasks"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixOptions:
+    """What is put side by side, with which budgets and seeds."""
+
     methods: str | None = None
     """Comma-separated names, with overrides in brackets: loreft[rank=8,positions=l1].
     Default: loreft,loreft[storage=bf16],lora,qlora; all: the whole table of methods. With the tiny
@@ -61,66 +126,48 @@ class CompareOptions:
     """Method that sets the budget of --equal, written as in --methods; default: the first."""
     seeds: str = "0"
     """Comma-separated seeds."""
-    output_dir: Path = Path("compare-results")
-    """Where cells, results.json, results.csv, plots and report.html go; finished cells there are
-    not run again."""
-    template: str | None = None
-    """How a prompt is written; default: "{prompt}"."""
-    max_length: int = 512
-    """Tokens of prompt + response."""
-    limit: int | None = None
-    """Use only the first N training rows (of a task: N rows drawn with a fixed seed)."""
-    validation_limit: int | None = None
-    """Choose the epoch by the first N validation rows only."""
-    eval_limit: int | None = None
-    """Score only the first N evaluation rows."""
-    compute_dtype: ComputeDtype = "auto"
-    """Arithmetic of the base."""
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
-    optim: OptimOptions = field(default_factory=OptimOptions)
-    memory: MemoryOptions = field(default_factory=MemoryOptions)
-    reuse: ReuseOptions = field(default_factory=lambda: ReuseOptions(reuse="off"))
-    workers: Workers = 1
-    """Cells that run at the same time, or ray: as many as a Ray cluster has room for (RAY_ADDRESS,
-    or the one that runs here, else a new one on this machine)."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """No progress bar."""
 
     def __post_init__(self) -> None:
-        """Check the counts."""
-        check_counts(
-            workers=None if self.workers == "ray" else self.workers,
-            max_length=self.max_length,
-            limit=self.limit,
-            validation_limit=self.validation_limit,
-            eval_limit=self.eval_limit,
-        )
+        """Check that a reference has something to be one for."""
         if self.budget_reference is not None and self.equal is None:
             raise InputError(
                 f"budget_reference must come with equal, got {self.budget_reference!r} alone; add "
                 "--equal params, memory or time"
             )
-        if self.train_task is not None and self.tasks is None:
-            raise InputError(
-                f"train_task must come with tasks, got {self.train_task!r} alone; add --tasks"
-            )
-        given = [name for name in ("data", "validation_data", "eval_data") if getattr(self, name)]
-        if self.tasks is not None and given:
-            raise InputError(
-                f"tasks must be given without {given[0]}, got both; a task has rows of its own"
-            )
-        if self.validation_data is not None and self.data is None:
-            raise InputError(
-                f"validation_data must come with data, got {self.validation_data!r} alone; "
-                "add --data"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class CompareOptions(Switches):
+    """Train and score every method with every seed, each in its own process."""
+
+    base: BaseOptions = field(default_factory=BaseOptions)
+    rows: RowsOptions = field(default_factory=RowsOptions)
+    scored: ScoredOptions = field(default_factory=ScoredOptions)
+    matrix: MatrixOptions = field(default_factory=MatrixOptions)
+    output_dir: Path = Path("compare-results")
+    """Where cells, results.json, results.csv, plots and report.html go; finished cells there are
+    not run again."""
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    reuse: ReuseOptions = field(default_factory=lambda: ReuseOptions(reuse="off"))
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    workers: Workers = 1
+    """Cells that run at the same time, or ray: as many as a Ray cluster has room for (RAY_ADDRESS,
+    or the one that runs here, else a new one on this machine)."""
+
+    def __post_init__(self) -> None:
+        """Check the count, and that rows come from one place."""
+        check_counts(workers=None if self.workers == "ray" else self.workers)
+        self.rows.check_source(tasks=self.scored.tasks)
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether model and task are those that the package ships."""
+        return self.base.model is None and self.rows.data is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Switches):
     """Write the report of finished comparisons again: several as one, or without their texts."""
 
     sources: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR ...")]
@@ -131,10 +178,6 @@ class ReportOptions:
     hide_texts: bool = False
     """Leave prompts, answers and what is right out of the page, so that it can be shown to those
     who may not see the data: examples are named by file and line."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """Print no table."""
 
     def __post_init__(self) -> None:
         """Check that there is something to read and that a directory can be written."""
@@ -146,7 +189,7 @@ class ReportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeOptions:
+class JudgeOptions(Switches):
     """Let a judge of yours say which of two models responds better, at equal lengths too."""
 
     first: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FIRST")]
@@ -162,10 +205,6 @@ class JudgeOptions:
     """How that model is stored."""
     batch_size: int = 8
     """Sequences per forward pass of that model."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """No progress bar."""
 
     def __post_init__(self) -> None:
         """Check that there is one judge."""
@@ -178,8 +217,8 @@ class JudgeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions:
-    """Search settings on validation rows, method by method, and name the best."""
+class SearchOptions:
+    """What is searched, and how."""
 
     space: str
     """What is varied: overrides of --methods with a list or a range each, separated by blanks:
@@ -198,91 +237,47 @@ class SweepOptions:
     epochs, once five are complete."""
     seed: int = 0
     """Seed of the draws and of every training."""
-    model: str | None = None
-    """Hub id or local directory; default: the tiny model that the package ships."""
-    task_type: TaskType = "CAUSAL_LM"
-    """CAUSAL_LM, or SEQ_CLS for a classification head."""
-    task: str | None = None
-    """A name that lowmem-reft tasks lists: trials train on its training rows and are scored on its
-    validation rows."""
-    data_dir: Path | None = None
-    """Directory with the files of --task; default: its hub id."""
-    data: str | None = None
-    """Training rows (see train --data); default: the small task that the package ships."""
-    validation_data: str | None = None
-    """Rows to score trials on; default with --data: a fixed tenth of the training rows."""
-    eval_data: str | None = None
-    """Test rows for the command that is printed, not read here; default with --data: a fixed tenth
-    of the training rows, put aside."""
-    split: str = "train"
-    """Split of --data where that is a datasets id."""
-    validation_split: str = "validation"
-    """Split of --validation-data where that is a datasets id."""
-    eval_split: str = "test"
-    """Split of --eval-data where that is a datasets id."""
-    scoring: ScoringOptions = field(default_factory=ScoringOptions)
-    output_dir: Path = Path("sweep-results")
-    """Where trials and sweep.json go; the same command goes on with what is there."""
-    template: str | None = None
-    """How a prompt is written; default: the task's, else "{prompt}"."""
-    max_length: int = 512
-    """Tokens of prompt + response."""
-    limit: int | None = None
-    """Use only the first N training rows (of a task: N rows drawn with a fixed seed)."""
-    validation_limit: int | None = None
-    """Score only the first N validation rows."""
-    compute_dtype: ComputeDtype = "auto"
-    """Arithmetic of the base."""
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
-    optim: OptimOptions = field(default_factory=OptimOptions)
-    memory: MemoryOptions = field(default_factory=MemoryOptions)
-    reuse: ReuseOptions = field(default_factory=lambda: ReuseOptions(reuse="off"))
-    workers: Workers = 1
-    """Trials that run at the same time, or ray (see compare --workers)."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """No progress bar."""
 
     def __post_init__(self) -> None:
-        """Check the counts, the seed, and that rows come from one place."""
-        check_counts(
-            trials=self.trials,
-            workers=None if self.workers == "ray" else self.workers,
-            max_length=self.max_length,
-            limit=self.limit,
-            validation_limit=self.validation_limit,
-        )
+        """Check the count and the seed."""
+        check_counts(trials=self.trials)
         check_seed(self.seed)
-        check_directory("output_dir", self.output_dir)
-        for name in ("data", "validation_data", "eval_data"):
-            value = getattr(self, name)
-            if value is not None and self.task is not None:
-                raise InputError(
-                    f"task must be given without {name}, got both; a task has rows of its own"
-                )
-            if value is not None and self.data is None:
-                raise InputError(f"{name} must come with data, got {value!r} alone; add --data")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TasksOptions:
+class SweepOptions(Switches):
+    """Search settings on validation rows, method by method, and name the best."""
+
+    search: SearchOptions
+    base: BaseOptions = field(default_factory=BaseOptions)
+    task: str | None = None
+    """A name that lowmem-reft tasks lists: trials train on its training rows and are scored on its
+    validation rows."""
+    rows: RowsOptions = field(default_factory=RowsOptions)
+    output_dir: Path = Path("sweep-results")
+    """Where trials and sweep.json go; the same command goes on with what is there."""
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    reuse: ReuseOptions = field(default_factory=lambda: ReuseOptions(reuse="off"))
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    workers: Workers = 1
+    """Trials that run at the same time, or ray (see compare --workers)."""
+
+    def __post_init__(self) -> None:
+        """Check the count, the directory, and that rows come from one place."""
+        check_counts(workers=None if self.workers == "ray" else self.workers)
+        check_directory("output_dir", self.output_dir)
+        self.rows.check_source(task=self.task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksOptions(Switches):
     """List the tasks that compare --tasks knows, with their metrics and splits."""
 
     data_dir: Path | None = None
     """Count the rows of the tasks whose public files are in this directory."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """No progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodsOptions:
+class MethodsOptions(Switches):
     """List the methods that --method and --methods know, with their options and defaults."""
-
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """No progress bar (there is none; for scripts that always ask for that)."""

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 import tyro
 
 from lowmem_reft.errors import InputError, check_positive
-from lowmem_reft.options.values import PyreftClass, TaskType, check_directory
+from lowmem_reft.options.values import PyreftClass, Switches, TaskType, check_directory
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportPyreftOptions:
+class ImportPyreftOptions(Switches):
     """Turn a checkpoint of pyreft into an adapter. What it does not hold has to be said here."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -33,10 +33,6 @@ class ImportPyreftOptions:
     """Hub id or directory of the base; default: any whose blocks are at model.layers."""
     task_type: TaskType = "CAUSAL_LM"
     """CAUSAL_LM, or SEQ_CLS where a classification head was trained with it."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """Leave out the notes on what the files do not hold."""
 
     def __post_init__(self) -> None:
         """Check that a directory can be there."""
@@ -44,17 +40,13 @@ class ImportPyreftOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportPyreftOptions:
+class ExportPyreftOptions(Switches):
     """Write an adapter as pyreft 0.1.0 saves it, and a README with what pyreft does not store."""
 
     adapter_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER_DIR")]
     """Adapter directory, or that of the run that trained it."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """Where the files go: a new or an empty directory."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """Leave out the notes on what the files do not hold."""
 
     def __post_init__(self) -> None:
         """Check that a directory can be there."""
@@ -62,19 +54,15 @@ class ExportPyreftOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReuseListOptions:
+class ReuseListOptions(Switches):
     """List the stores in a directory: what they hold, their size, when they were last used."""
 
     reuse_dir: Path
     """Directory of stores: --reuse-dir of train, or reuse in a run's --output-dir."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """No progress bar (there is none; for scripts that always ask for that)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReuseRemoveOptions:
+class ReuseRemoveOptions(Switches):
     """Remove stores; training builds again what it needs. One that is being built is kept."""
 
     keys: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY ...]")] = ()
@@ -85,10 +73,6 @@ class ReuseRemoveOptions:
     """Remove all stores in the directory."""
     older_than_days: float | None = None
     """Remove only stores, of those named or else of all, last used more than N days ago."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """Do not say what was removed."""
 
     def __post_init__(self) -> None:
         """Check that it is said what to remove, and only once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +17,7 @@ from lowmem_reft.options.values import (
     ComputeDtype,
     Scoring,
     Storage,
+    Switches,
     TaskType,
     Tie,
     check_choice,
@@ -116,6 +117,20 @@ class ScoringOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EditOptions:
+    """How a ReFT intervention edits."""
+
+    tie: Tie | None = None
+    """One set of parameters for all positions of a layer, one per side, or one per position."""
+    component: Component | None = None
+    """Where in the block the edit is made."""
+    act: str | None = None
+    """Non-linearity on the learned source: relu, gelu, silu, tanh."""
+    init: Literal["identity", "paper"] | None = None
+    """Start of LoReFT: identity (W = R, b = 0) or the paper's random W."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodOptions:
     """What is trained on top of the base. Options that do not belong to the method are refused."""
 
@@ -131,16 +146,9 @@ class MethodOptions:
     """Blocks that are touched: all, "8;12;16" (0-based) or upper:0.5 (the upper half)."""
     positions: str | None = None
     """Prompt tokens that are edited: f7+l7, f3, l1 or all."""
-    tie: Tie | None = None
-    """One set of parameters for all positions of a layer, one per side, or one per position."""
-    component: Component | None = None
-    """Where in the block the edit is made."""
-    act: str | None = None
-    """Non-linearity on the learned source: relu, gelu, silu, tanh."""
+    edit: EditOptions = field(default_factory=EditOptions)
     dropout: float | None = None
     """Dropout on the edit (ReFT) or on the update's input (LoRA)."""
-    init: Literal["identity", "paper"] | None = None
-    """Start of LoReFT: identity (W = R, b = 0) or the paper's random W."""
     alpha: float | None = None
     """LoRA scaling numerator; the update is multiplied by alpha / rank (default 2 * rank). Strength
     of a steering vector (default 1)."""
@@ -271,7 +279,7 @@ class ReuseOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Switches):
     """Where the run writes and what it says."""
 
     output_dir: Path
@@ -287,10 +295,6 @@ class RunOptions:
     report_to: str = "none"
     """Trackers, comma-separated, by their transformers names (tensorboard, wandb, ...); all: those
     that are installed."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """No progress bar."""
 
     def __post_init__(self) -> None:
         """Check the counts, the seed and the trackers."""

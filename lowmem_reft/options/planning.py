@@ -8,7 +8,7 @@ from typing import Literal
 
 from lowmem_reft.errors import check_counts
 from lowmem_reft.options.groups import MemoryOptions, MethodOptions, ModelOptions
-from lowmem_reft.options.values import ComputeDtype, Storage, TaskType
+from lowmem_reft.options.values import ComputeDtype, Storage, Switches, TaskType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +60,40 @@ class ShapeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions:
+class StoreOptions:
+    """The step that trains from a store."""
+
+    reuse: Literal["auto", "off", "prefix", "trunk"] = "off"
+    """Predict the step that trains from a store (see train --reuse); off: the plain step."""
+    resident: Literal["all", "upper"] = "all"
+    """upper: without the blocks below the constant ones (see train --resident)."""
+    num_examples: int = 1000
+    """Examples of the data set, all of --seq-len tokens, for what training could reuse."""
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        check_counts(num_examples=self.num_examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """The longest contexts of several methods."""
+
+    table: bool = False
+    """Print the longest context of models and methods on cards of 8 to 80 GB."""
+    methods: str = "loreft,qlora"
+    """Methods of the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(Switches):
     """Predict the peak memory of training before a byte is loaded; no weights, no GPU needed."""
 
     shape: ShapeOptions = field(default_factory=ShapeOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
     lengths: LengthOptions = field(default_factory=LengthOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
-    reuse: Literal["auto", "off", "prefix", "trunk"] = "off"
-    """Predict the step that trains from a store (see train --reuse); off: the plain step."""
-    resident: Literal["all", "upper"] = "all"
-    """upper: without the blocks below the constant ones (see train --resident)."""
+    store: StoreOptions = field(default_factory=StoreOptions)
     gpu: str | None = None
     """A card to fit into, by name (a10, 4090, 3060, t4, ...); or give --memory-gib."""
     optim: str = "adamw_torch"
@@ -79,24 +102,11 @@ class PlanOptions:
     """chunked: ours, on supervised tokens; model: the model's own, with logits for all tokens."""
     fit: bool = False
     """Search the fastest setting that fits and the longest context, and print the train command."""
-    table: bool = False
-    """Print the longest context of models and methods on cards of 8 to 80 GB."""
-    methods: str = "loreft,qlora"
-    """Methods of the table."""
-    num_examples: int = 1000
-    """Examples of the data set, all of --seq-len tokens, for what training could reuse."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """Say nothing about what is being tried."""
-
-    def __post_init__(self) -> None:
-        """Check the count."""
-        check_counts(num_examples=self.num_examples)
+    longest: TableOptions = field(default_factory=TableOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileOptions:
+class ProfileOptions(Switches):
     """Run one training step for real, measure its memory, and compare it with the prediction."""
 
     model: ModelOptions
@@ -110,7 +120,3 @@ class ProfileOptions:
     memory viewer go."""
     random_weights: bool = False
     """Fill the configuration's shapes with random weights instead of loading the checkpoint."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """No progress bar."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from lowmem_reft.errors import InputError, check_counts, check_not_negative
 from lowmem_reft.options.groups import (
@@ -19,7 +18,8 @@ from lowmem_reft.options.groups import (
     RunOptions,
     ScoringOptions,
 )
-from lowmem_reft.options.values import check_seed
+from lowmem_reft.options.values import Switches, check_seed
+from lowmem_reft.options.written import given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class HarnessOptions:
     def __post_init__(self) -> None:
         """Check that tasks are named, and that the harness is installed."""
         if self.lm_eval is None:
-            for name, value in _given(self).items():
+            for name, value in given(self).items():
                 raise InputError(
                     f"{name} must come with lm_eval, got {value} alone; add --lm-eval TASKS"
                 )
@@ -83,7 +83,7 @@ class HarnessOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(Switches):
     """Score a base with or without an adapter: accuracy by choice likelihood or by generation."""
 
     model: ModelOptions
@@ -99,10 +99,6 @@ class EvaluateOptions:
     reuse: ReuseOptions = field(default_factory=ReuseOptions)
     predictions: Path | None = None
     """Write one JSON line per example here."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """No progress bar."""
 
     def __post_init__(self) -> None:
         """Check the count, and that it is said what to score."""
@@ -122,21 +118,15 @@ class EvaluateOptions:
 
     def _check_nothing_is_ignored(self) -> None:
         """Refuse what the harness decides itself."""
-        given = _given(self.data) | _given(self.scoring) | _given(self.reuse)
+        ignored = given(self.data) | given(self.scoring) | given(self.reuse)
         if self.only_given_storage:
-            given["only_given_storage"] = True
-        ignored = {name: given[name] for name in given if name not in ("data", "limit")}
+            ignored["only_given_storage"] = True
+        ignored = {name: ignored[name] for name in ignored if name not in ("data", "limit")}
         if ignored:
             raise InputError(
                 f"{', '.join(ignored)} must be left out with lm_eval, got "
                 f"{', '.join(map(str, ignored.values()))}; its tasks write and score their rows"
             )
-
-
-def _given(options: Any) -> dict[str, Any]:
-    """Return by name what is not the default."""
-    values = ((option, getattr(options, option.name)) for option in fields(options))
-    return {option.name: value for option, value in values if value != option.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +165,7 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(Switches):
     """Continue prompts from a file, or one prompt, with a base and one or several adapters."""
 
     model: ModelOptions
@@ -199,10 +189,6 @@ class GenerateOptions:
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     batch_size: int = 8
     """Prompts per forward pass (left-padded), of several adapters together."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    quiet: bool = False
-    """No progress bar."""
 
     def __post_init__(self) -> None:
         """Check the counts."""

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from lowmem_reft.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    """What every subcommand takes whose result is figures."""
+
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    quiet: bool = False
+    """No progress bars, tables or notes."""
+
 
 Storage = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
 

@@ -17,6 +17,7 @@ from lowmem_reft.data.rows import rows_digest
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import write_text_whole
+from lowmem_reft.options import written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,7 +104,7 @@ def _settings(run: Run, validation: Sequence[Row]) -> dict[str, Any]:
         "model": f"checkpoint {card.base_digest}" if card.base_digest else card.base,
         "data": f"rows {card.data_digest}",
         **{name: getattr(card, name) for name in _OF_THE_CARD},
-        **asdict(run.options.method),
+        **written.values(run.options.method),
         **{name: getattr(optim, name) for name in _OF_THE_OPTIMIZER},
         "effective batch": processes.effective_batch(optim),
         "validation_data": f"rows {rows_digest(validation)}" if validation else None,

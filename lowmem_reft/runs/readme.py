@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.provenance import device_name
+from lowmem_reft.options import TrainOptions, written
 
 if TYPE_CHECKING:
     from lowmem_reft.methods.card import TrainingCard
@@ -60,21 +60,12 @@ def command_of(options: TrainOptions, num_processes: int = 1) -> str:
     if num_processes > 1:
         start = ["accelerate", "launch", "--num_processes", str(num_processes)]
         start += ["-m", "lowmem_reft.cli"]
-    return shlex.join([*start, "train", *_words(options)])
+    words = written.flags(options, without=_UNSAID, text=_shareable)
+    return shlex.join([*start, "train", *words])
 
 
-def _words(options: Any) -> list[str]:
-    words: list[str] = []
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if is_dataclass(value):
-            words += _words(value)
-        elif value != field.default and field.name not in _UNSAID:
-            flag = f"--{field.name.replace('_', '-')}"
-            is_file = isinstance(value, Path) or field.name in _FILES
-            text = _portable(value) if is_file else str(value)
-            words += [flag] if value is True else [flag, text]
-    return words
+def _shareable(name: str, value: Any) -> str:
+    return _portable(value) if isinstance(value, Path) or name in _FILES else str(value)
 
 
 def _portable(value: Any) -> str:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from lowmem_reft.options import written
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -32,8 +34,8 @@ class Trackers:
     """Keeps the trackers of a run open until its last figures are logged."""
 
     def __init__(self, run: Run) -> None:
-        settings = {name: v for name, v in asdict(run.options.method).items() if v is not None}
-        self.facts = {**asdict(run.card), **settings}
+        settings = written.values(run.options.method).items()
+        self.facts = {**asdict(run.card), **{name: v for name, v in settings if v is not None}}
         self._trainer: Any = None
         self._held: list[tuple[Any, Callable[..., None]]] = []
 

@@ -33,6 +33,7 @@ from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import METHODS
 from lowmem_reft.options import CompareOptions, MemoryOptions, MethodOptions, OptimOptions
+from lowmem_reft.options.written import build, changed
 
 ROWS = [
     {"prompt": f"is the {noun} good or bad? label:", "choices": ["good", "bad"], "answer": answer}
@@ -44,7 +45,8 @@ ROWS = [
 def options(tiny_llama_dir: Path, tmp_path: Path) -> CompareOptions:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
-    return CompareOptions(
+    return build(
+        CompareOptions,
         model=str(tiny_llama_dir),
         data=str(data),
         eval_data=str(data),
@@ -64,7 +66,7 @@ def equalized(
     options: CompareOptions, methods: str, run: Callable[..., list[Result]] = no_run, **chosen: Any
 ) -> tuple[Equalized, list[Cell]]:
     """Return what is chosen for methods, and the cells that come of it."""
-    options, specs = replace(options, **chosen), parse_methods(methods)
+    options, specs = changed(options, **chosen), parse_methods(methods)
     sources = find_sources(options)
 
     def cells_of(own: CompareOptions, some: Sequence[Any]) -> list[Cell]:
@@ -128,14 +130,14 @@ def test_what_is_chosen_is_in_the_configuration_and_in_the_command_of_the_row(
     monkeypatch.setattr(cli, "_handler", lambda _: lambda given: seen.append(given) or {})
     cli.main([*words[1:], "--output-dir", str(options.output_dir)])
     (again,) = build_cells(
-        seen[0], parse_methods(seen[0].methods or ""), [0], find_sources(seen[0])
+        seen[0], parse_methods(seen[0].matrix.methods or ""), [0], find_sources(seen[0])
     )[1:]
     assert again.record["config"] == cell.record["config"]
     assert again.record["key"] == cell.record["key"]
 
 
 def test_no_method_needs_more_memory_than_the_reference(options: CompareOptions) -> None:
-    options = replace(options, optim=replace(options.optim, batch_size=4, epochs=0.5))
+    options = changed(options, optim=changed(options.optim, batch_size=4, epochs=0.5))
     equal, cells = equalized(options, "prompt,p_tuning", equal="memory")
     budget = equal.options.memory.memory_gib
     assert budget is not None
@@ -205,7 +207,7 @@ def test_a_reference_that_does_not_train_is_refused(options: CompareOptions) -> 
 def test_steps_are_counted_as_the_trainer_counts_them(options: CompareOptions) -> None:
     optim = OptimOptions(epochs=1.5, batch_size=3, gradient_accumulation=2)
     cells = build_cells(
-        replace(options, optim=optim), parse_methods("loreft"), [0], find_sources(options)
+        changed(options, optim=optim), parse_methods("loreft"), [0], find_sources(options)
     )
     train = cells[-1].train
     assert train is not None
@@ -237,4 +239,4 @@ def test_budgets_that_contradict_each_other_are_refused(
     options: CompareOptions, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        run_comparison(replace(options, methods="loreft,qlora", **changes))
+        run_comparison(changed(options, methods="loreft,qlora", **changes))

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from lowmem_reft.compare.matrix import run_comparison
 from lowmem_reft.compare.sweep import run_sweep
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import CompareOptions, OptimOptions, SweepOptions
+from lowmem_reft.options.written import build, changed
 
 ray = pytest.importorskip("ray")
 
@@ -108,7 +108,8 @@ def options(tmp_path, monkeypatch):
     (model / "config.json").write_text("{}")
     rows = tmp_path / "numbers.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return CompareOptions(
+    return build(
+        CompareOptions,
         model=str(model),
         data=str(rows),
         eval_data=str(rows),
@@ -149,14 +150,14 @@ def processes():
 
 def test_ray_and_a_sequential_run_give_the_same_results(options, fake_cell, tmp_path, cluster):
     methods = f"loreft,red[lr={FAILS}],qlora[lr={KILLED}],lora"
-    options = replace(options, methods=methods, seeds="0,1")
+    options = changed(options, methods=methods, seeds="0,1")
     run_comparison(options, child_command=fake_cell)
-    sequential = replace(options, workers=1, output_dir=tmp_path / "sequential")
+    sequential = changed(options, workers=1, output_dir=tmp_path / "sequential")
     run_comparison(sequential, child_command=fake_cell)
     assert results_of(options) == results_of(sequential)
     errors = [result["error"] for result in results_of(options) if result["error"]]
     assert errors == [
-        *[f"RuntimeError: {options.data}:3: not a number"] * 2,
+        *[f"RuntimeError: {options.rows.data}:3: not a number"] * 2,
         *["killed by signal 9 (Killed); out of memory?"] * 2,
     ]
 
@@ -164,7 +165,7 @@ def test_ray_and_a_sequential_run_give_the_same_results(options, fake_cell, tmp_
 def test_a_real_matrix_gives_the_same_results_and_adapters(
     options, tiny_llama_dir, tmp_path, cluster
 ):
-    options = replace(
+    options = changed(
         options,
         model=str(tiny_llama_dir),
         methods="loreft[rank=2,dropout=0.1]",
@@ -172,7 +173,7 @@ def test_a_real_matrix_gives_the_same_results_and_adapters(
         optim=OptimOptions(max_steps=2, batch_size=2),
     )
     run_comparison(options)
-    sequential = replace(options, workers=1, output_dir=tmp_path / "sequential")
+    sequential = changed(options, workers=1, output_dir=tmp_path / "sequential")
     run_comparison(sequential)
     assert results_of(options) == results_of(sequential)
     assert [result["error"] for result in results_of(options)] == [None] * 2
@@ -198,7 +199,7 @@ def test_what_a_cell_writes_comes_back_and_its_rows_go_along(options, fake_cell,
     assert (seed, threads) == ("0", "1")
     # Neither the driver's directory nor its file of rows was needed; the copies are gone.
     assert not Path(directory).exists()
-    assert data != options.data
+    assert data != options.rows.data
     assert not Path(data).exists()
 
 
@@ -206,7 +207,7 @@ def test_a_killed_worker_loses_only_its_cell_and_only_that_one_runs_again(
     options, fake_cell, tmp_path, cluster
 ):
     lost = f"red[lr={KILLS_WORKER}]"
-    options = replace(options, methods=f"loreft,{lost},qlora,lora")
+    options = changed(options, methods=f"loreft,{lost},qlora,lora")
     answer = run_comparison(options, child_command=fake_cell)
     assert (answer["num_cells"], answer["num_failed"]) == (6, 1)
     errors = {result["method"]: result["error"] for result in results_of(options)}
@@ -242,12 +243,13 @@ def test_a_stopped_cell_takes_its_process_with_it(options, fake_cell, cluster, t
 def test_a_sweep_follows_the_epochs_of_its_trials_and_stops_bad_ones(options, tmp_path, cluster):
     fake_cell = tmp_path / "fake_trial.py"
     fake_cell.write_text(FAKE_TRIAL.replace("{runs!r}", repr(str(tmp_path / "runs.txt"))))
-    sweep = SweepOptions(
+    sweep = build(
+        SweepOptions,
         space=f"rank=4,6,10,12,14,{BAD_RANK},8",
-        model=options.model,
-        data=options.data,
-        validation_data=options.data,
-        eval_data=options.data,
+        model=options.base.model,
+        data=options.rows.data,
+        validation_data=options.rows.data,
+        eval_data=options.rows.data,
         output_dir=tmp_path / "sweep",
         workers="ray",
         quiet=True,
@@ -267,8 +269,10 @@ def test_an_interrupt_leaves_nothing_running(options, fake_cell, tmp_path):
         "from pathlib import Path\n"
         "from lowmem_reft.compare.matrix import run_comparison\n"
         "from lowmem_reft.options import CompareOptions\n"
-        f"options = CompareOptions(model={options.model!r}, data={options.data!r},\n"
-        f"    eval_data={options.eval_data!r}, methods='loreft,red[lr={SLOW}]',\n"
+        "from lowmem_reft.options.written import build\n"
+        f"options = build(CompareOptions, model={options.base.model!r},\n"
+        f"    data={options.rows.data!r},\n"
+        f"    eval_data={options.rows.eval_data!r}, methods='loreft,red[lr={SLOW}]',\n"
         f"    output_dir=Path({str(options.output_dir)!r}), quiet=True, workers='ray')\n"
         "signal.signal(signal.SIGTERM, handler := lambda *_: None)\n"
         "try:\n"

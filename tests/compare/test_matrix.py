@@ -27,7 +27,14 @@ from lowmem_reft.compare.sources import Sources, find_sources, task_name
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import METHODS
-from lowmem_reft.options import CompareOptions, MemoryOptions, OptimOptions, ReuseOptions
+from lowmem_reft.options import (
+    CompareOptions,
+    MemoryOptions,
+    OptimOptions,
+    ReuseOptions,
+    ScoringOptions,
+)
+from lowmem_reft.options.written import build, changed
 
 ROOT = Path(__file__).parents[2]
 FAILS, KILLED, SILENT, SLOW = 0.5, 0.25, 0.125, 0.0625
@@ -80,7 +87,8 @@ def options(tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    return CompareOptions(
+    return build(
+        CompareOptions,
         model=str(model),
         data=str(write_rows(tmp_path / "numbers.jsonl", ROWS)),
         eval_data=str(write_rows(tmp_path / "held_out.jsonl", ROWS[:4])),
@@ -106,7 +114,7 @@ def runs_of(options):
 
 
 def test_every_method_runs_with_every_seed_after_the_untuned_base(options, fake_cell):
-    options = replace(options, methods="loreft,qlora[rank=2],lora", seeds="0,1")
+    options = changed(options, methods="loreft,qlora[rank=2],lora", seeds="0,1")
     answer = run_comparison(options, child_command=fake_cell)
     cells = [(result["method"], result["seed"]) for result in results_of(options)]
     assert cells == [
@@ -136,7 +144,7 @@ def test_finished_cells_are_not_run_again(options, fake_cell):
     run_comparison(options, child_command=fake_cell)
     assert runs_of(options) == before
     assert results_of(options) == results
-    run_comparison(replace(options, methods="loreft,qlora,red"), child_command=fake_cell)
+    run_comparison(changed(options, methods="loreft,qlora,red"), child_command=fake_cell)
     assert runs_of(options) == [*before, "red-seed0"]
 
 
@@ -150,7 +158,7 @@ def test_finished_cells_are_not_run_again(options, fake_cell):
 )
 def test_a_changed_configuration_is_run_again(options, fake_cell, change):
     run_comparison(options, child_command=fake_cell)
-    run_comparison(replace(options, **change), child_command=fake_cell)
+    run_comparison(changed(options, **change), child_command=fake_cell)
     assert runs_of(options).count("loreft-seed0") == 2
 
 
@@ -169,8 +177,8 @@ def test_changed_inputs_are_run_again_although_their_paths_are_the_same(
 
 def test_inputs_that_have_moved_are_the_same_inputs(options, fake_cell, tmp_path):
     run_comparison(options, child_command=fake_cell)
-    Path(options.model).rename(tmp_path / "moved")
-    run_comparison(replace(options, model=str(tmp_path / "moved")), child_command=fake_cell)
+    Path(options.base.model).rename(tmp_path / "moved")
+    run_comparison(changed(options, model=str(tmp_path / "moved")), child_command=fake_cell)
     assert runs_of(options).count("loreft-seed0") == 1
 
 
@@ -183,7 +191,7 @@ def test_inputs_that_have_moved_are_the_same_inputs(options, fake_cell, tmp_path
     ],
 )
 def test_a_cell_that_fails_is_a_row_and_the_rest_goes_on(options, fake_cell, lr, error):
-    options = replace(options, methods=f"loreft,red[lr={lr}],qlora")
+    options = changed(options, methods=f"loreft,red[lr={lr}],qlora")
     answer = run_comparison(options, child_command=fake_cell)
     results = {result["method"]: result for result in results_of(options)}
     failed = results[f"red[lr={lr}]"]
@@ -198,7 +206,7 @@ def test_a_cell_that_fails_is_a_row_and_the_rest_goes_on(options, fake_cell, lr,
 
 
 def test_the_output_of_a_cell_is_in_its_log(options, fake_cell, capfd):
-    run_comparison(replace(options, methods=f"loreft,red[lr={FAILS}]"), child_command=fake_cell)
+    run_comparison(changed(options, methods=f"loreft,red[lr={FAILS}]"), child_command=fake_cell)
     cells = options.output_dir / "cells"
     assert "said on standard output" in (cells / "loreft-seed0" / "log.txt").read_text()
     assert "Traceback" in (cells / f"red-lr={FAILS}-seed0" / "log.txt").read_text()
@@ -215,7 +223,7 @@ def test_a_truncated_result_is_run_again(options, fake_cell):
 
 def test_workers_run_at_the_same_time_and_share_the_threads(options, fake_cell, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
-    options = replace(options, workers=3, seeds="0,1,2")
+    options = changed(options, workers=3, seeds="0,1,2")
     run_comparison(options, child_command=fake_cell)
     lines = (options.output_dir / "runs.txt").read_text().splitlines()
     assert {line.split()[1] for line in lines} == {"2"}
@@ -233,8 +241,10 @@ def test_the_end_of_a_comparison_stops_its_children_and_keeps_what_has_finished(
         "from pathlib import Path\n"
         "from lowmem_reft.compare.matrix import run_comparison\n"
         "from lowmem_reft.options import CompareOptions\n"
-        f"options = CompareOptions(model={options.model!r}, data={options.data!r},\n"
-        f"    eval_data={options.eval_data!r}, methods='loreft,red[lr={SLOW}]',\n"
+        "from lowmem_reft.options.written import build\n"
+        f"options = build(CompareOptions, model={options.base.model!r},\n"
+        f"    data={options.rows.data!r},\n"
+        f"    eval_data={options.rows.eval_data!r}, methods='loreft,red[lr={SLOW}]',\n"
         f"    output_dir=Path({str(options.output_dir)!r}), quiet=True)\n"
         f"run_comparison(options, child_command={fake_cell!r})\n"
     )
@@ -257,7 +267,7 @@ def test_the_end_of_a_comparison_stops_its_children_and_keeps_what_has_finished(
 
 
 def test_csv_and_json_hold_the_same(options, fake_cell):
-    run_comparison(replace(options, methods=f"loreft,red[lr={FAILS}]"), child_command=fake_cell)
+    run_comparison(changed(options, methods=f"loreft,red[lr={FAILS}]"), child_command=fake_cell)
     with (options.output_dir / "results.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     results = results_of(options)
@@ -275,14 +285,52 @@ def test_a_cell_file_holds_the_whole_cell(options):
         assert cell.train is None or cell.train.reuse.reuse == "off"
 
 
+def test_the_keys_of_cells_stay_so_that_finished_ones_are_found(tmp_path):
+    options = build(
+        CompareOptions,
+        **{"limit": 7, "eval_limit": 5, "compute_dtype": "fp32", "template": "{prompt}!"},
+        optim=OptimOptions(epochs=2.0),
+        memory=MemoryOptions(activation_checkpointing=True),
+        scoring=ScoringOptions(max_new_tokens=8),
+        output_dir=tmp_path,
+    )
+    sources = Sources(
+        **{"model": "m", "model_name": "m", "model_digest": "d", "task": "numbers"},
+        **{"train": "t.jsonl", "train_digest": "t", "validation": "v.jsonl"},
+        **{"validation_digest": "v", "evaluate": "e.jsonl", "evaluate_digest": "e"},
+    )
+    methods = (
+        "loreft[rank=2,tie=tied,act=relu,dropout=0.1],lora[alpha=8,target_modules=q_proj],"
+        "prefix[num_virtual_tokens=3,lr=0.01]"
+    )
+    cells = build_cells(options, parse_methods(methods), [3], sources)
+    assert [cell.record["key"][:16] for cell in cells] == [
+        "42d311f1b2c513ea",
+        "3ce363e72d73543c",
+        "c23e77a7a6e850eb",
+        "6f4a34de6c88cbb6",
+        "8cd36be6546de11b",
+    ]
+
+
+def test_a_cell_file_without_groups_of_the_methods_options_is_read(options):
+    cell = build_cells(options, parse_methods("loreft[act=relu]"), [3], find_sources(options))[-1]
+    path = write_cell(cell)
+    content = json.loads(path.read_text())
+    method = content["train"]["method"]
+    method |= method.pop("edit")
+    path.write_text(json.dumps(content))
+    assert read_cell(path) == cell
+
+
 def test_only_the_training_of_a_cell_dequantizes(options):
-    options = replace(options, reuse=ReuseOptions(dequantize_upper="on"))
+    options = changed(options, reuse=ReuseOptions(dequantize_upper="on"))
     (*_, cell) = build_cells(options, parse_methods("loreft"), [0], find_sources(options))
     assert cell.train.reuse == replace(cell.evaluate.reuse, dequantize_upper="on")
 
 
 def test_without_evaluation_data_a_tenth_is_held_out(options):
-    sources = find_sources(replace(options, eval_data=None))
+    sources = find_sources(changed(options, eval_data=None))
     train, held_out = (
         [json.loads(line)["prompt"] for line in Path(path).read_text().splitlines()]
         for path in (sources.train, sources.evaluate)
@@ -296,7 +344,7 @@ def test_labels_become_the_same_choices_for_training_and_scoring(options, tmp_pa
     data = write_rows(tmp_path / "train.jsonl", rows)
     held_out = write_rows(tmp_path / "held_out.jsonl", rows[:1])
     sources = find_sources(
-        replace(options, data=str(data), eval_data=str(held_out), validation_data=str(held_out))
+        changed(options, data=str(data), eval_data=str(held_out), validation_data=str(held_out))
     )
     for path in (sources.evaluate, sources.validation):
         assert json.loads(Path(path).read_text()) == {
@@ -308,7 +356,8 @@ def test_labels_become_the_same_choices_for_training_and_scoring(options, tmp_pa
 
 
 def test_the_command_line_names_what_is_not_the_default():
-    options = CompareOptions(
+    options = build(
+        CompareOptions,
         data="a b.jsonl",
         memory=MemoryOptions(activation_checkpointing=True),
         optim=OptimOptions(epochs=1.5),
@@ -341,7 +390,7 @@ def test_the_command_line_names_what_is_not_the_default():
 )
 def test_wrong_options_are_refused_before_anything_runs(options, fake_cell, change, message):
     with pytest.raises(InputError, match=message):
-        run_comparison(replace(options, **change), child_command=fake_cell)
+        run_comparison(changed(options, **change), child_command=fake_cell)
     assert runs_of(options) == []
 
 
@@ -375,18 +424,18 @@ def test_of_all_methods_those_that_are_refused_are_rows_and_no_failures(options,
         ]
 
     monkeypatch.setattr("lowmem_reft.compare.matrix.run_cells", run_all)
-    answer = run_comparison(replace(options, methods="all"))
+    answer = run_comparison(changed(options, methods="all"))
     names = [result["method"] for result in results_of(options)]
     assert names[3:] == list(METHODS)  # after the base in three storages
     assert answer["num_failed"] == 1
-    named = run_comparison(replace(options, methods="bitfit"))
+    named = run_comparison(changed(options, methods="bitfit"))
     assert named["num_failed"] == 1
 
 
 def test_an_equal_budget_is_in_the_entry_and_the_result_of_each_row(
     options, tiny_llama_dir, fake_cell
 ):
-    options = replace(
+    options = changed(
         options, model=str(tiny_llama_dir), methods="loreft[rank=2],prefix", equal="params"
     )
     run_comparison(options, child_command=fake_cell)
@@ -400,7 +449,7 @@ def test_an_equal_budget_is_in_the_entry_and_the_result_of_each_row(
 
 def test_a_real_cell_trains_and_scores(tiny_llama_dir, tmp_path):
     rows = str(write_rows(tmp_path / "rows.jsonl", ROWS[:8]))
-    options = CompareOptions(output_dir=tmp_path / "out", optim=OptimOptions(max_steps=2))
+    options = build(CompareOptions, output_dir=tmp_path / "out", optim=OptimOptions(max_steps=2))
     sources = Sources(
         model=str(tiny_llama_dir),
         model_name="tiny",
@@ -430,7 +479,7 @@ def test_a_real_cell_trains_and_scores(tiny_llama_dir, tmp_path):
 def test_pairs_and_targets_survive_being_held_out(options, tmp_path):
     rows = [{"text": f"a {n}", "text_pair": f"b {n}", "target": n / 2} for n in range(20)]
     data = write_rows(tmp_path / "pairs.jsonl", rows)
-    sources = find_sources(replace(options, data=str(data), eval_data=None, task_type="SEQ_CLS"))
+    sources = find_sources(changed(options, data=str(data), eval_data=None, task_type="SEQ_CLS"))
     kept = [
         json.loads(line)
         for path in (sources.train, sources.evaluate)

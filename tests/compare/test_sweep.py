@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from lowmem_reft.data.rows import load_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.options import CompareOptions, OptimOptions, ScoringOptions, SweepOptions
+from lowmem_reft.options.written import build, changed
 
 pytest.importorskip("optuna")
 
@@ -47,7 +47,8 @@ def options(tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    return SweepOptions(
+    return build(
+        SweepOptions,
         space="rank=4,8 lr=1e-3,4e-3",
         model=str(model),
         data=write_rows(tmp_path / "numbers.jsonl", ROWS),
@@ -171,7 +172,7 @@ def test_wrong_options_are_refused_before_anything_runs(
     options, fake_cell, tmp_path, change, message
 ):
     with pytest.raises(InputError, match=message):
-        run_sweep(replace(options, **change), child_command=fake_cell)
+        run_sweep(changed(options, **change), child_command=fake_cell)
     assert runs_of(tmp_path) == []
 
 
@@ -195,7 +196,7 @@ def test_optuna_is_asked_for_where_it_is_not_installed(options, fake_cell, monke
 def test_a_grid_is_tried_where_it_can_be_counted_and_no_number_is_given(
     options, text, trials, sampler
 ):
-    options = replace(options, space=text, trials=trials)
+    options = changed(options, space=text, trials=trials)
     assert choose_sampler(options, spaces(text)) == sampler
 
 
@@ -203,7 +204,7 @@ def test_a_grid_is_tried_where_it_can_be_counted_and_no_number_is_given(
 
 
 def test_a_grid_is_tried_for_every_method_and_the_best_of_each_named(options, fake_cell, tmp_path):
-    options = replace(options, methods="loreft,lora[storage=nf4]", space="rank=4,8 lr=1e-3,4e-3")
+    options = changed(options, methods="loreft,lora[storage=nf4]", space="rank=4,8 lr=1e-3,4e-3")
     answer = run_sweep(options, child_command=fake_cell)
     assert (answer["num_trials"], answer["num_complete"], answer["metric"]) == (8, 8, "accuracy")
     assert sorted(runs_of(tmp_path)) == sorted(
@@ -221,7 +222,7 @@ def test_a_grid_is_tried_for_every_method_and_the_best_of_each_named(options, fa
 
 
 def test_the_command_scores_the_best_settings_on_the_test_rows(options, fake_cell):
-    options = replace(
+    options = changed(
         options,
         optim=OptimOptions(epochs=2.0),
         scoring=ScoringOptions(max_new_tokens=8),
@@ -231,14 +232,15 @@ def test_the_command_scores_the_best_settings_on_the_test_rows(options, fake_cel
     command = run_sweep(options, child_command=fake_cell)["command"]
     program, *arguments = shlex.split(command)
     assert program == "lowmem-reft"
-    assert cli._parse(arguments) == CompareOptions(
+    assert cli._parse(arguments) == build(
+        CompareOptions,
         methods="loreft[rank=8,lr=4e-3]",
         seeds="0,1,2",
-        model=options.model,
-        data=options.data,
-        validation_data=options.validation_data,
+        model=options.base.model,
+        data=options.rows.data,
+        validation_data=options.rows.validation_data,
         validation_limit=3,
-        eval_data=options.eval_data,
+        eval_data=options.rows.eval_data,
         template="Number: {prompt}",
         optim=OptimOptions(epochs=2.0),
         scoring=ScoringOptions(max_new_tokens=8),
@@ -246,19 +248,19 @@ def test_the_command_scores_the_best_settings_on_the_test_rows(options, fake_cel
 
 
 def test_ended_trials_are_not_run_again_and_more_can_follow(options, fake_cell, tmp_path):
-    options = replace(options, sampler="random", trials=2, space="rank=8..64 lr=1e-3..1e-2:log")
+    options = changed(options, sampler="random", trials=2, space="rank=8..64 lr=1e-3..1e-2:log")
     run_sweep(options, child_command=fake_cell)
     two = outcomes(options)
     run_sweep(options, child_command=fake_cell)
     assert outcomes(options) == two
     assert len(runs_of(tmp_path)) == 2
-    run_sweep(replace(options, trials=4), child_command=fake_cell)
+    run_sweep(changed(options, trials=4), child_command=fake_cell)
     assert outcomes(options)[:2] == two
     assert len(runs_of(tmp_path)) == len(trials_of(options)) == 4
 
 
 def test_a_failed_trial_is_named_and_run_again_alone(options, fake_cell, tmp_path):
-    options = replace(options, space=f"rank=4,{FAILS_RANK},8")
+    options = changed(options, space=f"rank=4,{FAILS_RANK},8")
     answer = run_sweep(options, child_command=fake_cell)
     assert (answer["num_complete"], answer["num_failed"]) == (2, 1)
     assert trials_of(options)[1]["error"] == "RuntimeError: out of luck"
@@ -272,27 +274,29 @@ def test_a_failed_trial_is_named_and_run_again_alone(options, fake_cell, tmp_pat
 def test_a_search_that_was_interrupted_ends_as_if_it_had_not_been(options, fake_cell, tmp_path):
     """TPE: what is drawn depends on all that is known, so a difference anywhere would show."""
     space, trials = "rank=8..64:log lr=1e-3..1e-2:log positions=all,l3", 14
-    options = replace(options, space=space, trials=trials, prune="none", workers=1)
+    options = changed(options, space=space, trials=trials, prune="none", workers=1)
     (tmp_path / "runs.txt.fast").touch()
     run_sweep(options, child_command=fake_cell)
     whole = outcomes(options)
     assert len(set(whole)) == trials
-    parts = replace(options, output_dir=tmp_path / "parts")
+    parts = changed(options, output_dir=tmp_path / "parts")
     for until in (3, 12, trials):
-        run_sweep(replace(parts, trials=until), child_command=fake_cell)
+        run_sweep(changed(parts, trials=until), child_command=fake_cell)
     assert outcomes(parts) == whole
 
 
 def test_an_interrupt_stops_the_trial_and_the_same_command_goes_on(options, fake_cell, tmp_path):
-    options = replace(options, space=f"rank=4,{SLOW_RANK},8")
+    options = changed(options, space=f"rank=4,{SLOW_RANK},8")
     script = tmp_path / "interrupted.py"
     script.write_text(
         "from pathlib import Path\n"
         "from lowmem_reft.options import SweepOptions\n"
+        "from lowmem_reft.options.written import build\n"
         "from lowmem_reft.compare.sweep import run_sweep\n"
-        f"options = SweepOptions(space={options.space!r}, model={options.model!r},\n"
-        f"    data={options.data!r}, validation_data={options.validation_data!r},\n"
-        f"    eval_data={options.eval_data!r}, output_dir=Path({str(options.output_dir)!r}),\n"
+        f"options = build(SweepOptions, space={options.search.space!r},\n"
+        f"    model={options.base.model!r},\n"
+        f"    data={options.rows.data!r}, validation_data={options.rows.validation_data!r},\n"
+        f"    eval_data={options.rows.eval_data!r}, output_dir=Path({str(options.output_dir)!r}),\n"
         "    quiet=True)\n"
         f"run_sweep(options, child_command={fake_cell!r})\n"
     )
@@ -315,7 +319,7 @@ def test_an_interrupt_stops_the_trial_and_the_same_command_goes_on(options, fake
 
 
 def test_a_bad_trial_is_stopped_while_it_runs(options, fake_cell, tmp_path):
-    options = replace(options, space=f"rank=4,6,10,12,14,{BAD_RANK},8")
+    options = changed(options, space=f"rank=4,6,10,12,14,{BAD_RANK},8")
     start = time.monotonic()
     answer = run_sweep(options, child_command=fake_cell)
     assert time.monotonic() - start < 50  # it would have slept for a minute after its first epoch
@@ -330,17 +334,17 @@ def test_a_bad_trial_is_stopped_while_it_runs(options, fake_cell, tmp_path):
 @pytest.mark.parametrize("sampler", ["grid", "random"])
 def test_workers_try_the_same_settings(options, fake_cell, tmp_path, sampler):
     if sampler == "random":
-        options = replace(options, sampler=sampler, trials=6, space="rank=8..64 lr=1e-3..1e-2")
-    options = replace(options, prune="none")
+        options = changed(options, sampler=sampler, trials=6, space="rank=8..64 lr=1e-3..1e-2")
+    options = changed(options, prune="none")
     run_sweep(options, child_command=fake_cell)
-    together = replace(options, workers=3, output_dir=tmp_path / "together")
+    together = changed(options, workers=3, output_dir=tmp_path / "together")
     run_sweep(together, child_command=fake_cell)
     assert outcomes(together) == outcomes(options)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_setting_that_is_drawn_again_is_not_run_again(options, fake_cell, tmp_path, workers):
-    options = replace(options, sampler="random", trials=6, space="rank=4,8", workers=workers)
+    options = changed(options, sampler="random", trials=6, space="rank=4,8", workers=workers)
     answer = run_sweep(options, child_command=fake_cell)
     assert answer["num_complete"] == 6
     assert sorted(runs_of(tmp_path)) == ["loreft[rank=4]", "loreft[rank=8]"]
@@ -349,16 +353,16 @@ def test_a_setting_that_is_drawn_again_is_not_run_again(options, fake_cell, tmp_
 
 
 def test_another_space_is_another_search_but_runs_no_setting_twice(options, fake_cell, tmp_path):
-    run_sweep(replace(options, space="rank=4,8"), child_command=fake_cell)
-    run_sweep(replace(options, space="rank=8,16"), child_command=fake_cell)
+    run_sweep(changed(options, space="rank=4,8"), child_command=fake_cell)
+    run_sweep(changed(options, space="rank=8,16"), child_command=fake_cell)
     assert [trial["settings"]["rank"] for trial in trials_of(options)] == ["8", "16"]
     assert runs_of(tmp_path) == [f"loreft[rank={rank}]" for rank in (4, 8, 16)]
 
 
 def test_other_rows_are_another_search(options, fake_cell, tmp_path):
-    run_sweep(replace(options, space="rank=4,8"), child_command=fake_cell)
-    write_rows(Path(options.validation_data), ROWS[:6])
-    run_sweep(replace(options, space="rank=4,8"), child_command=fake_cell)
+    run_sweep(changed(options, space="rank=4,8"), child_command=fake_cell)
+    write_rows(Path(options.rows.validation_data), ROWS[:6])
+    run_sweep(changed(options, space="rank=4,8"), child_command=fake_cell)
     assert len(runs_of(tmp_path)) == 4
 
 
@@ -387,28 +391,28 @@ def prompts(rows):
 
 
 def test_the_test_rows_need_not_even_be_there(options, fake_cell):
-    assert not Path(options.eval_data).exists()
+    assert not Path(options.rows.eval_data).exists()
     run_sweep(options, child_command=fake_cell)
     train, validation = trial_rows(options)
     assert (len(train), len(validation)) == (40, 4)
 
 
 def test_without_other_rows_test_and_validation_rows_are_put_aside(options, fake_cell):
-    options = replace(options, validation_data=None, eval_data=None)
+    options = changed(options, validation_data=None, eval_data=None)
     command = run_sweep(options, child_command=fake_cell)["command"]
     comparison = cli._parse(shlex.split(command)[1:])
     train, validation = trial_rows(options)
-    test = load_rows(comparison.eval_data)
+    test = load_rows(comparison.rows.eval_data)
     assert (len(train), len(validation), len(test)) == (32, 4, 4)
     assert prompts(train) | prompts(validation) | prompts(test) == {row["prompt"] for row in ROWS}
-    assert prompts(load_rows(comparison.data)) == prompts(train)
-    assert prompts(load_rows(comparison.validation_data)) == prompts(validation)
+    assert prompts(load_rows(comparison.rows.data)) == prompts(train)
+    assert prompts(load_rows(comparison.rows.validation_data)) == prompts(validation)
 
 
 def test_labels_become_the_same_choices_for_training_and_scoring(options, fake_cell, tmp_path):
     rows = [{"text": f"text {i}", "label": ("good", "bad", "fair")[i % 3]} for i in range(30)]
     data = write_rows(tmp_path / "labels.jsonl", rows)
-    options = replace(options, data=data, validation_data=None)
+    options = changed(options, data=data, validation_data=None)
     run_sweep(options, child_command=fake_cell)
     train, validation = trial_rows(options)
     assert {row.choices for row in (*train, *validation)} == {("bad", "fair", "good")}
@@ -419,32 +423,32 @@ def test_of_a_task_only_training_and_validation_rows_are_asked_for(options, fake
 
     def load_task(name, split, **_):
         asked.append((name, split))
-        return load_rows(options.data if split == "train" else options.validation_data)
+        return load_rows(options.rows.data if split == "train" else options.rows.validation_data)
 
     monkeypatch.setattr("lowmem_reft.compare.sources.load_task", load_task)
-    task = replace(options, task="boolq", data=None, validation_data=None, eval_data=None)
+    task = changed(options, task="boolq", data=None, validation_data=None, eval_data=None)
     answer = run_sweep(task, child_command=fake_cell)
     assert set(asked) == {("boolq", "train"), ("boolq", "validation")}
     comparison = cli._parse(shlex.split(answer["command"])[1:])
-    assert (comparison.tasks, comparison.data) == ("boolq", None)
+    assert (comparison.scored.tasks, comparison.rows.data) == ("boolq", None)
 
 
 def test_the_built_in_task_is_searched_on_its_validation_rows(options, fake_cell):
     from lowmem_reft.data import embedded
 
-    options = replace(options, model=None, data=None, validation_data=None, eval_data=None)
+    options = changed(options, model=None, data=None, validation_data=None, eval_data=None)
     command = run_sweep(options, child_command=fake_cell)["command"]
     _, validation = trial_rows(options)
     assert prompts(validation) == prompts(load_rows(embedded.validation_file()))
     comparison = cli._parse(shlex.split(command)[1:])
-    assert comparison.eval_data == str(embedded.task_files()[1])
+    assert comparison.rows.eval_data == str(embedded.task_files()[1])
 
 
 # --- what is said
 
 
 def test_the_table_names_the_best_and_what_mattered(options, fake_cell, capsys):
-    options = replace(options, space="rank=2,4,8,16 lr=1e-3,2e-3,4e-3", quiet=False, prune="none")
+    options = changed(options, space="rank=2,4,8,16 lr=1e-3,2e-3,4e-3", quiet=False, prune="none")
     run_sweep(options, child_command=fake_cell)
     captured = capsys.readouterr()
     assert "[12/12] loreft[rank=16,lr=4e-3] seed 0: accuracy 82.0 %" in captured.err
@@ -485,7 +489,7 @@ def test_a_real_search_scores_the_best_epoch_on_the_validation_rows(
     options, tiny_llama_dir, monkeypatch
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = replace(
+    options = changed(
         options,
         model=str(tiny_llama_dir),
         space="lr=1e-3,1e-2",

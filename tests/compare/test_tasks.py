@@ -1,7 +1,6 @@
 """Comparisons over named tasks: splits, metrics, the best epoch, one training for several tasks."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from lowmem_reft.data.tasks.metrics import compute
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.options import CompareOptions, OptimOptions
+from lowmem_reft.options.written import build, changed
 
 LABELS = ("LOC:city", "NUM:count", "HUM:ind")
 
@@ -42,7 +42,8 @@ def options(tiny_llama_dir: Path, tmp_path: Path) -> CompareOptions:
                 for n in range(count)
             ]
             (data / task / f"{split}.json").write_text(json.dumps(rows))
-    return CompareOptions(
+    return build(
+        CompareOptions,
         model=str(tiny_llama_dir),
         tasks="trec",
         data_dir=data,
@@ -56,7 +57,7 @@ def options(tiny_llama_dir: Path, tmp_path: Path) -> CompareOptions:
 
 
 def cells_of(options: CompareOptions) -> list:
-    specs = parse_methods(options.methods or "")
+    specs = parse_methods(options.matrix.methods or "")
     return [
         cell
         for sources in find_all_sources(options)
@@ -94,7 +95,7 @@ def test_splits_share_no_row(options: CompareOptions) -> None:
 
 
 def test_a_limit_draws_the_same_rows_every_time(options: CompareOptions) -> None:
-    limited = replace(options, limit=5)
+    limited = changed(options, limit=5)
     (first,), (second,) = find_all_sources(limited), find_all_sources(limited)
     assert first.train_digest == second.train_digest
     rows = [json.loads(line)["prompt"] for line in Path(first.train).read_text().splitlines()]
@@ -105,7 +106,7 @@ def test_a_limit_draws_the_same_rows_every_time(options: CompareOptions) -> None
 
 
 def test_one_training_serves_all_tasks(options: CompareOptions) -> None:
-    shared = replace(options, tasks="boolq,openbookqa", train_task="boolq")
+    shared = changed(options, tasks="boolq,openbookqa", train_task="boolq")
     _, first, _, second = cells_of(shared)
     assert first.train == second.train
     results = [run_cell(cell) for cell in (first, second)]
@@ -113,7 +114,7 @@ def test_one_training_serves_all_tasks(options: CompareOptions) -> None:
     assert results[0]["train_time_s"] == results[1]["train_time_s"]
     assert results[0]["loss_history"] == results[1]["loss_history"]
     # Another seed or rate is another training.
-    other = cells_of(replace(shared, optim=replace(shared.optim, epochs=1)))[1]
+    other = cells_of(changed(shared, optim=changed(shared.optim, epochs=1)))[1]
     assert run_cell(other)["train_time_s"] != results[0]["train_time_s"]
 
 
@@ -135,4 +136,4 @@ def test_a_cell_of_a_task_survives_its_file(options: CompareOptions) -> None:
 )
 def test_wrong_tasks_are_refused(options: CompareOptions, change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        find_all_sources(replace(options, **change))
+        find_all_sources(changed(options, **change))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lowmem_reft.methods.attach import attach, check_target_modules
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.entries import expand_methods, parse_methods, resolve_learning_rate
 from lowmem_reft.methods.table import METHODS, PROFILES, find_method
-from lowmem_reft.options import MemoryOptions, MethodOptions, OptimOptions
+from lowmem_reft.options import MemoryOptions, MethodOptions, OptimOptions, written
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.interventions import intervention_options
 
@@ -87,7 +86,9 @@ def test_layers_of_lora_are_resolved_against_the_base() -> None:
 
 
 def test_reft_options_reach_the_configuration() -> None:
-    options = MethodOptions(method="loreft", rank=2, positions="l1", tie="tied", dropout=0.1)
+    options = written.build(
+        MethodOptions, method="loreft", rank=2, positions="l1", tie="tied", dropout=0.1
+    )
     config = build_peft_config(options, task_type="CAUSAL_LM", num_layers=6)
     assert isinstance(config, ReftConfig)
     assert (config.rank, config.positions, config.dropout) == (2, "l1", 0.1)
@@ -195,7 +196,7 @@ def test_an_unknown_profile_is_refused() -> None:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_table_names_options_that_exist_and_that_the_method_reads(name: str) -> None:
     method = METHODS[name]
-    assert set(method.options) <= {item.name for item in fields(MethodOptions)} - {"method"}
+    assert set(method.options) <= set(written.types(MethodOptions)) - {"method"}
     assert method.size is None or method.size in method.options
     assert set(method.defaults) <= set(method.options)
     assert method.about
@@ -214,7 +215,7 @@ def test_every_option_of_a_method_can_be_given_and_reaches_its_configuration(nam
     }
 
     def build(**options: Any) -> Any:
-        chosen = MethodOptions(method=name, **options)
+        chosen = written.build(MethodOptions, method=name, **options)
         return build_peft_config(chosen, task_type="CAUSAL_LM", num_layers=4)
 
     for option in METHODS[name].options:

@@ -26,8 +26,9 @@ from lowmem_reft.options import (
     ModelOptions,
     OptimOptions,
     ReuseOptions,
-    ReuseRemoveOptions,
+    RowsOptions,
     RunOptions,
+    ScoredOptions,
     ScoringOptions,
 )
 
@@ -76,8 +77,8 @@ NAN, INFINITY = float("nan"), float("inf")
         (DecodingOptions, "top_p", [0.0, -0.1, 1.1, NAN, 0.5]),
         (DecodingOptions, "seed", [-1]),
         (CompareOptions, "workers", [0]),
-        (CompareOptions, "max_length", [0]),
-        (CompareOptions, "eval_limit", [0]),
+        (RowsOptions, "max_length", [0]),
+        (ScoredOptions, "eval_limit", [0]),
     ],
 )
 def test_a_value_that_breaks_its_rule_is_refused_and_named(

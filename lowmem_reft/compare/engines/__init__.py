@@ -21,7 +21,7 @@ from lowmem_reft.options import Workers
 _STOP_S = 5.0
 
 
-class Run(Protocol):
+class Running(Protocol):
     """One cell on its way; its files appear in the cell's directory while it runs."""
 
     @property
@@ -48,11 +48,11 @@ class Engine(Protocol):
     def slots(self) -> int:
         """Cells that can run at the same time."""
 
-    def start(self, cell: Cell) -> Run:
+    def start(self, cell: Cell) -> Running:
         """Start a cell in an empty directory."""
 
 
-def stop(runs: Sequence[Run]) -> None:
+def stop(runs: Sequence[Running]) -> None:
     """Stop cells, all at the same time; returns when they are gone."""
     for run in runs:
         run.cancel()

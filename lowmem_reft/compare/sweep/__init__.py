@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from lowmem_reft.compare.cells import build_cells, command_line
 from lowmem_reft.compare.engines.launch import CHILD_COMMAND
+from lowmem_reft.compare.report.console import Progress
 from lowmem_reft.compare.sources import Sources
-from lowmem_reft.compare.sweep.console import Progress, print_trials
+from lowmem_reft.compare.sweep.console import Told, print_trials
 from lowmem_reft.compare.sweep.rows import find_rows
 from lowmem_reft.compare.sweep.runner import Task, run_trials
 from lowmem_reft.compare.sweep.search import Search, Trial, best_of
@@ -51,8 +52,8 @@ def run_sweep(
     Raises:
         InputError: The space, the methods, the rows or the model are wrong, or Optuna is missing.
     """
-    specs = parse_methods(options.methods)
-    spaces = parse_space(options.space, specs)
+    specs = parse_methods(options.search.methods)
+    spaces = parse_space(options.search.space, specs)
     sampler = choose_sampler(options, spaces)
     trials, sources, final = find_rows(options)
     path = options.output_dir / "sweep.json"
@@ -67,7 +68,7 @@ def run_sweep(
             tasks,
             workers=options.workers,
             child_command=child_command,
-            observer=progress,
+            observer=Told(progress),
             save=sweep.save,
         )
     content = sweep.save(finished=True)
@@ -91,21 +92,21 @@ def choose_sampler(options: SweepOptions, spaces: Sequence[Space]) -> Sampler:
     """
     countable = all(size(space) is not None for space in spaces)
     sampler: Sampler
-    if options.sampler == "auto":
-        sampler = "grid" if countable and options.trials is None else "tpe"
+    if options.search.sampler == "auto":
+        sampler = "grid" if countable and options.search.trials is None else "tpe"
     else:
-        sampler = options.sampler
+        sampler = options.search.sampler
     if sampler == "grid":
         if not countable:
             raise InputError(
                 "sampler must be random or tpe for a space with ranges, got 'grid'; or write lists"
             )
-        if options.trials is not None:
+        if options.search.trials is not None:
             raise InputError(
-                f"trials must be left out with sampler grid, got {options.trials!r}; a grid is "
-                "tried as a whole"
+                "trials must be left out with sampler grid, got "
+                f"{options.search.trials!r}; a grid is tried as a whole"
             )
-    elif options.trials is None:
+    elif options.search.trials is None:
         raise InputError(
             "trials must be given where not every setting is tried, got None; for example "
             "--trials 20"
@@ -125,22 +126,24 @@ def _task(
     """The trials of one method, those that ended before taken over."""
 
     def cell_of(specs: Sequence[MethodSpec]) -> Any:
-        cells = build_cells(comparison, specs, [options.seed], sources)
+        cells = build_cells(comparison, specs, [options.search.seed], sources)
         return next(cell for cell in cells if cell.train is not None)
 
     identity = {
         "config": cell_of([spec]).record["key"],
         "space": [{"kind": type(part).__name__, **asdict(part)} for part in space],
         "sampler": sampler,
-        "prune": options.prune,
-        "seed": options.seed,
+        "prune": options.search.prune,
+        "seed": options.search.seed,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    search = Search(space, sampler=sampler, seed=options.seed, prune=options.prune == "median")
+    search = Search(
+        space, sampler=sampler, seed=options.search.seed, prune=options.search.prune == "median"
+    )
     if sampler == "grid":
         given: Sequence[dict[str, Any] | None] = list(grid(space))
     else:
-        given = [None] * (options.trials or 0)
+        given = [None] * (options.search.trials or 0)
     before = {trial.number: trial for trial in known.get(key, [])}
     trials = [
         before.get(number, Trial(number=number, drawn=drawn)) for number, drawn in enumerate(given)
@@ -195,8 +198,8 @@ class _Sweep:
             for task, trial in zip(self.tasks, best, strict=True)
         ]
         content = {
-            "space": self.options.space,
-            "seed": self.options.seed,
+            "space": self.options.search.space,
+            "seed": self.options.search.seed,
             "metric": next((trial.metric for trial in best if trial is not None), None),
             "methods": methods or None,
             "command": command_line(self.final, methods, TEST_SEEDS) if methods else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,34 +10,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowmem_reft.compare.cell import Cell
-from lowmem_reft.compare.report import console
+from lowmem_reft.compare.report.console import Progress
 from lowmem_reft.compare.sweep.search import Trial
 
 _SHOWN = 20
 
 
-class Progress:
-    """A bar with the running trials and a line for each that ended."""
+class Told:
+    """Says how each trial ended, in a line above the bar with those that run."""
 
-    def __init__(self, num_trials: int, *, quiet: bool) -> None:
-        """Watch ``num_trials`` trials; ``quiet`` shows nothing."""
-        self._progress = console.Progress(num_trials, quiet=quiet)
-
-    def __enter__(self) -> Progress:
-        self._progress.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.__exit__(kind, error, trace)
-
-    def started(self, cell: Cell) -> None:
-        """Name the trial beside the bar."""
-        self._progress.started(cell)
+    def __init__(self, progress: Progress) -> None:
+        """Write above ``progress``."""
+        self._progress, self.started = progress, progress.started
 
     def ended(self, trial: Trial, cell: Cell | None) -> None:
         """Say how the trial ended; ``cell`` is None if nothing was started for it."""

@@ -6,13 +6,12 @@ before anything else; where there are no validation rows, another tenth.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 from lowmem_reft.compare.sources import Sources, find_all_sources
 from lowmem_reft.data import embedded
 from lowmem_reft.data.rows import holdout, load_rows, write_rows
-from lowmem_reft.options import CompareOptions, SweepOptions
+from lowmem_reft.options import CompareOptions, ScoredOptions, SweepOptions, written
 
 
 def find_rows(options: SweepOptions) -> tuple[CompareOptions, Sources, CompareOptions]:
@@ -22,11 +21,11 @@ def find_rows(options: SweepOptions) -> tuple[CompareOptions, Sources, CompareOp
         InputError: The rows or the model are not there.
     """
     final = _with_rows(options)
-    trials = replace(
+    trials = written.changed(
         final,
-        eval_data=final.validation_data,
-        eval_split=final.validation_split,
-        eval_limit=final.validation_limit,
+        eval_data=final.rows.validation_data,
+        eval_split=final.rows.validation_split,
+        eval_limit=final.rows.validation_limit,
     )
     [sources] = find_all_sources(trials, scored="validation")
     # Labels may have become choices, which the epochs are to be scored on too.
@@ -38,28 +37,21 @@ def find_rows(options: SweepOptions) -> tuple[CompareOptions, Sources, CompareOp
 
 def _with_rows(options: SweepOptions) -> CompareOptions:
     """The comparison, with files for all three kinds of rows."""
-    shared = {item.name for item in fields(CompareOptions)}
-    given = {
-        item.name: getattr(options, item.name) for item in fields(options) if item.name in shared
-    }
-    if options.task is not None:
-        return CompareOptions(**given, tasks=options.task)
-    if options.data is None:
-        return _embedded(given)
-    comparison = CompareOptions(**given)
-    if options.validation_data is not None and options.eval_data is not None:
+    shared = ("base", "rows", "scoring", "optim", "memory", "reuse", "output_dir", "workers")
+    groups = {name: getattr(options, name) for name in (*shared, "quiet")}
+    comparison = CompareOptions(scored=ScoredOptions(tasks=options.task), **groups)
+    given = options.rows
+    if options.task is not None or (given.validation_data and given.eval_data):
         return comparison
-    rows = load_rows(options.data, split=options.split)
-    parts: dict[str, Any] = {}
+    if given.data is None:
+        train, test = map(str, embedded.task_files())
+        validation = str(embedded.validation_file())
+        return written.changed(comparison, data=train, eval_data=test, validation_data=validation)
+    rows = load_rows(given.data, split=given.split)
+    parts: dict[str, str] = {}
     for name in ("eval_data", "validation_data"):
-        if getattr(options, name) is None:
+        if getattr(given, name) is None:
             rows, part = holdout(rows)
             parts[name] = str(write_rows(options.output_dir / "rows" / f"{name}.jsonl", part))
     parts["data"] = str(write_rows(options.output_dir / "rows" / "data.jsonl", rows))
-    return replace(comparison, **parts)
-
-
-def _embedded(given: dict[str, Any]) -> CompareOptions:
-    train, test = map(str, embedded.task_files())
-    rows = {"data": train, "eval_data": test, "validation_data": str(embedded.validation_file())}
-    return CompareOptions(**{**given, **rows})
+    return written.changed(comparison, **parts)

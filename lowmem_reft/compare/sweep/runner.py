@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowmem_reft.compare.cell import Cell, Result
-from lowmem_reft.compare.engines import Engine, Run, open_engine, stop
+from lowmem_reft.compare.engines import Engine, Running, open_engine, stop
 from lowmem_reft.compare.queue import POLL_S, finished_result
 from lowmem_reft.compare.sweep.search import Search, Trial, settings_of
 from lowmem_reft.compare.sweep.space import with_settings
@@ -47,11 +47,11 @@ class Observer(Protocol):
 
 
 @dataclass(kw_only=True)
-class _Running:
+class _Started:
     task: Task
     trial: Trial
     cell: Cell
-    run: Run
+    run: Running
     start: float
     same: list[Trial] = field(default_factory=list)
     """Trials with the same setting, drawn while this one runs."""
@@ -99,7 +99,7 @@ def run_trials(
 
 class _Runner:
     def __init__(self, engine: Engine, observer: Observer, save: Callable[[], object]) -> None:
-        self.running: list[_Running] = []
+        self.running: list[_Started] = []
         self._engine, self._observer, self._save = engine, observer, save
 
     def start(self, task: Task, trial: Trial) -> None:
@@ -125,10 +125,10 @@ class _Runner:
             return
         self._observer.started(cell)
         run, start = self._engine.start(cell), time.perf_counter()
-        self.running.append(_Running(task=task, trial=trial, cell=cell, run=run, start=start))
+        self.running.append(_Started(task=task, trial=trial, cell=cell, run=run, start=start))
         self._save()
 
-    def follow(self, running: _Running) -> None:
+    def follow(self, running: _Started) -> None:
         """Take note of the epochs that are over, and of the end."""
         trial, over = running.trial, running.run.ended()  # before its last epochs are looked up
         lines = _epochs(running.cell)
