@@ -8,16 +8,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 INK = "#1f2329"
 """Text and lines; in a page, the colour of the page's own text."""
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#F0E442",
-)
-"""Okabe and Ito's set, which colour-blind readers can tell apart."""
+# Okabe and Ito's set, which colour-blind readers can tell apart.
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+YELLOW = "#F0E442"
 MIDDLE_GREY = "#808892"
 """Lines that are seen on a light page and on a dark one."""
 _PAGE = {

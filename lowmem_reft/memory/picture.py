@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from lowmem_reft.errors import InputError
 from lowmem_reft.machine.pages import INK, templates
-from lowmem_reft.memory.chart import layout, traces
+from lowmem_reft.memory.chart import draw_charts
 from lowmem_reft.memory.timeline import (
     COLORS,
     Curve,
@@ -26,7 +25,6 @@ from lowmem_reft.memory.timeline import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.patches import Patch
 
     from lowmem_reft.memory.live import LiveStorage
 
@@ -98,15 +96,8 @@ def write_timeline_html(
     Raises:
         InputError: plotly is not installed, or a timeline is empty.
     """
-    try:
-        import plotly.graph_objects
-    except ImportError as error:
-        raise InputError(
-            "plotly must be installed to write an interactive page, got none; "
-            "pip install 'lowmem-reft[report]'"
-        ) from error
     curves = {name: curve_of(timeline) for name, timeline in timelines.items()}
-    chart = plotly.graph_objects.Figure(traces(curves), layout(curves))
+    chart = draw_charts(curves)
     names = dict.fromkeys(name for curve in curves.values() for name in sorted(curve.at_peak))
     peaks = {name: curve.at_peak for name, curve in curves.items()}
     categories = [
@@ -149,35 +140,21 @@ def _mark_peak(
 ) -> None:
     from matplotlib.patheffects import withStroke
 
-    halo = [withStroke(linewidth=3, foreground="#ffffffc0")]
     x, y = curve.moments[curve.peak], curve.peak_bytes / unit
-    on_the_left = x > 0.6 * curve.num_changes
+    side = -1 if x > 0.6 * curve.num_changes else 1
+    looks: dict[str, Any] = {"textcoords": "offset points", "color": INK}
+    looks["path_effects"] = [withStroke(linewidth=3, foreground="#ffffffc0")]
     axes.plot([x], [y], marker="o", ms=5, mfc="white", mec=INK, mew=1.3, zorder=5, clip_on=False)
-    axes.annotate(
-        f"peak {y:,.2f} {symbol}, {curve.phases[curve.peak]}",
-        (x, y),
-        (-8 if on_the_left else 8, 5),
-        textcoords="offset points",
-        ha="right" if on_the_left else "left",
-        color=INK,
-        fontsize=10,
-        fontweight="bold",
-        path_effects=halo,
-    )
+    text = f"peak {y:,.2f} {symbol}, {curve.phases[curve.peak]}"
+    ha = {1: "left", -1: "right"}
+    axes.annotate(text, (x, y), (8 * side, 5), ha=ha[side], size=10, fontweight="bold", **looks)
     if budget_bytes is not None:
-        axes.axhline(budget_bytes / unit, color=INK, linewidth=1.2, linestyle=(0, (5, 3)))
+        budget = budget_bytes / unit
+        axes.axhline(budget, color=INK, linewidth=1.2, linestyle=(0, (5, 3)))
         # On the other side than the peak's own text, which may be at the same height.
-        axes.annotate(
-            f"budget {budget_bytes / unit:,.2f} {symbol}",
-            (0 if on_the_left else 1, budget_bytes / unit),
-            (6 if on_the_left else -6, 4),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="left" if on_the_left else "right",
-            color=INK,
-            fontsize=9,
-            path_effects=halo,
-        )
+        spot, where = (0 if side < 0 else 1, budget), ("axes fraction", "data")
+        text = f"budget {budget:,.2f} {symbol}"
+        axes.annotate(text, spot, (-6 * side, 4), xycoords=where, ha=ha[-side], size=9, **looks)
 
 
 def _draw_bands(axes: Axes, curve: Curve) -> None:
@@ -188,13 +165,11 @@ def _draw_bands(axes: Axes, curve: Curve) -> None:
         looks: dict[str, Any] = {"color": phase_color(phase), "lw": 0, "transform": across}
         axes.broken_barh(spans, (0, 1), alpha=0.3, zorder=0, **looks)
         axes.broken_barh(spans, (1, 0.055), clip_on=False, **looks)
+    middle: dict[str, Any] = {"transform": across, "ha": "center", "va": "center", "size": 8.5}
     for start, end, phase in curve.bands:
         if end - start > 0.085 * curve.num_changes:
             color = "white" if phase == "optimizer" else INK
-            place = ((start + end) / 2, 1.0275)
-            axes.text(
-                *place, phase, transform=across, ha="center", va="center", size=8.5, color=color
-            )
+            axes.text((start + end) / 2, 1.0275, phase, color=color, **middle)
 
 
 def _dress(axes: Axes, title: str, symbol: str) -> None:
@@ -212,6 +187,7 @@ def _dress(axes: Axes, title: str, symbol: str) -> None:
 
 def _add_legends(axes: Axes, curve: Curve) -> None:
     """Say what the colours are: categories with their size at the peak, and phases."""
+    from matplotlib.legend import Legend
     from matplotlib.patches import Patch
 
     categories = [
@@ -219,16 +195,12 @@ def _add_legends(axes: Axes, curve: Curve) -> None:
         for name, num_bytes in reversed(curve.at_peak.items())
     ]
     phases = [Patch(color=phase_color(phase), label=phase) for phase in curve.all_phases]
-    _add_legend(axes, categories, "at the peak", loc="upper left", bbox_to_anchor=(1.02, 1.06))
-    _add_legend(axes, phases, "phase", loc="lower left", bbox_to_anchor=(1.02, 0.0))
-
-
-def _add_legend(axes: Axes, handles: Sequence[Patch], title: str, **where: Any) -> None:
-    from matplotlib.legend import Legend
-
-    labels = [str(handle.get_label()) for handle in handles]
     looks: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
     looks |= {"alignment": "left", "borderaxespad": 0, "handlelength": 1.1, "handleheight": 1.1}
-    legend = Legend(axes, handles, labels, title=title, **looks, **where)
-    axes.add_artist(legend)
-    legend.set_clip_on(False)
+    upper: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.06)}
+    lower: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (1.02, 0.0)}
+    for handles, title, where in ((categories, "at the peak", upper), (phases, "phase", lower)):
+        labels = [str(handle.get_label()) for handle in handles]
+        legend = Legend(axes, handles, labels, title=title, **where, **looks)
+        axes.add_artist(legend)
+        legend.set_clip_on(False)

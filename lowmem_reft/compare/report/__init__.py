@@ -50,16 +50,8 @@ def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def write_report(results: Sequence[dict[str, Any]], directory: Path, *, texts: bool = True) -> Path:
-    """Write the PNG plots and ``report.html`` of a comparison.
-
-    Args:
-        results: The cells, as in ``results.json``.
-        directory: Where the files go; the cells' ``predictions`` are relative to it.
-        texts: Whether the page may hold the texts of the examples.
-
-    Returns:
-        The path of ``report.html``.
-    """
+    """Write the PNG plots and ``report.html``; the arguments are those of ``write_results``."""
+    # Matplotlib takes a second to import; whoever asks for the table alone need not wait for it.
     from lowmem_reft.compare.report.comparison import Comparison
     from lowmem_reft.compare.report.html import render_page
     from lowmem_reft.compare.report.sections import SECTIONS

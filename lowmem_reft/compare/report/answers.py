@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Key = tuple[str, int]
 """An example: name of its file with the line, and which of the lines from there it is."""
+_Lines = dict[Key, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +67,7 @@ def read_answers(results: Sequence[dict[str, Any]], directory: Path) -> dict[str
         Tasks, in the order in which they first occur. A file that is not there or cannot be read
         is left out, the latter with a warning.
     """
-    cells: dict[str, list[tuple[dict[str, Any], dict[Key, dict[str, Any]]]]] = {}
+    cells: dict[str, list[tuple[dict[str, Any], _Lines]]] = {}
     for result in results:
         if result["error"] is None and result.get("predictions"):
             lines = _read_lines(directory / result["predictions"])
@@ -75,8 +76,8 @@ def read_answers(results: Sequence[dict[str, Any]], directory: Path) -> dict[str
     return {task: _align(task, found) for task, found in cells.items()}
 
 
-def _read_lines(path: Path) -> dict[Key, dict[str, Any]]:
-    lines: dict[Key, dict[str, Any]] = {}
+def _read_lines(path: Path) -> _Lines:
+    lines: _Lines = {}
     seen: Counter[str] = Counter()
     try:
         with path.open(encoding="utf-8") as file:
@@ -97,9 +98,7 @@ def _read_lines(path: Path) -> dict[Key, dict[str, Any]]:
     return lines
 
 
-def _align(
-    task: str, cells: Sequence[tuple[dict[str, Any], dict[Key, dict[str, Any]]]]
-) -> TaskAnswers:
+def _align(task: str, cells: Sequence[tuple[dict[str, Any], _Lines]]) -> TaskAnswers:
     """Put the answers of all cells into the order of the first cell's examples."""
     first = cells[0][1]
     keys = [key for key in first if all(key in lines for _, lines in cells)]

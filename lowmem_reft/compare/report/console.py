@@ -7,18 +7,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from rich import progress
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.progress import (
-    Progress as Bar,
-)
 from rich.table import Table
 
 from lowmem_reft.compare.cell import Cell, Result
@@ -39,11 +31,11 @@ class Progress:
         self._num_cells = num_cells
         self._num_finished = 0
         self._running: list[str] = []
-        self._bar = Bar(
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
+        self._bar = progress.Progress(
+            progress.BarColumn(24),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("{task.description}", markup=False),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
         )
@@ -89,11 +81,8 @@ def print_table(rows: Sequence[Summary], console: Console | None = None) -> None
     console = console or Console(stderr=True)
     if not console.is_terminal:
         console.width = _WIDE
-    shown = [
-        column
-        for column in columns(rows)
-        if console.width >= _WIDE or column.field not in _LEFT_OUT_WHERE_NARROW
-    ]
+    left_out = () if console.width >= _WIDE else _LEFT_OUT_WHERE_NARROW
+    shown = [column for column in columns(rows) if column.field not in left_out]
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
         if column.kind == "text":

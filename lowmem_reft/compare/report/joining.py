@@ -63,11 +63,8 @@ def join(sources: Sequence[Path], *, relative_to: Path) -> list[dict[str, Any]]:
             predictions = cell.get("predictions")
             if predictions:
                 predictions = os.path.relpath(path.parent / predictions, relative_to)
-            cells[cell["task"], cell["method"], cell["seed"]] = {
-                **EMPTY_RESULT,
-                **cell,
-                "predictions": predictions,
-            }
+            joined = {**EMPTY_RESULT, **cell, "predictions": predictions}
+            cells[cell["task"], cell["method"], cell["seed"]] = joined
             rows = json.dumps((cell.get("config") or {}).get("eval_data"), sort_keys=True)
             scored.setdefault(cell["task"], {}).setdefault(rows, source)
     for task, found in scored.items():

@@ -37,11 +37,10 @@ def matthews(counts: Floats, predictions: Floats, references: Floats) -> Floats:
 
 def pearson(counts: Floats, predictions: Floats, references: Floats) -> Floats:
     """Pearson's correlation; 0 where one side is constant."""
-    return _correlation(
-        counts,
-        np.broadcast_to(_standardized(predictions), counts.shape),
-        np.broadcast_to(_standardized(references), counts.shape),
+    x, y = (
+        np.broadcast_to(_standardized(side), counts.shape) for side in (predictions, references)
     )
+    return _correlation(counts, x, y)
 
 
 def spearman(counts: Floats, predictions: Floats, references: Floats) -> Floats:
@@ -49,12 +48,7 @@ def spearman(counts: Floats, predictions: Floats, references: Floats) -> Floats:
     return _correlation(counts, _ranks(counts, predictions), _ranks(counts, references))
 
 
-METRICS: dict[str, Metric] = {
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
+METRICS: dict[str, Metric] = {each.__name__: each for each in (f1, matthews, pearson, spearman)}
 """By the names that ``metrics.py`` uses."""
 
 

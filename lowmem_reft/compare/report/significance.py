@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lowmem_reft.compare.report.answers import MethodAnswers, TaskAnswers
 from lowmem_reft.compare.report.resampled import METRICS, Floats
@@ -99,25 +98,19 @@ def compare_with(
     }
     if reference not in scorers or len(scorers) < 2:
         return None
-    whole = {name: float(score(np.ones((1, num_examples)))[0]) for name, score in scorers.items()}
-    drawn: dict[str, list[Floats]] = {name: [] for name in scorers}
-    for counts in draw_counts(num_examples, num_resamples, seed):
+    parts: dict[str, list[Floats]] = {name: [] for name in scorers}
+    draws = draw_counts(num_examples, num_resamples, seed)
+    for counts in itertools.chain([np.ones((1, num_examples))], draws):  # first all, as they are
         for name, score in scorers.items():
-            drawn[name].append(score(counts))
-    scores = {name: np.concatenate(parts) for name, parts in drawn.items()}
-    differences = {
-        name: _difference(whole[name] - whole[reference], scores[name] - scores[reference])
-        for name in scorers
-        if name != reference
-    }
-    corrected = holm([difference[-1] for difference in differences.values()])
+            parts[name].append(score(counts))
+    scores = {name: np.concatenate(part) for name, part in parts.items()}
+    found = {m: _difference(scores[m] - scores[reference]) for m in scorers if m != reference}
+    corrected = holm([difference.p for difference in found.values()])
     return Significance(
         reference=reference,
         differences={
-            name: Difference(value=value, low=low, high=high, p=p, p_holm=p_holm)
-            for (name, (value, low, high, p)), p_holm in zip(
-                differences.items(), corrected, strict=True
-            )
+            name: replace(difference, p_holm=p)
+            for (name, difference), p in zip(found.items(), corrected, strict=True)
         },
         num_examples=num_examples,
         num_resamples=num_resamples,
@@ -144,32 +137,34 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [p for _, p in sorted(zip(order.tolist(), rising, strict=True))]
 
 
-def _difference(value: float, drawn: NDArray[np.float64]) -> tuple[float, float, float, float]:
-    low, high = np.percentile(drawn, [2.5, 97.5])
+def _difference(scores: Floats) -> Difference:
+    """The difference on all examples, which comes first, with what its draws say of it."""
+    value, drawn = float(scores[0]), scores[1:]
+    low, high = map(float, np.percentile(drawn, [2.5, 97.5]))
     # Equal scores that were summed in another order still count as equal.
     num_below, num_above = int((drawn <= _ZERO).sum()), int((drawn >= -_ZERO).sum())
     p = min(1.0, 2 * (min(num_below, num_above) + 1) / (len(drawn) + 1))
-    return value, float(low), float(high), p
+    return Difference(value=value, low=low, high=high, p=p, p_holm=p)
 
 
 def _scorer(answers: TaskAnswers, method: MethodAnswers) -> Scorer | None:
     """How the method is scored on draws; None where that is not what its cells measured."""
     references = [example.reference for example in answers.examples]
+
+    def score(counts: Floats) -> Floats:
+        mean: Floats = (
+            counts @ shares / len(shares)
+            if metric is None
+            else np.mean([metric(counts, seed, right) for seed in seeds], axis=0)
+        )
+        return mean
+
+    metric = METRICS.get(answers.metric)
     try:
-        if answers.metric in METRICS:
-            metric, right = METRICS[answers.metric], _numbers(references)
-            seeds = [_numbers(row) for row in method.predictions]
-
-            def score(counts: Floats) -> Floats:
-                mean: Floats = np.mean([metric(counts, seed, right) for seed in seeds], axis=0)
-                return mean
-        else:
+        if metric is None:
             shares = _example_scores(answers.metric, method, references).mean(axis=0)
-
-            def score(counts: Floats) -> Floats:
-                mean: Floats = counts @ shares / len(shares)
-                return mean
-
+        else:
+            right, *seeds = map(_numbers, (references, *method.predictions))
         measured = float(score(np.ones((1, len(references))))[0])
     except (TypeError, ValueError):
         return None  # a metric that is not known, or predictions of another kind
@@ -180,15 +175,8 @@ def _example_scores(metric: str, method: MethodAnswers, references: Sequence[Any
     """(seeds, examples), of a metric that is the mean over examples."""
     if metric == "accuracy":
         return method.correct.astype(np.float64)
-    return np.array(
-        [
-            [
-                compute(metric, [given], [right])
-                for given, right in zip(row, references, strict=True)
-            ]
-            for row in method.predictions
-        ]
-    )
+    pairs = [zip(row, references, strict=True) for row in method.predictions]
+    return np.array([[compute(metric, [given], [right]) for given, right in row] for row in pairs])
 
 
 def _agrees(measured: float, method: MethodAnswers) -> bool:

@@ -35,23 +35,14 @@ def render(comparison: Comparison) -> Section | None:
     if not shown:
         return None
     room = MAX_CHARACTERS // len(shown)
-    data = {
-        "tasks": [
-            pack(answers, comparison.names, room, texts=comparison.texts)
-            for answers in shown.values()
-        ],
-        "pair": _first_pair(comparison),
-        "texts": comparison.texts,
-    }
+    names, texts = comparison.names, comparison.texts
+    tasks = [pack(answers, names, room, texts=texts) for answers in shown.values()]
+    data = {"tasks": tasks, "pair": _first_pair(comparison), "texts": texts}
     lead = (
         "Which examples one method gets and the other misses. Over several seeds a method is right "
         "where more than half of its seeds are."
     )
-    left_out = [
-        f"{task} ({comparison.answers[task].metric})"
-        for task in comparison.answers
-        if task not in shown
-    ]
+    left_out = [f"{t} ({a.metric})" for t, a in comparison.answers.items() if t not in shown]
     if not comparison.texts:
         lead += " This page was written without the texts: examples are named by file and line."
     parts = [html.paragraph(lead), html.examples(data)]

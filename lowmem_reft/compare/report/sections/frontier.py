@@ -97,14 +97,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
             differs in one of them.
     """
     front: list[int] = []
-    best = float("-inf")
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        cost, value = points[i]
-        if value > best:
-            best = value
+        last = points[front[-1]] if front else None
+        if last is None or points[i][1] > last[1] or points[i] == last:  # the same point twice
             front.append(i)
-        elif value == best and front and cost == points[front[-1]][0]:
-            front.append(i)  # the same point twice
     return front
 
 

@@ -79,12 +79,8 @@ def find_grids(comparison: Comparison) -> list[Grid]:
 
 def draw(grid: Grid) -> Figure:
     """The map: layers downwards, positions to the right, every value written in its cell."""
-    values = np.array(
-        [
-            [100 * _mean(grid.rows.get((layer, position))) for position in grid.positions]
-            for layer in grid.layers
-        ]
-    )
+    cells = [[grid.rows.get((layer, each)) for each in grid.positions] for layer in grid.layers]
+    values = np.array([[100 * _mean(cell) for cell in row] for row in cells])
     shape = values.shape
     figure, axes = new_figure(max(4.6, 1.6 + 0.75 * shape[1]), 1.2 + 0.42 * shape[0])
     axes.grid(visible=False)
@@ -127,11 +123,8 @@ def draw(grid: Grid) -> Figure:
 
 def _has_square(places: set[tuple[str, str]]) -> bool:
     """Whether some two layers were run with the same two positions."""
-    positions: dict[str, set[str]] = {}
-    for layers, position in places:
-        positions.setdefault(layers, set()).add(position)
-    pairs = itertools.combinations(positions.values(), 2)
-    return any(len(one & other) >= 2 for one, other in pairs)
+    positions = [{p for layers, p in places if layers == each} for each in dict(places)]
+    return any(len(one & other) >= 2 for one, other in itertools.combinations(positions, 2))
 
 
 def _mean(row: Summary | None) -> float:
