@@ -281,11 +281,12 @@ def environment(device: str = "cpu", peer_python: str | None = None) -> dict[str
     machine.
     """
     from lowmem_reft.machine import provenance
+    from lowmem_reft.machine.devices import device_name
 
     command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     return {
         "versions": provenance.versions(),
-        "device": provenance.device_name(device),
+        "device": device_name(device),
         "commit": provenance.commit(),
         "command": command.replace(peer_python, "PYTHON") if peer_python else command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -57,7 +57,8 @@ from lowmem_reft.base import load_base, load_tokenizer, save_base
 from lowmem_reft.base.blocks import device_of, find_blocks
 from lowmem_reft.data.embedded import model_dir
 from lowmem_reft.errors import InputError, check_counts
-from lowmem_reft.machine.provenance import commit, device_name, versions
+from lowmem_reft.machine.devices import device_name
+from lowmem_reft.machine.provenance import commit, versions
 from lowmem_reft.memory import peak_rss_bytes
 from lowmem_reft.options import Storage
 from lowmem_reft.reft.config import check_layers, resolve_layers

@@ -31,7 +31,8 @@ from rich.table import Table
 
 from lowmem_reft.data.embedded import model_dir
 from lowmem_reft.errors import check_counts, check_positive
-from lowmem_reft.machine.provenance import commit, device_name, versions
+from lowmem_reft.machine.devices import device_name
+from lowmem_reft.machine.provenance import commit, versions
 from lowmem_reft.options import (
     DataOptions,
     DecodingOptions,

@@ -18,6 +18,7 @@ from pathlib import Path
 from lowmem_reft.compare.cell import EMPTY_RESULT, Cell, Result
 from lowmem_reft.compare.engines.launch import leave_result
 from lowmem_reft.machine import provenance
+from lowmem_reft.machine.devices import device_name
 from lowmem_reft.machine.files import write_json
 from lowmem_reft.options import TrainOptions
 from lowmem_reft.runs.evaluate import run_evaluation
@@ -44,7 +45,7 @@ def run_cell(cell: Cell) -> Result:
         "loss": scored.get("loss"),
         "num_examples": scored["num_examples"],
         "wall_time_s": time.perf_counter() - start,
-        "device": provenance.device_name(cell.evaluate.model.device),
+        "device": device_name(cell.evaluate.model.device),
         "commit": provenance.commit(),
         "versions": provenance.versions(),
     }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,3 +141,25 @@ def return_freed_memory() -> None:
     """Give memory that the C library keeps for later back to the system (glibc; else nothing)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def device_name(device: str = "auto") -> str:
+    """What the run was measured on: CPU model and threads, or GPU name and memory in GiB.
+
+    For example ``"Intel(R) Xeon(R) Processor, 2 threads"`` or ``"NVIDIA L4, 22.0 GiB"``.
+    """
+    resolved = resolve_device(device)
+    if resolved.type == "cuda":
+        properties = torch.cuda.get_device_properties(resolved)
+        return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    threads = torch.get_num_threads()
+    return f"{_cpu_model()}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,6 +1,6 @@
 """Where a number comes from: versions, device, commit and digests, stored beside every result.
 
-Importing this module loads no torch; only ``device_name`` needs it, and imports it when called.
+Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -36,24 +36,6 @@ def installed(name: str) -> str:
     """A distribution with its version, as messages name it, for example ``transformers 5.24.0``."""
     version = _version(name)
     return f"{name}, which is not installed" if version is None else f"{name} {version}"
-
-
-def device_name(device: str = "auto") -> str:
-    """What the run was measured on: CPU model and threads, or GPU name and memory in GiB.
-
-    For example ``"Intel(R) Xeon(R) Processor, 2 threads"`` or ``"NVIDIA L4, 22.0 GiB"``.
-    """
-    import torch
-
-    # Here, since it imports torch, which versions and digests do without.
-    from lowmem_reft.machine.devices import resolve_device
-
-    resolved = resolve_device(device)
-    if resolved.type == "cuda":
-        properties = torch.cuda.get_device_properties(resolved)
-        return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
-    threads = torch.get_num_threads()
-    return f"{_cpu_model()}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def commit() -> str | None:
@@ -103,15 +85,6 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

@@ -13,9 +13,9 @@ from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.loading import load_base
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.devices import dtype_name, resolve_device, resolve_storage
+from lowmem_reft.machine.devices import device_name, dtype_name, resolve_device, resolve_storage
 from lowmem_reft.machine.files import write_json
-from lowmem_reft.machine.provenance import device_name, versions
+from lowmem_reft.machine.provenance import versions
 from lowmem_reft.memory.live import CATEGORIES, LiveMemory, label_model, track
 from lowmem_reft.memory.measure import Measured, measure
 from lowmem_reft.memory.planner import GIB, Card, Planner, read_config

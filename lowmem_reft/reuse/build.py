@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from torch import Tensor
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.partial import feeding, keys_and_values, run_up_to
 from lowmem_reft.reuse.layout import Layout
-from lowmem_reft.reuse.split import Example
 from lowmem_reft.reuse.store import Record, Store
+
+if TYPE_CHECKING:
+    from lowmem_reft.reuse.split import Example
 
 BATCH_TOKENS = 4096
 """Tokens, padding included, that run together; an example that is longer runs alone."""

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lowmem_reft.machine.devices import dtype_name
-from lowmem_reft.machine.provenance import device_name
+from lowmem_reft.machine.devices import device_name, dtype_name
 from lowmem_reft.options import TrainOptions, written
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from lowmem_reft.options import (
     ModelOptions,
     OptimOptions,
     ReuseOptions,
+    ReuseRemoveOptions,
     RowsOptions,
     RunOptions,
     ScoredOptions,
