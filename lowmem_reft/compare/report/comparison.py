@@ -38,12 +38,8 @@ class Comparison:
         cls, results: Sequence[dict[str, Any]], directory: Path, *, texts: bool = True
     ) -> Comparison:
         """Aggregate the cells and read their predictions, which are relative to ``directory``."""
-        return cls(
-            results=results,
-            rows=aggregate(results),
-            answers=read_answers(results, directory),
-            texts=texts,
-        )
+        answers = read_answers(results, directory)
+        return cls(results=results, rows=aggregate(results), answers=answers, texts=texts)
 
     @cached_property
     def tasks(self) -> list[str]:

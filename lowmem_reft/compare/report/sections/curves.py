@@ -43,9 +43,8 @@ def render(comparison: Comparison) -> Section | None:
         found[f"loss_curves-{number}" if number else "loss_curves"] = Chart(title, figure)
     parts = [charts(found)]
     if is_cut:
-        parts.append(
-            html.note(f"Named: the {_MAX_NAMES - 1} best and the reference. Grey: all others.")
-        )
+        words = f"Named: the {_MAX_NAMES - 1} best and the reference. Grey: all others."
+        parts.append(html.note(words))
     return Section(name="curves", title="Training loss", parts=parts, charts=found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -60,10 +60,8 @@ def render(comparison: Comparison) -> Section | None:
     for number, (task, rows) in enumerate(groups):
         drawn = draw(comparison, rows)
         if number:
-            drawn = {
-                f"{name}-{number}": Chart(f"{each.title}, {task}", each.figure)
-                for name, each in drawn.items()
-            }
+            pairs = drawn.items()
+            drawn = {f"{k}-{number}": Chart(f"{c.title}, {task}", c.figure) for k, c in pairs}
         if drawn:
             parts.append(folded(task, charts(drawn)) if number else charts(drawn))
         found |= drawn
@@ -165,18 +163,10 @@ def _draw_points(
     axes.plot(*zip(*steps, strict=True), color=INK, alpha=0.45, lw=1.2, zorder=1)
     for i, row in enumerate(points):
         color, marker = comparison.styles[row.method]
-        axes.errorbar(
-            [places[i][0]],
-            [places[i][1]],
-            _value(row)[1] or None,
-            color=color,
-            marker=marker,
-            markerfacecolor=color if i in indices else "none",
-            markeredgewidth=1.5,
-            elinewidth=1,
-            ms=7,
-            capsize=3,
-        )
+        inside = color if i in indices else "none"
+        looks: dict[str, Any] = {"color": color, "marker": marker, "markerfacecolor": inside}
+        looks |= {"markeredgewidth": 1.5, "elinewidth": 1, "ms": 7, "capsize": 3}
+        axes.errorbar([places[i][0]], [places[i][1]], _value(row)[1] or None, **looks)
     return [points[i] for i in indices]
 
 

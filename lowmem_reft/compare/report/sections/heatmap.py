@@ -90,20 +90,12 @@ def draw(grid: Grid) -> Figure:
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     for (i, j), value in np.ndenumerate(values):
         share = 0.1 + 0.75 * (value - low) / ((high - low) or 1.0)
-        is_missing = bool(np.isnan(value))
-        axes.add_patch(
-            Rectangle(
-                (j - 0.5, i - 0.5),
-                1,
-                1,
-                facecolor="none" if is_missing else colors(share),
-                edgecolor=INK if is_missing else "white",
-                hatch="////" if is_missing else None,
-                linewidth=0 if is_missing else 1,
-                alpha=0.35 if is_missing else None,
-            )
-        )
-        if not is_missing:
+        looks: dict[str, Any] = {"facecolor": colors(share), "edgecolor": "white", "linewidth": 1}
+        if np.isnan(value):
+            looks = {"facecolor": "none", "edgecolor": INK, "linewidth": 0}
+            looks |= {"hatch": "////", "alpha": 0.35}
+        axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **looks))
+        if not np.isnan(value):
             ink = "#ffffff" if share > 0.55 else "#000000"
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=9.5)
     for i, j in np.argwhere(values == high):

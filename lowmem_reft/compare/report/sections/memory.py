@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -33,12 +34,8 @@ def render(comparison: Comparison) -> Section | None:
         html.note(_note(comparison)),
         folded("The numbers, in MiB", numbers),
     ]
-    return Section(
-        name="memory",
-        title="What the memory is for",
-        parts=parts,
-        charts={"memory_breakdown": made},
-    )
+    found = {"memory_breakdown": made}
+    return Section(name="memory", title="What the memory is for", parts=parts, charts=found)
 
 
 def _note(comparison: Comparison) -> str:
@@ -71,29 +68,15 @@ def draw(breakdowns: Mapping[str, Breakdown], names: list[str]) -> Figure:
     totals = [sum(sizes.values()) for sizes in breakdowns.values()]
     unit, symbol = unit_of(max(totals))
     starts = [0.0] * len(methods)
+    bar: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.5, "height": 0.66}
     for name in names:
         widths = [breakdowns[method].get(name, 0) / unit for method in methods]
-        axes.barh(
-            methods,
-            widths,
-            left=starts,
-            color=color_of(name),
-            edgecolor="white",
-            linewidth=0.5,
-            height=0.66,
-            label=words(name),
-        )
+        axes.barh(methods, widths, left=starts, color=color_of(name), label=words(name), **bar)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 9}
+    beside["color"] = INK
     for place, total in enumerate(totals):
-        axes.annotate(
-            size_text(total),
-            (total / unit, place),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            size=9,
-            color=INK,
-        )
+        axes.annotate(size_text(total), (total / unit, place), (4, 0), **beside)
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.15 * max(totals) / unit)
