@@ -82,7 +82,12 @@ def _parse_method(entry: str) -> MethodSpec:
         key, equals, value = item.partition("=")
         key = {"r": "rank"}.get(key.strip(), key.strip().replace("-", "_"))
         if equals and key == "storage":
-            storage = _storage(value.strip(), entry)
+            storage = value.strip()
+            if storage not in get_args(Storage):
+                raise InputError(
+                    f"storage in {entry!r} must be one of {', '.join(get_args(Storage))}, got "
+                    f"{storage!r}; mend it"
+                )
         elif equals and key in _names(MethodOptions) - {"method"}:
             own[key] = _convert(MethodOptions, key, value.strip(), entry)
         elif equals and key in _names(OptimOptions):
@@ -98,15 +103,6 @@ def _parse_method(entry: str) -> MethodSpec:
     return MethodSpec(
         label=entry, name=match["name"], storage=storage, options=options, optim_overrides=optim
     )
-
-
-def _storage(value: str, entry: str) -> str:
-    if value not in get_args(Storage):
-        raise InputError(
-            f"storage in {entry!r} must be one of {', '.join(get_args(Storage))}, got {value!r}; "
-            "mend it"
-        )
-    return value
 
 
 def _names(*classes: type) -> set[str]:
