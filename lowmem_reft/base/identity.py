@@ -21,11 +21,10 @@ from torch import nn
 
 from lowmem_reft.base.blocks import device_of, find_blocks
 from lowmem_reft.base.hub import weights_among
+from lowmem_reft.machine.devices import DTYPES
 
 _NUM_SAMPLES = 8
 _SAMPLE_BYTES = 1 << 12
-
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def checkpoint_digest(model: str | Path, revision: str | None = "main") -> str | None:
@@ -145,8 +144,8 @@ def storage_of(model: nn.Module) -> str | None:
             return str(getattr(module.weight, "quant_type", None) or "nf4")
         if kind == "Linear8bitLt":
             return "int8"
-    dtypes = [str(p.dtype).removeprefix("torch.") for p in block.parameters() if p.dim() > 1]
-    return _DTYPES.get(dtypes[0]) if dtypes else None
+    held = next((p.dtype for p in block.parameters() if p.dim() > 1), None)
+    return next((name for name, dtype in DTYPES.items() if dtype == held), None)
 
 
 def note_base(config: Any, model: nn.Module) -> None:

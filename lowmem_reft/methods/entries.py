@@ -85,7 +85,12 @@ def _parse_method(entry: str) -> MethodSpec:
         key, equals, value = item.partition("=")
         key = {"r": "rank"}.get(key.strip(), key.strip().replace("-", "_"))
         if equals and key == "storage":
-            storage = _storage(value.strip(), entry)
+            storage = value.strip()
+            if storage not in get_args(Storage):
+                raise InputError(
+                    f"storage in {entry!r} must be one of {', '.join(get_args(Storage))}, got "
+                    f"{storage!r}; mend it"
+                )
         elif equals and key in _OWN:
             own[key] = _convert(_OWN[key], key, value.strip(), entry)
         elif equals and key in _OPTIM:
@@ -101,15 +106,6 @@ def _parse_method(entry: str) -> MethodSpec:
     return MethodSpec(
         label=entry, name=match["name"], storage=storage, options=options, optim_overrides=optim
     )
-
-
-def _storage(value: str, entry: str) -> str:
-    if value not in get_args(Storage):
-        raise InputError(
-            f"storage in {entry!r} must be one of {', '.join(get_args(Storage))}, got {value!r}; "
-            "mend it"
-        )
-    return value
 
 
 def _convert(kind: Any, key: str, value: str, entry: str) -> Any:

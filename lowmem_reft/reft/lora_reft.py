@@ -129,16 +129,6 @@ class LoraReftModel(LoraModel):
     def _check_merge_allowed(self) -> None:
         self._reft._check_merge_allowed()
 
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        """Refuse: an edit of some positions is not a change of weights.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        self._check_merge_allowed()
-
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         one = ReftModel if ".reft_phi." in key else LoraModel

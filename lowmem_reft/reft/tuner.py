@@ -252,17 +252,7 @@ class ReftModel(BaseTuner):
                 parent._gradient_checkpointing_func = function.checkpoint
         return super().unload()
 
-    def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(NO_MERGE)
-
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        """Refuse: an edit of some positions is not a change of weights.
-
-        Raises:
-            NotImplementedError: always.
-        """
+    def _check_merge_allowed(self) -> None:  # asked by merge_adapter and merge_and_unload
         raise NotImplementedError(NO_MERGE)
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lowmem_reft.base.blocks import find_blocks
@@ -71,6 +72,16 @@ def test_lower_blocks_are_never_there_and_restored_ones_are_those_of_the_checkpo
     base.residency.restore()
     assert base_digest(base) == base_digest(load(directory, "all", storage))
     assert not any(p.requires_grad for p in base.parameters())
+
+
+def test_a_whole_file_beside_an_index_is_what_is_read_in_parts_too(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "model")
+    shards = [load_file(path) for path in directory.glob("model-*.safetensors")]
+    other = {name: 2 * tensor for shard in shards for name, tensor in shard.items()}
+    save_file(other, directory / "model.safetensors", metadata={"format": "pt"})
+    base = load(directory, "upper")
+    base.residency.restore()
+    assert base_digest(base) == base_digest(load(directory, "all"))
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])

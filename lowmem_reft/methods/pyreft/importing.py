@@ -226,9 +226,9 @@ def _convert(
     held: dict[tuple[int, int], dict[str, Tensor]] = {}
     for place, tensors in checkpoint.interventions.items():
         where = checkpoint.files[place]
-        converted = from_pyreft(checkpoint.class_name, tensors, config.act, where)
-        held[place.layer, place.group] = converted[0]
-        notes |= converted[1]
+        ours, said = from_pyreft(checkpoint.class_name, tensors, config.act, where)
+        held[place.layer, place.group] = ours
+        notes |= said
     result = {}
     for key, like in expected.items():
         place_of, is_ours, rest = key.partition(".reft_phi.")
