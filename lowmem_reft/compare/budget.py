@@ -26,7 +26,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.memory.verdict import required_gib
 from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.configs import given_options
-from lowmem_reft.methods.entries import MethodSpec, parse_methods
+from lowmem_reft.methods.entries import MethodSpec, parse_methods, write_entry
 from lowmem_reft.methods.table import find_method
 from lowmem_reft.options import (
     CompareOptions,
@@ -202,8 +202,7 @@ def with_overrides(spec: MethodSpec, overrides: dict[str, Any]) -> MethodSpec:
     items = {**given_options(spec.options), **spec.optim_overrides, **overrides}
     if spec.storage != find_method(spec.name).storage:
         items["storage"] = spec.storage
-    written = ",".join(f"{key}={value}" for key, value in items.items())
-    (found,) = parse_methods(f"{spec.name}[{written}]")
+    (found,) = parse_methods(write_entry(spec.name, items))
     return found
 
 
