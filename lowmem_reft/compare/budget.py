@@ -66,11 +66,7 @@ def equalize(
 ) -> Equalized:
     """Give every method the budget of the reference.
 
-    Args:
-        options: The comparison, with ``equal``.
-        specs: Its methods.
-        cells_of: Makes cells, to know what a method would be trained with.
-        run: RunCellss cells, to time them.
+    What a method would be trained with is known from its cell; to be timed, cells are run.
 
     Raises:
         InputError: the reference cannot be trained, or something that is chosen here is given.
@@ -93,12 +89,7 @@ def _train_options(options: CompareOptions, spec: MethodSpec, cells_of: CellsOf)
 
 
 class ParameterCounter:
-    """Counts what methods train on one base, of which only the shape is needed.
-
-    Args:
-        config: The base's configuration (transformers).
-        task_type: PEFT task type.
-    """
+    """Counts what methods train on one base, of which only the configuration is needed."""
 
     def __init__(self, config: Any, task_type: str) -> None:
         self.config, self.task_type = config, task_type
@@ -134,13 +125,7 @@ class ParameterCounter:
 
 
 def nearest_size(count: Callable[[int], int], target: int, *, most: int) -> int:
-    """Return the size from 1 to ``most`` whose count is nearest to the target.
-
-    Args:
-        count: grows with the size.
-        target: what it should come to.
-        most: the largest size.
-    """
+    """Return the size from 1 to ``most`` whose count, which grows with it, is nearest to target."""
     known: dict[int, int] = {}
 
     def of(size: int) -> int:
