@@ -23,6 +23,7 @@ from rich.table import Table
 from lowmem_reft.compare import run_comparison
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import parse_methods
+from lowmem_reft.methods.entries import write_entry
 from lowmem_reft.options import CompareOptions, MemoryOptions, Storage, Workers, written
 
 _WIDE = 150
@@ -110,9 +111,9 @@ def with_overrides(methods: str, **values: object) -> str:
     entries = []
     for spec in parse_methods(methods):
         own = spec.label.partition("[")[2].rstrip("]").split(",")
-        kept = [item for item in own if item and item.partition("=")[0].strip() not in given]
-        items = [*kept, *(f"{name}={value}" for name, value in given.items())]
-        entries.append(f"{spec.name}[{','.join(items)}]" if items else spec.name)
+        kept = {name: value for name, _, value in (item.partition("=") for item in own) if name}
+        kept = {name: value for name, value in kept.items() if name.strip() not in given}
+        entries.append(write_entry(spec.name, {**kept, **given}))
     return ",".join(entries)
 
 

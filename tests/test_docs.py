@@ -97,7 +97,7 @@ def runner(
     monkeypatch.setattr("sys.stdin", io.StringIO("is it good?\n/base\n"))
     for name in ("train.jsonl", "test.jsonl"):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    shutil.copytree(ROOT / "tests" / "data" / "pyreft" / "loreft_sides", "pyreft-run")
+    shutil.copytree(ROOT / "tests" / "support" / "pyreft" / "loreft_sides", "pyreft-run")
     model = str(tiny_llama_dir)
     search = "--seq-len 1024 --batch-size 8 --gpu 4060 --fit"  # of an 8B model it takes too long
     on_cpu = "bf16=False, use_cpu=True"  # TRL takes a GPU for granted

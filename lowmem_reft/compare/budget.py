@@ -24,7 +24,7 @@ from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.data.rows import load_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import attach
-from lowmem_reft.methods.entries import MethodSpec, parse_methods
+from lowmem_reft.methods.entries import MethodSpec, parse_methods, write_entry
 from lowmem_reft.methods.table import find_method, given_options
 from lowmem_reft.options import (
     CompareOptions,
@@ -65,11 +65,7 @@ def equalize(
 ) -> Equalized:
     """Give every method the budget of the reference.
 
-    Args:
-        options: The comparison, with ``equal``.
-        specs: Its methods.
-        cells_of: Makes cells, to know what a method would be trained with.
-        run: RunCellss cells, to time them.
+    What a method would be trained with is known from its cell; to be timed, cells are run.
 
     Raises:
         InputError: the reference cannot be trained, or something that is chosen here is given.
@@ -92,12 +88,7 @@ def _train_options(options: CompareOptions, spec: MethodSpec, cells_of: CellsOf)
 
 
 class ParameterCounter:
-    """Counts what methods train on one base, of which only the shape is needed.
-
-    Args:
-        config: The base's configuration (transformers).
-        task_type: PEFT task type.
-    """
+    """Counts what methods train on one base, of which only the configuration is needed."""
 
     def __init__(self, config: Any, task_type: str) -> None:
         self.config, self.task_type = config, task_type
@@ -133,13 +124,7 @@ class ParameterCounter:
 
 
 def nearest_size(count: Callable[[int], int], target: int, *, most: int) -> int:
-    """Return the size from 1 to ``most`` whose count is nearest to the target.
-
-    Args:
-        count: grows with the size.
-        target: what it should come to.
-        most: the largest size.
-    """
+    """Return the size from 1 to ``most`` whose count, which grows with it, is nearest to target."""
     known: dict[int, int] = {}
 
     def of(size: int) -> int:
@@ -201,8 +186,7 @@ def with_overrides(spec: MethodSpec, overrides: dict[str, Any]) -> MethodSpec:
     items = {**given_options(spec.options), **spec.optim_overrides, **overrides}
     if spec.storage != find_method(spec.name).storage:
         items["storage"] = spec.storage
-    written = ",".join(f"{key}={value}" for key, value in items.items())
-    (found,) = parse_methods(f"{spec.name}[{written}]")
+    (found,) = parse_methods(write_entry(spec.name, items))
     return found
 
 

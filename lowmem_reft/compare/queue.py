@@ -42,12 +42,6 @@ def run_cells(
 
     A cell is finished if its ``result.json`` has no error and the same key (config and digests). If
     this process is interrupted, the running cells are stopped; those that have finished stay.
-
-    Args:
-        cells: What to run.
-        observer: Told when a cell starts and ends.
-        workers: Processes at the same time, or the engine that runs them.
-        child_command: Replaces the process that runs a cell (for tests).
     """
     results: dict[Path, Result] = {}
     waiting: deque[Cell] = deque()

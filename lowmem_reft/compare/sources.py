@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 
 from lowmem_reft.data import embedded
 from lowmem_reft.data.rows import (
+    Row,
     as_choices,
     holdout,
     label_names,
@@ -72,38 +75,44 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
     Training rows are drawn with a fixed seed if there is a limit: files are often sorted.
     """
     task, trained = find_task(name), find_task(options.scored.train_task or name)
-    paths, digests = {}, {}
-    splits: tuple[tuple[Task, Split, int | None], ...] = (
-        (trained, "train", options.rows.limit),
-        (trained, "validation", options.rows.validation_limit),
-        (task, scored, options.scored.eval_limit),
+    parts: dict[str, tuple[str | None, Sequence[Row]]] = {}
+    chosen: tuple[tuple[str, Task, Split, int | None], ...] = (
+        ("train", trained, "train", options.rows.limit),
+        ("validation", trained, "validation", options.rows.validation_limit),
+        ("evaluate", task, scored, options.scored.eval_limit),
     )
-    for of, split, limit in splits:
+    for part, of, split, limit in chosen:
         rows = load_task(
             of.name, split, data_dir=options.rows.data_dir, task_type=options.base.task_type
         )
         if split == "train" and limit is not None and limit < len(rows):
             rows = random.Random(0).sample(rows, limit)
-        rows = rows[:limit]
         path = options.output_dir / "data" / of.name / f"{split}.jsonl"
-        paths[split] = str(write_rows(path, rows))
-        digests[split] = rows_digest(rows)
-    model = options.base.model or str(embedded.model_dir())
-    return Sources(
-        model=model,
-        model_name=options.base.model or "embedded-llama",
-        model_digest=model_digest(model),
-        train=paths["train"],
-        train_digest=digests["train"],
-        validation=paths["validation"],
-        validation_digest=digests["validation"],
-        evaluate=paths[scored],
-        evaluate_digest=digests[scored],
+        parts[part] = str(write_rows(path, rows[:limit])), rows[:limit]
+    return _sources(
+        options,
+        parts,
         task=task.name,
         template=options.rows.template or task.template,
         train_template=options.rows.template or trained.template,
         scoring=_scoring(options, task),
         train_scoring=_scoring(options, trained),
+    )
+
+
+def _sources(
+    options: CompareOptions, parts: dict[str, tuple[str | None, Sequence[Row]]], **own: Any
+) -> Sources:
+    """The sources of parts, each the path or id of its rows, and the rows."""
+    model = options.base.model or str(embedded.model_dir())
+    named: dict[str, Any] = {part: path for part, (path, _) in parts.items()}
+    named |= {f"{part}_digest": rows_digest(rows) for part, (_, rows) in parts.items()}
+    return Sources(
+        model=model,
+        model_name=options.base.model or "embedded-llama",
+        model_digest=model_digest(model),
+        **named,
+        **own,
     )
 
 
@@ -131,43 +140,33 @@ def find_sources(options: CompareOptions) -> Sources:
         InputError: The model or the data are not there.
     """
     given = options.rows
-    train, evaluation = given.data, given.eval_data
-    if train is None:
-        train, evaluation = map(str, embedded.task_files())
-    train_rows = load_rows(train, split=given.split)
-    if evaluation is None:
-        train_rows, evaluation_rows = holdout(train_rows)
-    else:
-        evaluation_rows = load_rows(evaluation, split=given.eval_split)
-    validation, validation_rows = given.validation_data, []
-    if validation is not None:
-        validation_rows = load_rows(validation, split=given.validation_split)
-    classes = any(row.kind == "label" for row in train_rows) and options.base.task_type != "SEQ_CLS"
-    if classes:
-        names = label_names([*train_rows, *validation_rows, *evaluation_rows])
-        train_rows, validation_rows, evaluation_rows = (
-            as_choices(rows, names) for rows in (train_rows, validation_rows, evaluation_rows)
-        )
-    if classes or evaluation is None:
-        train = str(write_rows(options.output_dir / "data" / "train.jsonl", train_rows))
-        evaluation = str(write_rows(options.output_dir / "data" / "eval.jsonl", evaluation_rows))
-    if classes and validation is not None:
-        path = options.output_dir / "data" / "validation.jsonl"
-        validation = str(write_rows(path, validation_rows))
-    model = options.base.model or str(embedded.model_dir())
-    return Sources(
-        model=model,
-        model_name=options.base.model or "embedded-llama",
-        model_digest=model_digest(model),
-        train=train,
-        train_digest=rows_digest(train_rows),
-        validation=validation,
-        validation_digest=rows_digest(validation_rows) if validation_rows else None,
-        evaluate=evaluation,
-        evaluate_digest=rows_digest(evaluation_rows),
-        task=task_name(options.rows.data) if options.rows.data else "embedded-task",
-        template=options.rows.template,
-        train_template=options.rows.template,
+    paths = {"train": given.data, "validation": given.validation_data, "eval": given.eval_data}
+    if given.data is None:
+        paths["train"], paths["eval"] = map(str, embedded.task_files())
+    splits = {"train": given.split, "validation": given.validation_split, "eval": given.eval_split}
+    rows = {
+        part: load_rows(path, split=splits[part])
+        for part, path in paths.items()
+        if path is not None
+    }
+    rewritten: set[str] = set()
+    if "eval" not in rows:
+        rows["train"], rows["eval"] = holdout(rows["train"])
+        rewritten = {"train", "eval"}
+    if options.base.task_type != "SEQ_CLS" and any(row.kind == "label" for row in rows["train"]):
+        names = label_names([row for part in rows.values() for row in part])
+        rows = {part: as_choices(own, names) for part, own in rows.items()}
+        rewritten = set(rows)
+    for part in rewritten:
+        path = options.output_dir / "data" / f"{part}.jsonl"
+        paths[part] = str(write_rows(path, rows[part]))
+    found = {part: (paths[part], own) for part, own in rows.items()}
+    return _sources(
+        options,
+        {"evaluate": found.pop("eval"), **found},
+        task=task_name(given.data) if given.data else "embedded-task",
+        template=given.template,
+        train_template=given.template,
         scoring=options.scoring,
         train_scoring=options.scoring,
     )

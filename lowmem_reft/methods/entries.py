@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -45,6 +46,12 @@ def expand_methods(text: str, *, embedded: bool) -> str:
             for entry in entries
         ]
     return ",".join(entries)
+
+
+def write_entry(name: str, overrides: Mapping[str, Any]) -> str:
+    """Return the entry of ``--methods`` for a method with overrides."""
+    written_as = ",".join(f"{key}={value}" for key, value in overrides.items())
+    return f"{name}[{written_as}]" if overrides else name
 
 
 def _entries(text: str) -> list[str]:

@@ -118,6 +118,13 @@ def test_an_option_goes_to_the_methods_that_take_it_and_one_may_have_its_own():
     assert isinstance(lora[1], Range)
 
 
+def test_every_option_of_a_method_can_be_varied():
+    [space] = spaces(
+        "act=relu,gelu init=paper,identity tie=tied,sides component=mlp_output,block_output"
+    )
+    assert [part.name for part in space] == ["act", "init", "tie", "component"]
+
+
 @pytest.mark.parametrize(
     ("text", "methods", "message"),
     [

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from lowmem_reft.compare.cell import Cell, Result
+from lowmem_reft.compare.engines.cluster import RayEngine, connected
 from lowmem_reft.compare.engines.launch import CHILD_COMMAND
 from lowmem_reft.compare.engines.processes import ProcessEngine
 from lowmem_reft.options import Workers
@@ -75,8 +76,6 @@ def open_engine(
         InputError: Ray is not installed, or the cluster that was named does not answer.
     """
     if workers == "ray":
-        from lowmem_reft.compare.engines.cluster import RayEngine, connected
-
         with connected():
             yield RayEngine(child_command)
     else:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ from lowmem_reft.options import CompareOptions, SweepOptions
 
 TEST_SEEDS = "0,1,2"
 """Of the comparison that is proposed."""
+
+FILE_NAME = "sweep.json"
 
 Sampler = Literal["grid", "random", "tpe"]
 
@@ -56,22 +59,22 @@ def run_sweep(
     spaces = parse_space(options.search.space, specs)
     sampler = choose_sampler(options, spaces)
     trials, sources, final = find_rows(options)
-    path = options.output_dir / "sweep.json"
+    path = options.output_dir / FILE_NAME
     known = _read(path)
     tasks = [
         _task(options, sampler, trials, sources, spec, space, known)
         for spec, space in zip(specs, spaces, strict=True)
     ]
-    sweep = _Sweep(options=options, tasks=tasks, final=final, path=path)
+    save = partial(_save, options, tasks, final)
     with Progress(sum(len(task.trials) for task in tasks), quiet=options.quiet) as progress:
         run_trials(
             tasks,
             workers=options.workers,
             child_command=child_command,
             observer=Told(progress),
-            save=sweep.save,
+            save=save,
         )
-    content = sweep.save(finished=True)
+    content = save(finished=True)
     if not options.quiet:
         print_trials(content)
     ended = [trial.state for task in tasks for trial in task.trials]
@@ -91,11 +94,9 @@ def choose_sampler(options: SweepOptions, spaces: Sequence[Space]) -> Sampler:
         InputError: The number of trials is missing, or must not be given.
     """
     countable = all(size(space) is not None for space in spaces)
-    sampler: Sampler
-    if options.search.sampler == "auto":
+    sampler = options.search.sampler
+    if sampler == "auto":
         sampler = "grid" if countable and options.search.trials is None else "tpe"
-    else:
-        sampler = options.search.sampler
     if sampler == "grid":
         if not countable:
             raise InputError(
@@ -174,20 +175,27 @@ def _ended_or_new(trial: Trial) -> Trial:
     return trial if trial.ended else Trial(number=trial.number, drawn=trial.drawn)
 
 
-@dataclass(kw_only=True)
-class _Sweep:
-    """What is written down."""
-
-    options: SweepOptions
-    tasks: list[Task]
-    final: CompareOptions
-    path: Path
-
-    def save(self, *, finished: bool = False) -> dict[str, Any]:
-        """Write ``sweep.json``; ``finished``: with what only the whole search tells."""
-        best = [best_of(task.trials) for task in self.tasks]
-        methods = ",".join(trial.method for trial in best if trial is not None)
-        searches = [
+def _save(
+    options: SweepOptions, tasks: Sequence[Task], final: CompareOptions, *, finished: bool = False
+) -> dict[str, Any]:
+    """Write ``sweep.json``; ``finished``: with what only the whole search tells."""
+    found = [(task, best_of(task.trials)) for task in tasks]
+    best = [(task, trial) for task, trial in found if trial is not None]
+    methods = ",".join(trial.method for _, trial in best)
+    content = {
+        "space": options.search.space,
+        "seed": options.search.seed,
+        "metric": best[0][1].metric if best else None,
+        "methods": methods or None,
+        "command": command_line(final, methods, TEST_SEEDS) if methods else None,
+        "best": [
+            {
+                "searched": task.spec.label,
+                **{n: getattr(trial, n) for n in ("method", "value", "loss", "settings")},
+            }
+            for task, trial in best
+        ],
+        "searches": [
             {
                 "method": task.spec.label,
                 "key": task.key,
@@ -195,26 +203,8 @@ class _Sweep:
                 "importance": task.search.importance() if finished else None,
                 "trials": [asdict(trial) for trial in task.trials if trial.state != "waiting"],
             }
-            for task, trial in zip(self.tasks, best, strict=True)
-        ]
-        content = {
-            "space": self.options.search.space,
-            "seed": self.options.search.seed,
-            "metric": next((trial.metric for trial in best if trial is not None), None),
-            "methods": methods or None,
-            "command": command_line(self.final, methods, TEST_SEEDS) if methods else None,
-            "best": [
-                {
-                    "searched": task.spec.label,
-                    "method": trial.method,
-                    "value": trial.value,
-                    "loss": trial.loss,
-                    "settings": trial.settings,
-                }
-                for task, trial in zip(self.tasks, best, strict=True)
-                if trial is not None
-            ],
-            "searches": searches,
-        }
-        write_json(self.path, content)
-        return content
+            for task, trial in found
+        ],
+    }
+    write_json(options.output_dir / FILE_NAME, content)
+    return content

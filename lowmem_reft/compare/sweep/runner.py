@@ -36,6 +36,10 @@ class Task:
     """The cell of a setting."""
 
 
+_MEASURED = ("metric", "num_trainable_params", "peak_bytes", "wall_time_s")
+"""Of a cell's result and of its trial alike."""
+
+
 class Observer(Protocol):
     """Told about every trial."""
 
@@ -65,14 +69,9 @@ def run_trials(
     observer: Observer,
     save: Callable[[], object],
 ) -> None:
-    """Run the trials that have not ended.
+    """Run the trials that have not ended, one search after the other where there is room for one.
 
-    Args:
-        tasks: The searches, one after the other where there is room for one trial only.
-        workers: Trials at the same time, or the engine that runs them.
-        child_command: What runs one cell.
-        observer: Told when trials start and end.
-        save: Writes the trials down; called whenever one has changed.
+    ``save`` writes the trials down; it is called whenever one has changed.
     """
     waiting: deque[tuple[Task, Trial]] = deque()
     for task in tasks:
@@ -157,7 +156,7 @@ class _Runner:
                 trial.state = "pruned"
 
     def _end(self, task: Task, trial: Trial, result: Result, cell: Cell | None) -> None:
-        for name in ("metric", "num_trainable_params", "peak_bytes", "wall_time_s"):
+        for name in _MEASURED:
             setattr(trial, name, result.get(name))
         if trial.state == "pruned":
             trial.value = max((v for v in trial.epochs if v is not None), default=None)
@@ -173,9 +172,8 @@ class _Runner:
         """Give a trial the outcome of one with the same setting."""
         for value in known.epochs:
             task.search.report(trial, value)
-        trial.state, trial.metric, trial.value = known.state, known.metric, known.value
-        trial.loss, trial.error = known.loss, known.error
-        trial.num_trainable_params, trial.peak_bytes = known.num_trainable_params, known.peak_bytes
+        for name in ("state", "value", "loss", "error", *_MEASURED):
+            setattr(trial, name, getattr(known, name))
         trial.wall_time_s = 0.0
         self._settle(task, trial, None)
 

@@ -64,14 +64,10 @@ class Search:
         prune: bool,
         num_startup_trials: int = 5,
     ) -> None:
-        """Search ``space``.
+        """Search ``space``; with ``grid`` nothing is drawn: the settings are given.
 
-        Args:
-            space: What is varied.
-            sampler: ``grid`` draws nothing: the settings are given.
-            seed: Of the draws.
-            prune: Stop trials that are below the median of the others after as many epochs.
-            num_startup_trials: Trials that must be complete before one is stopped.
+        With ``prune``, trials are stopped that are below the median of the others after as many
+        epochs, once ``num_startup_trials`` are complete.
 
         Raises:
             InputError: Optuna is not installed.
@@ -79,12 +75,10 @@ class Search:
         optuna = _optuna()
         self._space, self._sampler, self._seed = space, sampler, seed
         self._distributions = {part.name: _distribution(part) for part in space}
+        pruners = optuna.pruners
         self._study = optuna.create_study(
             direction="maximize",
-            sampler=optuna.samplers.RandomSampler(seed=seed),
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=num_startup_trials)
-            if prune
-            else optuna.pruners.NopPruner(),
+            pruner=pruners.MedianPruner(num_startup_trials) if prune else pruners.NopPruner(),
         )
         self._asked: dict[int, Any] = {}
 
@@ -92,18 +86,14 @@ class Search:
         """Take over a trial that ended before."""
         optuna = _optuna()
         states = optuna.trial.TrialState
-        complete = trial.state == "complete"
+        epochs = enumerate(trial.epochs, start=1)
         self._study.add_trial(
             optuna.trial.create_trial(
-                state=states.COMPLETE if complete else states.PRUNED,
+                state=states.COMPLETE if trial.state == "complete" else states.PRUNED,
                 value=trial.value,
                 params=trial.drawn or {},
                 distributions=self._distributions,
-                intermediate_values={
-                    epoch: value
-                    for epoch, value in enumerate(trial.epochs, start=1)
-                    if value is not None
-                },
+                intermediate_values={n: value for n, value in epochs if value is not None},
             )
         )
 
@@ -111,10 +101,9 @@ class Search:
         """The setting of trial ``number``: ``drawn`` if it is known already."""
         optuna = _optuna()
         seed = zlib.crc32(f"{self._seed} {number}".encode())
-        if self._sampler == "tpe":
-            self._study.sampler = optuna.samplers.TPESampler(seed=seed)
-        else:
-            self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        samplers = optuna.samplers
+        sampler = samplers.TPESampler if self._sampler == "tpe" else samplers.RandomSampler
+        self._study.sampler = sampler(seed=seed)
         if drawn is not None:
             self._study.enqueue_trial(drawn)
         self._asked[number] = self._study.ask(self._distributions)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import product
 from typing import Any
@@ -19,7 +19,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.entries import MethodSpec, parse_methods
 from lowmem_reft.methods.table import find_method
-from lowmem_reft.options import OptimOptions
+from lowmem_reft.options import OptimOptions, written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def _check_names(words: dict[tuple[str | None, str], str], methods: Sequence[Met
                 "correct it, or add it to --methods"
             )
         among = [method] if method else known
-        if not any(_takes(candidate, name) for candidate in among):
+        if not any(name in _taken(candidate) for candidate in among):
             taken = sorted({option for one in among for option in _taken(one)})
             raise InputError(
                 f"space must name options that {', '.join(sorted(among))} can have, got {name!r}; "
@@ -116,11 +116,7 @@ def _check_names(words: dict[tuple[str | None, str], str], methods: Sequence[Met
 
 
 def _taken(method: str) -> set[str]:
-    return {*find_method(method).options, *(item.name for item in fields(OptimOptions)), "storage"}
-
-
-def _takes(method: str, name: str) -> bool:
-    return name in _taken(method)
+    return {*find_method(method).options, *written.types(OptimOptions), "storage"}
 
 
 def _space_of(method: MethodSpec, words: dict[tuple[str | None, str], str]) -> Space:
@@ -128,7 +124,7 @@ def _space_of(method: MethodSpec, words: dict[tuple[str | None, str], str]) -> S
     space = tuple(
         _part(method, name, words.get((method.name, name)) or words[None, name])
         for name in names
-        if _takes(method.name, name)
+        if name in _taken(method.name)
     )
     if not space:
         raise InputError(
@@ -200,4 +196,4 @@ def _check_value(method: MethodSpec, name: str, value: str) -> Any:
         OptimOptions(**{name: spec.optim_overrides[name]})
         return spec.optim_overrides[name]
     build_peft_config(spec.options, task_type="CAUSAL_LM", num_layers=None)
-    return getattr(spec.options, name)
+    return written.values(spec.options)[name]
