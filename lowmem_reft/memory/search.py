@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.planner import Planner
 from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.methods.table import find_method
-from lowmem_reft.options import MemoryOptions
+from lowmem_reft.options import MemoryOptions, written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +120,14 @@ def _split(setting: Setting, lengths: Lengths) -> Iterator[Candidate]:
 
 def describe(candidate: Candidate) -> str:
     """Return a candidate as flags of ``train``."""
-    memory, lengths = candidate.setting.memory, candidate.lengths
-    flags = [
+    lengths = candidate.lengths
+    words = [
         f"--storage {candidate.setting.storage}",
         f"--batch-size {lengths.batch_size}",
         f"--gradient-accumulation {lengths.gradient_accumulation}",
+        *written.flags(candidate.setting.memory, without={"memory_gib"}),
     ]
-    for field in fields(MemoryOptions):
-        value, flag = getattr(memory, field.name), "--" + field.name.replace("_", "-")
-        if value != field.default and field.name != "memory_gib":
-            flags.append(flag if value is True else f"{flag} {value}")
-    return " ".join(flags)
+    return " ".join(words)
 
 
 def longest_seq_len(
