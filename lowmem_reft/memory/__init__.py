@@ -1,8 +1,8 @@
 """Memory: predicted before a byte is loaded, measured while it runs.
 
-``plan`` predicts (``planner``: verdicts and searches; ``predict``: the step on the meta device;
-``kernels``: what that device does not show; ``outputs``: what repeats there; ``reuse``: what can be
-stored; ``shapes`` and ``gpus``: models and cards by name).
+``plan`` predicts (``planner``: verdicts; ``search``: what would fit; ``predict``: the step on the
+meta device; ``kernels``: what that device does not show; ``outputs``: what repeats there;
+``reuse``: what can be stored; ``shapes`` and ``cards``: models and cards by name).
 ``track`` and ``MemoryCallback`` count what is alive while your own code runs (``live``);
 ``measure`` asks the allocator.
 """

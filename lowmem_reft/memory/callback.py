@@ -21,7 +21,7 @@ class MemoryCallback(TrainerCallback):
 
     Args:
         step: Which optimizer step, from 1; the second one is the first with optimizer state.
-        keep_timeline: Record every change, for ``report.memory.draw_timeline``.
+        keep_timeline: Record every change, for ``picture.draw_timeline``.
     """
 
     def __init__(self, step: int = 2, *, keep_timeline: bool = True) -> None:

@@ -106,17 +106,12 @@ class Kernels:
             yield
 
     def choose_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        gqa: bool,
+        self, inputs: tuple[Tensor, ...], mask: Tensor | None, causal: bool, gqa: bool
     ) -> str:
-        """Return the kernel that ``scaled_dot_product_attention`` picks on this device."""
+        """Return the kernel that attention to queries, keys and values gets on this device."""
+        query, _, value = inputs
         if self.device_type == "cpu":  # torch chooses alike for small tensors of the same heads
-            heads = ((t.shape[1], t.shape[3], t.dtype) for t in (query, key, value))
+            heads = ((t.shape[1], t.shape[3], t.dtype) for t in inputs)
             small: Any = [torch.empty(1, n, 4, width, dtype=kind) for n, width, kind in heads]
             small_mask = None if mask is None else torch.ones(1, 1, 4, 4, dtype=torch.bool)
             choose: Any = torch._fused_sdp_choice
@@ -171,7 +166,7 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Do what torch's C++ ``scaled_dot_product_attention`` does, with the kernel of the device."""
-    kernel = kernels.choose_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    kernel = kernels.choose_attention((query, key, value), attn_mask, is_causal, enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         additive = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = additive.masked_fill_(attn_mask.logical_not(), float("-inf"))
@@ -211,7 +206,8 @@ def _gemm_4bit(
     bnb = torch.ops.bitsandbytes
     if absmax_8bit is not None:
         code, offset = of_absmax
-        absmax = bnb.dequantize_blockwise(absmax_8bit, absmax, code, 256, torch.float32) + offset
+        scales = bnb.dequantize_blockwise(absmax_8bit, absmax, code, 256, torch.float32)
+        absmax = scales + offset  # the scales stay until the product is there
     full = bnb.dequantize_4bit(weight, absmax, blocksize, quant_type, shape, inputs.dtype)
     return torch.nn.functional.linear(inputs, full, bias)
 

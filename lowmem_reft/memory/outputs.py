@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 _PLAIN = frozenset(
     {bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
@@ -50,7 +51,7 @@ class KnownOutputs:
             size, stride, dtype = known
             return torch.empty_strided(size, stride, dtype=dtype, device="meta")
         out = operator(*args, **kwargs)
-        if isinstance(out, Tensor) and _is_plain(out) and _is_new(out, (args, kwargs.values())):
+        if isinstance(out, Tensor) and _is_plain(out) and _is_new(out, (args, kwargs)):
             self._outputs[key] = (out.shape, out.stride(), out.dtype)
         return out
 
@@ -102,14 +103,7 @@ def _is_new(out: Tensor, inputs: Any) -> bool:
     storage = out.untyped_storage()
     alike = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="meta")
     return storage.nbytes() == alike.untyped_storage().nbytes() and all(
-        tensor.untyped_storage()._cdata != storage._cdata for tensor in _tensors(inputs)
+        tensor.untyped_storage()._cdata != storage._cdata
+        for tensor in tree_leaves(inputs)
+        if isinstance(tensor, Tensor)
     )
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors among arguments, in lists as well."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif not isinstance(value, str) and hasattr(value, "__iter__"):
-            yield from _tensors(value)

@@ -240,13 +240,7 @@ class Planner:
 
     def reuse(self, setting: Setting, lengths: Lengths, num_examples: int) -> ReusePlan | None:
         """Return what training could reuse; None if nothing is constant."""
-        return plan_reuse(
-            self.predictor(setting),
-            num_examples=num_examples,
-            seq_len=lengths.seq_len,
-            response_len=lengths.num_supervised,
-            examples_per_step=lengths.batch_size * lengths.gradient_accumulation,
-        )
+        return plan_reuse(self.predictor(setting), lengths, num_examples)
 
     def plan(self, setting: Setting, lengths: Lengths, *, num_examples: int = 1000) -> Plan:
         """Predict loading, training, evaluation and generation, and what could be reused."""
@@ -305,7 +299,7 @@ def plan(
 
     Args:
         model: Hub id, directory, config.json or a short name (``shapes.SHAPES``).
-        gpu: A card's name (``gpus.GPUS``).
+        gpu: A card's name (``cards.GPUS``).
         memory_gib: The memory of a card in GiB instead.
         lengths: Tokens and examples; default: one example of 2,048 tokens.
         num_examples: Examples of the data set, for what could be reused.

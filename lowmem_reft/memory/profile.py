@@ -47,12 +47,9 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
     planner = Planner(config, Card(name="", memory_bytes=0))
     predicted = planner.plan(setting, lengths)
     timeline = planner.predictor(setting).training(lengths, keep_timeline=True)
-    model = build_model(
-        config if options.random_weights else options.model.model,
-        setting,
-        device,
-        random_weights=options.random_weights,
-    )
+    made_up = options.random_weights
+    source = config if made_up else options.model.model
+    model = build_model(source, setting, device, random_weights=made_up)
     batch = {key: value.to(device) for key, value in lengths.make_batch(config).items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model.train()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lowmem_reft.memory.predict import Predictor
+    from lowmem_reft.memory.predict import Lengths, Predictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,22 +110,16 @@ class Work:
         return num_examples * self.build / (examples_per_step * self.plain)
 
 
-def plan_reuse(
-    predictor: Predictor,
-    *,
-    num_examples: int,
-    seq_len: int,
-    response_len: int,
-    examples_per_step: int,
-) -> ReusePlan | None:
+def plan_reuse(predictor: Predictor, lengths: Lengths, num_examples: int) -> ReusePlan | None:
     """Say what training could reuse; None if nothing is constant.
 
-    The adapter of the predictor's setting, and its ways to save memory, decide what is constant.
-    Every example has ``seq_len`` tokens; gradient accumulation counts in ``examples_per_step``.
+    The adapter of the predictor's setting, and its ways to save memory, decide what is constant;
+    every example is as long as ``lengths`` says.
     """
     model, setting = predictor.model, predictor.setting
     causal = setting.task_type == "CAUSAL_LM"
-    response_len = min(response_len, seq_len - 1)
+    seq_len, examples_per_step = lengths.seq_len, lengths.batch_size * lengths.gradient_accumulation
+    response_len = min(lengths.num_supervised, seq_len - 1)
     labels = [IGNORED_LABEL] * (seq_len - response_len) + [0] * response_len
     example: Example = {"input_ids": [0] * seq_len, "labels": labels if causal else 0}
     try:

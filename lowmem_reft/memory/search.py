@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rich.console import Console
+
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.planner import Planner
 from lowmem_reft.memory.predict import Lengths, Setting
@@ -177,3 +179,11 @@ def longest_seq_len(
                 else:
                     high = seq_len
     return low
+
+
+def reporter(*, quiet: bool) -> Callable[[str], None]:
+    """Return what tells a person at a terminal what is being tried."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        return lambda _: None
+    return lambda text: console.print(f"trying {text}", style="dim", highlight=False)

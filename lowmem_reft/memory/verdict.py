@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from lowmem_reft.machine.progress import counter
 from lowmem_reft.memory.live import CATEGORIES
 from lowmem_reft.memory.planner import GIB, Card, Plan, Planner, read_config
 from lowmem_reft.memory.predict import Lengths, Setting, stored_as
-from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len
+from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len, reporter
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import find_method
 from lowmem_reft.options import ReuseOptions, written
@@ -99,14 +98,6 @@ def lengths_of(options: LengthOptions) -> Lengths:
     """Turn the options into lengths."""
     given = dict(vars(options))
     return Lengths(padded=False if given.pop("unpadded") else None, **given)
-
-
-def reporter(*, quiet: bool) -> Callable[[str], None]:
-    """Return what tells a person at a terminal what is being tried."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return lambda _: None
-    return lambda text: console.print(f"trying {text}", style="dim", highlight=False)
 
 
 def gib(num_bytes: int) -> str:

@@ -161,10 +161,9 @@ class Chat:
             self.answer(BASE)
         elif command in ("/reset", "/system"):
             self.messages = []
-            if command == "/system":
-                self.system = argument or None
-                if not self.uses_chat_template:
-                    self.complain("without a chat template there is no place for it")
+            self.system = self.system if command == "/reset" else argument or None
+            if command == "/system" and not self.uses_chat_template:
+                self.complain("without a chat template there is no place for it")
         else:
             self.complain(f"{command} is no command; /help lists them")
 

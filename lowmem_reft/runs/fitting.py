@@ -14,8 +14,14 @@ from lowmem_reft.machine.devices import dtype_name, resolve_device
 from lowmem_reft.machine.processes import shards_model
 from lowmem_reft.memory.planner import GIB, Card, Planner, check_sizes
 from lowmem_reft.memory.predict import Lengths, Setting, stored_as
-from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len, memory_ladder
-from lowmem_reft.memory.verdict import reporter
+from lowmem_reft.memory.search import (
+    Candidate,
+    describe,
+    fit,
+    longest_seq_len,
+    memory_ladder,
+    reporter,
+)
 
 if TYPE_CHECKING:
     from lowmem_reft.runs.resolve import Run

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.tokens import Collator
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.progress import progress
@@ -164,17 +165,14 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
 
         There are as many as any of the sequences needs.
         """
-        length = max(len(prompt) + len(rest) for prompt, rest, _ in sequences)
         num_scored = max(count for _, _, count in sequences)
-        shape, device = (len(sequences), length), device_of(self.model)
-        ids = torch.full(shape, self.tokenizer.pad_token_id)
-        mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED_LABEL)
-        for row, (prompt, rest, _) in enumerate(sequences):
-            start = length - len(prompt) - len(rest)
-            ids[row, start:] = torch.tensor([*prompt, *rest])
-            mask[row, start:] = 1
-            labels[row, start + len(prompt) :] = ids[row, start + len(prompt) :]
-        ids, mask, labels = (part.to(device) for part in (ids, mask, labels))
+        examples = [
+            {"input_ids": [*prompt, *rest], "labels": [*[IGNORED_LABEL] * len(prompt), *rest]}
+            for prompt, rest, _ in sequences
+        ]
+        batch = Collator(self.tokenizer, padding_side="left")(examples)
+        names, device = ("input_ids", "attention_mask", "labels"), device_of(self.model)
+        ids, mask, labels = (batch[name].to(device) for name in names)
         base = base_of(self.model)
         known = inspect.signature(base.forward).parameters
         if embeds_virtual_tokens(self.model):

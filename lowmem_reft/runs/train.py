@@ -27,7 +27,6 @@ from lowmem_reft.runs.validation import BestEpoch
 
 if TYPE_CHECKING:
     from lowmem_reft.data.rows import Row
-    from lowmem_reft.methods.card import TrainingCard
     from lowmem_reft.options import TrainOptions
     from lowmem_reft.runs.resolve import Run
 
@@ -56,14 +55,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     set_seed(options.run.seed)
     run = resolve(options)
     check_scoring(options.scoring)
-    rows = options.held_out
-    validation, held_out = (
-        _read_held_out(source, split, limit, run.card)
-        for source, split, limit in (
-            (rows.validation_data, rows.validation_split, rows.validation_limit),
-            (rows.eval_data, rows.eval_split, rows.eval_limit),
-        )
-    )
+    validation, held_out = _read_held_out(run, "validation"), _read_held_out(run, "eval")
     run = fit_into_memory(run)
     prepare_directory(run, validation)
     model = _attach(run)
@@ -88,14 +80,12 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     return result
 
 
-def _read_held_out(
-    source: str | None, split: str, limit: int | None, card: TrainingCard
-) -> list[Row]:
+def _read_held_out(run: Run, kind: str) -> list[Row]:
     """Read rows to score before the training, so that a wrong file does not cost the run."""
-    if source is None:
-        return []
-    rows = load_rows(source, split=split, limit=limit)
-    check_rows(rows, card)
+    chosen = vars(run.options.held_out)
+    source, split, limit = (chosen[f"{kind}_{name}"] for name in ("data", "split", "limit"))
+    rows = [] if source is None else load_rows(source, split=split, limit=limit)
+    check_rows(rows, run.card)
     return rows
 
 

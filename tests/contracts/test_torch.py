@@ -592,7 +592,7 @@ def test_a_strided_tensor_on_meta_has_a_storage_of_its_size(breach: bool) -> Non
 
 @contract(
     "torch",
-    used_by="memory/live.py",
+    used_by="memory/live.py memory/outputs.py",
     broken_by=with_value("torch.utils._pytree:tree_leaves", lambda tree: [tree]),
 )
 def test_leaves_of_nested_outputs_come_in_a_list(breach: bool) -> None:
