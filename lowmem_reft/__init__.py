@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowmem_reft import _peft_hook
+from lowmem_reft import _former, _peft_hook
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import notices
 from lowmem_reft.machine.lazy import names_on_use
@@ -50,4 +50,5 @@ __getattr__, __dir__ = names_on_use(
 )
 
 notices.hide()  # first: the tuners import who says them
+_former.install()
 _peft_hook.install()

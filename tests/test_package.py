@@ -61,9 +61,26 @@ def test_peft_knows_reft_after_any_order_of_imports_and_the_hook_is_gone(imports
         f"{imports}\n"
         "import sys, peft\n"
         "peft.PeftType('REFT')\n"
-        "assert not any('lowmem_reft' in type(finder).__module__ for finder in sys.meta_path)\n"
+        "assert not any('_peft_hook' in type(finder).__module__ for finder in sys.meta_path)\n"
         "assert peft.__spec__.loader is peft.__loader__\n"
         "assert 'lowmem_reft' not in type(peft.__loader__).__module__"
+    )
+
+
+def test_modules_are_found_under_the_names_that_they_had_before_the_folders():
+    run_python(
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from lowmem_reft.loss import use_chunked_loss\n"
+        "    from lowmem_reft.tasks.task import Task\n"
+        "    from lowmem_reft.trainers import ReuseMixin\n"
+        "import lowmem_reft.base.loss, lowmem_reft.data.tasks.task, lowmem_reft.reuse.mixins\n"
+        "assert lowmem_reft.base.loss.use_chunked_loss is use_chunked_loss\n"
+        "assert lowmem_reft.data.tasks.task.Task is Task\n"
+        "assert lowmem_reft.reuse.mixins.ReuseMixin is ReuseMixin\n"
+        "words = [str(w.message) for w in said if w.category is FutureWarning]\n"
+        "assert 'lowmem_reft.loss is now lowmem_reft.base.loss; use that name' in words[0], words\n"
     )
 
 
