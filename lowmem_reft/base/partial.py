@@ -8,7 +8,9 @@ them.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -30,42 +32,30 @@ class Reached(BaseException):
 
 @contextmanager
 def feeding(model: Any, num_blocks: int, hidden: Tensor) -> Iterator[None]:
-    """Let a model skip its first blocks and go on from ``hidden``, (batch, seq, hidden).
+    """Let a model skip its first blocks (0: none) and go on from ``hidden``, (batch, seq, hidden).
 
-    Args:
-        model: A model or a PeftModel.
-        num_blocks: Blocks that are skipped; 0 changes nothing.
-        hidden: What the last of them returns, before any edit.
+    That is what the last of them returns, before any edit.
     """
     blocks = blocks_of(model)[:num_blocks]
     with ExitStack() as stack:
         for block in blocks:
             value = hidden if block is blocks[-1] else None
-            stack.enter_context(standing_in(block, _Skip(value)))
-            stack.enter_context(_not_checkpointed(block))
+            stack.enter_context(standing_in(block, partial(_skip, value)))
+            if getattr(block, "gradient_checkpointing", False):
+                # transformers before 5.23 would run it again once nothing stands in for it.
+                stack.enter_context(mock.patch.object(block, "gradient_checkpointing", False))
         yield
 
 
-@contextmanager
-def _not_checkpointed(block: Any) -> Iterator[None]:
-    """Keep transformers before 5.23 from running a block again once nothing stands in for it."""
-    before = getattr(block, "gradient_checkpointing", False)
-    if before:
-        block.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        if before:
-            block.gradient_checkpointing = True
+def _skip(value: Tensor | None, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    """Be the forward of a block: return a stored value, or the input."""
+    return hidden if value is None else value
 
 
 def run_up_to(model: Any, num_blocks: int, inputs: dict[str, Any]) -> Tensor:
-    """Return the output of a block before any edit, (batch, seq, hidden).
+    """Return what leaves the first blocks before any edit of the last, (batch, seq, hidden).
 
-    Args:
-        model: A model or a PeftModel; its adapters stay as they are.
-        num_blocks: Blocks that run.
-        inputs: Arguments of the base's forward.
+    Adapters stay as they are; ``inputs`` are arguments of the base's forward.
     """
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -87,12 +77,8 @@ def keys_and_values(
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """Return keys and values, (batch, heads, seq, head_dim) each, of the blocks after the first.
 
-    The pass ends where the last block has them: its attention and MLP do not run.
-
-    Args:
-        model: A model or a PeftModel; its adapters stay as they are.
-        num_blocks: First blocks, which are left out.
-        inputs: Arguments of the base's forward.
+    The pass ends where the last block has them: its attention and MLP do not run. Adapters stay as
+    they are; ``inputs`` are arguments of the base's forward.
     """
     base = base_of(model)
     cache = _Cache(config=base.config)
@@ -122,13 +108,3 @@ class _Cache(DynamicCache):
         if layer_idx == self.last:
             raise Reached(key_states)
         return result
-
-
-class _Skip:
-    """A block's forward that returns a stored value, or its input."""
-
-    def __init__(self, value: Tensor | None) -> None:
-        self.value = value
-
-    def __call__(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        return hidden if self.value is None else self.value

@@ -40,14 +40,14 @@ from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
 from lowmem_reft.reuse.batch import Stacked, aligned, run_stacked
 from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape
-from lowmem_reft.reuse.split import find_split, groups_of, is_causal
+from lowmem_reft.reuse.split import find_constant, groups_of, is_causal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
 
-    from lowmem_reft.reuse.split import Example, Split
+    from lowmem_reft.reuse.split import Constant, Example
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Optimizers whose memory is predicted."""
@@ -343,14 +343,14 @@ class Predictor:
 
         return forward
 
-    def find_split(self, examples: Sequence[Example]) -> Split:
+    def find_split(self, examples: Sequence[Example]) -> Constant:
         """Return what of examples is constant in this setting.
 
         Raises:
             InputError: nothing is.
         """
         try:
-            return find_split(self.model, examples, prefix=self.setting.reuse == "prefix")
+            return find_constant(self.model, examples, prefix=self.setting.reuse == "prefix")
         except ReuseError as error:
             raise InputError(
                 f"reuse must be off in this setting, got {self.setting.reuse!r}: {error}"

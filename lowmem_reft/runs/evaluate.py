@@ -35,7 +35,7 @@ from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merg
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.options import ReuseOptions, ScoringOptions
-from lowmem_reft.reuse.prepare import prepare_scoring
+from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.generate import generate_batches
 
 if TYPE_CHECKING:
@@ -381,23 +381,23 @@ def _likelihoods(
     """Return what scores some of the examples: from stored constants (also returned) if any."""
     collate = Collator(tokenizer, padding_side="left")
 
-    def batch_of(indices: Sequence[int]) -> dict[str, Tensor]:
-        return collate([examples[index] for index in indices])
-
     if settings.reuse_dir is not None and hasattr(model, "peft_config"):
         with counter("computing what is constant", quiet=settings.quiet) as report:
-            reuse = prepare_scoring(
+            reuse = prepare(
                 model,
                 examples,
-                batch_of,
+                collate,
                 settings.reuse,
                 root=settings.reuse_dir,
                 batch_size=settings.batch_size,
+                epochs=None,
                 report=report,
             )
         if reuse is not None:
             return reuse, reuse.log_likelihood
-    return None, lambda indices: response_log_likelihood(model, batch_of(indices))
+    return None, lambda indices: response_log_likelihood(
+        model, collate([examples[index] for index in indices])
+    )
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,9 +51,9 @@ from lowmem_reft.methods.loading import load_frozen
 from lowmem_reft.methods.table import find_method
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.positions import num_groups, parse_positions
+from lowmem_reft.reuse.mixins import ReuseTrainer
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.reuse.reuse import Reuse
-from lowmem_reft.reuse.trainer import INDEX, IndexCollator, ReuseTrainer
 from lowmem_reft.runs.directory import last_checkpoint, prepare_directory
 from lowmem_reft.runs.evaluate import ScoringSettings, check_rows, check_scoring, score
 from lowmem_reft.runs.readme import write_model_card
@@ -274,16 +275,14 @@ def _build_trainer(
     if _edits_in_every_batch(model.peft_config["default"], encoded.examples):
         arguments.ddp_find_unused_parameters = False  # there are none
     processes.shard_on_cpu(arguments)
-    common: dict[str, Any] = {"model": model, "args": arguments, "callbacks": callbacks}
-    if reuse is None:
-        trainer = Trainer(**common, train_dataset=encoded.examples, data_collator=collator)
-    else:
-        trainer = ReuseTrainer(
-            **common,
-            train_dataset=[{**example, INDEX: i} for i, example in enumerate(encoded.examples)],
-            data_collator=IndexCollator(collator, reuse.announce),
-            reuse=reuse,
-        )
+    kind = Trainer if reuse is None else partial(ReuseTrainer, reuse=reuse)
+    trainer = kind(
+        model=model,
+        args=arguments,
+        callbacks=callbacks,
+        train_dataset=encoded.examples,
+        data_collator=collator,
+    )
     if trainer.pop_callback(PrinterCallback) is not None and not options.run.quiet:
         trainer.add_callback(_LossLines())
     return trainer
@@ -337,21 +336,16 @@ def _prepare_reuse(
 ) -> Reuse | None:
     """Store what is constant, or say why nothing is."""
     chosen, optim = options.reuse, options.optim
-    device = device_of(model)
     epochs = optim.epochs
     if optim.max_steps > 0:
         epochs = optim.max_steps * processes.effective_batch(optim) / len(encoded.examples)
     root = _reuse_directory(options)
 
-    def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        batch = collator([encoded.examples[index] for index in indices])
-        return {key: value.to(device) for key, value in batch.items()}
-
     with counter("computing what is constant", quiet=options.run.quiet) as report:
         reuse = prepare(
             model,
             encoded.examples,
-            batch_of,
+            collator,
             chosen,
             root=root,
             batch_size=optim.batch_size,
