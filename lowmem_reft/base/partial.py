@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -29,36 +30,30 @@ class Reached(BaseException):
 
 @contextmanager
 def feeding(model: Any, num_blocks: int, hidden: Tensor) -> Iterator[None]:
-    """Let a model skip its first blocks; the last of them returns ``hidden``, (batch, seq, hidden).
+    """Let a model skip its first blocks (0: none) and go on from ``hidden``, (batch, seq, hidden).
 
-    No edit is in that yet. With 0 blocks nothing changes.
+    That is what the last of them returns, before any edit.
     """
     blocks = blocks_of(model)[:num_blocks]
     with ExitStack() as stack:
         for block in blocks:
             value = hidden if block is blocks[-1] else None
             stack.enter_context(standing_in(block, partial(_skip, value)))
-            stack.enter_context(_not_checkpointed(block))
+            if getattr(block, "gradient_checkpointing", False):
+                # transformers before 5.23 would run it again once nothing stands in for it.
+                stack.enter_context(mock.patch.object(block, "gradient_checkpointing", False))
         yield
 
 
-@contextmanager
-def _not_checkpointed(block: Any) -> Iterator[None]:
-    """Keep transformers before 5.23 from running a block again once nothing stands in for it."""
-    before = getattr(block, "gradient_checkpointing", False)
-    if before:
-        block.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        if before:
-            block.gradient_checkpointing = True
+def _skip(value: Tensor | None, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    """Be the forward of a block: return a stored value, or the input."""
+    return hidden if value is None else value
 
 
 def run_up_to(model: Any, num_blocks: int, inputs: dict[str, Any]) -> Tensor:
-    """Run the first blocks; return what the last returns before any edit, (batch, seq, hidden).
+    """Return what leaves the first blocks before any edit of the last, (batch, seq, hidden).
 
-    ``inputs`` are arguments of the base's forward; adapters stay as they are.
+    Adapters stay as they are; ``inputs`` are arguments of the base's forward.
     """
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -80,8 +75,8 @@ def keys_and_values(
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """Return keys and values, (batch, heads, seq, head_dim) each, of the blocks after the first.
 
-    The first ``num_blocks`` are left out, and the pass ends where the last block has its own: its
-    attention and MLP do not run. ``inputs`` are arguments of the base's forward.
+    The pass ends where the last block has them: its attention and MLP do not run. Adapters stay as
+    they are; ``inputs`` are arguments of the base's forward.
     """
     base = base_of(model)
     cache = _Cache(config=base.config)
@@ -111,8 +106,3 @@ class _Cache(DynamicCache):
         if layer_idx == self.last:
             raise Reached(key_states)
         return result
-
-
-def _skip(value: Tensor | None, hidden: Any, *_args: Any, **_kwargs: Any) -> Any:
-    """Stand in for a block's forward: return a stored value, or the input."""
-    return hidden if value is None else value

@@ -39,7 +39,7 @@ from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
 from lowmem_reft.reuse.batch import Stacked, aligned, run_stacked
 from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape
-from lowmem_reft.reuse.split import find_split, groups_of, is_causal
+from lowmem_reft.reuse.split import find_constant, groups_of, is_causal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -328,7 +328,7 @@ class Predictor:
             for row, length in zip(labels, lengths, strict=True)
         ]
         try:
-            split = find_split(self.model, examples, prefix=self.setting.reuse == "prefix")
+            split = find_constant(self.model, examples, prefix=self.setting.reuse == "prefix")
         except ReuseError as error:
             raise InputError(
                 f"reuse must be off in this setting, got {self.setting.reuse!r}: {error}"

@@ -17,7 +17,7 @@ from lowmem_reft.memory.kernels import num_quantized
 from lowmem_reft.methods.constant import lower_part
 from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape
-from lowmem_reft.reuse.split import Example, find_split
+from lowmem_reft.reuse.split import Example, find_constant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -123,7 +123,7 @@ def plan_reuse(predictor: Predictor, lengths: Lengths, num_examples: int) -> Reu
     labels = [IGNORED_LABEL] * (seq_len - response_len) + [0] * response_len
     example: Example = {"input_ids": [0] * seq_len, "labels": labels if causal else 0}
     try:
-        split = find_split(model, [example], prefix=True)
+        split = find_constant(model, [example], prefix=True)
     except ReuseError:
         return None
     shape = Shape(split.first_edited[0], seq_len - split.first_edited[0])

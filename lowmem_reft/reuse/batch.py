@@ -1,15 +1,18 @@
-"""A batch of constants: stacked, also ahead of time in a thread, and run through upper blocks."""
+"""A batch from a store: stacked, also ahead of time in a thread, and run through upper blocks."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from lowmem_reft.base.blocks import base_of, device_of
@@ -36,31 +39,20 @@ class Stacked:
     """The same shape."""
 
     @property
-    def suffix(self) -> int:
-        """Tokens of the longest example after its prefix."""
-        return self.hidden.shape[1]
-
-    @property
     def prefix(self) -> int:
         """Tokens of the longest prefix."""
         return self.keys.shape[3]
 
 
 def stack(records: Sequence[Record], layout: Layout, *, pinned: bool) -> Stacked:
-    """Stack constants of examples.
-
-    Args:
-        records: Of each example.
-        layout: What the store holds.
-        pinned: Whether to use memory from which a CUDA device can copy by itself.
-    """
+    """Stack what is stored of examples, where it is; in pinned memory if that is asked for."""
     shapes = [Shape(record.keys.shape[2], record.hidden.shape[0]) for record in records]
     suffix, prefix = (max(shape.suffix for shape in shapes), max(s.prefix for s in shapes))
-    batch, dtype = len(records), records[0].hidden.dtype
-    hidden = torch.zeros(batch, suffix, layout.hidden_size, dtype=dtype, pin_memory=pinned)
+    batch, first = len(records), records[0].hidden
+    zeros = partial(torch.zeros, dtype=first.dtype, device=first.device, pin_memory=pinned)
+    hidden = zeros(batch, suffix, layout.hidden_size)
     size = (layout.num_cached_layers, batch, layout.num_kv_heads, prefix, layout.head_dim)
-    keys = torch.zeros(size, dtype=dtype, pin_memory=pinned)
-    values = torch.zeros(size, dtype=dtype, pin_memory=pinned)
+    keys, values = zeros(size), zeros(size)
     for row, (shape, record) in enumerate(zip(shapes, records, strict=True)):
         hidden[row, : shape.suffix] = record.hidden
         if shape.prefix:
@@ -70,17 +62,15 @@ def stack(records: Sequence[Record], layout: Layout, *, pinned: bool) -> Stacked
 
 
 def aligned(shapes: Sequence[Shape], values: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Return one number per token, (batch, suffix): without prefixes, padded on the right.
+    """Return one number per token, (batch, suffix): without prefixes, padded with ``fill``.
 
-    Args:
-        shapes: Of the examples.
-        values: One number for each token of each example, or more.
-        fill: What padding gets.
+    ``values`` holds one number for each token of each example, or more.
     """
-    rows = torch.full((len(shapes), max(shape.suffix for shape in shapes)), fill)
-    for row, shape, numbers in zip(rows, shapes, values, strict=True):
-        row[: shape.suffix] = torch.tensor(numbers[shape.prefix : shape.length])
-    return rows
+    rows = [
+        torch.tensor(numbers[shape.prefix : shape.length], dtype=torch.long)
+        for shape, numbers in zip(shapes, values, strict=True)
+    ]
+    return pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
 def run_stacked(
@@ -93,11 +83,11 @@ def run_stacked(
     wrapped: Any = None,
     **arguments: Any,
 ) -> Any:
-    """Return what a model returns for a batch, from its constants.
+    """Return what a PeftModel returns for a batch that has passed its first ``num_blocks`` blocks.
 
     Args:
-        model: A PeftModel.
-        num_blocks: Blocks that the hidden vectors have passed.
+        model: The model.
+        num_blocks: How many of its blocks.
         stacked: The batch.
         groups: (batch, suffix): the index of the φ that edits each token, or -1; with prefixes,
             where the model cannot tell the prompt from what it sees.
@@ -108,14 +98,14 @@ def run_stacked(
     device = device_of(base_of(model))
     # A prediction on the meta device needs the values of the masks as well.
     there = torch.device("cpu") if device.type == "meta" else device
-    batch, suffix, prefix = len(stacked.shapes), stacked.suffix, stacked.prefix
-    mask = torch.zeros(batch, prefix + suffix, dtype=torch.long)
-    positions = torch.zeros(batch, suffix, dtype=torch.long)
-    for row, shape in enumerate(stacked.shapes):
-        mask[row, prefix - shape.prefix : prefix + shape.suffix] = 1
-        # Padding repeats the last position: a table of positions may end there.
-        numbers = torch.arange(shape.prefix, shape.prefix + suffix)
-        positions[row] = numbers.clamp(max=shape.length - 1)
+    suffix, prefix = stacked.hidden.shape[1], stacked.prefix
+    own, length = torch.tensor(
+        [[shape.prefix, shape.length] for shape in stacked.shapes]
+    ).T.unsqueeze(2)
+    columns = torch.arange(-prefix, suffix)
+    mask = ((columns >= -own) & (columns < length - own)).long()
+    # Padding repeats the last position: a table of positions may end there.
+    positions = torch.minimum(own + torch.arange(suffix), length - 1)
     hidden = stacked.hidden.to(device, non_blocking=True)
     arguments["attention_mask"] = mask.to(there)
     arguments["use_cache"] = bool(prefix)
@@ -152,11 +142,7 @@ def _cache(config: Any, num_blocks: int, stacked: Stacked, device: torch.device)
 
 
 class ReadAhead:
-    """Reads and stacks batches in a thread before they are needed.
-
-    Args:
-        make: Reads and stacks the examples of some indices; runs no model.
-    """
+    """Makes batches of indices in a thread before they are needed; ``make`` runs no model."""
 
     def __init__(self, make: Callable[[Sequence[int]], Stacked]) -> None:
         self.make = make
@@ -165,20 +151,16 @@ class ReadAhead:
 
     def announce(self, indices: Sequence[int]) -> None:
         """Begin to read a batch."""
-        key = tuple(indices)
+        key = tuple(map(int, indices))
         if key not in self._waiting and len(self._waiting) < MOST_AHEAD:
             self._waiting[key] = self._thread.submit(self.make, key)
 
     def take(self, indices: Sequence[int]) -> Stacked | None:
         """Return a batch that was announced; None if it was not, or if a shard is damaged."""
-        key = tuple(indices)
-        if key not in self._waiting:
-            return None
-        while True:  # batches come in the order of their announcement; others were left out
+        key = tuple(map(int, indices))
+        while key in self._waiting:  # batches come as they were announced; others were left out
             announced, future = self._waiting.popitem(last=False)
             if announced == key:
-                break
-        try:
-            return future.result()
-        except CorruptShardError:
-            return None
+                with suppress(CorruptShardError):
+                    return future.result()
+        return None

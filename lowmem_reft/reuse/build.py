@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.partial import feeding, keys_and_values, run_up_to
-from lowmem_reft.reuse.layout import Layout
+from lowmem_reft.reuse.layout import Layout, Shape
 from lowmem_reft.reuse.store import Record, Store
 
 if TYPE_CHECKING:
@@ -22,12 +22,10 @@ BATCH_TOKENS = 4096
 """Tokens, padding included, that run together; an example that is longer runs alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Below:
-    """Hidden vectors of all tokens that leave a lower block, to start from."""
+class Below(NamedTuple):
+    """A store of the hidden vectors of all tokens that leave a lower block, to start from."""
 
     store: Store
-    """Where they are."""
     num_blocks: int
     """Blocks that they have passed."""
 
@@ -43,40 +41,29 @@ def compute(
     *,
     training: bool = True,
 ) -> list[Record]:
-    """Return the constants of some examples.
+    """Return what is to be stored of the examples of some indices, on the CPU.
 
-    Args:
-        model: A PeftModel.
-        examples: The data set.
-        indices: Which of them.
-        layout: What is kept of each.
-        num_blocks: Blocks whose outputs are constant.
-        below: Where to start from; None starts from the tokens.
-        training: Whether a training step will use them. Quantized layers may compute otherwise in
-            evaluation mode: int8 on a CPU quantizes activations then.
+    It starts from the tokens, or from a lower store. Whether a training step will use it matters:
+    quantized layers may compute otherwise in evaluation mode (int8 on a CPU quantizes activations
+    then).
     """
     order = sorted(indices, key=lambda index: -layout.shapes[index].length)
     records: dict[int, Record] = {}
-    with _bare(model, training=training):
-        while order:  # the longest first, so that it sets the length of its batch
-            size = max(1, BATCH_TOKENS // max(1, layout.shapes[order[0]].length))
-            part, order = order[:size], order[size:]
-            batch = _Batch.of(model, examples, part, below)
-            records.update(zip(part, batch.records(model, layout, num_blocks), strict=True))
-    return [records[index] for index in indices]
-
-
-@contextmanager
-def _bare(model: Any, *, training: bool) -> Iterator[None]:
-    """Run the base without its adapters, in training or evaluation mode."""
     base = base_of(model)
     was_training = base.training
     base.train(training)
     try:
         with without_adapters(model):
-            yield
+            while order:  # the longest first, so that it sets the length of its batch
+                size = max(1, BATCH_TOKENS // max(1, layout.shapes[order[0]].length))
+                part, order = order[:size], order[size:]
+                hidden, mask = _trunk(model, examples, part, num_blocks, below)
+                shapes = [layout.shapes[index] for index in part]
+                found = records_of(model, layout, num_blocks, shapes, hidden, mask)
+                records.update(zip(part, (record.cpu() for record in found), strict=True))
     finally:
         base.train(was_training)
+    return [records[index] for index in indices]
 
 
 @contextmanager
@@ -91,76 +78,60 @@ def without_adapters(model: Any) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    indices: Sequence[int]
-    inputs: dict[str, Tensor]
-    """``attention_mask`` and ``input_ids`` or, from a lower store, ``inputs_embeds``."""
-    num_blocks: int
-    """Blocks that ``inputs_embeds`` have passed."""
+def _trunk(
+    model: Any,
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    num_blocks: int,
+    below: Below | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output of the constant blocks, (batch, seq, hidden), and the mask of tokens.
 
-    @classmethod
-    def of(
-        cls, model: Any, examples: Sequence[Example], indices: Sequence[int], below: Below | None
-    ) -> _Batch:
-        """Stack examples, padded on the right."""
-        device = device_of(model)
-        lengths = [len(examples[index]["input_ids"]) for index in indices]
-        mask = torch.zeros(len(indices), max(lengths), dtype=torch.long)
-        for row, length in enumerate(lengths):
-            mask[row, :length] = 1
-        if below is None:
-            ids = torch.zeros_like(mask)
-            for row, index in enumerate(indices):
-                ids[row, : lengths[row]] = torch.tensor(examples[index]["input_ids"])
-            inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-            return cls(indices=indices, inputs=inputs, num_blocks=0)
-        stored = [below.store.read(index).hidden for index in indices]
-        hidden = stored[0].new_zeros(*mask.shape, stored[0].shape[1])
-        for row, part in enumerate(stored):
-            hidden[row, : len(part)] = part
-        inputs = {"inputs_embeds": hidden.to(device), "attention_mask": mask.to(device)}
-        return cls(indices=indices, inputs=inputs, num_blocks=below.num_blocks)
+    Both are padded on the right.
+    """
+    tokens = [torch.tensor(examples[i]["input_ids"], dtype=torch.long) for i in indices]
+    mask = pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True)
+    inputs = {"attention_mask": mask.to(device_of(model))}
+    if below is None:
+        ids = pad_sequence(tokens, batch_first=True)
+        inputs["input_ids"] = ids.to(device_of(model))
+        return run_up_to(model, num_blocks, inputs), inputs["attention_mask"]
+    stored = [below.store.read(index).hidden for index in indices]
+    hidden = pad_sequence(stored, batch_first=True).to(device_of(model))
+    if below.num_blocks < num_blocks:
+        with feeding(model, below.num_blocks, hidden):
+            hidden = run_up_to(model, num_blocks, {**inputs, "inputs_embeds": hidden})
+    return hidden, inputs["attention_mask"]
 
-    def records(self, model: Any, layout: Layout, num_blocks: int) -> list[Record]:
-        """Return the constants of the batch's examples."""
-        hidden = self._hidden(model, num_blocks)
-        shapes = [layout.shapes[index] for index in self.indices]
-        prefix = max(shape.prefix for shape in shapes)
-        keys, values = self._keys_and_values(model, layout, num_blocks, hidden, prefix)
-        records = []
-        for row, shape in enumerate(shapes):
-            kept = hidden[row, shape.prefix : shape.length]
-            before = (part[:, row, :, : shape.prefix].cpu() for part in (keys, values))
-            records.append(Record(kept.cpu(), *before))
-        return records
 
-    def _hidden(self, model: Any, num_blocks: int) -> Tensor:
-        """Return the trunk's output, (batch, seq, hidden)."""
-        if self.num_blocks == 0:
-            return run_up_to(model, num_blocks, self.inputs)
-        hidden = self.inputs["inputs_embeds"]
-        if self.num_blocks == num_blocks:
-            return hidden
-        with feeding(model, self.num_blocks, hidden):
-            return run_up_to(model, num_blocks, self.inputs)
+def records_of(
+    model: Any,
+    layout: Layout,
+    num_blocks: int,
+    shapes: Sequence[Shape],
+    hidden: Tensor,
+    mask: Tensor,
+) -> list[Record]:
+    """Return what is kept of a batch, with keys and values of the prefixes in the blocks above.
 
-    def _keys_and_values(
-        self, model: Any, layout: Layout, num_blocks: int, hidden: Tensor, length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the blocks above for the first tokens.
-
-        Each is (layers, batch, heads, length, head_dim).
-        """
-        if length == 0 or layout.num_cached_layers == 0:
-            size = (layout.num_kv_heads, length, layout.head_dim)
-            empty = hidden.new_empty(layout.num_cached_layers, len(hidden), *size)
-            return empty, empty
-        hidden = hidden[:, :length]
-        mask = self.inputs["attention_mask"][:, :length]
-        with feeding(model, num_blocks, hidden):
-            pairs = keys_and_values(
-                model, num_blocks, {"inputs_embeds": hidden, "attention_mask": mask}
-            )
+    The model runs without its adapters. ``hidden``, (batch, seq, hidden) and padded on the right,
+    has left the constant blocks; ``mask``, (batch, at least the longest prefix), is 1 for tokens.
+    """
+    prefix = max(shape.prefix for shape in shapes)
+    if prefix and layout.num_cached_layers:
+        before, mask = hidden[:, :prefix], mask[:, :prefix]
+        with feeding(model, num_blocks, before):
+            inputs = {"inputs_embeds": before, "attention_mask": mask}
+            pairs = keys_and_values(model, num_blocks, inputs)
         keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
-        return keys, values
+    else:
+        size = (len(shapes), layout.num_kv_heads, prefix, layout.head_dim)
+        keys = values = hidden.new_empty(layout.num_cached_layers, *size)
+    return [
+        Record(
+            hidden[row, shape.prefix : shape.length],
+            keys[:, row, :, : shape.prefix],
+            values[:, row, :, : shape.prefix],
+        )
+        for row, shape in enumerate(shapes)
+    ]

@@ -18,6 +18,8 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.options import ReuseCommandOptions, ReuseListOptions, ReuseRemoveOptions
 from lowmem_reft.reuse.disk import StoreInfo, find_stores, remove, remove_temporary
 
+_FACTS = ("architecture", "num_blocks", "dtype")
+
 
 def run_reuse(options: ReuseCommandOptions) -> dict[str, Any]:
     """List or remove stores; print what there is or was on standard output.
@@ -59,9 +61,7 @@ def _as_json(store: StoreInfo) -> dict[str, Any]:
     return {
         "name": store.directory.name,
         "key": store.key,
-        "architecture": store.architecture,
-        "num_blocks": store.num_blocks,
-        "dtype": store.dtype,
+        **{name: store.manifest.get(name) for name in _FACTS},
         "num_shards": store.num_shards,
         "size_bytes": store.num_bytes,
         "last_used": used.isoformat(timespec="seconds"),
@@ -127,10 +127,9 @@ def _print_stores(stores: Sequence[StoreInfo]) -> None:
         right = title in ("blocks", "MiB", "shards")
         table.add_column(title, justify="right" if right else "left", overflow="fold")
     for store in stores:
-        facts = (store.architecture, store.num_blocks, store.dtype)
         table.add_row(
             store.directory.name,
-            *("–" if value is None else str(value) for value in facts),
+            *(str(store.manifest.get(name, "–")) for name in _FACTS),
             _mib(store.num_bytes),
             str(store.num_shards),
             datetime.fromtimestamp(store.last_used_s).strftime("%Y-%m-%d %H:%M"),

@@ -8,12 +8,10 @@ own. No torch is imported here.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,9 +21,6 @@ from typing import IO, Any
 from lowmem_reft.errors import InputError
 
 MANIFEST, LOCK = "manifest.json", "lock"
-FREE_BYTES = 2**28
-"""Disk space that is left alone."""
-
 _NAME = re.compile(r"[a-z][a-z_-]*-(?P<key>[0-9a-f]{24})")
 _SHARD = re.compile(r"shard-\d+\.bin")
 
@@ -44,12 +39,8 @@ class StoreInfo:
 
     directory: Path
     """Where it is; its name ends in the key."""
-    architecture: str | None
-    """Class of the base; None where no manifest says so."""
-    num_blocks: int | None
-    """Blocks whose outputs are constant."""
-    dtype: str | None
-    """bf16, fp16 or fp32."""
+    manifest: dict[str, Any]
+    """What it was made from; empty where that is not known."""
     num_shards: int
     """Shards that the manifest names and that are there."""
     num_bytes: int
@@ -88,39 +79,6 @@ def file_sizes(directory: Path) -> dict[str, int]:
             with suppress(FileNotFoundError):  # a temporary file that has got its name meanwhile
                 sizes[path.name] = path.stat().st_size
     return sizes
-
-
-def check_room(
-    directory: Path, missing_bytes: int, total_bytes: int, limit_bytes: int | None
-) -> None:
-    """Check that what a store lacks has room on the disk, and all of it within a limit.
-
-    Raises:
-        NoRoomError: it has not.
-    """
-    if limit_bytes is not None and total_bytes > limit_bytes:
-        raise NoRoomError(
-            f"it would take {total_bytes / 2**30:.2f} GiB, more than the limit of "
-            f"{limit_bytes / 2**30:.2f} GiB"
-        )
-    parent = next(path for path in (directory, *directory.parents) if path.is_dir())
-    free = shutil.disk_usage(parent).free
-    if missing_bytes > free - FREE_BYTES:
-        raise NoRoomError(
-            f"it would take {missing_bytes / 2**30:.2f} GiB more and the disk has "
-            f"{free / 2**30:.2f} GiB free"
-        )
-
-
-@contextmanager
-def full_disk_noticed(directory: Path) -> Iterator[None]:
-    """Turn what writing to a full disk raises into ``NoRoomError``."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NoRoomError(f"the disk is full ({directory})") from error
 
 
 @contextmanager
@@ -236,13 +194,12 @@ def _is_own(path: Path) -> bool:
 
 
 def _describe(directory: Path) -> StoreInfo:
-    manifest = read_manifest(directory) or {"shards": {}}
-    sizes = file_sizes(directory)
-    shards = (int(shard) for shard in manifest["shards"] if shard.isdecimal())
+    manifest, sizes = read_manifest(directory) or {}, file_sizes(directory)
+    shards = (int(shard) for shard in manifest.get("shards", ()) if shard.isdecimal())
     stamped = directory / MANIFEST if MANIFEST in sizes else directory
     return StoreInfo(
         directory=directory,
-        **{name: manifest.get(name) for name in ("architecture", "num_blocks", "dtype")},
+        manifest=manifest,
         num_shards=sum(shard_path(directory, shard).name in sizes for shard in shards),
         num_bytes=sum(sizes.values()),
         last_used_s=stamped.stat().st_mtime,

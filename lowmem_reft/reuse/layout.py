@@ -7,9 +7,10 @@ their tokens, each example shares most with the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -22,30 +23,36 @@ MIN_SHARED_TOKENS = 8
 """Fewer tokens in common (a BOS, a template's first word) are stored again: reading is simpler."""
 
 
-class Run(NamedTuple):
-    """Tokens whose constants stand together in what one example owns."""
+class Extent(NamedTuple):
+    """Tokens whose numbers stand together in what one example owns."""
 
     owner: int
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        """How many."""
+        return self.stop - self.start
 
-class Place(NamedTuple):
-    """Where an example's own constants begin."""
+    def within(self, whole: Extent) -> slice:
+        """Return where they stand among more tokens."""
+        return slice(self.start - whole.start, self.stop - whole.start)
+
+
+class Address(NamedTuple):
+    """Where the numbers that an example owns begin: a shard, and bytes in it."""
 
     shard: int
     offset: int
-    """Bytes."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is kept for one example."""
+    """Tokens of one example: keys and values of the prefix are kept, hidden vectors after it."""
 
     prefix: int
-    """Tokens whose keys and values are kept."""
     suffix: int
-    """Tokens after them, whose hidden vectors are kept."""
 
     @property
     def length(self) -> int:
@@ -60,18 +67,15 @@ class Layout:
     shapes: Sequence[Shape]
     """One per example."""
     hidden_size: int
-    """Width of a hidden vector."""
     num_cached_layers: int
     """Blocks whose keys and values are kept."""
     num_kv_heads: int
-    """Key and value heads of each."""
     head_dim: int
-    """Width of each."""
     dtype: str
     """bf16, fp16 or fp32, as the base computes."""
     order: Sequence[int] = ()
     """Examples as they stand in the store; default: as they come."""
-    shared: Sequence[int] = field(default=())
+    shared: Sequence[int] = ()
     """Per place in that order: leading tokens in common with the example just before it."""
 
     @classmethod
@@ -81,19 +85,12 @@ class Layout:
         num_blocks: int,
         shapes: Sequence[Shape],
         dtype: torch.dtype,
-        *,
-        order: Sequence[int] = (),
-        shared: Sequence[int] = (),
+        common: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ) -> Layout:
-        """Return the layout of a base's constants.
+        """Return the layout for a transformers model that computes in ``dtype``.
 
-        Args:
-            base: A transformers model.
-            num_blocks: Blocks whose outputs are constant.
-            shapes: One per example.
-            dtype: What the base computes in.
-            order: See ``in_common``.
-            shared: See ``in_common``.
+        The outputs of its first ``num_blocks`` blocks are constant; ``common`` is from
+        ``in_common``.
         """
         config, width = base.config.get_text_config(), hidden_size(base)
         heads = config.num_attention_heads
@@ -104,24 +101,20 @@ class Layout:
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or width // heads,
             dtype=dtype_name(dtype),
-            order=order,
-            shared=shared,
+            order=common[0],
+            shared=common[1],
         )
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per number."""
-        return DTYPES[self.dtype].itemsize
 
     @property
     def hidden_bytes(self) -> int:
         """Bytes of one token's hidden vector."""
-        return self.itemsize * self.hidden_size
+        return DTYPES[self.dtype].itemsize * self.hidden_size
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of one token's keys and values."""
-        return 2 * self.itemsize * self.num_cached_layers * self.num_kv_heads * self.head_dim
+        width = self.num_cached_layers * self.num_kv_heads * self.head_dim
+        return 2 * DTYPES[self.dtype].itemsize * width
 
     @cached_property
     def examples(self) -> Sequence[int]:
@@ -129,47 +122,37 @@ class Layout:
         return self.order or range(len(self.shapes))
 
     @cached_property
-    def _runs(self) -> tuple[list[list[Run]], list[list[Run]]]:
-        """Return the runs of each example's hidden vectors, and of its keys and values."""
-        hidden: list[list[Run]] = [[] for _ in self.shapes]
-        kv: list[list[Run]] = [[] for _ in self.shapes]
-        before: int | None = None
+    def hidden_extents(self) -> list[list[Extent]]:
+        """Where the hidden vectors of each example stand, in order; the last are its own."""
+        return self._extents(lambda shape: (shape.prefix, shape.length))
+
+    @cached_property
+    def kv_extents(self) -> list[list[Extent]]:
+        """Where its keys and values stand."""
+        return self._extents(lambda shape: (0, shape.prefix))
+
+    def _extents(self, span: Callable[[Shape], tuple[int, int]]) -> list[list[Extent]]:
+        found: list[list[Extent]] = [[] for _ in self.shapes]
+        before: list[Extent] = []
         for place, example in enumerate(self.examples):
-            shape = self.shapes[example]
-            common = self.shared[place] if self.shared and before is not None else 0
-            for runs, start, stop in (
-                (kv, 0, shape.prefix),
-                (hidden, shape.prefix, shape.length),
-            ):
-                taken = [] if before is None else _clip(runs[before], start, min(stop, common))
-                covered = taken[-1].stop if taken else start
-                own = [Run(example, covered, stop)] if covered < stop else []
-                runs[example] = taken + own
-            before = example
-        return hidden, kv
+            start, stop = span(self.shapes[example])
+            taken = _clip(before, start, min(stop, self.shared[place] if self.shared else 0))
+            own = Extent(example, taken[-1].stop if taken else start, stop)
+            before = found[example] = [*taken, own]
+        return found
 
-    def hidden_runs(self, example: int) -> list[Run]:
-        """Return where the example's hidden vectors stand, in order."""
-        return self._runs[0][example]
+    def own_hidden(self, example: int) -> Extent:
+        """Return the tokens whose hidden vectors the example owns; may be none."""
+        return self.hidden_extents[example][-1]
 
-    def kv_runs(self, example: int) -> list[Run]:
-        """Return where its keys and values stand, in order."""
-        return self._runs[1][example]
-
-    def own_hidden(self, example: int) -> Run:
-        """Return the tokens whose hidden vectors stand in the example's own place; may be none."""
-        return _own(self.hidden_runs(example), example, self.shapes[example].length)
-
-    def own_kv(self, example: int) -> Run:
-        """Return the tokens whose keys and values stand in the example's own place."""
-        return _own(self.kv_runs(example), example, self.shapes[example].prefix)
+    def own_kv(self, example: int) -> Extent:
+        """Return the tokens whose keys and values it owns."""
+        return self.kv_extents[example][-1]
 
     def num_bytes(self, example: int) -> int:
         """Return the bytes that the example owns."""
         hidden, kv = self.own_hidden(example), self.own_kv(example)
-        return self.hidden_bytes * (hidden.stop - hidden.start) + self.kv_bytes * (
-            kv.stop - kv.start
-        )
+        return self.hidden_bytes * hidden.size + self.kv_bytes * kv.size
 
     @cached_property
     def shards(self) -> list[list[int]]:
@@ -186,15 +169,15 @@ class Layout:
         return shards
 
     @cached_property
-    def places(self) -> list[Place]:
-        """Where each example's own constants begin: hidden vectors, then keys, then values."""
-        places = [Place(0, 0)] * len(self.shapes)
+    def addresses(self) -> list[Address]:
+        """Where what each example owns begins: hidden vectors, then keys, then values."""
+        addresses = [Address(0, 0)] * len(self.shapes)
         for shard, examples in enumerate(self.shards):
             offset = 0
             for example in examples:
-                places[example] = Place(shard, offset)
+                addresses[example] = Address(shard, offset)
                 offset += self.num_bytes(example)
-        return places
+        return addresses
 
     @cached_property
     def total_bytes(self) -> int:
@@ -215,31 +198,20 @@ def in_common(
     shared = [0] * len(order)
     for place in range(1, len(order)):
         first, second = tokens[order[place - 1]], tokens[order[place]]
-        count = _common_length(first, second)
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+        count = sum(1 for _ in alike)
         whole = count == len(first) == len(second)
         if whole or (causal and count >= MIN_SHARED_TOKENS):
             shared[place] = count
     return order, shared
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    for count, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return count
-    return min(len(first), len(second))
-
-
-def _clip(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
-    """Return the part of runs from ``start`` to ``stop``, if they hold ``start``, else nothing."""
-    if not runs or runs[0].start > start or stop <= start:
+def _clip(extents: Sequence[Extent], start: int, stop: int) -> list[Extent]:
+    """Return the part from ``start`` to ``stop``, if they hold ``start``, else nothing."""
+    if not extents or extents[0].start > start or stop <= start:
         return []
-    clipped = [
-        Run(owner, max(first, start), min(last, stop))
-        for owner, first, last in runs
+    return [
+        Extent(owner, max(first, start), min(last, stop))
+        for owner, first, last in extents
         if first < stop and last > start
     ]
-    return clipped
-
-
-def _own(runs: Sequence[Run], example: int, end: int) -> Run:
-    return runs[-1] if runs and runs[-1].owner == example else Run(example, end, end)

@@ -1,7 +1,7 @@
-"""Mixins for anybody's ``Trainer``: its prompts known without labels, its frozen trunk reused.
+"""Trainers that train from a store, and mixins for anybody's ``Trainer``.
 
-``ReftConfig`` alone is enough to train with transformers' ``Trainer`` or TRL's; these add what a
-configuration cannot::
+``ReftConfig`` alone is enough to train with transformers' ``Trainer`` or TRL's; the mixins add what
+a configuration cannot: prompts known without labels, and reuse::
 
     class ReusingSFTTrainer(ReuseMixin, SFTTrainer):
         pass
@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import Trainer
 
-from lowmem_reft.base.blocks import device_of
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.options import ReuseOptions
 from lowmem_reft.reft.positions import find_prompt, packed_segments
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.reuse.reuse import Reuse
-from lowmem_reft.reuse.trainer import INDEX, IndexCollator, from_store
 
 logger = logging.getLogger(__name__)
 
+INDEX = "example_index"
+
 if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
+    _Trainer = Trainer
 else:
     _Trainer = object
 
@@ -41,19 +42,15 @@ class PromptMixin(_Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss; see ``transformers.Trainer``."""
         if inputs.get("labels") is not None:
-            inputs = {**inputs, "prompt_mask": _prompt_of(inputs)}
+            labels, mask = inputs["labels"], inputs.get("attention_mask")
+            mask = torch.ones_like(labels) if mask is None else mask
+            segments = packed_segments(inputs.get("position_ids"), mask)
+            inputs = {**inputs, "prompt_mask": find_prompt(mask, labels, segments)}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def _prompt_of(inputs: dict[str, Any]) -> Tensor:
-    labels = inputs["labels"]
-    mask = inputs.get("attention_mask")
-    attended = torch.ones_like(labels) if mask is None else mask
-    return find_prompt(attended, labels, packed_segments(inputs.get("position_ids"), attended))
-
-
 class ReuseMixin(_Trainer):
-    """Trains from what is constant, as ``lowmem-reft train --reuse`` does, if it can.
+    """Trains from a store, as ``lowmem-reft train --reuse`` does, if it can.
 
     For trainers whose data set holds ``input_ids`` and ``labels`` when training starts: the stock
     ``Trainer``, and ``SFTTrainer`` without packing. Otherwise it says why and trains the plain way.
@@ -82,7 +79,7 @@ class ReuseMixin(_Trainer):
         return super().train(*args, **kwargs)
 
     def _why_not(self) -> str | None:
-        """Return why this trainer cannot train from stored constants; None if it can."""
+        """Return why this trainer cannot train from a store; None if it can."""
         if not isinstance(self.train_dataset, Dataset):
             return "the data set is none of the library datasets, or a stream"
         columns = self.train_dataset.column_names
@@ -108,26 +105,33 @@ class ReuseMixin(_Trainer):
             epochs = arguments.max_steps * self._train_batch_size / len(examples)
             epochs *= arguments.gradient_accumulation_steps * arguments.world_size
         collate: Any = self.data_collator
-        device = device_of(self.model)
-
-        def batch_of(indices: Sequence[int]) -> dict[str, Tensor]:
-            batch = collate([examples[index] for index in indices])
-            return {key: value.to(device) for key, value in batch.items()}
-
         with self.accelerator.autocast():  # as the steps will run
-            self.reuse = prepare(
+            reuse = prepare(
                 self.model,
                 examples,
-                batch_of,
+                collate,
                 self.reuse_options,
                 root=self.reuse_options.reuse_dir or Path(str(arguments.output_dir)) / "reuse",
                 batch_size=self._train_batch_size,
                 epochs=epochs,
             )
-        if self.reuse is not None:
-            logger.info("reuse: %s", self.reuse.describe())
-            self.train_dataset = data.add_column(INDEX, list(range(len(examples))))
-            self.data_collator = IndexCollator(collate, self.reuse.announce)
+        if reuse is not None:
+            logger.info("reuse: %s", reuse.describe())
+            self._start_from(reuse)
+
+    def _start_from(self, reuse: Reuse) -> None:
+        """Let every batch say which examples it holds, and begin to read them."""
+        data: Any = self.train_dataset
+        collate: Any = self.data_collator
+        self.reuse = reuse
+        numbers = list(range(len(reuse.examples)))
+        if isinstance(data, Dataset):
+            self.train_dataset = data.add_column(INDEX, numbers)
+        else:
+            self.train_dataset = [
+                {**row, INDEX: number} for row, number in zip(data, numbers, strict=True)
+            ]
+        self.data_collator = partial(_collate, collate, reuse)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -136,8 +140,30 @@ class ReuseMixin(_Trainer):
             columns.append(INDEX)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the loss, from stored constants in training; see ``transformers.Trainer``."""
+        """Return the loss, from the store in training; see ``transformers.Trainer``."""
         indices = inputs.pop(INDEX, None)
         if self.reuse is not None and indices is not None:
-            model = partial(from_store, self.reuse, model, indices.tolist())
+            model = partial(self.reuse.supervised, indices.tolist(), model=model)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class ReuseTrainer(ReuseMixin, Trainer):
+    """The stock Trainer with a store that is there already."""
+
+    def __init__(self, *args: Any, reuse: Reuse, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._start_from(reuse)
+
+
+def _collate(collate: Any, reuse: Reuse, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Collate, and add which examples the batch holds, (batch,), unless it is of an evaluation.
+
+    Data loaders of accelerate collate a batch before the one before it is trained on, so what is
+    stored of it is read meanwhile.
+    """
+    batch: dict[str, Tensor] = collate(rows)
+    if any(INDEX not in row for row in rows):
+        return batch
+    numbers = [row[INDEX] for row in rows]
+    reuse.announce(numbers)
+    return {**batch, INDEX: torch.tensor(numbers)}

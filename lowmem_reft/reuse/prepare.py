@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lowmem_reft.base.blocks import base_of
+from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.ours import ours
 from lowmem_reft.base.partial import blocks_of
 from lowmem_reft.errors import InputError
@@ -17,17 +18,12 @@ from lowmem_reft.options import ReuseOptions
 from lowmem_reft.reuse.disk import NoRoomError, ReuseError
 from lowmem_reft.reuse.proof import prove, prove_scores
 from lowmem_reft.reuse.reuse import Report, Reuse
-from lowmem_reft.reuse.split import (
-    Example,
-    NothingToReuseError,
-    Split,
-    find_split,
-)
+from lowmem_reft.reuse.split import Constant, Example, NothingToReuseError, find_constant
 
 logger = logging.getLogger(__name__)
 
-BatchOf = Callable[[Sequence[int]], dict[str, Tensor]]
-"""Returns a plain batch of the examples of some indices."""
+Collate = Callable[[list[Example]], dict[str, Tensor]]
+"""Makes a plain batch of examples."""
 
 WORTHWHILE = 0.9
 """``auto`` reuses if the arithmetic of the whole run shrinks to at most this share."""
@@ -36,101 +32,57 @@ WORTHWHILE = 0.9
 def prepare(
     model: Any,
     examples: Sequence[Example],
-    batch_of: BatchOf,
+    collate: Collate,
     options: ReuseOptions,
     *,
     root: Path,
     batch_size: int,
-    epochs: float,
+    epochs: float | None,
     report: Report = lambda done, total: None,
 ) -> Reuse | None:
-    """Build what a training run can reuse, and prove it on batches; None trains the plain way.
+    """Build what a run can reuse, and prove it on batches; None goes the plain way.
 
     Args:
-        model: A PeftModel on its device.
-        examples: The data set.
-        batch_of: Returns some of the examples as the plain step gets them, on the model's device.
+        model: A PeftModel on its device, in evaluation mode to score.
+        examples: The data set, with labels.
+        collate: Makes a batch of some of them, as the plain step gets it or, to score,
+            ``likelihood.response_log_likelihood``.
         options: What may be reused, and how much it may take.
         root: Directory of stores.
         batch_size: Examples per forward pass.
-        epochs: Passes over the data that will be made.
+        epochs: Passes over the data that training will make. None scores by likelihood: one pass
+            costs as much as a store, which is worth it for the next time.
         report: Told about progress.
 
     Returns:
-        What to train from. If nothing can be reused, None; the reason is logged.
+        What to run from. If nothing can be reused, None; the reason is logged.
 
     Raises:
         InputError: nothing can be reused, and only upper blocks of the base are resident.
     """
-
-    def build() -> Reuse:
-        split = find_split(model, examples, prefix=options.reuse != "trunk")
-        share = _estimated_share(model, examples, split, epochs)
-        if options.reuse == "auto" and not _is_partial(model) and share > WORTHWHILE:
-            raise NothingToReuseError(
-                f"it would save only {100 * (1 - share):.0f} % of the arithmetic"
-            )
-        reuse = _build(model, examples, split, options, root, report, training=True)
-        for indices in _samples(examples, batch_size, partial=_is_partial(model)):
-            prove(reuse, indices, batch_of(indices))
-        return reuse
-
-    return _attempt(model, options, build)
-
-
-def prepare_scoring(
-    model: Any,
-    examples: Sequence[Example],
-    batch_of: BatchOf,
-    options: ReuseOptions,
-    *,
-    root: Path | None,
-    batch_size: int,
-    report: Report = lambda done, total: None,
-) -> Reuse | None:
-    """Build what scoring by likelihood can reuse; None scores the plain way.
-
-    One pass over the data costs as much as a store, so ``auto`` makes one only where it is kept for
-    the next time.
-
-    Args:
-        model: A PeftModel on its device, in evaluation mode.
-        examples: What is scored, with labels.
-        batch_of: Returns some of the examples as ``likelihood.response_log_likelihood`` gets them.
-        options: What may be reused, and how much it may take.
-        root: Directory of stores; None if they would not be kept.
-        batch_size: Examples per forward pass.
-        report: Told about progress.
-
-    Raises:
-        InputError: nothing can be reused, and only upper blocks of the base are resident.
-    """
-    if root is None:
-        return None
-
-    def build() -> Reuse:
-        split = find_split(model, examples, prefix=options.reuse != "trunk")
-        reuse = _build(model, examples, split, options, root, report, training=False)
-        for indices in _samples(examples, batch_size, partial=_is_partial(model)):
-            prove_scores(reuse, indices, batch_of(indices))
-        return reuse
-
-    return _attempt(model, options, build)
-
-
-def _attempt(model: Any, options: ReuseOptions, build: Callable[[], Reuse]) -> Reuse | None:
-    if options.reuse == "off" and not _is_partial(model):
+    is_partial = ours(base_of(model)).residency is not None
+    if options.reuse == "off" and not is_partial:
         return None
     try:
-        reuse = build()
-        if options.reuse == "prefix" and reuse.mode != "prefix":
-            logger.warning(
-                "no keys and values are reused, as an edit reaches the first token or the method "
-                "changes them; hidden vectors are (reuse trunk)"
-            )
-        return reuse
+        constant = find_constant(model, examples, prefix=options.reuse != "trunk")
+        if epochs is not None and options.reuse == "auto" and not is_partial:
+            num_tokens = sum(len(example["input_ids"]) for example in examples)
+            _check_worthwhile(len(blocks_of(model)), num_tokens, constant, epochs)
+        reuse = _build(
+            model,
+            examples,
+            root,
+            options,
+            constant=constant,
+            training=epochs is not None,
+            report=report,
+        )
+        for indices in _samples(examples, batch_size, is_partial=is_partial):
+            batch = collate([examples[index] for index in indices])
+            batch = {name: value.to(device_of(model)) for name, value in batch.items()}
+            (prove_scores if epochs is None else prove)(reuse, indices, batch)
     except ReuseError as error:
-        if _is_partial(model):
+        if is_partial:
             raise InputError(
                 f"resident must be all here, got upper: no frozen computation can be reused "
                 f"({error}); load the whole base"
@@ -139,39 +91,26 @@ def _attempt(model: Any, options: ReuseOptions, build: Callable[[], Reuse]) -> R
         level = logging.INFO if expected else logging.WARNING
         logger.log(level, "no frozen computation is reused: %s", error)
         return None
+    if options.reuse == "prefix" and reuse.mode != "prefix":
+        logger.warning(
+            "no keys and values are reused, as an edit reaches the first token or the method "
+            "changes them; hidden vectors are (reuse trunk)"
+        )
+    return reuse
 
 
-def _samples(
-    examples: Sequence[Example], batch_size: int, *, partial: bool
-) -> Iterator[Sequence[int]]:
-    """Yield batches to prove: the first one, the shortest example, and it beside the longest.
-
-    A plain step of a partial base reads all of its lower blocks, and may need more memory than the
-    upper ones leave: there, only the shortest and the longest example.
-    """
-    lengths = [len(example["input_ids"]) for example in examples]
-    shortest = min(range(len(examples)), key=lengths.__getitem__)
-    longest = max(range(len(examples)), key=lengths.__getitem__)
-    both = sorted({shortest, longest})
-    if not partial:
-        yield range(min(batch_size, len(examples)))
-        yield [shortest]
-    yield both
-
-
-def _is_partial(model: Any) -> bool:
-    return ours(base_of(model)).residency is not None
+def _check_worthwhile(layers: int, tokens: int, constant: Constant, epochs: float) -> None:
+    """Compare the arithmetic of a reused run with that of a plain one, in blocks times tokens."""
+    upper = layers - constant.num_blocks
+    kept = tokens - sum(constant.first_edited)
+    plain = epochs * (layers + upper) * tokens
+    share = (layers * tokens + epochs * 2 * upper * kept) / plain
+    if share > WORTHWHILE:
+        raise NothingToReuseError(f"it would save only {100 * (1 - share):.0f} % of the arithmetic")
 
 
 def _build(
-    model: Any,
-    examples: Sequence[Example],
-    split: Split,
-    options: ReuseOptions,
-    root: Path,
-    report: Report,
-    *,
-    training: bool,
+    model: Any, examples: Sequence[Example], root: Path, options: ReuseOptions, **more: Any
 ) -> Reuse:
     """Build the larger store if there is room for it, else the smaller one.
 
@@ -179,25 +118,27 @@ def _build(
     in every step from hidden vectors.
     """
     limit = options.reuse_limit_gib
-    rest: dict[str, Any] = {
-        "training": training,
-        "limit_bytes": None if limit is None else round(limit * 2**30),
-        "report": report,
-    }
+    limit_bytes = None if limit is None else round(limit * 2**30)
+    build = partial(Reuse, model, examples, root, limit_bytes=limit_bytes, **more)
     try:
-        return Reuse(model, examples, root, split=split, **rest)
+        return build()
     except NoRoomError:
-        if not any(split.first_edited):
+        if not any(more["constant"].first_edited):
             raise
-        return Reuse(model, examples, root, split=split, recompute=True, **rest)
+        return build(recompute=True)
 
 
-def _estimated_share(model: Any, examples: Sequence[Example], split: Split, epochs: float) -> float:
-    """Return the arithmetic of a reused run over that of a plain one, in blocks times tokens."""
-    layers = len(blocks_of(model))
-    upper = layers - split.num_blocks
-    tokens = sum(len(example["input_ids"]) for example in examples)
-    kept = tokens - sum(split.first_edited)
-    plain = epochs * (layers + upper) * tokens
-    reused = layers * tokens + epochs * 2 * upper * kept
-    return reused / plain
+def _samples(
+    examples: Sequence[Example], batch_size: int, *, is_partial: bool
+) -> Iterator[Sequence[int]]:
+    """Yield batches to prove: the first one, the shortest example, and it beside the longest.
+
+    A plain step of a partial base reads all of its lower blocks, and may need more memory than the
+    upper ones leave: there, only the shortest and the longest example.
+    """
+    lengths = [len(example["input_ids"]) for example in examples]
+    shortest, longest = (end(range(len(lengths)), key=lengths.__getitem__) for end in (min, max))
+    if not is_partial:
+        yield range(min(batch_size, len(examples)))
+        yield [shortest]
+    yield sorted({shortest, longest})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,28 +22,26 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
     """Compare the reused step with the plain one; return the relative gradient difference.
 
-    Args:
-        reuse: What is to be proved.
-        indices: Examples of the batch.
-        batch: What the plain step gets: ``input_ids``, ``attention_mask``, ``labels``.
+    ``batch`` is what the plain step gets of these examples: ``input_ids``, ``attention_mask``,
+    ``labels``.
 
     Raises:
         ReuseError: losses or gradients differ by more than rounding; the message names the
             module whose gradient is furthest off.
     """
-    model = reuse.model
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    model, device = reuse.model, device_of(reuse.base)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fork = partial(torch.random.fork_rng, [device] if device.type == "cuda" else [])
+    gradients = partial(torch.autograd.grad, inputs=list(trained.values()), allow_unused=True)
     was_training = model.training
     model.train()
-    device = device_of(reuse.base)
-    generators = [device] if device.type == "cuda" else []
     try:
-        with reuse.whole(), torch.random.fork_rng(generators):
+        with reuse.whole(), fork():
             plain_loss = model(**batch)["loss"]
-            plain = torch.autograd.grad(plain_loss, list(trained.values()), allow_unused=True)
-        with feeding_errors(reuse.base), torch.random.fork_rng(generators):
+            plain = gradients(plain_loss)
+        with feeding_errors(reuse.base), fork():
             loss = reuse.loss(indices)
-            reused = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            reused = gradients(loss)
     finally:
         model.train(was_training)
     tolerance = _tolerance(reuse)
@@ -58,12 +57,9 @@ def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> flo
 
 
 def prove_scores(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> float:
-    """Compare scores from stored constants with plain ones; return the relative difference.
+    """Compare scores from a store with plain ones; return the relative difference.
 
-    Args:
-        reuse: What is to be proved; its model is in evaluation mode.
-        indices: Examples of the batch.
-        batch: What ``likelihood.response_log_likelihood`` gets.
+    The model is in evaluation mode; ``batch`` is for ``likelihood.response_log_likelihood``.
 
     Raises:
         ReuseError: log-likelihoods differ by more than rounding.
@@ -94,15 +90,11 @@ def _largest_difference(
     """Return the parameter that differs most, and the relative L2 difference of all."""
     squares: dict[str, float] = {}
     norm = 0.0
-    for name, first, second in zip(names, plain, reused, strict=True):
-        if first is None and second is None:
-            continue
-        a = torch.zeros(()) if first is None else first.double()
-        b = torch.zeros(()) if second is None else second.double()
+    for name, *pair in zip(names, plain, reused, strict=True):
+        a, b = (torch.zeros(()) if gradient is None else gradient.double() for gradient in pair)
         squares[name] = float((a - b).square().sum())
         norm += float(a.square().sum())
-    worst = max(squares, key=lambda name: squares[name], default="")
+    worst = max(squares, key=squares.__getitem__, default="")
     total = sum(squares.values())
-    if norm == 0:
-        return worst, 0.0 if total == 0 else float("inf")
-    return worst, (total / norm) ** 0.5
+    off = (total / norm) ** 0.5 if norm else float("inf") if total else 0.0
+    return worst, off

@@ -1,4 +1,4 @@
-"""Trains from stored constants: the upper blocks only, on the tokens that an edit can reach.
+"""Trains from a store: the upper blocks only, on the tokens that an edit can reach.
 
 ``trunk`` holds for every PEFT method whose lowest trained block is k: hidden vectors that leave the
 blocks below are stored once and fed in. ``prefix`` is ReFT's alone: on a causal model nothing an
@@ -12,11 +12,11 @@ aLoRA's reuse of keys and values (arXiv 2504.12397).
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.identity import base_digest
 from lowmem_reft.base.loss import log_likelihood_of
 from lowmem_reft.base.ours import ours
-from lowmem_reft.base.partial import blocks_of, feeding, keys_and_values
+from lowmem_reft.base.partial import blocks_of
 from lowmem_reft.base.quantization import dequantized
 from lowmem_reft.base.residency import Residency
 from lowmem_reft.data import IGNORED_LABEL
@@ -37,14 +37,14 @@ from lowmem_reft.machine.processes import main_first
 from lowmem_reft.methods.constant import adapter_parts
 from lowmem_reft.reft.tuner import prompt_arguments
 from lowmem_reft.reuse.batch import ReadAhead, Stacked, aligned, run_stacked, stack
-from lowmem_reft.reuse.build import Below, compute, without_adapters
-from lowmem_reft.reuse.disk import NoRoomError, full_disk_noticed
+from lowmem_reft.reuse.build import Below, compute, records_of, without_adapters
+from lowmem_reft.reuse.disk import NoRoomError
 from lowmem_reft.reuse.layout import Layout, Shape, in_common
 from lowmem_reft.reuse.split import (
+    Constant,
     Example,
-    Split,
     feeding_errors,
-    find_split,
+    find_constant,
     groups_of,
     is_causal,
 )
@@ -55,9 +55,12 @@ logger = logging.getLogger(__name__)
 Report = Callable[[int, int], None]
 """Told about progress: shards done, and all of them."""
 
+FROM_STORE = ("input_ids", "attention_mask", "labels", "position_ids", "use_cache")
+"""Arguments of a forward pass that a stored batch brings with it."""
+
 
 class Reuse:
-    """The constants of one data set under one adapted model, and the loss computed from them.
+    """What is constant of one data set under one adapted model, and the loss computed from it.
 
     A base of which only upper blocks are resident is run block by block: each lower block is read
     once, runs over the whole data set and is dropped.
@@ -67,7 +70,7 @@ class Reuse:
         examples: The data set, in the order of the indices that batches name.
         root: Directory of stores.
         prefix: Whether to keep keys and values of constant prefixes.
-        split: What is constant, if ``find_split`` has said so already.
+        constant: What is, if ``find_constant`` has said so already.
         recompute: Whether to compute the prefixes' keys and values from their hidden vectors in
             every step, without a graph, instead of storing them: less space, more time.
         training: Whether it is for training, or for scoring.
@@ -85,7 +88,7 @@ class Reuse:
         root: Path,
         *,
         prefix: bool = True,
-        split: Split | None = None,
+        constant: Constant | None = None,
         recompute: bool = False,
         training: bool = True,
         limit_bytes: int | None = None,
@@ -95,57 +98,50 @@ class Reuse:
         self.model = model
         self.examples = examples
         self.training = training
-        self.split = split or find_split(model, examples, prefix=prefix)
+        self.constant = constant or find_constant(model, examples, prefix=prefix)
         self.base = base_of(model)
         self.residency: Residency | None = ours(self.base).residency
         self.num_layers = len(blocks_of(model))
         self.root = root
         self._tokens = [example["input_ids"] for example in examples]
         self._common = in_common(self._tokens, causal=is_causal(self.base))
-        self.recompute = recompute and any(self.split.first_edited)
-        self.shapes = self._shapes(self.split)
-        stored = replace(self.split, first_edited=[0] * len(examples)) if recompute else self.split
-        self.layout, self.store = self._store(stored)
+        first_edited = self.constant.first_edited
+        self.recompute = recompute and any(first_edited)
+        self.shapes = self._shapes(first_edited)
+        kept = [0] * len(examples) if recompute else first_edited
+        self.layout, self.store = self._store(self.constant.num_blocks, kept)
         self.was_built = False
-        self._build(limit_bytes, report)
-        self._ahead = ReadAhead(
-            lambda indices: self._stack([self.store.read(index) for index in indices])
-        )
+        self._limit_bytes = limit_bytes
+        self._build(report)
+        self._ahead = ReadAhead(lambda indices: self._stack(map(self.store.read, indices)))
         self.build_time_s = time.perf_counter() - started
 
     @property
     def mode(self) -> str:
         """Return ``prefix`` if keys and values are stored as well, else ``trunk``."""
-        return "prefix" if any(self.split.first_edited) else "trunk"
+        return "prefix" if any(self.constant.first_edited) else "trunk"
 
     def describe(self) -> str:
         """Say what is reused, in one line."""
-        what = f"{self.mode}, {self.split.num_blocks} of {self.num_layers} blocks are constant"
+        what = f"{self.mode}, {self.constant.num_blocks} of {self.num_layers} blocks are constant"
         size = f"{self.layout.total_bytes / 2**20:,.1f} MiB in {self.store.directory}"
         took = f"built in {self.build_time_s:.1f} s" if self.was_built else "found"
         return f"{what}; {size}, {took}"
 
-    def _shapes(self, split: Split) -> list[Shape]:
-        return [
-            Shape(first, len(tokens) - first)
-            for first, tokens in zip(split.first_edited, self._tokens, strict=True)
-        ]
+    def _shapes(self, first_edited: Sequence[int]) -> list[Shape]:
+        pairs = zip(first_edited, self._tokens, strict=True)
+        return [Shape(first, len(tokens) - first) for first, tokens in pairs]
 
-    def _store(self, split: Split, **more: Any) -> tuple[Layout, Store]:
-        """Return the store of what is constant, as it is or is to be; ``more`` facts name it."""
-        order, shared = self._common
-        layout = Layout.of(
-            self.base,
-            split.num_blocks,
-            self._shapes(split),
-            self._dtype,
-            order=order,
-            shared=shared,
-        )
+    def _store(
+        self, num_blocks: int, first_edited: Sequence[int], **more: Any
+    ) -> tuple[Layout, Store]:
+        """Return a store of what is constant, as it is or is to be; ``more`` facts name it."""
+        shapes = self._shapes(first_edited)
+        layout = Layout.of(self.base, num_blocks, shapes, self._dtype, self._common)
         facts = {
             **self._facts,
-            "num_blocks": split.num_blocks,
-            "first_edited": key_of({"first": split.first_edited}),
+            "num_blocks": num_blocks,
+            "first_edited": key_of({"first": first_edited}),
             **more,
         }
         return layout, Store(self.root, key_of(facts), layout, facts)
@@ -153,14 +149,8 @@ class Reuse:
     @cached_property
     def _dtype(self) -> torch.dtype:
         """What blocks compute in, which is what norms and embeddings are stored in."""
-        return next(
-            (
-                parameter.dtype
-                for parameter in self.base.parameters()
-                if parameter.is_floating_point() and not parameter.requires_grad
-            ),
-            torch.float32,
-        )
+        frozen = (p.dtype for p in self.base.parameters() if not p.requires_grad)
+        return next((dtype for dtype in frozen if dtype.is_floating_point), torch.float32)
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -177,26 +167,24 @@ class Reuse:
             "attention": str(self.base.config._attn_implementation),
         }
 
-    def _build(self, limit_bytes: int | None, report: Report) -> None:
+    def _build(self, report: Report) -> None:
         with main_first(self.store.locked()):
             if not self.store.missing_shards():
                 self._remove_stages()  # of a build that was killed at its very end
                 return
             self.was_built = True
-            self.store.check_room(limit_bytes)  # before lower blocks run for nothing
+            self.store.check_room(self._limit_bytes)  # before lower blocks run for nothing
             try:
-                below = None
-                if self.residency is not None:
-                    below = self._stream(self.residency, limit_bytes, report)
+                below = None if self.residency is None else self._stream(self.residency, report)
                 if not self.store.is_complete:  # else the last of the stages is this one
-                    self._fill(self.store, self.split.num_blocks, below, limit_bytes, report)
+                    self._fill(self.store, self.constant.num_blocks, below, report)
                     if below is not None:
                         below.store.remove()
             except NoRoomError:
                 self._remove_stages()  # a smaller store has stages of its own
                 raise
 
-    def _stream(self, residency: Residency, limit_bytes: int | None, report: Report) -> Below:
+    def _stream(self, residency: Residency, report: Report) -> Below:
         """Run the blocks that are not resident, one after the other, over the whole data set.
 
         Each has a stage, the store of its output, which is removed once the next one is complete;
@@ -205,8 +193,8 @@ class Reuse:
         stages = self._stages()
         last = len(stages) - 1
         done = next((i for i in range(last, -1, -1) if stages[i].is_complete), -1)
-        for index in range(done):
-            stages[index].remove()  # of a build that was killed just before it did so
+        for stage in stages[: max(0, done)]:
+            stage.remove()  # of a build that was killed just before it did so
         for index in range(done + 1, last + 1):
             below = Below(store=stages[index - 1], num_blocks=index) if index else None
             with ExitStack() as stack:
@@ -214,7 +202,7 @@ class Reuse:
                     if stage is not self.store:
                         stack.enter_context(stage.locked())  # nobody may remove it meanwhile
                 stack.enter_context(residency.loaded(index, training=self.training))
-                self._fill(stages[index], index + 1, below, limit_bytes, lambda done, total: None)
+                self._fill(stages[index], index + 1, below)
             if below is not None:
                 below.store.remove()
             report(index + 1, last + 1)
@@ -225,13 +213,11 @@ class Reuse:
         num_blocks = 0 if self.residency is None else self.residency.first_resident
         everything = [0] * len(self.examples)
         stages = [
-            self._store(
-                Split(num_blocks=index + 1, first_edited=everything), stage_of=self.store.key
-            )[1]
+            self._store(index + 1, everything, stage_of=self.store.key)[1]
             for index in range(num_blocks)
         ]
         stores_hidden_alone = not any(shape.prefix for shape in self.layout.shapes)
-        if stages and num_blocks == self.split.num_blocks and stores_hidden_alone:
+        if stages and num_blocks == self.constant.num_blocks and stores_hidden_alone:
             stages[-1] = self.store
         return stages
 
@@ -245,11 +231,10 @@ class Reuse:
         store: Store,
         num_blocks: int,
         below: Below | None,
-        limit_bytes: int | None,
-        report: Report,
+        report: Report = lambda done, total: None,
     ) -> None:
         """Compute and write what is missing from a locked store."""
-        store.check_room(limit_bytes)
+        store.check_room(self._limit_bytes)
         missing = store.missing_shards()
         for done, shard in enumerate(missing):
             report(done, len(missing))
@@ -260,22 +245,20 @@ class Reuse:
                 logger.warning("%s; what it held is computed again", error)
                 with self.whole():
                     records = self._compute(examples, store.layout, num_blocks, None)
-            with full_disk_noticed(store.directory), feeding_errors(self.base):
-                store.write(shard, records)
+            try:
+                with feeding_errors(self.base):
+                    store.write(shard, records)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise NoRoomError(f"the disk is full ({store.directory})") from error
 
     def _compute(
         self, indices: Sequence[int], layout: Layout, num_blocks: int, below: Below | None
     ) -> list[Record]:
+        what = (self.model, self.examples, indices, layout, num_blocks, below)
         with feeding_errors(self.base):
-            return compute(
-                self.model,
-                self.examples,
-                indices,
-                layout,
-                num_blocks,
-                below,
-                training=self.training,
-            )
+            return compute(*what, training=self.training)
 
     def whole(self) -> AbstractContextManager[None]:
         """Let the whole model run, for as long as the context lasts, wherever its blocks are."""
@@ -283,10 +266,10 @@ class Reuse:
 
     def dequantized(self) -> AbstractContextManager[int]:
         """Keep the blocks that training runs dequantized; see ``base.dequantized``."""
-        return dequantized(blocks_of(self.model)[self.split.num_blocks :], self._dtype)
+        return dequantized(blocks_of(self.model)[self.constant.num_blocks :], self._dtype)
 
     def read(self, index: int) -> Record:
-        """Return the constants of an example; damaged shards are built again."""
+        """Return what is stored of an example; damaged shards are built again."""
         for _ in self.layout.shards:  # a record may span several
             try:
                 return self.store.read(index)
@@ -294,58 +277,42 @@ class Reuse:
                 logger.warning("%s; it is built again", error)
                 examples = self.layout.shards[error.shard]
                 with self.store.locked(), self.whole():
-                    if self.store.is_sound(error.shard):  # another process has mended it
-                        continue
-                    self.store.forget(error.shard)
-                    records = self._compute(examples, self.layout, self.split.num_blocks, None)
-                    self.store.write(error.shard, records)
+                    if self.store.is_damaged(error.shard):  # no other process has mended it
+                        what = (examples, self.layout, self.constant.num_blocks, None)
+                        self.store.write(error.shard, self._compute(*what))
         return self.store.read(index)
 
     def loss(self, indices: Sequence[int], num_items_in_batch: Any = None) -> Tensor:
-        """Return the training loss of examples, with gradients for what is trained.
-
-        Args:
-            indices: Which examples.
-            num_items_in_batch: As the Trainer passes it.
-        """
-        arguments: dict[str, Any] = {}
-        if num_items_in_batch is not None:
-            arguments["num_items_in_batch"] = num_items_in_batch
-        loss: Tensor = self.supervised(indices, **arguments)["loss"]
+        """Return the training loss of examples; ``num_items_in_batch`` is as the Trainer has it."""
+        more = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        loss: Tensor = self.supervised(indices, **more)["loss"]
         return loss
 
     def supervised(self, indices: Sequence[int], *, model: Any = None, **arguments: Any) -> Any:
         """Return what ``forward`` returns when it is also given the examples' labels.
 
-        Args:
-            indices: Which examples.
-            model: What is called; see ``forward``.
-            arguments: Further ones of the model's forward.
+        What else a Trainer passes of a batch is left out: a stored batch brings it with it.
         """
-        of_each = self._labels(indices)
-        if isinstance(of_each[0], int | float):
-            labels = torch.tensor(of_each)
+        if isinstance(self.examples[indices[0]]["labels"], int | float):
+            labels = torch.tensor([self.examples[index]["labels"] for index in indices])
         else:
-            labels = self._aligned(indices, of_each, IGNORED_LABEL)
+            labels = self._aligned(indices, "labels", IGNORED_LABEL)
         labels = labels.to(device_of(self.base))
-        return self.forward(indices, model=model, labels=labels, **arguments)
+        more = {name: value for name, value in arguments.items() if name not in FROM_STORE}
+        return self.forward(indices, model=model, labels=labels, **more)
 
     def log_likelihood(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Return what ``response_log_likelihood`` does, for a model in evaluation mode.
-
-        Args:
-            indices: Which examples.
-        """
-        labels = self._aligned(indices, self._labels(indices), IGNORED_LABEL)
+        """Return what ``response_log_likelihood`` does, for a model in evaluation mode."""
+        labels = self._aligned(indices, "labels", IGNORED_LABEL)
         # With a prefix the edited tokens are passed; without one the model has to find the prompt.
-        has_prefix = any(self.shapes[int(index)].prefix for index in indices)
+        has_prefix = any(self.shapes[index].prefix for index in indices)
         arguments = {} if has_prefix else prompt_arguments(self.model, labels)
         return log_likelihood_of(
             self.base, labels, lambda **more: self.forward(indices, **arguments, **more)
         )
 
     def forward(self, indices: Sequence[int], *, model: Any = None, **arguments: Any) -> Any:
-        """Return what the model returns for examples, from their constants.
+        """Return what the model returns for examples, from what is stored of them.
 
         Outputs cover the tokens after each constant prefix, padded on the right.
 
@@ -355,64 +322,39 @@ class Reuse:
                 gradients of all processes.
             arguments: Further ones of the model's forward, such as ``labels``.
         """
-        indices = [int(index) for index in indices]
-        stacked = self._stacked(indices)
+        stacked = self._ahead.take(indices) or self._stack(map(self.read, indices))
         if self.recompute:
-            stacked = self._with_prefixes(indices, stacked, device_of(self.base))
+            stacked = self._with_prefixes(indices, stacked)
         if not is_causal(self.base):
             pad = getattr(self.base.config.get_text_config(), "pad_token_id", None) or 0
-            tokens = [self._tokens[index] for index in indices]
-            arguments["input_ids"] = self._aligned(indices, tokens, pad)
+            arguments["input_ids"] = self._aligned(indices, "input_ids", pad)
         if stacked.prefix:
             groups = groups_of(self.model, [self.examples[index] for index in indices])
-            arguments["groups"] = self._aligned(indices, groups.tolist(), -1)
-        return run_stacked(self.model, self.split.num_blocks, stacked, wrapped=model, **arguments)
+            arguments["groups"] = aligned(stacked.shapes, groups.tolist(), -1)
+        num_blocks = self.constant.num_blocks
+        return run_stacked(self.model, num_blocks, stacked, wrapped=model, **arguments)
 
     def announce(self, indices: Sequence[int]) -> None:
-        """Begin to read the constants of a batch that will be asked for."""
-        self._ahead.announce([int(index) for index in indices])
+        """Begin to read what is stored of a batch that will be asked for."""
+        self._ahead.announce(indices)
 
-    def _stacked(self, indices: Sequence[int]) -> Stacked:
-        ready = self._ahead.take(indices)
-        if ready is not None:
-            return ready
-        return self._stack([self.read(index) for index in indices])
+    def _stack(self, records: Iterable[Record]) -> Stacked:
+        return stack(list(records), self.layout, pinned=device_of(self.base).type == "cuda")
 
-    def _stack(self, records: Sequence[Record]) -> Stacked:
-        return stack(records, self.layout, pinned=device_of(self.base).type == "cuda")
-
-    def _labels(self, indices: Sequence[int]) -> list[Any]:
-        return [self.examples[int(index)]["labels"] for index in indices]
-
-    def _aligned(
-        self, indices: Sequence[int], values: Sequence[Sequence[int]], fill: int
-    ) -> Tensor:
-        return aligned([self.shapes[int(index)] for index in indices], values, fill)
+    def _aligned(self, indices: Sequence[int], name: str, fill: int) -> Tensor:
+        values = [self.examples[index][name] for index in indices]
+        return aligned([self.shapes[index] for index in indices], values, fill)
 
     @torch.no_grad()
-    def _with_prefixes(
-        self, indices: Sequence[int], stacked: Stacked, device: torch.device
-    ) -> Stacked:
+    def _with_prefixes(self, indices: Sequence[int], stacked: Stacked) -> Stacked:
         """Run the prefixes through the upper blocks; keep their keys and values."""
         shapes = [self.shapes[index] for index in indices]
-        prefix, suffix = (max(s.prefix for s in shapes), max(s.suffix for s in shapes))
-        if not prefix:
+        prefixes = torch.tensor([[shape.prefix] for shape in shapes])
+        if not prefixes.any():
             return stacked
-        whole = stacked.hidden.to(device, non_blocking=True)
-        mask = torch.zeros(len(shapes), prefix, dtype=torch.long)
-        hidden = whole.new_zeros(len(shapes), suffix, whole.shape[2])
-        for row, shape in enumerate(shapes):
-            mask[row, : shape.prefix] = 1
-            hidden[row, : shape.suffix] = whole[row, shape.prefix : shape.length]
-        before = whole[:, :prefix]
-        inputs = {"inputs_embeds": before, "attention_mask": mask.to(device)}
-        size = (self.layout.num_kv_heads, prefix, self.layout.head_dim)
-        keys = values = whole.new_empty(0, len(shapes), *size)
-        if self.layout.num_cached_layers:
-            with without_adapters(self.model), feeding(self.model, self.split.num_blocks, before):
-                pairs = keys_and_values(self.model, self.split.num_blocks, inputs)
-            keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
-        for row, shape in enumerate(shapes):  # padded on the left, as a cache is
-            for part in (keys, values):
-                part[:, row] = part[:, row].roll(prefix - shape.prefix, dims=2)
-        return Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values)
+        hidden = stacked.hidden.to(device_of(self.base), non_blocking=True)
+        mask = (torch.arange(int(prefixes.max())) < prefixes).long().to(hidden.device)
+        what = (self.model, self.layout, self.constant.num_blocks, shapes, hidden, mask)
+        with without_adapters(self.model):
+            records = records_of(*what)
+        return stack(records, self.layout, pinned=False)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lowmem_reft.base.blocks import base_of, find_blocks
 from lowmem_reft.data import IGNORED_LABEL
@@ -27,7 +28,7 @@ class NothingToReuseError(ReuseError):
     """Nothing is constant, or too little to be worth a store: nothing went wrong."""
 
 
-CANNOT_BE_FED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+_CANNOT_BE_FED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
 """What a model's forward raises when it does not take what is fed."""
 
 
@@ -40,7 +41,7 @@ def feeding_errors(base: Any) -> Iterator[None]:
     """
     try:
         yield
-    except CANNOT_BE_FED as error:
+    except _CANNOT_BE_FED as error:
         lines = str(error).splitlines() or [""]
         if isinstance(error, (InputError, CorruptShardError)) or is_out_of_memory(error):
             raise
@@ -51,7 +52,7 @@ def feeding_errors(base: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Constant:
     """What of each example is constant."""
 
     num_blocks: int
@@ -60,13 +61,10 @@ class Split:
     """Per example: tokens before the first one that training can change; 0 without a prefix."""
 
 
-def find_split(model: Any, examples: Sequence[Example], *, prefix: bool) -> Split:
-    """Return what is constant.
+def find_constant(model: Any, examples: Sequence[Example], *, prefix: bool) -> Constant:
+    """Return what is constant of a data set under a PeftModel.
 
-    Args:
-        model: A PeftModel.
-        examples: The data set.
-        prefix: Whether keys and values of a constant prefix may be used.
+    ``prefix`` says whether keys and values of constant prefixes may be used.
 
     Raises:
         ReuseError: nothing is constant.
@@ -83,7 +81,7 @@ def find_split(model: Any, examples: Sequence[Example], *, prefix: bool) -> Spli
     first = [0] * len(examples)
     if prefix and _prefix_is_constant(model, longest):
         first = [_first_edited(model, example) for example in examples]
-    return Split(num_blocks=num_blocks, first_edited=first)
+    return Constant(num_blocks=num_blocks, first_edited=first)
 
 
 def _dropout(base: Any) -> str | None:
@@ -91,9 +89,7 @@ def _dropout(base: Any) -> str | None:
     for name, module in base.named_modules():
         if "lora_" in name or "reft" in name:
             continue
-        rate = (
-            module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
-        )
+        rate = getattr(module, "attention_dropout", module)
         rate = rate.p if isinstance(rate, nn.Dropout) else rate
         if isinstance(rate, float) and rate > 0:
             return f"{name}: {rate}"
@@ -101,11 +97,7 @@ def _dropout(base: Any) -> str | None:
 
 
 def _refuse_length_dependent_rotation(base: Any, longest: int) -> None:
-    """Refuse rotary scaling that depends on the longest example of a batch.
-
-    Raises:
-        ReuseError: an example is longer than what it starts at.
-    """
+    """Refuse rotary scaling that depends on the longest example, if one is that long."""
     text = base.config.get_text_config()
     scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind = scaling.get("rope_type", scaling.get("type"))
@@ -144,37 +136,30 @@ def is_causal(base: Any) -> bool:
     """Whether a hidden vector depends on the tokens before it alone, as in a language model."""
     text = base.config.get_text_config()
     both_ways = getattr(text, "use_bidirectional_attention", None)
-    return (
-        bool(base.can_generate())
-        and not both_ways
-        and getattr(text, "is_causal", True) is not False
-    )
+    one_way = not both_ways and getattr(text, "is_causal", True) is not False
+    return bool(base.can_generate()) and one_way
 
 
 def _first_edited(model: Any, example: Example) -> int:
     """Return how many tokens come before the first edited one (and before the first prediction)."""
-    groups = groups_of(model, [example])
-    edited = (groups >= 0).any(0).nonzero()
-    labels = torch.tensor(example["labels"])
-    supervised = (labels != IGNORED_LABEL).nonzero()
-    # The vector before the first supervised token predicts it, so it is needed above.
-    ends = [int(edited[0]) if len(edited) else len(labels) - 1]
-    ends.append(int(supervised[0]) - 1 if len(supervised) else len(labels) - 1)
+    edited = [group >= 0 for group in groups_of(model, [example])[0].tolist()]
+    supervised = [label != IGNORED_LABEL for label in example["labels"]]
+    ends = [len(edited) - 1]
+    if any(edited):
+        ends.append(edited.index(True))
+    if any(supervised):
+        ends.append(supervised.index(True) - 1)  # the vector that predicts it is needed above
     return max(0, min(ends))
 
 
 def groups_of(model: Any, examples: Sequence[Example]) -> Tensor:
     """Return (batch, seq), right-padded: the index of the φ that edits each token, or -1."""
-    length = max(len(example["input_ids"]) for example in examples)
-    labels = torch.full((len(examples), length), IGNORED_LABEL)
-    mask = torch.zeros(len(examples), length, dtype=torch.long)
-    for row, example in enumerate(examples):
-        size = len(example["input_ids"])
-        labels[row, :size] = torch.tensor(example["labels"])
-        mask[row, :size] = 1
+    rows = [torch.tensor(example["labels"], dtype=torch.long) for example in examples]
+    labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED_LABEL)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     call = {"input_ids": labels, "attention_mask": mask, "labels": labels}
     selector = model.base_model.current.selector
-    groups = torch.full((len(examples), length), -1)
+    groups = torch.full_like(labels, -1)
     # Not as in training, where a batch without any prompt is refused: this may be one example.
     selection, _ = selector.select(list(model.base_model.active_adapters), (), call, training=False)
     for indices in selection.values():

@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,17 +22,20 @@ import torch
 from torch import Tensor
 
 from lowmem_reft.machine.devices import DTYPES
-from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.files import write_json, write_whole
 from lowmem_reft.reuse import disk
+from lowmem_reft.reuse.layout import Extent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lowmem_reft.reuse.layout import Layout, Run
+    from lowmem_reft.reuse.layout import Layout
 
 VERSION = 2
 """Raised when the same inputs would be stored otherwise, so that old stores are built again."""
 
+FREE_BYTES = 2**28
+"""Disk space that is left alone."""
 MOST_OPEN = 128
 """Shards that are mapped at once: each holds a file descriptor."""
 
@@ -46,7 +50,7 @@ class CorruptShardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Record:
-    """The constants of one example."""
+    """What is stored of one example."""
 
     hidden: Tensor
     """(suffix, hidden): output of the last constant block, before any edit."""
@@ -54,6 +58,10 @@ class Record:
     """(layers, heads, prefix, head_dim): of the blocks above, rotated as they are used."""
     values: Tensor
     """The same shape."""
+
+    def cpu(self) -> Record:
+        """Return it on the CPU."""
+        return Record(self.hidden.cpu(), self.keys.cpu(), self.values.cpu())
 
 
 def key_of(facts: dict[str, Any]) -> str:
@@ -63,7 +71,7 @@ def key_of(facts: dict[str, Any]) -> str:
 
 
 class Store:
-    """The constants of one data set.
+    """What is stored of one data set.
 
     Args:
         root: Directory of all stores.
@@ -83,11 +91,7 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from building the same store meanwhile.
-
-        Raises:
-            InputError: the directory cannot be written to.
-        """
+        """Keep other processes from building the same store meanwhile; see ``disk.locked``."""
         with disk.locked(self.directory):
             self._read_manifest()
             yield
@@ -121,81 +125,78 @@ class Store:
         return disk.shard_path(self.directory, shard)
 
     def check_room(self, limit_bytes: int | None) -> None:
-        """Check that there is room for what is missing, and for all of it within a limit.
+        """Check that what is missing has room on the disk, and all of it within a limit.
 
         Raises:
-            NoRoomError: there is none.
+            NoRoomError: it has not.
         """
-        missing = sum(self._size(shard) for shard in self.missing_shards())
-        disk.check_room(self.directory, missing, self.layout.total_bytes, limit_bytes)
+        missing, total = sum(map(self._size, self.missing_shards())), self.layout.total_bytes
+        if limit_bytes is not None and total > limit_bytes:
+            raise disk.NoRoomError(
+                f"it would take {total / 2**30:.2f} GiB, more than the limit of "
+                f"{limit_bytes / 2**30:.2f} GiB"
+            )
+        parent = next(p for p in (self.directory, *self.directory.parents) if p.is_dir())
+        free = shutil.disk_usage(parent).free
+        if missing > free - FREE_BYTES:
+            raise disk.NoRoomError(
+                f"it would take {missing / 2**30:.2f} GiB more and the disk has "
+                f"{free / 2**30:.2f} GiB free"
+            )
 
     def write(self, shard: int, records: Sequence[Record]) -> None:
-        """Write one shard; it counts from when this returns.
-
-        Args:
-            shard: Which.
-            records: The whole constants of its examples, in the layout's order.
+        """Write one shard, the whole records of its examples; it counts from when this returns.
 
         Raises:
             ValueError: they have not the sizes that the layout says.
         """
         self._check(shard, records)
-        path, crc = self._path(shard), 0
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        owned = zip(self.layout.shards[shard], records, strict=True)
+        content = b"".join(_bytes(part) for one in owned for part in self._own(*one))
+
+        def write(temporary: Path) -> None:
             with temporary.open("wb") as file:
-                for index, record in zip(self.layout.shards[shard], records, strict=True):
-                    for part in self._own(index, record):
-                        content = _bytes(part)
-                        crc = zlib.crc32(content, crc)
-                        file.write(content)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+        write_whole(self._path(shard), write)
         self._maps.pop(shard, None)
         self._verified.discard(shard)
-        self._manifest["shards"][str(shard)] = crc
+        self._manifest["shards"][str(shard)] = zlib.crc32(content)
         write_json(self.directory / disk.MANIFEST, self._manifest)
 
     def _check(self, shard: int, records: Sequence[Record]) -> None:
         layout = self.layout
         for index, record in zip(layout.shards[shard], records, strict=True):
             shape = layout.shapes[index]
-            kv = (layout.num_cached_layers, layout.num_kv_heads, shape.prefix, layout.head_dim)
+            kv = self._kv_size(shape.prefix)
             wanted = ((shape.suffix, layout.hidden_size), kv, kv)
-            found = tuple(tuple(part.shape) for part in (record.hidden, record.keys, record.values))
-            if found != wanted or record.hidden.dtype != DTYPES[layout.dtype]:
+            found = tuple(tuple(part.shape) for part in vars(record).values())
+            dtype = record.hidden.dtype
+            if (found, dtype) != (wanted, DTYPES[layout.dtype]):
                 raise ValueError(
-                    f"constants have sizes {found} and dtype {record.hidden.dtype}, not {wanted} "
-                    f"and {layout.dtype}"
+                    f"constants have sizes {found} and dtype {dtype}, not {wanted} and "
+                    f"{layout.dtype}"
                 )
 
     def _own(self, index: int, record: Record) -> tuple[Tensor, Tensor, Tensor]:
         """Return what of a record no example before it holds."""
-        prefix = self.layout.shapes[index].prefix
-        hidden, kv = self.layout.own_hidden(index), self.layout.own_kv(index)
-        return (
-            record.hidden[hidden.start - prefix : hidden.stop - prefix],
-            record.keys[:, :, kv.start : kv.stop],
-            record.values[:, :, kv.start : kv.stop],
-        )
+        shape, layout = self.layout.shapes[index], self.layout
+        hidden = layout.own_hidden(index).within(Extent(index, shape.prefix, shape.length))
+        kv = layout.own_kv(index).within(Extent(index, 0, shape.prefix))
+        return record.hidden[hidden], record.keys[:, :, kv], record.values[:, :, kv]
 
-    def is_sound(self, shard: int) -> bool:
-        """Whether a shard holds what was written to it, read anew."""
+    def is_damaged(self, shard: int) -> bool:
+        """Whether a shard does not hold what was written to it, read anew; it is missing then."""
         self._maps.pop(shard, None)
         self._verified.discard(shard)
         try:
             self._maps[shard] = self._open(shard)
         except CorruptShardError:
-            return False
-        return True
-
-    def forget(self, shard: int) -> None:
-        """Make a shard count as missing."""
-        self._manifest["shards"].pop(str(shard), None)
-        self._maps.pop(shard, None)
+            self._manifest["shards"].pop(str(shard), None)
+            return True
+        return False
 
     def remove(self) -> None:
         """Delete the store, unless a process builds it; maps of it that are open stay valid."""
@@ -204,59 +205,51 @@ class Store:
             disk.remove(self.directory)
 
     def read(self, index: int) -> Record:
-        """Return the constants of an example, on the CPU.
+        """Return what is stored of an example, on the CPU.
 
         Raises:
             CorruptShardError: a shard does not hold what was written to it.
         """
         layout = self.layout
-        hidden = [self._hidden(run) for run in layout.hidden_runs(index)]
-        kv = [self._keys_and_values(run) for run in layout.kv_runs(index)]
-        nothing = torch.empty(
-            (layout.num_cached_layers, layout.num_kv_heads, 0, layout.head_dim),
-            dtype=DTYPES[layout.dtype],
-        )
-        return Record(
-            _joined(hidden, 0) if hidden else nothing.new_empty(0, layout.hidden_size),
-            _joined([part[0] for part in kv], 2) if kv else nothing,
-            _joined([part[1] for part in kv], 2) if kv else nothing,
-        )
+        hidden = [
+            self._owned(extent.owner)[0][extent.within(layout.own_hidden(extent.owner))]
+            for extent in layout.hidden_extents[index]
+        ]
+        kv = [
+            [part[:, :, extent.within(layout.own_kv(extent.owner))] for part in parts]
+            for extent in layout.kv_extents[index]
+            for _, *parts in [self._owned(extent.owner)]
+        ]
+        return Record(_joined(hidden, 0), *(_joined(parts, 2) for parts in zip(*kv, strict=True)))
 
-    def _hidden(self, run: Run) -> Tensor:
-        """Return hidden vectors that stand together, (tokens, hidden)."""
-        layout, own = self.layout, self.layout.own_hidden(run.owner)
-        size = (run.stop - run.start, layout.hidden_size)
-        return self._numbers(run.owner, (run.start - own.start) * layout.hidden_bytes, size)
+    def _kv_size(self, tokens: int) -> tuple[int, int, int, int]:
+        layout = self.layout
+        return layout.num_cached_layers, layout.num_kv_heads, tokens, layout.head_dim
 
-    def _keys_and_values(self, run: Run) -> tuple[Tensor, Tensor]:
-        """Return keys and values that stand together, (layers, heads, tokens, head_dim) each."""
-        layout, own = self.layout, self.layout.own_kv(run.owner)
-        hidden = layout.own_hidden(run.owner)
-        tokens = own.stop - own.start
-        size = (layout.num_cached_layers, layout.num_kv_heads, tokens, layout.head_dim)
-        offset = (hidden.stop - hidden.start) * layout.hidden_bytes
-        kept = slice(run.start - own.start, run.stop - own.start)
-        keys = self._numbers(run.owner, offset, size)
-        values = self._numbers(run.owner, offset + tokens * layout.kv_bytes // 2, size)
-        return keys[:, :, kept], values[:, :, kept]
+    def _owned(self, index: int) -> list[Tensor]:
+        """Return what an example owns, on the mapped file: hidden vectors, keys and values."""
+        layout, dtype = self.layout, DTYPES[self.layout.dtype]
+        shard, offset = layout.addresses[index]
+        kv = self._kv_size(layout.own_kv(index).size)
+        parts = []
+        for size in ((layout.own_hidden(index).size, layout.hidden_size), kv, kv):
+            count = math.prod(size)
+            if count:
+                numbers = torch.frombuffer(
+                    self._map(shard), dtype=dtype, count=count, offset=offset
+                )
+            else:  # of keys and values: no block is above the last edited one
+                numbers = torch.empty(0, dtype=dtype)
+            parts.append(numbers.view(size))
+            offset += count * dtype.itemsize
+        return parts
 
-    def _numbers(self, owner: int, offset: int, size: tuple[int, ...]) -> Tensor:
-        """Return a tensor on the mapped file, from a byte of what an example owns."""
-        shard, start = self.layout.places[owner]
-        dtype = DTYPES[self.layout.dtype]
-        if 0 in size:  # no block is above the last edited one
-            return torch.empty(size, dtype=dtype)
-        content = self._maps.get(shard)
-        if content is None:
-            content = self._maps[shard] = self._open(shard)
+    def _map(self, shard: int) -> mmap.mmap:
+        if shard not in self._maps:
+            self._maps[shard] = self._open(shard)
             for other in list(self._maps)[:-MOST_OPEN]:
                 self._maps.pop(other, None)
-        return torch.frombuffer(
-            content,
-            dtype=dtype,
-            count=math.prod(size),
-            offset=start + offset,
-        ).view(size)
+        return self._maps[shard]
 
     def _open(self, shard: int) -> mmap.mmap:
         path = self._path(shard)

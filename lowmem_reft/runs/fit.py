@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +26,8 @@ from lowmem_reft.memory.live import peak_rss_bytes, track
 from lowmem_reft.memory.step import optimizer_tensors
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.positions import num_groups, parse_positions
+from lowmem_reft.reuse.mixins import ReuseTrainer
 from lowmem_reft.reuse.prepare import prepare
-from lowmem_reft.reuse.trainer import INDEX, IndexCollator, ReuseTrainer
 from lowmem_reft.runs.directory import last_checkpoint
 from lowmem_reft.runs.tracking import RunArguments
 
@@ -115,16 +116,14 @@ def _build_trainer(
     if _edits_in_every_batch(model.peft_config["default"], run.examples):
         arguments.ddp_find_unused_parameters = False  # there are none
     processes.shard_on_cpu(arguments)
-    common: dict[str, Any] = {"model": model, "args": arguments, "callbacks": callbacks}
-    if reuse is None:
-        trainer = Trainer(**common, train_dataset=run.examples, data_collator=collator)
-    else:
-        trainer = ReuseTrainer(
-            **common,
-            train_dataset=[{**example, INDEX: i} for i, example in enumerate(run.examples)],
-            data_collator=IndexCollator(collator, reuse.announce),
-            reuse=reuse,
-        )
+    kind = Trainer if reuse is None else partial(ReuseTrainer, reuse=reuse)
+    trainer = kind(
+        model=model,
+        args=arguments,
+        callbacks=callbacks,
+        train_dataset=run.examples,
+        data_collator=collator,
+    )
     if trainer.pop_callback(PrinterCallback) is not None and not run.options.run.quiet:
         trainer.add_callback(_LossLines())
     return trainer
@@ -201,20 +200,15 @@ def _say_effective_batch(run: Run) -> None:
 
 def _prepare_reuse(model: PeftModel, collator: Collator, run: Run) -> Reuse | None:
     """Store what is constant, or say why nothing is."""
-    optim, quiet, device = run.optim, run.options.run.quiet, device_of(model)
+    optim, quiet = run.optim, run.options.run.quiet
     epochs = optim.epochs
     if optim.max_steps > 0:
         epochs = optim.max_steps * processes.effective_batch(optim) / len(run.examples)
-
-    def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        batch = collator([run.examples[index] for index in indices])
-        return {key: value.to(device) for key, value in batch.items()}
-
     with counter("computing what is constant", quiet=quiet) as report:
         reuse = prepare(
             model,
             run.examples,
-            batch_of,
+            collator,
             run.options.reuse,
             root=run.reuse_dir,
             batch_size=optim.batch_size,

@@ -31,7 +31,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine.progress import counter, progress
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.options import ReuseOptions, ScoringOptions
-from lowmem_reft.reuse.prepare import prepare_scoring
+from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.generate import generate_batches
 
 if TYPE_CHECKING:
@@ -306,13 +306,14 @@ class _Scoring:
         reuse = None
         if reused and settings.reuse_dir is not None and hasattr(model, "peft_config"):
             with counter("computing what is constant", quiet=settings.quiet) as report:
-                reuse = prepare_scoring(
+                reuse = prepare(
                     model,
                     [examples[index] for index in order],
-                    batch_of,
+                    collate,
                     settings.reuse,
                     root=settings.reuse_dir,
                     batch_size=settings.batch_size,
+                    epochs=None,
                     report=report,
                 )
         found = [(0.0, 0)] * len(examples)

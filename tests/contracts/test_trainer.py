@@ -64,7 +64,7 @@ class Inside(Trainer):
 
 @contract(
     "transformers",
-    used_by="reuse/trainer.py reuse/mixins.py",
+    used_by="reuse/mixins.py",
     broken_by=wrapped(
         f"{TRAINER}compute_loss",
         lambda compute: (
@@ -82,7 +82,7 @@ def test_compute_loss_calls_what_it_is_given_with_the_batch(tmp_path: Path) -> N
 
 @contract(
     "transformers",
-    used_by="base/loss.py reuse/trainer.py",
+    used_by="base/loss.py reuse/mixins.py",
     broken_by=doing_nothing(f"{TRAINER}_get_num_items_in_batch"),
 )
 def test_accumulated_losses_are_divided_by_the_tokens_of_all_batches(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_checkpointing_goes_by_one_of_two_names(tmp_path: Path) -> None:
 
 @contract(
     "transformers",
-    used_by="reuse/trainer.py",
+    used_by="reuse/mixins.py",
     broken_by=with_value(
         "accelerate.data_loader:DataLoaderShard.__iter__", torch.utils.data.DataLoader.__iter__
     ),

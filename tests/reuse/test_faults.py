@@ -405,7 +405,7 @@ def _prepared(job: Job, root: Path, reuse: Any) -> Reuse | None:
     return prepare(
         job.model,
         examples,
-        lambda indices: stacked([examples[index] for index in indices]),
+        stacked,
         ReuseOptions(reuse=reuse),
         root=root,
         batch_size=2,
@@ -487,16 +487,16 @@ def test_a_flipped_byte_in_any_shard_is_found_while_training_and_mended(
     model = make_model()
     first = Reuse(model, examples, tmp_path)
     if examples == alike():
-        owners = {run.owner for run in first.layout.kv_runs(4)}
-        assert len({first.layout.places[owner].shard for owner in owners}) > 2
+        owners = {extent.owner for extent in first.layout.kv_extents[4]}
+        assert len({first.layout.addresses[owner].shard for owner in owners}) > 2
     wanted, content, before = train(first), files(tmp_path), stamps(tmp_path)
     paths = [path for path in shards(first) if path.stat().st_size]
     assert len(paths) == 5
     for path, offset in ((path, offset) for path in paths for offset in (0, 99, -1)):
         reuse = Reuse(model, examples, tmp_path)
         reuse.loss([0])  # opens shards; the others are still to be opened
-        runs = reuse.layout.kv_runs(0) + reuse.layout.hidden_runs(0)
-        opened = {reuse.layout.places[run.owner].shard for run in runs}
+        extents = reuse.layout.kv_extents[0] + reuse.layout.hidden_extents[0]
+        opened = {reuse.layout.addresses[extent.owner].shard for extent in extents}
         flip(path, offset)
         if path in (reuse.store.directory / f"shard-{shard:05d}.bin" for shard in opened):
             reuse = Reuse(model, examples, tmp_path)

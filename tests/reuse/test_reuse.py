@@ -24,14 +24,13 @@ from lowmem_reft.reuse.layout import Layout, Shape
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.reuse.proof import prove, prove_scores
 from lowmem_reft.reuse.reuse import Reuse
-from lowmem_reft.reuse.split import find_split
+from lowmem_reft.reuse.split import find_constant
 from lowmem_reft.reuse.store import CorruptShardError, Record, Store
 from tiny_models import (
     ARCHITECTURES,
     GPT2,
     NEOX,
     SIZES,
-    batches,
     lora,
     make_examples,
     make_model,
@@ -117,9 +116,7 @@ def test_blocks_that_return_more_than_hidden_vectors_train_the_plain_way(
     for example in examples:
         example["labels"] = [token % 3 for token in example["input_ids"]]
     options = ReuseOptions(reuse="trunk")
-    found = prepare(
-        model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
-    )
+    found = prepare(model, examples, stacked, options, root=tmp_path, batch_size=4, epochs=3)
     assert found is None
     assert "DebertaV2ForTokenClassification cannot be fed stored hidden vectors" in caplog.text
 
@@ -171,7 +168,7 @@ def test_scores_are_those_of_the_plain_pass(tmp_path: Path, architecture: str, m
     model.requires_grad_(False).eval()  # as PeftModel.from_pretrained loads it
     examples = make_examples()
     reuse = Reuse(model, examples, tmp_path, training=False)
-    assert reuse.split.num_blocks == (2 if method == "lora" else 3)
+    assert reuse.constant.num_blocks == (2 if method == "lora" else 3)
     assert prove_scores(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
     plain, counts = response_log_likelihood(model, stacked(examples))
     scores, again = reuse.log_likelihood([0, 1, 2, 3])
@@ -214,7 +211,7 @@ def test_an_edit_of_the_last_block_alone_leaves_the_head_to_run(
 ) -> None:
     model, examples = make_model(architecture, peft_config=reft("l1", "4")), make_examples()
     reuse = Reuse(model, examples, tmp_path, recompute=recompute)
-    assert reuse.split.num_blocks == 5
+    assert reuse.constant.num_blocks == 5
     assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
 
 
@@ -246,9 +243,7 @@ def test_a_limit_that_only_hidden_vectors_fit_recomputes_prefixes(tmp_path: Path
         example["input_ids"][0] = 10 + example["labels"][-1] % 7  # nothing in common
     tokens = sum(len(example["input_ids"]) for example in examples)
     options = ReuseOptions(reuse_limit_gib=(tokens * 64 * 4 + 1) / 2**30)
-    found = prepare(
-        model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
-    )
+    found = prepare(model, examples, stacked, options, root=tmp_path, batch_size=4, epochs=3)
     assert found is not None
     assert found.recompute
     assert found.mode == "prefix"
@@ -307,7 +302,7 @@ def test_constant_blocks_end_where_training_begins() -> None:
 def test_nothing_is_reused_where_nothing_is_constant(tmp_path: Path) -> None:
     examples = make_examples()
     with pytest.raises(ReuseError, match="the first block or the embedding is trained"):
-        find_split(make_model(peft_config=lora([0, 1])), examples, prefix=True)
+        find_constant(make_model(peft_config=lora([0, 1])), examples, prefix=True)
     model = make_model()
     model.get_base_model().model.layers[0].self_attn.attention_dropout = 0.1
     with pytest.raises(ReuseError, match="drops out activations"):
@@ -336,9 +331,7 @@ def test_a_wrong_constant_is_found_by_the_proof_and_trains_the_plain_way(
 
     monkeypatch.setattr(Reuse, "_compute", wrong)
     options = ReuseOptions(reuse="prefix")
-    found = prepare(
-        model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
-    )
+    found = prepare(model, examples, stacked, options, root=tmp_path, batch_size=4, epochs=3)
     assert found is None
     assert "gradients differ" in caplog.text
     assert "reft_phi" in caplog.text
@@ -349,9 +342,7 @@ def test_a_prefix_that_becomes_a_trunk_is_said(
 ) -> None:
     model, examples = make_model(peft_config=reft("all")), make_examples()
     options = ReuseOptions(reuse="prefix")
-    found = prepare(
-        model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
-    )
+    found = prepare(model, examples, stacked, options, root=tmp_path, batch_size=4, epochs=3)
     assert found is not None
     assert found.mode == "trunk"
     assert "no keys and values are reused" in caplog.text
@@ -359,14 +350,10 @@ def test_a_prefix_that_becomes_a_trunk_is_said(
 
 def test_auto_does_not_reuse_what_saves_little(tmp_path: Path) -> None:
     examples = make_examples()
-    batch_of, options = batches(examples), ReuseOptions()
+    options = ReuseOptions()
     every = make_model(peft_config=reft("all", layers="all"))
-    assert (
-        prepare(every, examples, batch_of, options, root=tmp_path, batch_size=4, epochs=1) is None
-    )
-    found = prepare(
-        make_model(), examples, batch_of, options, root=tmp_path, batch_size=4, epochs=3
-    )
+    assert prepare(every, examples, stacked, options, root=tmp_path, batch_size=4, epochs=1) is None
+    found = prepare(make_model(), examples, stacked, options, root=tmp_path, batch_size=4, epochs=3)
     assert found is not None
 
 
@@ -609,9 +596,7 @@ def test_blocks_that_return_tuples_train_the_plain_way(
     )
     model: Any = get_peft_model(base, reft("l1")).train()
     examples, options = make_examples(), ReuseOptions(reuse="prefix")
-    found = prepare(
-        model, examples, batches(examples), options, root=tmp_path, batch_size=4, epochs=3
-    )
+    found = prepare(model, examples, stacked, options, root=tmp_path, batch_size=4, epochs=3)
     assert found is None
     assert "BloomForCausalLM cannot be fed" in caplog.text
 
@@ -623,14 +608,14 @@ def test_lengths_that_change_constants_are_refused() -> None:
     text = model.get_base_model().config
     text.rope_parameters, text.max_position_embeddings = rope, 32
     with pytest.raises(ReuseError, match="dynamic rotary scaling"):
-        find_split(model, examples, prefix=True)
-    find_split(model, [example_of(20, 3, 1)], prefix=True)
+        find_constant(model, examples, prefix=True)
+    find_constant(model, [example_of(20, 3, 1)], prefix=True)
 
 
 def test_a_window_shorter_than_the_examples_keeps_no_prefix(tmp_path: Path) -> None:
     model, examples = make_model(), [example_of(30, 3, 1), example_of(9, 2, 2)]
     model.get_base_model().config.sliding_window = 16
-    assert not any(find_split(model, examples, prefix=True).first_edited)
+    assert not any(find_constant(model, examples, prefix=True).first_edited)
 
 
 def test_what_was_frozen_stays_frozen_after_a_build(tmp_path: Path) -> None:

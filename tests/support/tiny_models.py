@@ -100,11 +100,6 @@ def stacked(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def batches(examples: list[dict[str, Any]]) -> Any:
-    """Return what makes a plain batch of some of the examples."""
-    return lambda indices: stacked([examples[index] for index in indices])
-
-
 def saved(directory: Path, architecture: str = "llama", **changes: Any) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
