@@ -30,11 +30,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
-from unittest import mock
 
 import tyro
 
 from lowmem_reft import __version__
+from lowmem_reft.base import import_bitsandbytes_without_compiler
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import plain
@@ -266,25 +266,11 @@ def _hide_bars_of_transformers() -> None:
 def _handler(command: _Command) -> Callable[[Options], dict[str, Any]]:
     module, _, function = command.handler.partition(":")
     if command.options is PlanOptions:
-        _import_bitsandbytes_without_compiler()
+        import_bitsandbytes_without_compiler()
     handler: Callable[[Options], dict[str, Any]] = getattr(
         importlib.import_module(f"lowmem_reft.{module}"), function
     )
     return handler
-
-
-def _import_bitsandbytes_without_compiler() -> None:
-    """Import bitsandbytes without torch's compiler, which takes longer to import than a plan takes.
-
-    bitsandbytes wraps its CPU optimizers in ``torch.compile`` at import; a plan runs none of them.
-    """
-    import torch
-
-    def leave(function: Any = None, **_options: Any) -> Any:
-        return leave if function is None else function
-
-    with mock.patch.object(torch, "compile", leave):
-        importlib.import_module("bitsandbytes")
 
 
 @contextlib.contextmanager

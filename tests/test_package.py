@@ -38,6 +38,11 @@ def test_imports_point_down_the_folders():
     assert house.imports_of("errors") == set()
 
 
+def test_the_longest_way_down_has_at_most_nineteen_files():
+    chain = house.longest_chain()
+    assert len(chain) <= 19, " -> ".join(chain)
+
+
 def test_the_drawing_of_the_house_is_up_to_date():
     assert house.DRAWING.read_text(encoding="utf-8") == house.drawing(), "python docs/house.py"
 
@@ -46,6 +51,53 @@ def test_the_tree_of_the_readme_is_the_house():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = readme.partition("## Where things are")[2]
     assert re.findall(r"^  (\w+)/ ", tree, re.MULTILINE) == list(house.FOLDERS)
+
+
+def functions_that_import():
+    """(file, line, source lines) of imports of own modules inside functions."""
+    for path in source_files("lowmem_reft"):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                for inner in ast.walk(node):
+                    module = getattr(inner, "module", None) or ""
+                    if isinstance(inner, ast.ImportFrom) and module.startswith("lowmem_reft"):
+                        yield path.relative_to(ROOT), inner, text.splitlines()
+
+
+def test_an_import_inside_a_function_says_why():
+    """A comment on its line, or above the block of imports that it is in."""
+    silent = []
+    for path, node, lines in functions_that_import():
+        first = node.lineno - 1
+        while re.match(r"\s+(from|import) ", lines[first - 1]) or lines[first - 1].endswith(","):
+            first -= 1
+        said = "#" in lines[node.end_lineno - 1] or lines[first - 1].strip().startswith("#")
+        if not said:
+            silent.append(f"{path}:{node.lineno}")
+    assert silent == []
+
+
+def test_no_module_is_longer_than_450_lines():
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines())
+        for path in source_files("lowmem_reft")
+    }
+    assert [str(path) for path, length in lengths.items() if length > 450] == []
+
+
+def test_bitsandbytes_is_imported_in_the_base_and_for_its_kernels_alone():
+    naming = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in source_files("lowmem_reft")
+        if re.search(
+            r"^\s*(from|import) bitsandbytes|import_module\(.bitsandbytes",
+            path.read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+    }
+    probing = "machine/contracts/libraries.py"  # tries out what the others rely on
+    assert {n for n in naming if not n.startswith("base/")} == {"memory/kernels.py", probing}
 
 
 @pytest.mark.parametrize(
@@ -79,8 +131,8 @@ def test_modules_are_found_under_the_names_that_they_had_before_the_folders():
         "assert lowmem_reft.base.loss.use_chunked_loss is use_chunked_loss\n"
         "assert lowmem_reft.data.tasks.task.Task is Task\n"
         "assert lowmem_reft.reuse.mixins.ReuseMixin is ReuseMixin\n"
-        "words = [str(w.message) for w in said if w.category is FutureWarning]\n"
-        "assert 'lowmem_reft.loss is now lowmem_reft.base.loss; use that name' in words[0], words\n"
+        "words = ' '.join(str(w.message) for w in said if w.category is FutureWarning)\n"
+        "assert 'lowmem_reft.loss is now lowmem_reft.base.loss; use that name' in words, words\n"
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from lowmem_reft.machine.lazy import names_on_use
 
@@ -19,3 +21,17 @@ _MODULES = {
 }
 
 __getattr__, __dir__ = names_on_use(__name__, _MODULES)
+
+
+def import_bitsandbytes_without_compiler() -> None:
+    """Import bitsandbytes without torch's compiler, which takes longer to import than a plan takes.
+
+    bitsandbytes wraps its CPU optimizers in ``torch.compile`` at import; a plan runs none of them.
+    """
+    import torch
+
+    def leave(function: Any = None, **_options: Any) -> Any:
+        return leave if function is None else function
+
+    with mock.patch.object(torch, "compile", leave):
+        importlib.import_module("bitsandbytes")

@@ -253,6 +253,7 @@ def model_judge(
         # A program that judges needs no torch, which takes seconds to import.
         import torch
 
+        # Here, as a judge that is a program needs no torch.
         from lowmem_reft.base.loading import load_base, load_tokenizer
         from lowmem_reft.methods.likelihood import response_log_likelihood
 

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft.compare.cell import EMPTY_RESULT
+from lowmem_reft.compare.report import write_results
+from lowmem_reft.compare.report.console import print_table
+from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import ReportOptions
 
@@ -30,10 +33,6 @@ def run_report(options: ReportOptions) -> dict[str, Any]:
     Raises:
         InputError: A source holds no results.
     """
-    from lowmem_reft.compare.report import write_results
-    from lowmem_reft.compare.report.console import print_table
-    from lowmem_reft.compare.report.table import aggregate
-
     results = join(options.sources, relative_to=options.output_dir)
     written = write_results(results, options.output_dir, texts=not options.hide_texts)
     rows = aggregate(results)
