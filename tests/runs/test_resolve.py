@@ -87,7 +87,7 @@ def test_one_training_reads_the_configuration_of_its_base_once(
         files for files in readers if not any(file.endswith(tuple(OF_LIBRARIES)) for file in files)
     ]
     assert [[Path(file).name for file in files if "lowmem_reft/" in file] for files in ours] == [
-        ["train.py", "resolve.py", "resolve.py", "loading.py"]
+        ["train.py", "resolve.py", "resolve.py", "hub.py"]
     ]
 
 
