@@ -346,6 +346,11 @@ def finish(result: Mapping[str, Any], output: Path | None) -> None:
     print(json.dumps(result))
 
 
+def say(line: str) -> None:
+    """Print a line for who waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def write(result: Mapping[str, Any], output: Path) -> None:
     """Write the file that keeps a result."""
     output.parent.mkdir(parents=True, exist_ok=True)

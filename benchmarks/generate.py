@@ -31,7 +31,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.common import environment, ratio, report, summarize
-from benchmarks.reuse import config_of
+from benchmarks.reuse_rounds import config_of
 from lowmem_reft import ReftConfig
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.methods.several import BASE, answering

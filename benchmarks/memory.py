@@ -39,6 +39,7 @@ from benchmarks.common import (
     free,
     measured_or_error,
     now,
+    say,
     summarize,
     write,
 )
@@ -236,7 +237,7 @@ def accuracy(options: MemoryBenchmark) -> list[dict[str, Any]]:
             **cell(config, setting, size, 64),
         }
         rows.append(row)
-        _say(
+        say(
             f"{architecture:7} {storage:5} {dtype:5} {method:21} "
             f"{'checkpointed' if memory.activation_checkpointing else 'plain':13} {size!s:15} "
             f"{row['predicted_bytes'] / MIB:9.2f} {row['measured_bytes'] / MIB:9.2f} MiB "
@@ -279,7 +280,7 @@ def floor() -> list[dict[str, Any]]:
         row = {"label": label, **cell(config, setting, (4, 256, False), 64)}
         row["over_weights_bytes"] = row["measured_bytes"] - row["base_bytes"]
         rows.append(row)
-        _say(
+        say(
             f"{label:36} measured {row['over_weights_bytes'] / MIB:7.1f} MiB over weights, "
             f"predicted/measured {row['ratio']:.4f}  {row['place']}"
         )
@@ -305,7 +306,7 @@ def at_shape_of(model: str, options: MemoryBenchmark, device: torch.device) -> l
             row |= measured_or_error(measure, started=started, seconds=options.seconds)
             free(device)
             rows.append(row)
-            _say(f"{label:34} {tokens:6} {row.get('error') or said(row)}")
+            say(f"{label:34} {tokens:6} {row.get('error') or said(row)}")
         build.cache_clear()
         free(device)
     return rows
@@ -346,10 +347,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
     return path
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def run_grid(result: dict[str, Any], options: MemoryBenchmark) -> int:
     """Measure the grid, print the summary and one JSON line; 1 if one is under or far over."""
     rows = accuracy(options)
@@ -366,7 +363,7 @@ def run_grid(result: dict[str, Any], options: MemoryBenchmark) -> int:
     if options.output is not None:
         write(result, options.output)
         draw(rows, options.output.with_suffix(".png"))
-    _say(f"{len(rows)} settings: predicted / measured from {min(ratios):.4f} to {max(ratios):.4f}")
+    say(f"{len(rows)} settings: predicted / measured from {min(ratios):.4f} to {max(ratios):.4f}")
     print(json.dumps({k: v for k, v in result.items() if k != "rows"}))
     return int(min(ratios) < 1 or max(ratios) > 1.03)
 
@@ -376,7 +373,7 @@ def main(options: MemoryBenchmark) -> int:
     try:
         device = resolve_device(options.device)
     except InputError as error:
-        _say(f"benchmarks.memory: {error}")
+        say(f"benchmarks.memory: {error}")
         return 2
     model = options.model or ("llama-3.1-8b" if device.type == "cuda" else None)
     result: dict[str, Any] = {

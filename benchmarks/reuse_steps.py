@@ -1,4 +1,4 @@
-"""What the benchmarks of reuse share: methods, examples, timed steps, and the arithmetic of a step.
+"""What both parts of ``benchmarks.reuse`` share: options, methods, timed steps, arithmetic.
 
 The arithmetic counts products with the frozen base's matrices, in units of one token through one
 block; the head weighs as much as it has weights. A forward pass takes one product per matrix and
@@ -17,14 +17,16 @@ adapters alone are 4 % of a QLoRA step here, so a share of the limit may come ou
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
 
 import torch
+import tyro
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.common import now
 from lowmem_reft import ReftConfig
 from lowmem_reft.base.blocks import device_of
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
@@ -33,6 +35,73 @@ from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.reuse.reuse import Reuse
 
 Key = TypeVar("Key")
+EIGHT: Final = "llama-3.1-8b"
+SEVENTY: Final = "llama-3.3-70b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """Methods take turns on a base of 246 M parameters."""
+
+    curve_repeats: int = 2
+    """``repeats`` for points of curves."""
+    threads: int = 2
+    """Threads."""
+    curves: bool = False
+    """Measure the curves too (about 5 minutes on two cores) and, with --output, plot them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtSize:
+    """Methods follow each other at the shape of a real model."""
+
+    shape: Literal["llama-3.1-8b", "llama-3.3-70b"] | None = None
+    """Which; default on a card: 8B, on the CPU none."""
+    prompt: int = 1536
+    """Prompt tokens per example."""
+    response: int = 512
+    """Supervised tokens per example."""
+    batch_size: int | None = None
+    """Examples per step; default: 4 for 8B, 2 for 70B."""
+    limit_gib: float = 24
+    """Device memory of the 70B rows that have a limit."""
+    methods: str | None = None
+    """Only rows whose method contains this."""
+    seconds: float = 480
+    """Rows that would start later than this are left out, and named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseBenchmark:
+    """Time the reused step."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    repeats: int | None = None
+    """Timed rounds after one that is not counted, and builds of each store (3); at the shape of a
+    real model timed steps after three that are not counted (5)."""
+    batches: int = 2
+    """Batches of examples in the data set."""
+    rounds: tyro.conf.OmitArgPrefixes[Rounds] = Rounds()
+    """Without the shape of a real model."""
+    at_size: tyro.conf.OmitArgPrefixes[AtSize] = AtSize()
+    """At the shape of a real model."""
+    small: bool = False
+    """A tiny base and short examples, which only show that the benchmark works."""
+    json: bool = False
+    """Keep standard output to the JSON line."""
+    output: Path | None = None
+    """Write the result here too (benchmarks/results/reuse.json, or reuse-SHAPE.json); the plot goes
+    beside it."""
+
+    @property
+    def turn_s(self) -> float:
+        """How long a method goes on in its turn, in seconds."""
+        return 0.02 if self.small else 1.0
+
+    def sized(self, shape: Shape) -> Shape:
+        """Return the shape, or a smaller one of the same proportions."""
+        return shape.smaller(16) if self.small else shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +165,13 @@ REUSED = replace(PLAIN, label="LoReFT, reused", reused=True)
 REUSED_DEQUANTIZED = replace(REUSED, label="LoReFT, reused, upper dequantized", dequantized=True)
 
 
-def make_examples(
-    prompt: int, response: int, *, vocab: int, count: int, seed: int = 0
-) -> list[dict[str, Any]]:
-    """Return random examples of one length in tokens."""
-    generator = torch.Generator().manual_seed(seed)
+def make_examples(config: Any, shape: Shape, count: int) -> list[dict[str, Any]]:
+    """Return so many random examples of the shape's length in tokens."""
+    generator = torch.Generator().manual_seed(0)
+    prompt, total = shape.prompt, shape.prompt + shape.response
     examples = []
     for _ in range(count):
-        ids = torch.randint(3, vocab, (prompt + response,), generator=generator).tolist()
+        ids = torch.randint(3, config.vocab_size, (total,), generator=generator).tolist()
         examples.append({"input_ids": ids, "labels": [IGNORED_LABEL] * prompt + ids[prompt:]})
     return examples
 
@@ -161,16 +229,11 @@ class Stepper:
 
     def __call__(self, number: int) -> float:
         """Take a step and return its seconds."""
-        started = self._now()
+        started = now(self.device)
         self.loss(number % self.num_batches).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self._now() - started
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(self.device) - started
 
 
 def plain_stepper(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> Stepper:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from benchmarks import gpu_reuse, memory, reuse_steps
+from benchmarks import memory, reuse, reuse_at_size, reuse_steps
 from benchmarks.common import Worker, alternate, measured_or_error, ratio, summarize
-from benchmarks.gpu_reuse import GpuReuse, RandomCheckpoint, upper_base
-from benchmarks.reuse import SHAPES, config_of
+from benchmarks.reuse_at_size import RandomCheckpoint, upper_base
+from benchmarks.reuse_rounds import SHAPES, config_of
+from benchmarks.reuse_steps import AtSize, ReuseBenchmark
 from benchmarks.step import check_comparable
 from benchmarks.tables import timings
 from lowmem_reft.base.blocks import find_blocks
@@ -207,12 +208,13 @@ def test_memory_benchmark_measures_every_method_at_the_shape_of_a_model(tmp_path
     )
     config.save_pretrained(tmp_path)
     output = tmp_path / "memory-tiny.json"
-    shape = ("--model", str(tmp_path), "--tokens", "16,32", "--repeats", "1")
+    shape = ("--model", str(tmp_path), "--tokens", "16", "--repeats", "1")
     result = run_benchmark("memory", *shape, "--output", str(output))
     assert json.loads(output.read_text()) == result
     assert {"versions", "device", "commit", "command", "date"} <= result["environment"].keys()
-    lengths = [(row["method"], row["tokens"]) for row in result["rows"]]
-    assert lengths == [(method, tokens) for method in memory.REAL for tokens in (16, 32)]
+    assert [(row["method"], row["tokens"]) for row in result["rows"]] == [
+        (method, 16) for method in memory.REAL
+    ]
     for row in result["rows"]:
         assert "error" not in row, row
         assert row["predicted_bytes"] >= row["measured_bytes"] > 0
@@ -235,10 +237,12 @@ def test_a_card_that_is_not_there_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert memory.main(memory.MemoryBenchmark(device="cuda")) == 2
+    assert reuse.main(ReuseBenchmark(device="cuda")) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("benchmarks.memory: device must be one that torch can use, got 'cuda'")
-    assert len(err.splitlines()) == 1
+    for name, line in zip(("memory", "reuse"), err.splitlines(), strict=True):
+        refused = f"benchmarks.{name}: device must be one that torch can use, got 'cuda'"
+        assert line.startswith(refused)
 
 
 @pytest.mark.parametrize(
@@ -252,11 +256,11 @@ def test_a_card_that_is_not_there_is_refused_in_one_line(
         ("llama-3.3-70b", {"PEFT QLoRA r16, checkpointing"}),
     ],
 )
-def test_gpu_reuse_benchmark_measures_every_row_on_a_tiny_base(
+def test_reuse_benchmark_measures_every_row_of_a_real_shape_on_a_tiny_base(
     tmp_path: Path, shape: str, methods: set[str]
 ) -> None:
-    output = tmp_path / "gpu_reuse.json"
-    result = run_benchmark("gpu_reuse", "--shape", shape, "--repeats", "1", "--output", str(output))
+    output = tmp_path / "reuse-tiny.json"
+    result = run_benchmark("reuse", "--shape", shape, "--repeats", "1", "--output", str(output))
     assert json.loads(output.read_text()) == result
     for row in result["rows"]:
         assert "error" not in row, row
@@ -279,18 +283,18 @@ def test_gpu_rows_without_memory_or_time_are_rows(
     def measured(*_: Any) -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 40 GiB.")
 
-    monkeypatch.setattr(gpu_reuse, "measured", measured)
-    options = GpuReuse(shape="llama-3.3-70b", small=True)
-    started = gpu_reuse.time.perf_counter()
-    rows = gpu_reuse.measure_rows(options, torch.device("cpu"), tmp_path, started)
+    monkeypatch.setattr(reuse_at_size, "measured", measured)
+    options = ReuseBenchmark(at_size=AtSize(shape="llama-3.3-70b"), small=True)
+    started = reuse_at_size.time.perf_counter()
+    rows = reuse_at_size.measure_rows(options, torch.device("cpu"), tmp_path, started)
     assert {row["error"] for row in rows} == {"out of memory: CUDA out of memory."}
-    assert gpu_reuse.gains_of(options, rows) == {}
-    late = gpu_reuse.measure_rows(options, torch.device("cpu"), tmp_path, started - 1000)
+    assert reuse_at_size.gains_of(options, rows) == {}
+    late = reuse_at_size.measure_rows(options, torch.device("cpu"), tmp_path, started - 1000)
     assert {row["error"] for row in late} == {"left out after 480 s"}
 
 
 def test_blocks_of_a_random_checkpoint_are_drawn_alike_every_time() -> None:
-    config = gpu_reuse.config_of(GpuReuse(small=True))
+    config = reuse_at_size.config_of(ReuseBenchmark(small=True))
     checkpoint = RandomCheckpoint(config, torch.device("cpu"))
     first, again, other = (checkpoint.block(index) for index in (1, 1, 2))
     assert base_digest(first) == base_digest(again) != base_digest(other)
@@ -298,7 +302,7 @@ def test_blocks_of_a_random_checkpoint_are_drawn_alike_every_time() -> None:
 
 
 def test_only_upper_blocks_of_a_random_upper_base_are_there() -> None:
-    base = upper_base(gpu_reuse.config_of(GpuReuse(small=True)), 3, torch.device("cpu"))
+    base = upper_base(reuse_at_size.config_of(ReuseBenchmark(small=True)), 3, torch.device("cpu"))
     blocks = find_blocks(base)[1]
     lower = {id(part) for block in blocks[:3] for part in block.modules()}
     lower.add(id(base.get_input_embeddings()))

@@ -1,54 +1,36 @@
-"""Training from stored constants beside PEFT's QLoRA on a CUDA card, at the shapes of real models.
+"""Steps of reused and of other training at the shapes of real models, one method after the other.
 
-Run ``python -m benchmarks.gpu_reuse --shape llama-3.1-8b`` (or ``llama-3.3-70b``). Weights are
-random and drawn as they are stored, so there is no checkpoint. Examples have 1,536 prompt and 512
-supervised tokens, AdamW, bf16; tokens per second are all tokens of the examples over the median
-step. Methods run one after the other, each alone on the card; out of memory is a row.
-
-- 8B, batch 4: PEFT QLoRA r16 with its own loss, and with ours; LoReFT r4 at layer 15 ``l1`` and on
-  the upper half ``all``, plain and reused; layer 15 also with only the blocks above it on the card.
-- 70B, batch 2: LoReFT r4 at layer 60 ``l1`` under a hard limit of 24 GiB
-  (``torch.cuda.set_per_process_memory_fraction``) with only the blocks above 60 on the card; PEFT
-  QLoRA under the same limit, beside the memory predicted for it, and on the whole card.
-
-PEFT keeps its adapters in fp32 and, without autocast, computes them so: QLoRA is measured with bf16
-autocast too, as the Trainer runs it with ``bf16=True``, and the faster of the two is the peer.
-Blocks that are not on the card are drawn anew whenever they are to be read, so ``build_time_s`` has
-the arithmetic and the store but no reading of a checkpoint; otherwise it has the base's digest.
-``max_grad_rel_error`` is of one example, reused against plain, in bf16. ``--seconds`` bounds the
-whole command.
+``benchmarks.reuse`` says what is measured.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import AutoConfig
-from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.common import environment, finish, summarize
+from benchmarks.common import free, measured_or_error, say, summarize
 from benchmarks.reuse_steps import (
+    EIGHT,
     PLAIN,
     QLORA,
     QLORA_CHECKPOINTED,
     QLORA_OURS,
     REUSED,
+    SEVENTY,
     Method,
+    ReuseBenchmark,
     Shape,
     Stepper,
     adapted,
@@ -72,38 +54,7 @@ from lowmem_reft.reuse.proof import prove
 from lowmem_reft.reuse.reuse import Reuse
 
 DTYPE = torch.bfloat16
-EIGHT, SEVENTY = "llama-3.1-8b", "llama-3.3-70b"
 WARM_UP_STEPS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuReuse:
-    """Measure one model's shape."""
-
-    shape: Literal["llama-3.1-8b", "llama-3.3-70b"] = EIGHT
-    """Which."""
-    prompt: int = 1536
-    """Prompt tokens per example."""
-    response: int = 512
-    """Supervised tokens per example."""
-    batch_size: int | None = None
-    """Examples per step; default: 4 for 8B, 2 for 70B."""
-    batches: int = 2
-    """Batches of examples in the data set."""
-    repeats: int = 5
-    """Timed steps after three that are not counted."""
-    limit_gib: float = 24
-    """Device memory of the 70B rows that have a limit."""
-    methods: str | None = None
-    """Only rows whose method contains this."""
-    seconds: float = 480
-    """Rows that would start later than this are left out, and named."""
-    small: bool = False
-    """A tiny base on the CPU and short examples, which only show that the benchmark works."""
-    json: bool = False
-    """Keep standard output to the JSON line."""
-    output: Path | None = None
-    """Write the result here too (benchmarks/results/gpu_reuse-SHAPE.json)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,14 +96,15 @@ class Row:
         }
 
 
-def config_of(options: GpuReuse) -> Any:
+def config_of(options: ReuseBenchmark) -> Any:
     """Return the shape of the base."""
+    shape = options.at_size.shape or EIGHT
     if not options.small:
-        return read_config(options.shape)
+        return read_config(shape)
     return AutoConfig.for_model(
         "llama",
         hidden_size=64,
-        num_hidden_layers=4 if options.shape == EIGHT else 5,
+        num_hidden_layers=4 if shape == EIGHT else 5,
         intermediate_size=128,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -160,22 +112,23 @@ def config_of(options: GpuReuse) -> Any:
     )
 
 
-def rows_of(options: GpuReuse, config: Any) -> list[Row]:
+def rows_of(options: ReuseBenchmark, config: Any) -> list[Row]:
     """Return what is measured, in order."""
-    layers = config.num_hidden_layers
-    edited = layers // 2 - 1 if options.shape == EIGHT else layers * 3 // 4
+    sizes, layers = options.at_size, config.num_hidden_layers
+    is_large = sizes.shape == SEVENTY
+    edited = layers * 3 // 4 if is_large else layers // 2 - 1
     divisor = 64 if options.small else 1
     one = Shape(
         name=f"layer {edited}, l1",
-        prompt=options.prompt // divisor,
-        response=options.response // divisor,
-        batch_size=options.batch_size or (4 if options.shape == EIGHT else 2),
+        prompt=sizes.prompt // divisor,
+        response=sizes.response // divisor,
+        batch_size=sizes.batch_size or (2 if is_large else 4),
         layers=f"{edited}",
         positions="l1",
         lowest=edited,
     )
-    if options.shape == SEVENTY:
-        limit = options.limit_gib
+    if is_large:
+        limit = sizes.limit_gib
         return [
             Row(method=REUSED, shape=one, upper=True, limit_gib=limit),
             Row(method=QLORA_CHECKPOINTED, shape=one, limit_gib=limit),
@@ -276,16 +229,13 @@ def base_for(row: Row, config: Any, device: torch.device) -> Any:
     )
 
 
-def measured(row: Row, options: GpuReuse, device: torch.device, directory: Path) -> dict[str, Any]:
+def measured(
+    row: Row, options: ReuseBenchmark, device: torch.device, directory: Path
+) -> dict[str, Any]:
     """Measure one row, alone on the device."""
     config, shape = config_of(options), row.shape
     model = adapted(base_for(row, config, device), row.method, shape)
-    examples = make_examples(
-        shape.prompt,
-        shape.response,
-        vocab=config.vocab_size,
-        count=shape.batch_size * options.batches,
-    )
+    examples = make_examples(config, shape, shape.batch_size * options.batches)
     indices = split(examples, shape.batch_size)
     facts: dict[str, Any] = {}
     batch: dict[str, torch.Tensor] = {}
@@ -297,7 +247,7 @@ def measured(row: Row, options: GpuReuse, device: torch.device, directory: Path)
         batch, step = batches[0], plain_stepper(model, batches)
     if row.autocast:
         step = replace(step, loss=partial(in_autocast, step.loss, device))
-    return facts | timed(step, shape, batch, repeats=options.repeats)
+    return facts | timed(step, shape, batch, repeats=options.repeats or 5)
 
 
 def in_autocast(
@@ -379,43 +329,35 @@ def at_most(limit_gib: float | None, device: torch.device) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def free(device: torch.device) -> None:
-    """Give back what nothing refers to any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def measure_rows(
-    options: GpuReuse, device: torch.device, directory: Path, started: float
+    options: ReuseBenchmark, device: torch.device, directory: Path, started: float
 ) -> list[dict[str, Any]]:
     """Measure every row; out of memory is a row, and so is what there was no time for."""
-    config = config_of(options)
+    config, sizes = config_of(options), options.at_size
     results = []
     for number, row in enumerate(rows_of(options, config)):
-        if options.methods is not None and options.methods not in row.label:
+        if sizes.methods is not None and sizes.methods not in row.label:
             continue
         facts = row.facts
-        if time.perf_counter() - started > options.seconds:
-            facts["error"] = f"left out after {options.seconds:g} s"
-        else:
-            if row.method.trains == "qlora" and row.limit_gib is not None:
-                facts["predicted_bytes"] = predicted_bytes(row, config, device)
-            try:
-                with at_most(row.limit_gib, device):
-                    facts |= measured(row, options, device, directory / f"{number}")
-            except torch.OutOfMemoryError as error:
-                facts["error"] = f"out of memory: {str(error).splitlines()[0]}"
+        in_time = time.perf_counter() - started <= sizes.seconds
+        if in_time and row.method.trains == "qlora" and row.limit_gib is not None:
+            facts["predicted_bytes"] = predicted_bytes(row, config, device)
+        with at_most(row.limit_gib, device):
+            facts |= measured_or_error(
+                partial(measured, row, options, device, directory / f"{number}"),
+                started=started,
+                seconds=sizes.seconds,
+            )
         free(device)
         shutil.rmtree(directory / f"{number}", ignore_errors=True)
         results.append(facts)
-        say(facts)
+        say(f"{facts['shape']:16} {facts['method']:44} {said(facts)}")
     return results
 
 
-def say(facts: dict[str, Any]) -> None:
-    """Print a row."""
-    line = facts.get("error")
+def said(facts: dict[str, Any]) -> str:
+    """Return what was measured in words."""
+    line: str | None = facts.get("error")
     if line is None:
         reserved = facts["reserved_bytes"] or 0
         line = (
@@ -427,11 +369,11 @@ def say(facts: dict[str, Any]) -> None:
             line += f", built in {facts['build_time_s']:.1f} s, gradients {error}"
     if "predicted_bytes" in facts:
         line += f" (predicted {facts['predicted_bytes'] / GIB:.3f} GiB)"
-    print(f"{facts['shape']:16} {facts['method']:44} {line}", file=sys.stderr, flush=True)
+    return line
 
 
 def gains_of(
-    options: GpuReuse, results: list[dict[str, Any]]
+    options: ReuseBenchmark, results: list[dict[str, Any]]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return, by shape and method, how many times more tokens per second reused steps train on.
 
@@ -459,39 +401,16 @@ def gains_of(
     }
 
 
-def main(options: GpuReuse) -> int:
-    """Print the rows and one JSON line; 2 without a CUDA device."""
-    if not (options.small or torch.cuda.is_available()):
-        print("benchmarks.gpu_reuse: a CUDA device is needed, found none", file=sys.stderr)
-        return 2
+def measure_at_size(
+    options: ReuseBenchmark, device: torch.device, directory: Path
+) -> dict[str, Any]:
+    """Measure every row, and say what reused steps gain."""
     started = time.perf_counter()
-    disable_progress_bar()
-    device = torch.device("cpu" if options.small else "cuda")
-    facts = environment(device.type)
-    directory = Path(tempfile.mkdtemp(prefix="lowmem-reft-gpu-reuse-"))
-    try:
-        rows = measure_rows(options, device, directory, started)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    rows = measure_rows(options, device, directory, started)
     gains = gains_of(options, rows)
-    result = {
-        "benchmark": "gpu_reuse",
-        "options": {k: v for k, v in asdict(options).items() if k != "output"},
-        "environment": facts,
-        "model": options.shape,
-        "rows": rows,
-        "gains": gains,
-        "wall_s": time.perf_counter() - started,
-    }
     for shape, methods in gains.items():
         for method, each in methods.items():
-            print(
-                f"{shape}: {each['speed_up']:.2f} times {method}, of {each['limit']:.1f} possible",
-                file=sys.stderr,
-            )
-    finish(result, options.output)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(tyro.cli(GpuReuse, description=__doc__)))
+            times, limit = f"{each['speed_up']:.2f}", f"{each['limit']:.1f}"
+            say(f"{shape}: {times} times {method}, of {limit} possible")
+    wall_s = time.perf_counter() - started
+    return {"model": options.at_size.shape, "rows": rows, "gains": gains, "wall_s": wall_s}
