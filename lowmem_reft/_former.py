@@ -49,4 +49,4 @@ class _Former(MetaPathFinder, Loader):
 
 def install() -> None:
     """Let imports of the former names find the modules of today."""
-    sys.meta_path.append(_Former())
+    sys.meta_path.insert(0, _Former())  # before a former package finds its modules by itself
