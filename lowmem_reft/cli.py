@@ -188,8 +188,8 @@ def _parse(arguments: list[str]) -> Options:
     """Turn the arguments into options.
 
     Raises:
-        InputError: a value breaks its rule.
-        SystemExit: the help was asked for, or tyro has said what is wrong.
+        InputError: A value breaks its rule.
+        SystemExit: The help was asked for, or tyro has said what is wrong.
     """
     # tyro knows of the one subcommand alone, so what it suggests for a typo is an option of that.
     command = _COMMANDS.get(arguments[0]) if arguments else None

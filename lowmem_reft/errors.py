@@ -15,7 +15,7 @@ def check_counts(**counts: int | None) -> None:
     """Refuse counts below 1; None is one that was not given.
 
     Raises:
-        InputError: one is below 1; the message names it.
+        InputError: One is below 1; the message names it.
     """
     for name, count in counts.items():
         if count is not None and count < 1:
@@ -26,7 +26,7 @@ def check_positive(**numbers: float | None) -> None:
     """Refuse numbers that are not finite and above 0; None is one that was not given.
 
     Raises:
-        InputError: one is zero, negative, infinite or not a number; the message names it.
+        InputError: One is zero, negative, infinite or not a number; the message names it.
     """
     for name, number in numbers.items():
         if number is not None and not 0 < number < math.inf:
@@ -37,7 +37,7 @@ def check_not_negative(**numbers: float) -> None:
     """Refuse numbers that are not finite and at least 0.
 
     Raises:
-        InputError: one is negative, infinite or not a number; the message names it.
+        InputError: One is negative, infinite or not a number; the message names it.
     """
     for name, number in numbers.items():
         if not 0 <= number < math.inf:

@@ -47,7 +47,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the name and the list of the model's blocks.
 
     Raises:
-        InputError: no list of blocks is found, or the model is an encoder-decoder.
+        InputError: No list of blocks is found, or the model is an encoder-decoder.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise InputError(
@@ -73,13 +73,13 @@ def component_path(block: nn.Module, component: str, *, whole_sublayer: bool = F
     """Return the path below ``block`` of the module whose output is ``component`` ("": itself).
 
     Args:
-        block: one of the model's blocks.
+        block: One of the model's blocks.
         component: block_output, mlp_output or attention_output.
-        whole_sublayer: find the module of the sub-layer, whose input are hidden vectors too, even
+        whole_sublayer: Find the module of the sub-layer, whose input are hidden vectors too, even
             where its output is normed or projected by another one.
 
     Raises:
-        InputError: the block has no such module.
+        InputError: The block has no such module.
     """
     names = dict(block.named_modules())
     candidates = _SUBMODULES[component]

@@ -125,7 +125,7 @@ def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """Return the arguments that hand a cache, to read and fill, to a model that is not wrapped.
 
     Raises:
-        TypeError: its forward takes none, or not under a name that can be recognized.
+        TypeError: Its forward takes none, or not under a name that can be recognized.
     """
     name = cache_argument(model)
     if name is None:

@@ -29,7 +29,7 @@ def enable_activation_checkpointing(
             memory until they are needed. On a CPU there is nowhere else to go: no effect.
 
     Raises:
-        InputError: not a positive number, or an architecture that has no support for it.
+        InputError: Not a positive number, or an architecture that has no support for it.
     """
     if every_n_layers < 1:
         raise InputError(
@@ -101,7 +101,7 @@ def _refuse_reentrant(base: Any) -> None:
     """Stand in for enable_input_require_grads, which only reentrant checkpointing needs.
 
     Raises:
-        InputError: checkpointing is reentrant; without input gradients it would train nothing.
+        InputError: Checkpointing is reentrant; without input gradients it would train nothing.
     """
     for module in base.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)

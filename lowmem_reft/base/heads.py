@@ -26,7 +26,7 @@ def from_config(config: Any, task_type: str, **options: Any) -> PreTrainedModel:
     """Build an untrained model of the task.
 
     Raises:
-        InputError: the architecture has no such task.
+        InputError: The architecture has no such task.
     """
     try:
         model: PreTrainedModel = AUTO_CLASSES[task_type].from_config(config, **options)

@@ -23,7 +23,7 @@ def load_config(model: str | Path, revision: str = "main") -> Any:
     """Read the configuration of a hub id or a directory.
 
     Raises:
-        InputError: there is none.
+        InputError: There is none.
     """
     check_path(model)
     try:
@@ -84,7 +84,7 @@ def weight_files(model: str | Path, revision: str) -> list[Path]:
     """Return the safetensors files of a hub id or a directory.
 
     Raises:
-        InputError: there are none, or not all that there should be.
+        InputError: There are none, or not all that there should be.
     """
     try:
         files = weights_among(lambda name: _find(model, name, revision))

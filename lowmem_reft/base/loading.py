@@ -88,7 +88,7 @@ def load_base(
         config: What `load_config` has read, if it has been read; it is not changed.
 
     Raises:
-        InputError: an argument is unknown, impossible on this machine or at odds with the model,
+        InputError: An argument is unknown, impossible on this machine or at odds with the model,
             or an untested version of a library breaks what is relied on.
     """
     check_versions()
@@ -186,7 +186,7 @@ def load_tokenizer(model: str | Path, *, revision: str = "main", config: Any = N
         config: What `load_config` has read, if it has been read: transformers would read it again.
 
     Raises:
-        InputError: there is no tokenizer, or it has neither a pad nor an eos token.
+        InputError: There is no tokenizer, or it has neither a pad nor an eos token.
     """
     check_path(model)
     if config is None and not Path(model).is_dir():
@@ -220,7 +220,7 @@ def save_base(base: PreTrainedModel, directory: str | Path, tokenizer: Any = Non
     """Save the base as it is stored, quantized bytes included; `load_base` gives the same logits.
 
     Raises:
-        InputError: the model carries an adapter, or only its upper blocks are resident.
+        InputError: The model carries an adapter, or only its upper blocks are resident.
     """
     if hasattr(base, "peft_config"):
         raise InputError(

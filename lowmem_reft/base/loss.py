@@ -78,11 +78,11 @@ def chunked_cross_entropy(
     ``hidden`` is made in the forward pass, so that each chunk's logits are formed once.
 
     Args:
-        hidden: the vectors that predict the targets.
-        head: the frozen head.
-        targets: indices into the vocabulary; none may be ignored (-100).
-        label_smoothing: share of the target's probability that is spread over the vocabulary.
-        chunk_bytes: bytes of fp32 logits that may exist at once.
+        hidden: The vectors that predict the targets.
+        head: The frozen head.
+        targets: Indices into the vocabulary; none may be ignored (-100).
+        label_smoothing: Share of the target's probability that is spread over the vocabulary.
+        chunk_bytes: Bytes of fp32 logits that may exist at once.
 
     Raises:
         InputError: ``label_smoothing`` is not in [0, 1).
@@ -183,8 +183,8 @@ def use_chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> Head 
     supervised positions only if it takes ``logits_to_keep``.
 
     Args:
-        model: a causal language model, with or without an adapter.
-        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        model: A causal language model, with or without an adapter.
+        label_smoothing: As in ``torch.nn.functional.cross_entropy``.
 
     Returns:
         The head, or None if the model keeps its own loss.

@@ -84,7 +84,7 @@ def guard_linear4bit(model: nn.Module) -> None:
     the stored bytes have changed. `load_base` calls this; call it on models loaded otherwise.
 
     Raises:
-        InputError: a weight is repacked already; its constants were rounded, so it is lost.
+        InputError: A weight is repacked already; its constants were rounded, so it is lost.
     """
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):

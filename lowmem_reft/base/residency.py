@@ -97,7 +97,7 @@ class Checkpoint:
         """Read one block.
 
         Raises:
-            InputError: the checkpoint has not all of its weights under names that are understood.
+            InputError: The checkpoint has not all of its weights under names that are understood.
         """
         blocks = find_blocks(self.empty)[1]
         return self._part_alone(
@@ -108,7 +108,7 @@ class Checkpoint:
         """Read the input embedding, into host memory.
 
         Raises:
-            InputError: the checkpoint has none under a name that is understood.
+            InputError: The checkpoint has none under a name that is understood.
         """
         empty = self.empty
         return self._part_alone(
@@ -138,7 +138,7 @@ class Checkpoint:
         """Finish a part, or refuse it if it was not read whole.
 
         Raises:
-            InputError: a weight is still missing.
+            InputError: A weight is still missing.
         """
         missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
         if missing:
@@ -228,7 +228,7 @@ class Residency:
         """Read everything that is missing into its place: the base is whole again.
 
         Raises:
-            InputError: the checkpoint has not all weights under names that are understood, or an
+            InputError: The checkpoint has not all weights under names that are understood, or an
                 adapter sits inside a block that is missing.
         """
         lower = self._blocks()[: self.first_resident]

@@ -36,7 +36,7 @@ def base_on_meta(
     Arguments are those of `load_base`, but for the configuration in place of a checkpoint.
 
     Raises:
-        InputError: the architecture has no such task, or is unknown.
+        InputError: The architecture has no such task, or is unknown.
     """
     dtype = compute_dtype if storage in QUANTIZED else DTYPES[storage]
     set_labels(config, task_type, num_labels)
@@ -127,7 +127,7 @@ def base_with_random_weights(
     ``options`` are those of `base_on_meta`.
 
     Raises:
-        InputError: the architecture has no such task, or is unknown.
+        InputError: The architecture has no such task, or is unknown.
     """
     base = base_on_meta(config, **options)
     generator = torch.Generator(device).manual_seed(seed)

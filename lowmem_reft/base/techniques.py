@@ -3,8 +3,8 @@
 To add one: write a function that changes a model in place and leaves losses and gradients as they
 are, give it an option in ``options.MemoryOptions``, and call it from ``save_memory``. The
 prediction (``memory.predict``) runs the same model, so it knows of it at once; ``plan --fit`` tries
-it once ``memory.planner`` has it in ``memory_ladder`` and its price in ``estimated_cost``. What it
-does not go with is refused in ``attach.check_run`` and, sharded, in ``processes``.
+it once ``memory.search`` has it in ``memory_ladder`` and its price in ``estimated_cost``. What it
+does not go with is refused in ``attach.check_run`` and, sharded, in ``machine.processes``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def save_memory(model: Any, options: MemoryOptions) -> None:
     """Switch on what the options name, on a base or a PeftModel that is on its device.
 
     Raises:
-        InputError: the architecture does not allow it, or an option needs another one.
+        InputError: The architecture does not allow it, or an option needs another one.
     """
     if options.offload_activations and not options.activation_checkpointing:
         raise InputError(
@@ -57,7 +57,7 @@ def chunk_mlps(model: Any, num_tokens: int) -> None:
     examples together.
 
     Raises:
-        InputError: not a positive number, or the blocks have no MLP that is known here.
+        InputError: Not a positive number, or the blocks have no MLP that is known here.
     """
     if num_tokens < 1:
         raise InputError(f"mlp_tokens must be at least 1, got {num_tokens!r}; for example 2048")
@@ -128,7 +128,7 @@ def keep_embedding_on_host(model: Any) -> None:
     """Keep the input embedding in host memory, if the output head does not share it.
 
     Raises:
-        InputError: the head is the same matrix, which every step multiplies with.
+        InputError: The head is the same matrix, which every step multiplies with.
     """
     base = base_of(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()

@@ -37,7 +37,7 @@ def load_upper(
     All as in ``load_base``; ``options`` are ``from_pretrained``'s further ones.
 
     Raises:
-        InputError: there is no such block, or the checkpoint cannot be read in parts.
+        InputError: There is no such block, or the checkpoint cannot be read in parts.
     """
     held = getattr(config, "quantization_config", None)
     options = dict(options)

@@ -68,7 +68,7 @@ def equalize(
     What a method would be trained with is known from its cell; to be timed, cells are run.
 
     Raises:
-        InputError: the reference cannot be trained, or something that is chosen here is given.
+        InputError: The reference cannot be trained, or something that is chosen here is given.
     """
     (reference,) = parse_methods(options.matrix.budget_reference or specs[0].label)[:1]
     plain = written.changed(options, equal=None, budget_reference=None)
@@ -99,7 +99,7 @@ class ParameterCounter:
         """Return the number of trained parameters.
 
         Raises:
-            InputError: the method cannot be trained on this base.
+            InputError: The method cannot be trained on this base.
         """
         base = base_on_meta(copy.deepcopy(self.config), storage="fp32", task_type=self.task_type)
         model = attach(

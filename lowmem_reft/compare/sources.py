@@ -59,7 +59,7 @@ def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list
             taken.
 
     Raises:
-        InputError: a task is unknown or named twice, or its files or the model are not there.
+        InputError: A task is unknown or named twice, or its files or the model are not there.
     """
     if options.scored.tasks is None:
         return [find_sources(options)]

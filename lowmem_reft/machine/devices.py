@@ -30,7 +30,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     this process under a distributed launcher (``LOCAL_RANK``), else the first.
 
     Raises:
-        InputError: not a CPU or CUDA device, or not on this machine.
+        InputError: Not a CPU or CUDA device, or not on this machine.
     """
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +62,7 @@ def resolve_compute_dtype(
     range overflows in some bases (https://github.com/artidoro/qlora/issues/71).
 
     Raises:
-        InputError: an unknown dtype, or fp16 on a CPU.
+        InputError: An unknown dtype, or fp16 on a CPU.
     """
     target = resolve_device(device)
     if compute_dtype is None or compute_dtype == "auto":
@@ -108,7 +108,7 @@ def resolve_storage(
             asks the device.
 
     Raises:
-        InputError: they do not go together, or with the device.
+        InputError: They do not go together, or with the device.
     """
     storage = storage or default
     stored = DTYPES.get(storage)

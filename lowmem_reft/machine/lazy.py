@@ -14,8 +14,8 @@ def names_on_use(
     """Return ``__getattr__`` and ``__dir__`` of a package that loads nothing by itself.
 
     Args:
-        package: its ``__name__``.
-        modules: the public names by the module below the package that has them.
+        package: Its ``__name__``.
+        modules: The public names by the module below the package that has them.
     """
     home = {name: f"{package}.{module}" for module, names in modules.items() for name in names}
 

@@ -23,7 +23,7 @@ def allocates(category: str) -> Callable[[_Function], _Function]:
     """Say what the storages belong to that a function's own lines make.
 
     Args:
-        category: one of ``memory.live.CATEGORIES``.
+        category: One of ``memory.live.CATEGORIES``.
     """
 
     def mark(function: _Function) -> _Function:

@@ -61,7 +61,7 @@ def start(device: str) -> None:
     Each takes the card of its number, so that ``device`` is auto, cpu or cuda.
 
     Raises:
-        InputError: all processes would take the same card.
+        InputError: All processes would take the same card.
     """
     if num_processes() == 1:
         return
@@ -178,7 +178,7 @@ def check_sharded_run(options: TrainOptions, storage: str) -> None:
     """Refuse what a sharded base cannot be trained with, before it is loaded.
 
     Raises:
-        InputError: a setting of the launcher or an option of ours does not go with FSDP.
+        InputError: A setting of the launcher or an option of ours does not go with FSDP.
     """
     if not shards_model():
         return
@@ -221,7 +221,7 @@ def refuse_casts() -> None:
     """Refuse mixed precision with FSDP, which casts what it gathers.
 
     Raises:
-        InputError: interventions would be 16-bit numbers, and packed weights no weights any more.
+        InputError: Interventions would be 16-bit numbers, and packed weights no weights any more.
     """
     if not shards_model():
         return

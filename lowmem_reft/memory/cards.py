@@ -105,7 +105,7 @@ def find_gpu(name: str) -> Gpu:
     an H100 with "NVL" or a 3060 with "8 GB" is another card.
 
     Raises:
-        InputError: the card is not in the catalogue; the message lists the nearest.
+        InputError: The card is not in the catalogue; the message lists the nearest.
     """
     known = {_plain(key): gpu for key, gpu in GPUS.items()}
     known |= {_plain(gpu.name): gpu for gpu in GPUS.values()}

@@ -17,7 +17,7 @@ def draw_charts(curves: Mapping[str, Curve]) -> Any:
     Each has a filled trace per category, and a line of the total that tells the phase too.
 
     Raises:
-        InputError: plotly is not installed.
+        InputError: Plotly is not installed.
     """
     try:
         from plotly import subplots

@@ -71,7 +71,7 @@ def _likeness(values: Iterable[Any]) -> tuple[Any, ...]:
     """Return what an output depends on: equal for arguments that lead to the same.
 
     Raises:
-        _UnlikeAnyError: an argument is neither a plain value nor a plain tensor on the meta device.
+        _UnlikeAnyError: An argument is neither a plain value nor a plain tensor on the meta device.
     """
     facts: list[Any] = []
     for value in values:

@@ -44,7 +44,7 @@ def draw_timeline(
         ``path``.
 
     Raises:
-        InputError: the timeline is empty.
+        InputError: The timeline is empty.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ def write_timeline_html(
         ``path``.
 
     Raises:
-        InputError: plotly is not installed, or a timeline is empty.
+        InputError: Plotly is not installed, or a timeline is empty.
     """
     curves = {name: curve_of(timeline) for name, timeline in timelines.items()}
     chart = draw_charts(curves)

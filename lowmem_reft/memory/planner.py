@@ -42,7 +42,7 @@ class Card:
         """Return the card of a name, of a size in GiB, or None if neither is given.
 
         Raises:
-            InputError: both are given, the name is unknown or the size is not positive.
+            InputError: Both are given, the name is unknown or the size is not positive.
         """
         if gpu is not None and memory_gib is not None:
             raise InputError(
@@ -149,7 +149,7 @@ def read_config(model: str | Path) -> Any:
     """Return the configuration of a hub id, a directory, a config.json or a short name.
 
     Raises:
-        InputError: there is none, or it lacks what sizes depend on.
+        InputError: There is none, or it lacks what sizes depend on.
     """
     named = config_of(str(model))
     if named is not None:
@@ -165,7 +165,7 @@ def check_sizes(config: Any, model: str | Path) -> Any:
     """Return a model's configuration, which must have what sizes depend on.
 
     Raises:
-        InputError: it lacks some of that.
+        InputError: It lacks some of that.
     """
     text = config.get_text_config()
     missing = [
@@ -225,7 +225,7 @@ class Planner:
         """Return the predictor of a setting; asked twice in a row, the same one.
 
         Raises:
-            InputError: the model, the method or a technique does not go with the others.
+            InputError: The model, the method or a technique does not go with the others.
         """
         if self._predictor is None or self._predictor.setting != setting:
             self._predictor = Predictor(self.config, setting)
@@ -306,7 +306,7 @@ def plan(
         setting: Fields of ``Setting``: storage, method, memory, ...
 
     Raises:
-        InputError: the model, the card or the setting is not known or impossible.
+        InputError: The model, the card or the setting is not known or impossible.
     """
     card = Card.find(gpu, memory_gib)
     if card is not None:

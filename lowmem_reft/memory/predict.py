@@ -163,7 +163,7 @@ class Predictor:
         setting: What is trained and how.
 
     Raises:
-        InputError: the model, the method or a technique does not go with the others.
+        InputError: The model, the method or a technique does not go with the others.
     """
 
     def __init__(self, config: Any, setting: Setting) -> None:
@@ -317,7 +317,7 @@ class Predictor:
         """Return a forward pass from stored constants; None if the setting stores none.
 
         Raises:
-            InputError: nothing is constant.
+            InputError: Nothing is constant.
         """
         if self.setting.reuse == "off":
             return None

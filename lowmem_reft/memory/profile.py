@@ -38,7 +38,7 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
         was written.
 
     Raises:
-        InputError: an option is wrong, or the model cannot be loaded.
+        InputError: An option is wrong, or the model cannot be loaded.
     """
     device = resolve_device(options.model.device)
     setting = _setting(options, device)
@@ -104,7 +104,7 @@ def build_model(model: Any, setting: Setting, device: torch.device, *, random_we
     """Load a base, or make one up of a configuration, and put on it what the setting names.
 
     Raises:
-        InputError: the model cannot be loaded, or does not go with the setting.
+        InputError: The model cannot be loaded, or does not go with the setting.
     """
     make: Any = base_with_random_weights if random_weights else load_base
     return setting.attached_to(make(model, device=device, **setting.of_base()))

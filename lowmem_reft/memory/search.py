@@ -84,7 +84,7 @@ def fit(
     any; ``report`` is told what is being tried.
 
     Raises:
-        InputError: the planner has no card, or the setting is impossible.
+        InputError: The planner has no card, or the setting is impossible.
     """
     card = planner.card
     if card is None:

@@ -99,7 +99,7 @@ def curve_of(timeline: Timeline) -> Curve:
     """Return what there is to draw of a timeline.
 
     Raises:
-        InputError: it is empty.
+        InputError: It is empty.
     """
     if not timeline:
         raise InputError(

@@ -38,7 +38,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
         ``table``: a list with ``model``, ``method`` and ``longest_seq_len`` by card size.
 
     Raises:
-        InputError: the model, the card or the setting is not known or impossible.
+        InputError: The model, the card or the setting is not known or impossible.
     """
     report = reporter(quiet=options.quiet or options.json)
     if options.longest.table:

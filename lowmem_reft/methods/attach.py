@@ -41,7 +41,7 @@ def check_target_modules(
     biases, its head, all of it) that it does not have or that is stored as integers.
 
     Raises:
-        InputError: the base has not got it, or there is no configuration.
+        InputError: The base has not got it, or there is no configuration.
     """
     check_options(options)
     if storage is not None:
@@ -78,14 +78,14 @@ def attach(
     """Put a method's adapter on a base, switch on what saves memory, and give it our loss.
 
     Args:
-        base: on its device.
-        options: the method.
+        base: On its device.
+        options: The method.
         task_type: PEFT task type, for example CAUSAL_LM.
-        memory: how memory is saved.
-        chunked_loss: whether a causal model's loss is ours; else its own, with all logits.
+        memory: How memory is saved.
+        chunked_loss: Whether a causal model's loss is ours; else its own, with all logits.
 
     Raises:
-        InputError: the base, the method or a way to save memory does not go with the others.
+        InputError: The base, the method or a way to save memory does not go with the others.
     """
     check_versions()
     check_run(options, memory)
@@ -126,7 +126,7 @@ def check_run(options: MethodOptions, memory: MemoryOptions, *, resume: bool = F
     """Refuse ways to run that the method cannot be trained with.
 
     Raises:
-        InputError: one would leave out what is trained.
+        InputError: One would leave out what is trained.
     """
     method = find_method(options.method)
     if memory.activation_checkpointing and not method.allows_checkpointing:

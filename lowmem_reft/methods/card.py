@@ -63,7 +63,7 @@ def load_card(directory: Path) -> TrainingCard | None:
         None if there is no adapter either.
 
     Raises:
-        InputError: the file is there but is not a card.
+        InputError: The file is there but is not a card.
     """
     path = directory / FILE_NAME
     if not path.is_file():
@@ -113,7 +113,7 @@ def merge_card(
         max_length: Tokens of prompt + response; None: not given.
 
     Raises:
-        InputError: the task type contradicts the card.
+        InputError: The task type contradicts the card.
     """
     card = trained or TrainingCard(base="", storage=None)
     if trained is not None and card.task_type and model.task_type not in (None, card.task_type):
@@ -138,7 +138,7 @@ def find_adapter(directory: Path) -> Path:
     """Return the directory that holds the adapter: the given one or its ``adapter`` folder.
 
     Raises:
-        InputError: neither holds one.
+        InputError: Neither holds one.
     """
     for path in (directory, directory / "adapter"):
         if (path / "adapter_config.json").is_file():

@@ -50,7 +50,7 @@ def build_peft_config(
     is a base.
 
     Raises:
-        InputError: an option breaks its rule or does not belong to the method.
+        InputError: An option breaks its rule or does not belong to the method.
     """
     method = find_method(options.method)
     check_options(options)

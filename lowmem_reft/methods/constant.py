@@ -68,7 +68,7 @@ def find_first_resident(
     """Return which block is the first that training with an adapter needs on the device.
 
     Raises:
-        InputError: the adapter changes the first block or the embedding: nothing is constant.
+        InputError: The adapter changes the first block or the embedding: nothing is constant.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):

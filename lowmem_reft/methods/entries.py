@@ -65,7 +65,7 @@ def parse_methods(text: str) -> list[MethodSpec]:
     ``storage``.
 
     Raises:
-        InputError: unknown method or override, a value of the wrong type, or two equal entries.
+        InputError: Unknown method or override, a value of the wrong type, or two equal entries.
     """
     entries = _entries(text)
     if not entries:

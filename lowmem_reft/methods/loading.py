@@ -37,7 +37,7 @@ def load_frozen(
     ``config`` is what ``load_config`` has read.
 
     Raises:
-        InputError: the base cannot be loaded.
+        InputError: The base cannot be loaded.
     """
     task: dict[str, Any] = {"task_type": card.task_type, "num_labels": card.num_classes}
     resident: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def load_adapted(
     With ``resident="upper"`` only the blocks are loaded that the adapter needs.
 
     Raises:
-        InputError: the base, the adapter or the tokenizer cannot be loaded.
+        InputError: The base, the adapter or the tokenizer cannot be loaded.
     """
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model, config=config)

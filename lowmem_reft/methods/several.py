@@ -54,7 +54,7 @@ def find_adapters(
         max_length: Tokens of a prompt; None likewise.
 
     Raises:
-        InputError: one is not there, names are not unique, or they do not go together.
+        InputError: One is not there, names are not unique, or they do not go together.
     """
     parts = _split(given)
     _check_names([_name(part) for part in parts])
@@ -82,7 +82,7 @@ def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tu
     """Load the base, every adapter on it and the tokenizer, in evaluation mode.
 
     Raises:
-        InputError: one of them cannot be loaded, or they cannot be in one model.
+        InputError: One of them cannot be loaded, or they cannot be in one model.
     """
     trained = [adapter for adapter in adapters if adapter.directory is not None]
     if len(adapters) > 1:

@@ -37,7 +37,7 @@ class Method:
     size: str | None = None
     """The option that sets how many parameters it trains; None: nothing does."""
     fixed: dict[str, Any] = field(default_factory=dict)
-    """Configuration fields that make the method what it is."""
+    """Configuration fields that make the method what it is; none of them is in ``options``."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Configuration fields that the user may override."""
     embedded: str = ""
@@ -242,7 +242,7 @@ def find_method(name: str) -> Method:
     """Return the table's entry for ``name``.
 
     Raises:
-        InputError: there is none.
+        InputError: There is none.
     """
     check_choice("method", name, tuple(METHODS))
     return METHODS[name]
@@ -258,7 +258,7 @@ def check_options(options: MethodOptions) -> None:
     """Refuse options that the method does not take.
 
     Raises:
-        InputError: one does not belong to it; the message names those that do.
+        InputError: One does not belong to it; the message names those that do.
     """
     allowed = find_method(options.method).options
     wrong = sorted(set(given_options(options)) - set(allowed))
@@ -273,7 +273,7 @@ def check_storage(name: str, storage: str) -> None:
     """Refuse to train all weights of a base that is stored as 4- or 8-bit integers.
 
     Raises:
-        InputError: the method cannot be trained on a base that is stored so.
+        InputError: The method cannot be trained on a base that is stored so.
     """
     if storage in QUANTIZED and not find_method(name).allows_quantized:
         raise InputError(

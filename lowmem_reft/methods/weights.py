@@ -59,7 +59,7 @@ def trained_names(base: Any, part: str) -> list[str]:
     """Return the names of the base's parameters that are trained; shared ones have one name.
 
     Raises:
-        InputError: the base has no such part, or it is quantized or shared with another.
+        InputError: The base has no such part, or it is quantized or shared with another.
     """
     heads = _head_names(base)
     named = dict(base.named_parameters())

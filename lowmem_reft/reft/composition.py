@@ -29,10 +29,11 @@ from lowmem_reft.reft.config import ReftConfig, resolve_layers
 from lowmem_reft.reft.interventions import (
     ConsReft,
     DiReft,
-    LearnedSource,
     LearnedSteering,
     LobiReft,
     LoReft,
+    NoReft,
+    OrthogonalDiReft,
     Rotation,
     SteeringVector,
     orthonormal_rows,
@@ -51,18 +52,21 @@ class LowRank:
     """B."""
 
 
-def low_rank(phi: nn.Module) -> LowRank:
+_LEARNED = (LoReft, NoReft, DiReft, OrthogonalDiReft)  # and no class that changes what they do
+
+
+def low_rank(phi: Any) -> LowRank:
     """Return an intervention in the form Bᵀ f(Ah + c), with its own activation f.
 
     Raises:
-        InputError: it has another form.
+        InputError: It has another form.
     """
     activation = getattr(phi, "act", None)
-    if isinstance(phi, LearnedSource) and not (phi.subtracts and activation):
+    if type(phi) in _LEARNED and not (phi.subtracts and activation):
         write = phi.write()
         read = phi.source.weight - write if phi.subtracts else phi.source.weight
         return LowRank(read=read, bias=phi.source.bias, write=write)
-    if isinstance(phi, ConsReft | LobiReft):
+    if type(phi) in (ConsReft, LobiReft):
         write = phi.rotation()
         read = -write if isinstance(phi, ConsReft) else torch.zeros_like(write)
         return LowRank(read=read, bias=phi.bias, write=write)
@@ -106,7 +110,7 @@ def summed_config(
     """Return the configuration of a sum of adapters: DiReFT where any of them edits.
 
     Raises:
-        InputError: they edit different tokens or vectors, or bring modules of their own.
+        InputError: They edit different tokens or vectors, or bring modules of their own.
     """
     for field in ("positions", "tie", "component", "act", "task_type"):
         values = {name: getattr(config, field) for name, config in configs.items()}
@@ -184,12 +188,12 @@ def keep_orthogonal(model: Any, adapter: str, to: Sequence[str]) -> None:
     again, each is an ordinary adapter whose subspaces are orthogonal until it is trained further.
 
     Args:
-        model: a PEFT model with ReFT adapters.
-        adapter: the one that gives way.
-        to: the others.
+        model: A PEFT model with ReFT adapters.
+        adapter: The one that gives way.
+        to: The others.
 
     Raises:
-        InputError: one is not there or has no R, or there is no room for all subspaces.
+        InputError: One is not there or has no R, or there is no room for all subspaces.
     """
     num_found = 0
     for module in model.modules():
@@ -225,7 +229,7 @@ def _place_beside(phi: nn.Module, others: Sequence[nn.Module]) -> None:
         )
     beside = RotationBeside(own, fixed)
     with torch.no_grad():
-        if isinstance(phi, LoReft) and phi.act is None:  # the edit keeps its A = W − R
+        if type(phi) is LoReft and phi.act is None:  # the edit keeps its A = W − R
             phi.source.weight -= own()
             phi.source.weight += beside()
         beside.place()

@@ -28,7 +28,7 @@ class ReftConfig(PeftConfig):
     Source: arXiv 2404.03592. Every field is written to ``adapter_config.json``.
 
     Raises:
-        InputError: a field breaks its rule; the message names the field.
+        InputError: A field breaks its rule; the message names the field.
     """
 
     intervention: str = "loreft"
@@ -111,7 +111,7 @@ def check_layers(layers: str | Sequence[int]) -> None:
     """Check the grammar of a layer specification without knowing the model.
 
     Raises:
-        InputError: it does not follow the grammar, which the message shows.
+        InputError: It does not follow the grammar, which the message shows.
     """
     resolve_layers(layers, num_layers=None)
 
@@ -122,10 +122,10 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int | None) -> list[
     Args:
         layers: "all", "8;12;16", a list of indices, or "upper:F" with 0 < F <= 1 (rounded, at
             least one).
-        num_layers: blocks in the model; None checks the grammar alone.
+        num_layers: Blocks in the model; None checks the grammar alone.
 
     Raises:
-        InputError: the grammar is broken, or an index is out of range.
+        InputError: The grammar is broken, or an index is out of range.
     """
     count = num_layers or 1
     if layers == "all":

@@ -12,7 +12,9 @@ To add an intervention: write a module here whose constructor takes ``hidden_siz
 the configuration fields named in ``options``; return the change of ``h`` from ``forward``; enter it
 in ``INTERVENTIONS``, and in ``methods.table`` if ``--methods`` is to know it. An option that no
 other intervention has is a field of ``ReftConfig`` and of its ``fields()``, and of
-``MethodOptions``.
+``MethodOptions``. Say in ``tests/reft/test_composition.py`` whether such adapters can be summed,
+and in ``test_interventions.py`` what the change is, in float64. A whole one is in
+``docs/how-to/intervention.md``.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def orthonormal_rows(raw: Float[Tensor, "rank hidden"]) -> Float[Tensor, "rank h
     the backward pass is closed-form: O(hidden · rank²) both ways.
 
     Raises:
-        FloatingPointError: rows linearly dependent or not finite.
+        FloatingPointError: Rows linearly dependent or not finite.
     """
     q, lower = _factorize(raw)
     out: Tensor = _OrthonormalRows.apply(raw, q, lower)  # type: ignore[no-untyped-call]
@@ -400,12 +402,12 @@ def build_intervention(name: str, hidden_size: int, **fields: Any) -> nn.Module:
     """Build intervention ``name`` in fp32 from those of ``fields`` that it reads.
 
     Args:
-        name: key of ``INTERVENTIONS``.
-        hidden_size: width of the hidden vectors.
+        name: Key of ``INTERVENTIONS``.
+        hidden_size: Width of the hidden vectors.
         fields: ``rank``, ``act``, ``init``, ``alpha``; others than ``name`` reads are ignored.
 
     Raises:
-        InputError: unknown name or activation, rank out of range, or no identity start.
+        InputError: Unknown name or activation, rank out of range, or no identity start.
     """
     used = {key: fields[key] for key in intervention_options(name) if key in fields}
     return INTERVENTIONS[name](hidden_size, **used).float()

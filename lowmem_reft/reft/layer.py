@@ -111,11 +111,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """Return a module's output with the selected hidden vectors edited.
 
         Args:
-            output: of the module; hidden vectors, or a tuple that starts with them.
-            source: what went into it, (batch, seq, hidden), for interventions that read that.
+            output: Of the module; hidden vectors, or a tuple that starts with them.
+            source: What went into it, (batch, seq, hidden), for interventions that read that.
 
         Raises:
-            RuntimeError: the block runs outside the adapted model's own forward.
+            RuntimeError: The block runs outside the adapted model's own forward.
         """
         if self.disable_adapters or not self.reft_phi:
             return output

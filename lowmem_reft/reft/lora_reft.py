@@ -32,7 +32,7 @@ class LoraReftConfig(LoraConfig):
     """Fields of ``LoraConfig``, and in ``reft`` those of a ``ReftConfig``.
 
     Raises:
-        InputError: a field of ``reft`` breaks its rule.
+        InputError: A field of ``reft`` breaks its rule.
     """
 
     reft: dict[str, Any] = field(default_factory=dict)

@@ -43,7 +43,7 @@ def parse_positions(spec: str) -> Positions:
     """Parse ``"all"``, ``"f7"``, ``"l1"`` or ``"f7+l7"``.
 
     Raises:
-        InputError: the specification does not follow the grammar, which the message shows.
+        InputError: The specification does not follow the grammar, which the message shows.
     """
     text = spec.strip() if isinstance(spec, str) else ""
     if text == "all":
@@ -85,9 +85,9 @@ def find_prompt(
     the first prompt counts, and one warning is given.
 
     Args:
-        attention_mask: nonzero where a token is attended.
+        attention_mask: Nonzero where a token is attended.
         labels: -100 where a token is not supervised.
-        segments: non-decreasing ids of the samples packed into a row; default: one sample a row.
+        segments: Non-decreasing ids of the samples packed into a row; default: one sample a row.
     """
     attended = attention_mask.bool()
     if labels is None:

@@ -67,14 +67,14 @@ class Selector:
         """Return the selection of one forward pass and its keyword arguments without our own.
 
         Args:
-            active: adapters that edit every example, unless ``adapter_names`` says otherwise.
-            args: positional arguments of the base model's forward.
-            kwargs: its keyword arguments, perhaps with ``prompt_mask`` or ``intervention_mask``.
-            training: whether gradients will be taken, so that labels are needed to tell the prompt.
-            place: of its tokens, if it is known.
+            active: Adapters that edit every example, unless ``adapter_names`` says otherwise.
+            args: Positional arguments of the base model's forward.
+            kwargs: Its keyword arguments, perhaps with ``prompt_mask`` or ``intervention_mask``.
+            training: Whether gradients will be taken, so that labels are needed to tell the prompt.
+            place: Of its tokens, if it is known.
 
         Raises:
-            InputError: no labels in training, or labels without a prompt from the first batch on,
+            InputError: No labels in training, or labels without a prompt from the first batch on,
                 a mask of the wrong shape, or a past that cannot be told.
         """
         call = self._by_name(args, kwargs)
@@ -120,7 +120,7 @@ class Selector:
         beams and speculative decoding come out right.
 
         Raises:
-            InputError: another thread is generating with this model, or there is a second prompt
+            InputError: Another thread is generating with this model, or there is a second prompt
                 for an explicit ``intervention_mask``.
         """
         kwargs, before = dict(kwargs), self._generation
@@ -194,7 +194,7 @@ class Selector:
         """Say that a batch has no prompt, so that nothing in it is edited.
 
         Raises:
-            InputError: it is the first batch, so the data are likely all like it.
+            InputError: It is the first batch, so the data are likely all like it.
         """
         starts = call.get("position_ids")
         if starts is not None and starts.ndim == 2 and call.get("attention_mask") is None:
@@ -266,7 +266,7 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> G
     """Return the branches of a ``generate``; put the mask that it would infer into its arguments.
 
     Raises:
-        InputError: there is a second prompt for an explicit ``intervention_mask``.
+        InputError: There is a second prompt for an explicit ``intervention_mask``.
     """
     choice = kwargs.pop("intervention_mask", None)
     options = {"generation_config": args[1], **kwargs} if len(args) > 1 else kwargs

@@ -204,12 +204,12 @@ class ReftModel(BaseTuner):
         """Add an adapter that is the weighted sum Σ wᵢ φᵢ(h) of others; see ``composition``.
 
         Args:
-            adapters: names of loaded adapters that edit the same positions.
-            weights: one each, of either sign.
-            adapter_name: of the sum; a new name.
+            adapters: Names of loaded adapters that edit the same positions.
+            weights: One each, of either sign.
+            adapter_name: Of the sum; a new name.
 
         Raises:
-            InputError: a name is wrong, or the adapters have no such sum.
+            InputError: A name is wrong, or the adapters have no such sum.
         """
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or len(set(adapters)) < max(len(adapters), 1) or len(weights) != len(adapters):

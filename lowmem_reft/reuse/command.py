@@ -31,7 +31,7 @@ def run_reuse(options: ReuseCommandOptions) -> dict[str, Any]:
         ``num_temporary_files`` removed from other stores.
 
     Raises:
-        InputError: there is no such directory, a key is unknown or ambiguous (nothing is removed
+        InputError: There is no such directory, a key is unknown or ambiguous (nothing is removed
             then), or files cannot be removed.
     """
     action = options.action

@@ -86,7 +86,7 @@ def locked(directory: Path) -> Iterator[None]:
     """Keep other processes from writing to a store meanwhile; wait for one that does.
 
     Raises:
-        InputError: the directory cannot be written to.
+        InputError: The directory cannot be written to.
     """
     try:
         handle = _wait_for_lock(directory)
@@ -160,7 +160,7 @@ def find_stores(root: Path) -> list[StoreInfo]:
     """Return the stores in a directory, the one used last first.
 
     Raises:
-        InputError: there is no such directory.
+        InputError: There is no such directory.
     """
     if not root.is_dir():
         raise InputError(

@@ -58,7 +58,7 @@ def prepare(
         What to run from. If nothing can be reused, None; the reason is logged.
 
     Raises:
-        InputError: nothing can be reused, and only upper blocks of the base are resident.
+        InputError: Nothing can be reused, and only upper blocks of the base are resident.
     """
     is_partial = ours(base_of(model)).residency is not None
     if options.reuse == "off" and not is_partial:

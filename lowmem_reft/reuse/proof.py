@@ -26,7 +26,7 @@ def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> flo
     ``labels``.
 
     Raises:
-        ReuseError: losses or gradients differ by more than rounding; the message names the
+        ReuseError: Losses or gradients differ by more than rounding; the message names the
             module whose gradient is furthest off.
     """
     model, device = reuse.model, device_of(reuse.base)
@@ -62,7 +62,7 @@ def prove_scores(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor])
     The model is in evaluation mode; ``batch`` is for ``likelihood.response_log_likelihood``.
 
     Raises:
-        ReuseError: log-likelihoods differ by more than rounding.
+        ReuseError: Log-likelihoods differ by more than rounding.
     """
     with reuse.whole():
         plain, _ = response_log_likelihood(reuse.model, batch)

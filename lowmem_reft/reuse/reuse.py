@@ -78,7 +78,7 @@ class Reuse:
         report: Told about progress: (done, total) shards.
 
     Raises:
-        ReuseError: nothing can be reused; the message says why.
+        ReuseError: Nothing can be reused; the message says why.
     """
 
     def __init__(

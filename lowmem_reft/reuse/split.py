@@ -37,7 +37,7 @@ def feeding_errors(base: Any) -> Iterator[None]:
     """Turn what a model raises when it is fed into a reason not to reuse.
 
     Raises:
-        ReuseError: something was raised, but for a lack of memory.
+        ReuseError: Something was raised, but for a lack of memory.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def find_constant(model: Any, examples: Sequence[Example], *, prefix: bool) -> C
     ``prefix`` says whether keys and values of constant prefixes may be used.
 
     Raises:
-        ReuseError: nothing is constant.
+        ReuseError: Nothing is constant.
     """
     num_blocks = num_constant_blocks(model)
     if num_blocks == 0:

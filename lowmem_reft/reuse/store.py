@@ -128,7 +128,7 @@ class Store:
         """Check that what is missing has room on the disk, and all of it within a limit.
 
         Raises:
-            NoRoomError: it has not.
+            NoRoomError: It has not.
         """
         missing, total = sum(map(self._size, self.missing_shards())), self.layout.total_bytes
         if limit_bytes is not None and total > limit_bytes:
@@ -148,7 +148,7 @@ class Store:
         """Write one shard, the whole records of its examples; it counts from when this returns.
 
         Raises:
-            ValueError: they have not the sizes that the layout says.
+            ValueError: They have not the sizes that the layout says.
         """
         self._check(shard, records)
         owned = zip(self.layout.shards[shard], records, strict=True)
@@ -208,7 +208,7 @@ class Store:
         """Return what is stored of an example, on the CPU.
 
         Raises:
-            CorruptShardError: a shard does not hold what was written to it.
+            CorruptShardError: A shard does not hold what was written to it.
         """
         layout = self.layout
         hidden = [

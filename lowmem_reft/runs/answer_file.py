@@ -31,7 +31,7 @@ def keep_answers(path: Path, questions: Sequence[dict[str, Any]], run: dict[str,
     the first of ``questions``: what each line is to hold besides its ``response``.
 
     Raises:
-        InputError: something else made the answers, a line answers another question, or there are
+        InputError: Something else made the answers, a line answers another question, or there are
             more lines than questions.
     """
     if path.is_dir():
@@ -65,7 +65,7 @@ def opened(path: Path, run: dict[str, Any], *, num_kept: int | None) -> Iterator
     in ``<file>.run.json``; in ``run`` what is not known is None and never compared.
 
     Raises:
-        InputError: another process is writing to the file, or has since it was read; or something
+        InputError: Another process is writing to the file, or has since it was read; or something
             else made the answers that are there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def run_chat(options: ChatOptions) -> dict[str, Any]:
     """Answer the messages on standard input until it ends; return nothing to print.
 
     Raises:
-        InputError: an option is wrong, or something cannot be loaded.
+        InputError: An option is wrong, or something cannot be loaded.
     """
     adapters = find_adapters(
         options.adapter, options.model, template=options.template, max_length=options.max_length
@@ -103,7 +103,7 @@ class Chat:
         Ctrl-C ends the answer where it is.
 
         Raises:
-            InputError: the conversation does not suit the chat template.
+            InputError: The conversation does not suit the chat template.
         """
         asked = self.messages
         while asked[-1]["role"] != "user":

@@ -39,7 +39,7 @@ def prepare_directory(run: Run, validation: Sequence[Row]) -> None:
     choose the best epoch, are a setting, too.
 
     Raises:
-        InputError: the checkpoints are of a run that has not finished and is not resumed; it is to
+        InputError: The checkpoints are of a run that has not finished and is not resumed; it is to
             go on with other settings; or there is none to go on from.
     """
     directory, options = run.directory, run.options.run
@@ -68,7 +68,7 @@ def last_checkpoint(directory: Path) -> Path:
     """Return the newest checkpoint in a run's directory.
 
     Raises:
-        InputError: there is none.
+        InputError: There is none.
     """
     found = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
     if not found:

@@ -42,7 +42,7 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         ``loss_trained_storage``. With ``--lm-eval`` see ``harness.run_harness``.
 
     Raises:
-        InputError: an option, a file or a row is wrong.
+        InputError: An option, a file or a row is wrong.
     """
     adapter = None if options.adapter is None else find_adapter(options.adapter)
     data = options.data

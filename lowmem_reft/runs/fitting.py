@@ -34,7 +34,7 @@ def fit_into_memory(run: Run) -> Run:
     run is returned as it is.
 
     Raises:
-        InputError: nothing fits; the message says by how much and what would help.
+        InputError: Nothing fits; the message says by how much and what would help.
     """
     options = run.options
     budget = options.memory.memory_gib

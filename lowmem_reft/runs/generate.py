@@ -47,7 +47,7 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
         ``response`` (of several adapters ``responses``, by name).
 
     Raises:
-        InputError: an option, a file or a row is wrong.
+        InputError: An option, a file or a row is wrong.
     """
     rows = _rows(options)
     adapters = find_adapters(
@@ -160,7 +160,7 @@ def continue_prompts(
         The continuations, without special tokens.
 
     Raises:
-        InputError: there is a streamer for several prompts.
+        InputError: There is a streamer for several prompts.
     """
     if streamer is not None and len(prompts) > 1:
         raise InputError(

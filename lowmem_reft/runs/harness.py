@@ -70,7 +70,7 @@ def run_harness(
         ``num_cut_contexts`` (of likelihood requests, cut from the left) and ``lm_eval_version``.
 
     Raises:
-        InputError: an option is wrong, or a task or its rows cannot be found.
+        InputError: An option is wrong, or a task or its rows cannot be found.
     """
     if card.task_type != "CAUSAL_LM":
         raise InputError(

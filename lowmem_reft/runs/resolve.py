@@ -79,7 +79,7 @@ def resolve(options: TrainOptions) -> Run:
     """Read rows, configuration and tokenizer, and settle all that follows from them.
 
     Raises:
-        InputError: an option, a file or a row is wrong, or does not go with the others.
+        InputError: An option, a file or a row is wrong, or does not go with the others.
     """
     model, data = options.model, options.data
     rows = load_rows(data.data, split=data.split, limit=data.limit)

@@ -116,7 +116,7 @@ def check_scoring(options: ScoringOptions) -> None:
     """Refuse a metric, an extractor or a pattern that there is not, before the work.
 
     Raises:
-        InputError: see above.
+        InputError: See above.
     """
     for name in (options.metric, *filter(None, (options.extra_metrics or "").split(","))):
         find_metric(name.strip())
@@ -129,7 +129,7 @@ def check_rows(rows: Sequence[Row], card: TrainingCard) -> None:
     """Refuse rows that cannot be scored as the card says, before a base is loaded for them.
 
     Raises:
-        InputError: a row has a label that the card does not know, or none for a classifier.
+        InputError: A row has a label that the card does not know, or none for a classifier.
     """
     if card.regression:
         for row in rows:
@@ -348,7 +348,7 @@ def extract_answer(text: str, pattern: str | None) -> str | None:
     match.
 
     Raises:
-        InputError: the pattern is not a regular expression.
+        InputError: The pattern is not a regular expression.
     """
     if pattern is not None:
         try:

@@ -46,7 +46,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         adapter has, and ``validation_value``; with ``eval_data`` ``eval_accuracy`` and ``eval``.
 
     Raises:
-        InputError: an option, a file or a row is wrong.
+        InputError: An option, a file or a row is wrong.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved and ``--resume`` goes on from it.
     """
     processes.start(options.model.device)

@@ -113,6 +113,14 @@ def edit_at(model: Any, layer: int) -> Tensor:
 # The weighted sum.
 
 
+def test_an_intervention_built_on_another_is_not_summed_as_that_one() -> None:
+    class Gated(LoReft):
+        """Its change is scaled, which the form of LoReFT does not say."""
+
+    with pytest.raises(InputError, match="must be low-rank edits to be summed, got Gated"):
+        low_rank(Gated(8, rank=2))
+
+
 @pytest.mark.parametrize("fields", [*SUMMABLE, *WITH_ACTIVATION], ids=str)
 def test_an_intervention_in_low_rank_form_is_the_same_function(fields: dict[str, Any]) -> None:
     phi, hidden = exact(fields), torch.randn(5, 16, dtype=torch.float64)

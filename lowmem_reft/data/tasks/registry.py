@@ -55,7 +55,7 @@ def load_task(
 
     Args:
         name: Name of the task.
-        split: train, validation (to choose by) or test.
+        split: Train, validation (to choose by) or test.
         data_dir: Directory with the public files; None: the hub, through ``datasets``.
         limit: Only the first rows.
         task_type: CAUSAL_LM: prompts with choices or responses; SEQ_CLS: ``text``, ``text_pair``

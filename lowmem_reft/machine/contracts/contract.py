@@ -46,7 +46,7 @@ def expect(holds: bool, found: str) -> None:
     """Say what was found, unless it is what is relied on.
 
     Raises:
-        BrokenContractError: it is not.
+        BrokenContractError: It is not.
     """
     if not holds:
         raise BrokenContractError(found)

@@ -39,7 +39,7 @@ def check_versions(extra: str | None = None) -> None:
             it always needs: ``eval``, ``ray``. (TRL is checked once it has been imported.)
 
     Raises:
-        InputError: a version was not tested, and something that is relied on does not hold with it.
+        InputError: A version was not tested, and something that is relied on does not hold with it.
     """
     _check(extra)
     if extra is None and "trl" in sys.modules:

@@ -86,7 +86,7 @@ def read_checkpoint(directory: Path, class_name: str | None = None) -> PyreftChe
     """Read what pyreft, or its Trainer, saved; ``class_name`` is for where that cannot be told.
 
     Raises:
-        InputError: there is no such directory, a file is missing or damaged, it would run code, or
+        InputError: There is no such directory, a file is missing or damaged, it would run code, or
             its interventions are too different from each other for one adapter.
     """
     directory = _find(directory)
@@ -117,7 +117,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a file of ``torch.save`` that holds tensors by name.
 
     Raises:
-        InputError: it is damaged, holds something else, or would run code.
+        InputError: It is damaged, holds something else, or would run code.
     """
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)

@@ -56,7 +56,7 @@ def run_export(options: ExportPyreftOptions) -> dict[str, Any]:
         ``readme`` and ``notes``, a list of sentences.
 
     Raises:
-        InputError: the adapter cannot be read, or pyreft cannot express it.
+        InputError: The adapter cannot be read, or pyreft cannot express it.
     """
     check_empty(options.output_dir)
     adapter = _read(find_adapter(options.adapter_dir))
@@ -96,7 +96,7 @@ def _read(directory: Path) -> Adapter:
     """Read an adapter and refuse what pyreft cannot express.
 
     Raises:
-        InputError: it cannot be read or expressed.
+        InputError: It cannot be read or expressed.
     """
     try:
         config = PeftConfig.from_pretrained(str(directory))

@@ -40,7 +40,7 @@ def run_import(options: ImportPyreftOptions) -> dict[str, Any]:
         ``tie``, ``act``, ``num_interventions`` and ``notes``, a list of sentences.
 
     Raises:
-        InputError: an option or the checkpoint is wrong, or ours cannot hold what it does.
+        InputError: An option or the checkpoint is wrong, or ours cannot hold what it does.
     """
     parse_positions(options.positions)
     check_empty(options.output_dir)
@@ -84,7 +84,7 @@ def check_empty(directory: Path) -> None:
     """Refuse to write where something is.
 
     Raises:
-        InputError: the directory has files in it, or is a file.
+        InputError: The directory has files in it, or is a file.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(

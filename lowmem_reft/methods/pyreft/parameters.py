@@ -83,7 +83,7 @@ def check_tensors(class_name: str, tensors: Mapping[str, Tensor], where: str) ->
     """Check names, shapes and values of a file's tensors; return rank and hidden size.
 
     Raises:
-        InputError: a tensor is missing, of another shape, or not finite.
+        InputError: A tensor is missing, of another shape, or not finite.
     """
     shapes = KINDS[class_name].shapes
     if not shapes.keys() <= tensors.keys():
@@ -118,7 +118,7 @@ def from_pyreft(
         Parameters by name, and what the user should know about them.
 
     Raises:
-        InputError: ours cannot hold it.
+        InputError: Ours cannot hold it.
     """
     kind, notes = KINDS[class_name], set()
     ours = {name: tensors[theirs].float().contiguous() for name, theirs in kind.copied.items()}
