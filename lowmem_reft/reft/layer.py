@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lowmem_reft.errors import InputError
 from lowmem_reft.machine.processes import shards_model
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.interventions import READS_INPUT, build_intervention
@@ -115,6 +116,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             source: What went into it, (batch, seq, hidden), for interventions that read that.
 
         Raises:
+            InputError: The output is not (batch, seq, hidden).
             RuntimeError: The block runs outside the adapted model's own forward.
         """
         if self.disable_adapters or not self.reft_phi:
@@ -125,6 +127,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 "positions are unknown; call the model itself, not a part of it"
             )
         hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.ndim != 3:
+            raise InputError(
+                "layers must be blocks that return hidden vectors (batch, seq, hidden), got "
+                f"{tuple(hidden.shape)}: which of them are whose token is not known here; this "
+                "architecture can be trained with LoRA"
+            )
         edited = hidden
         for adapter_name, groups in self.current.value.items():
             if adapter_name in self.reft_phi:

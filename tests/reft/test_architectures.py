@@ -267,3 +267,28 @@ def test_a_model_without_a_list_of_blocks_is_refused() -> None:
 def test_a_block_without_the_component_is_refused() -> None:
     with pytest.raises(InputError, match="component must exist in Linear, got 'mlp_output'"):
         component_path(nn.Linear(2, 2), "mlp_output")
+
+
+def test_blocks_whose_hidden_vectors_come_several_at_once_are_refused() -> None:
+    """Gemma 3n's return (altup, batch, seq, hidden): the first two axes are not batch and seq."""
+    config = transformers.AutoConfig.for_model(
+        "gemma3n_text",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2,
+        laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    model = get_peft_model(base, lr.ReftConfig(task_type="CAUSAL_LM", rank=2, layers="2")).eval()
+    with pytest.raises(InputError, match=r"\(batch, seq, hidden\), got \(4, 1, 6, 32\)"):
+        model(input_ids=torch.arange(1, 7)[None])
