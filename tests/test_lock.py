@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import sysconfig
 from importlib import metadata
@@ -116,3 +117,16 @@ def test_everything_installed_is_in_the_lock_at_its_version() -> None:
         if name in pinned or not OF_TORCH.fullmatch(name)
     }
     assert other == {}, "not of lock.txt; `make clean` starts over"
+
+
+@pytest.mark.parametrize("variable", ["NAMES", "LOWER"])
+def test_every_requirement_is_tested_with_its_newest_and_its_oldest_version(variable: str) -> None:
+    """A name is taken whole: jinja2 is another project than jinja."""
+    words = ["make", "-s", "--eval", f"show:\n\t@$({variable})", "show"]
+    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = {re.split("[^A-Za-z0-9_-]", line)[0] for line in shown.splitlines()}
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    required = project.partition("dependencies = [")[2].partition("]")[0]
+    names = {*re.findall(r'"([A-Za-z0-9_-]+)', required)} - {"torch"}
+    assert "jinja2" in names
+    assert names <= listed
