@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowmem_reft.machine.notices import WARNED
+from planned_llama import LLAMA
 
 # A shell starts background jobs with SIGINT ignored, which the processes of tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -98,3 +99,11 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A ``config.json`` without weights, of the Llama that tests plan for."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    return path

@@ -266,9 +266,8 @@ class _Scoring:
             )
         )
         losses: list[float] = []
-        if (
-            settings.metric == "overlap"
-        ):  # no right answer but a reference: its likelihood says more
+        if settings.metric == "overlap":
+            # No right answer but a reference: its likelihood says more.
             own = encode_rows(self.rows, self.tokenizer, **prompts).examples
             losses = [-total / count for total, count in self._likelihoods(own, reused=False)[1]]
         predictions = [_answer(text, settings) for text in texts]

@@ -18,26 +18,9 @@ from lowmem_reft.options import (
     MemoryOptions,
     MethodOptions,
 )
+from planned_llama import LLAMA
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
 LOREFT = MethodOptions(method="loreft", rank=4, positions="f7+l7")
-
-
-@pytest.fixture
-def config_file(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA))
-    return path
 
 
 def card(mebibytes: float) -> Card:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,25 +26,6 @@ from lowmem_reft.options import (
 )
 from lowmem_reft.runs.fitting import fit_into_memory, required_gib
 from lowmem_reft.runs.resolve import Run
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
-
-
-@pytest.fixture
-def config_file(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA))
-    return path
 
 
 def run_of(options: TrainOptions, examples: list[dict[str, Any]]) -> Run:
