@@ -22,7 +22,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from reprlib import repr as shortened
@@ -61,6 +61,8 @@ class Row:
     """The second text of a sentence pair."""
     messages: tuple[dict[str, Any], ...] = ()
     """The whole chat, the response included."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """What else the chat template is given: tools, documents, chat_template_kwargs."""
     response: str | None = None
     """What is trained on: response, right choice, label or last assistant message."""
     choices: tuple[str, ...] = ()
@@ -222,8 +224,8 @@ def rows_digest(rows: Sequence[Row]) -> str:
     for row in rows:
         content = asdict(replace(row, source=""))
         # Rows without these hash as they did before there were such columns.
-        for name in ("text_pair", "target"):
-            if content[name] is None:
+        for name in ("text_pair", "target", "template_arguments"):
+            if content[name] in (None, {}):
                 del content[name]
         digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()

@@ -285,11 +285,16 @@ def _chat_texts(
         )
     try:
         prompt = tokenizer.apply_chat_template(
-            row.prompt_messages, tokenize=False, add_generation_prompt=True
+            row.prompt_messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            **row.template_arguments,
         )
         if not answered:
             return str(prompt), []
-        whole = tokenizer.apply_chat_template(list(row.messages), tokenize=False)
+        whole = tokenizer.apply_chat_template(
+            list(row.messages), tokenize=False, **row.template_arguments
+        )
     except TemplateError as error:  # for example: roles must alternate
         raise InputError(
             f"{row.source}: messages must suit the chat template, got {error}; correct the row"
