@@ -101,6 +101,7 @@ class _Maker:
                 template=sources.train_template,
                 limit=options.rows.limit,
             ),
+            prompts=options.prompts,
             held_out=HeldOutOptions(
                 validation_data=sources.validation,
                 validation_split=options.rows.validation_split,
@@ -139,6 +140,7 @@ class _Maker:
                 max_length=options.rows.max_length,
                 limit=options.scored.eval_limit,
             ),
+            prompts=options.prompts,
             adapter=adapter,
             scoring=sources.scoring,
             # Cells share their stores: another seed or rank on the same layers builds nothing.
@@ -191,6 +193,8 @@ def _config(
         "eval_data": {**asdict(evaluate.data), "data": sources.evaluate_digest},
         "scoring": {**asdict(evaluate.scoring), "batch_size": evaluate.batch_size},
     }
+    if prompts := written.given(evaluate.prompts):
+        config["prompts"] = prompts
     if train is None:
         return config
     method = find_method(train.method.method)

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from lowmem_reft.data.tokens import (
         Collator,
         EncodedRows,
+        encode_all_choices,
         encode_choices,
         encode_labelled,
         encode_prompts,
         encode_rows,
+        encode_texts,
     )
 
 __all__ = [
@@ -35,10 +37,12 @@ __all__ = [
     "as_choices",
     "as_records",
     "class_index",
+    "encode_all_choices",
     "encode_choices",
     "encode_labelled",
     "encode_prompts",
     "encode_rows",
+    "encode_texts",
     "holdout",
     "label_names",
     "load_rows",

@@ -1,30 +1,34 @@
 """Rows become prompt tokens and supervised response tokens; what is cut is counted.
 
-The joint: one space is put between prompt and response if neither has white space there, and all
-spaces at the joint belong to the response (" positive" is one token, as in lm-eval). The whole text
-is tokenized at once; the prompt is what its tokens share with those of the prompt alone, so a token
-that reaches into the response is supervised. This needs no character offsets, which slow tokenizers
-lack and byte-level ones trim at white space.
+The prompt's tokens are those of its text alone, whatever follows: what is edited and read in
+training, scoring, generation, chat and the harness is the same. The whole text is tokenized too; if
+the tokenizer merges across the joint, so that the prompt's tokens do not begin it, the response is
+tokenized by itself, and what both decode to must be the whole text. This needs no character
+offsets, which slow tokenizers lack and byte-level ones trim at white space.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.data.rows import (
-    Row,
-    class_index,
-)
+from lowmem_reft.data.rows import Row, class_index
+from lowmem_reft.data.texts import written
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.progress import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from lowmem_reft.options import Joint, LongRows
+
+Encoded = TypeVar("Encoded")
 
 TEXTS_AT_ONCE = 8192
 """Texts that are tokenized together; with more there is a progress bar."""
@@ -44,43 +48,53 @@ class EncodedRows:
     """Tokens that were cut from them in all."""
 
 
+class RowsTooLongError(InputError):
+    """Rows whose responses leave no room for a prompt; ``indices`` are theirs among the rows."""
+
+    def __init__(self, message: str, indices: list[int]) -> None:
+        super().__init__(message)
+        self.indices = indices
+
+
 def encode_rows(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
     template: str = "{prompt}",
+    joint: Joint = "auto",
     max_length: int = 512,
 ) -> EncodedRows:
     r"""Tokenize rows for training: BOS if the tokenizer adds one, prompt, response, EOS.
 
     Labels are -100 on the prompt, then the tokens of the response and EOS. The right choice of a
-    ``choices`` row gets no EOS: what is trained is what ``encode_choices`` scores, and a base whose
-    EOS was never trained would spend most of its loss on it. Prompts that do not fit are cut from
-    the left; BOS stays.
+    ``choices`` row gets no EOS unless one of its choices begins another: what is trained is what
+    ``encode_choices`` scores, and a base whose EOS was never trained would spend most of its loss
+    on it. Prompts that do not fit are cut from the left; BOS stays.
 
     Args:
         rows: Rows with a response.
         tokenizer: The base's tokenizer.
         template: How a prompt is written: ``{prompt}`` is replaced by it, ``\n`` is a new line.
             Chats use the tokenizer's chat template instead.
+        joint: What is put between prompt and response, see ``texts.written``.
         max_length: Most tokens of an example.
 
     Raises:
-        InputError: If the template is wrong or a response does not fit; the message names the line.
+        InputError: If the template is wrong, a response does not fit (all such rows are named), or
+            a tokenizer merges prompt and response; the message names the line.
     """
-    texts = [_texts(row, tokenizer, template, [_response(row)]) for row in rows]
-    prompts = _tokenize([prompt for prompt, _ in texts], tokenizer)
-    wholes = _tokenize([whole for _, (whole,) in texts], tokenizer)
-    bos, eos_id = _bos(tokenizer), tokenizer.eos_token_id
-    examples, cuts = [], []
-    for row, prompt_ids, whole_ids in zip(rows, prompts, wholes, strict=True):
-        prompt, (response,) = _split(row, prompt_ids, [whole_ids], bos)
-        if not row.choices and eos_id is not None and response[-1:] != [eos_id]:
-            response.append(eos_id)
-        kept = _cut_left(row, prompt, len(response), tokenizer, max_length)
-        examples.append(_example(kept, response))
-        cuts.append(len(prompt) - len(kept))
-    return _encoded(examples, cuts)
+    texts = [
+        written(row, tokenizer, template=template, joint=joint, responses=[_response(row)])
+        for row in rows
+    ]
+    encoded = _tokenized(rows, texts, tokenizer)
+    responses = [response for _, (response,) in encoded]
+    for row, response, ends in zip(rows, responses, _with_end(rows, tokenizer), strict=True):
+        if ends:
+            _end(row, response, tokenizer)
+    prompts = _fitted(rows, encoded, list(map(len, responses)), tokenizer, max_length)
+    examples = [_example(*pair) for pair in zip(prompts, responses, strict=True)]
+    return _encoded(examples, _cuts(encoded, prompts))
 
 
 def encode_choices(
@@ -88,24 +102,61 @@ def encode_choices(
     tokenizer: PreTrainedTokenizerBase,
     *,
     template: str = "{prompt}",
+    joint: Joint = "auto",
     max_length: int = 512,
 ) -> EncodedRows:
-    """Tokenize every choice of a row for scoring: as in ``encode_rows``, without EOS.
+    """Tokenize every choice of a row for scoring: as in ``encode_rows``.
 
     There is one example per choice. The prompt's tokens are the same in all of them; it is cut for
-    the longest choice, and counted once.
+    the longest choice, and counted once. No choice has an EOS, or, if one begins another, all do.
 
     Raises:
         InputError: If the row has no choices, the template is wrong or a choice does not fit.
     """
-    if not row.choices:
-        raise InputError(f"{row.source}: a row must have choices, got a {row.kind} row; add them")
-    prompt_text, whole_texts = _texts(row, tokenizer, template, row.choices)
-    prompt_ids, *wholes = _tokenize([prompt_text, *whole_texts], tokenizer)
-    prompt, responses = _split(row, prompt_ids, wholes, _bos(tokenizer))
-    kept = _cut_left(row, prompt, max(map(len, responses)), tokenizer, max_length)
-    examples = [_example(kept, response) for response in responses]
-    return _encoded(examples, [len(prompt) - len(kept)])
+    (encoded,) = encode_all_choices(
+        [row], tokenizer, template=template, joint=joint, max_length=max_length
+    )
+    return encoded
+
+
+def encode_all_choices(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "{prompt}",
+    joint: Joint = "auto",
+    max_length: int = 512,
+) -> list[EncodedRows]:
+    """Return ``encode_choices`` of every row.
+
+    Raises:
+        InputError: As there; all rows that do not fit are named.
+    """
+    for row in rows:
+        if not row.choices:
+            raise InputError(
+                f"{row.source}: a row must have choices, got a {row.kind} row; add them"
+            )
+    texts = [
+        written(row, tokenizer, template=template, joint=joint, responses=row.choices)
+        for row in rows
+    ]
+    encoded = _tokenized(rows, texts, tokenizer)
+    for row, (_, responses), ends in zip(rows, encoded, _with_end(rows, tokenizer), strict=True):
+        for response in responses if ends else ():
+            _end(row, response, tokenizer)
+        if _one_begins_another(responses):
+            raise InputError(
+                f"{row.source}: no choice may begin another in this tokenizer's tokens, got "
+                f"{list(row.choices)}; write them otherwise"
+            )
+    sizes = [max(map(len, responses)) for _, responses in encoded]
+    prompts = _fitted(rows, encoded, sizes, tokenizer, max_length)
+    cuts = _cuts(encoded, prompts)
+    return [
+        _encoded([_example(prompt, response) for response in responses], [cut])
+        for prompt, (_, responses), cut in zip(prompts, encoded, cuts, strict=True)
+    ]
 
 
 def encode_prompts(
@@ -120,15 +171,68 @@ def encode_prompts(
     Raises:
         InputError: If the template is wrong or a prompt has no token.
     """
-    texts = [_texts(row, tokenizer, template, [])[0] for row in rows]
-    bos = _bos(tokenizer)
-    examples, cuts = [], []
-    for row, prompt_ids in zip(rows, _tokenize(texts, tokenizer), strict=True):
-        prompt, _ = _split(row, prompt_ids, [], bos)
-        kept = _cut_left(row, prompt, 0, tokenizer, max_length)
-        examples.append({"input_ids": kept})
-        cuts.append(len(prompt) - len(kept))
-    return _encoded(examples, cuts)
+    texts = [written(row, tokenizer, template=template, joint="none", responses=()) for row in rows]
+    encoded = _tokenized(rows, texts, tokenizer)
+    prompts = _fitted(rows, encoded, [0] * len(rows), tokenizer, max_length)
+    return _encoded([{"input_ids": prompt} for prompt in prompts], _cuts(encoded, prompts))
+
+
+def encode_texts(
+    texts: Sequence[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    adds_bos: bool = True,
+    source: str = "text",
+) -> list[tuple[list[int], list[int]]]:
+    """Tokenize (prompt, response) texts as rows are: for those who write texts themselves.
+
+    Spaces at the end of a prompt go to its response; nothing is put between them. An empty response
+    has no tokens.
+
+    Args:
+        texts: The texts; a prompt without a token of its own has BOS, or nothing.
+        tokenizer: The base's tokenizer.
+        adds_bos: Begin with BOS if the tokenizer does; not for what a chat template wrote.
+        source: Names the texts in messages.
+
+    Raises:
+        InputError: The tokenizer merges prompt and response and cannot take them apart.
+    """
+    rows = [Row(source=source, prompt=prompt) for prompt, _ in texts]
+    starts = [prompt.rstrip(" ") for prompt, _ in texts]
+    both = [
+        (start, [prompt[len(start) :] + response] if response else [])
+        for start, (prompt, response) in zip(starts, texts, strict=True)
+    ]
+    bos = _bos(tokenizer) if adds_bos else []
+    return [
+        (prompt, responses[0] if responses else [])
+        for prompt, responses in _tokenized(rows, both, tokenizer, bos=bos)
+    ]
+
+
+def encode_those_that_fit(
+    rows: Sequence[Row], encode: Callable[[Sequence[Row]], Encoded], *, long_rows: LongRows
+) -> tuple[list[Row], Encoded]:
+    """Encode rows; return them with it, without those that are too long if these are to go.
+
+    Raises:
+        InputError: Rows are too long and are not to be left out, or no other is left.
+    """
+    try:
+        return list(rows), encode(rows)
+    except RowsTooLongError as error:
+        wrong = set(error.indices)
+        kept = [row for index, row in enumerate(rows) if index not in wrong]
+        if long_rows == "refuse" or not kept:
+            raise
+        first = rows[error.indices[0]].source
+        warnings.warn(
+            f"{len(wrong)} of {len(rows)} rows were left out, the first is {first}: their "
+            "responses leave no room for a prompt in max_length",
+            stacklevel=2,
+        )
+        return kept, encode(kept)
 
 
 def encode_labelled(
@@ -250,64 +354,6 @@ def _response(row: Row) -> str:
     return row.response
 
 
-def _texts(
-    row: Row, tokenizer: PreTrainedTokenizerBase, template: str, responses: Sequence[str]
-) -> tuple[str, list[str]]:
-    """The prompt's text without the spaces at the joint, and the whole text for each response."""
-    if row.kind == "messages":
-        prompt, wholes = _chat_texts(row, tokenizer, answered=bool(responses))
-        return prompt.rstrip(" "), wholes
-    # An option on the command line holds a backslash and an n.
-    template = template.replace("\\n", "\n")
-    if "{prompt}" not in template:
-        raise InputError(
-            f"template must contain {{prompt}}, got {template!r}; write 'Question: {{prompt}}'"
-        )
-    # Not str.format: prompts and templates hold other braces.
-    prompt = template.replace("{prompt}", row.prompt)
-    wholes = []
-    for response in responses:
-        is_joined = prompt[-1].isspace() or response[0].isspace()
-        wholes.append(prompt + response if is_joined else f"{prompt} {response}")
-    return prompt.rstrip(" "), wholes
-
-
-def _chat_texts(
-    row: Row, tokenizer: PreTrainedTokenizerBase, *, answered: bool
-) -> tuple[str, list[str]]:
-    """The chat up to the response, and with it, as the tokenizer's chat template writes them."""
-    from jinja2 import TemplateError
-
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"{row.source}: messages must come with a tokenizer that has a chat template, "
-            "got none; use an instruction-tuned model or convert the rows to prompt and response"
-        )
-    try:
-        prompt = tokenizer.apply_chat_template(
-            row.prompt_messages,
-            tokenize=False,
-            add_generation_prompt=True,
-            **row.template_arguments,
-        )
-        if not answered:
-            return str(prompt), []
-        whole = tokenizer.apply_chat_template(
-            list(row.messages), tokenize=False, **row.template_arguments
-        )
-    except TemplateError as error:  # for example: roles must alternate
-        raise InputError(
-            f"{row.source}: messages must suit the chat template, got {error}; correct the row"
-        ) from error
-    if not str(whole).startswith(str(prompt).rstrip(" ")):
-        raise InputError(
-            f"{row.source}: the chat template must write a response after its generation prompt "
-            f"{str(prompt)[-40:]!r}, got {str(whole)[-80:]!r}; convert to prompt and response rows"
-        )
-    # White space after the end of the turn (ChatML's new line) belongs to the next turn.
-    return str(prompt), [str(whole).rstrip()]
-
-
 def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids without special tokens, so that an EOS of the tokenizer's own is never there."""
     ids: list[list[int]] = []
@@ -324,48 +370,156 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return start if start == [tokenizer.bos_token_id] else []
 
 
-def _split(
-    row: Row, prompt_ids: list[int], wholes: list[list[int]], bos: list[int]
-) -> tuple[list[int], list[list[int]]]:
-    """Prompt (with BOS) and responses: whole texts share the prompt's tokens, then differ."""
-    size = min((_num_shared(prompt_ids, whole) for whole in wholes), default=len(prompt_ids))
-    if any(len(whole) == size for whole in wholes):
+def _tokenized(
+    rows: Sequence[Row],
+    texts: Sequence[tuple[str, list[str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    bos: list[int] | None = None,
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Prompt, with BOS, and responses of every row: those of a row share the prompt's tokens."""
+    prompts = _tokenize([prompt for prompt, _ in texts], tokenizer)
+    joined = [prompt + rest for prompt, responses in texts for rest in responses]
+    wholes = iter(_tokenize(joined, tokenizer))
+    bos = _bos(tokenizer) if bos is None else bos
+    found = []
+    for row, (_, responses), prompt_ids in zip(rows, texts, prompts, strict=True):
+        ids = [_after(row, prompt_ids, rest, next(wholes), tokenizer) for rest in responses]
+        # Chat templates write their own BOS or none.
+        head = [] if row.messages or prompt_ids[:1] == bos else bos
+        found.append((head + prompt_ids, ids))
+    return found
+
+
+def _after(
+    row: Row,
+    prompt: list[int],
+    rest: str,
+    whole: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[int]:
+    """Return the tokens of a response after the prompt's, which it does not change.
+
+    Raises:
+        InputError: There are none, or the tokenizer merges across the joint for good.
+    """
+    size = len(prompt)
+    found = whole[size:] if whole[:size] == prompt else None
+    if found is None:
+        text = tokenizer.decode(whole)
+        # After nothing, or after what is a token of its own: not all tokenizers begin a text as
+        # they go on.
+        for before in ("", "\n", ":", "a"):
+            start, ids = _tokenize([before, before + rest], tokenizer)
+            if ids[: len(start)] == start and tokenizer.decode(prompt + ids[len(start) :]) == text:
+                found = ids[len(start) :]
+                break
+        else:
+            shared = next(i for i, (a, b) in enumerate(zip(prompt, [*whole, -1])) if a != b)  # noqa: B905
+            raise InputError(
+                f"{row.source}: the tokenizer must not merge prompt and response, got "
+                f"{tokenizer.convert_ids_to_tokens(prompt[shared:])} for the prompt's end and "
+                f"{tokenizer.convert_ids_to_tokens(whole[shared : shared + 3])} with the response; "
+                "end the prompt, or begin the response, with white space"
+            )
+    if not found:
         raise InputError(
             f"{row.source}: response must have tokens, got none from this tokenizer; "
             "use a model that knows its characters"
         )
-    # Chat templates write their own BOS or none.
-    head = [] if row.kind == "messages" or prompt_ids[:1] == bos else bos
-    return head + prompt_ids[:size], [whole[size:] for whole in wholes]
+    return found
 
 
-def _num_shared(first: list[int], second: list[int]) -> int:
-    """Length of the common start."""
-    differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return next(differ, min(len(first), len(second)))
+def _with_end(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Whether the response of each row has EOS: of choices only where one begins another.
+
+    That is told by the tokens of the choices alone, so that it is the same in training, where the
+    other choices are not written after the prompt.
+    """
+    known: dict[tuple[str, ...], bool] = {(): True}
+    for row in rows:
+        if row.choices not in known:
+            alone = _tokenize([f" {choice.strip()}" for choice in row.choices], tokenizer)
+            known[row.choices] = _one_begins_another(alone)
+    return [known[row.choices] for row in rows]
 
 
-def _cut_left(
-    row: Row,
-    prompt: list[int],
-    num_response: int,
+def _one_begins_another(responses: list[list[int]]) -> bool:
+    ordered = sorted(responses)  # what begins another stands right before what it begins
+    return any(b[: len(a)] == a for a, b in pairwise(ordered))
+
+
+def _end(row: Row, response: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a response end with EOS, if the tokenizer has one.
+
+    Raises:
+        InputError: It has none, and a choice that begins another needs it.
+    """
+    eos_id = tokenizer.eos_token_id
+    if eos_id is None and row.choices:
+        raise InputError(
+            f"{row.source}: no choice may begin another where the tokenizer has no eos_token, got "
+            f"{list(row.choices)}; write them otherwise"
+        )
+    if eos_id is not None and response[-1:] != [eos_id]:
+        response.append(eos_id)
+
+
+def _fitted(
+    rows: Sequence[Row],
+    encoded: Sequence[tuple[list[int], list[list[int]]]],
+    num_responses: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+) -> list[list[int]]:
+    """The last tokens of each prompt that fit beside its response, after its BOS.
+
+    Raises:
+        InputError: A prompt has no token, or (``RowsTooLongError``) responses leave no room.
+    """
+    kept, too_long = [], {}
+    for index, (row, (prompt, _), size) in enumerate(
+        zip(rows, encoded, num_responses, strict=True)
+    ):
+        if not prompt:
+            raise InputError(
+                f"{row.source}: prompt must have a token of its own before the response, got none; "
+                "make it longer"
+            )
+        head = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+        room = max_length - size - len(head)
+        if room < 1:
+            too_long[index] = size + len(head) + 1
+        kept.append(head + prompt[len(head) :][-max(room, 1) :])
+    if too_long:
+        raise RowsTooLongError(
+            _all_too_long(rows, too_long, num_responses, max_length), [*too_long]
+        )
+    return kept
+
+
+def _all_too_long(
+    rows: Sequence[Row], too_long: dict[int, int], sizes: Sequence[int], max_length: int
+) -> str:
+    """Name the rows that do not fit, and what would."""
+    first, *others = too_long
+    text = (
+        f"{rows[first].source}: response must leave room for the prompt in max_length "
+        f"{max_length}, got {sizes[first]} tokens"
+    )
+    if others:
+        named = ", ".join(f"{rows[index].source} ({sizes[index]})" for index in others[:3])
+        more = ", ..." if len(others) > 3 else ""
+        text += f", and {len(others)} more of {len(rows)} rows do not fit: {named}{more}"
+    return (
+        f"{text}; raise max_length (to {max(too_long.values())} for all), shorten the response, or "
+        "leave such rows out with --long-rows drop"
+    )
+
+
+def _cuts(
+    encoded: Sequence[tuple[list[int], list[list[int]]]], kept: Sequence[list[int]]
 ) -> list[int]:
-    """The last tokens of the prompt that fit beside the response, after its BOS."""
-    if not prompt:
-        raise InputError(
-            f"{row.source}: prompt must have a token of its own before the response, got none; "
-            "make it longer"
-        )
-    head = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-    room = max_length - num_response - len(head)
-    if room < 1:
-        raise InputError(
-            f"{row.source}: response must leave room for the prompt in max_length {max_length}, "
-            f"got {num_response} tokens; raise max_length or shorten the response"
-        )
-    return head + prompt[len(head) :][-room:]
+    return [len(prompt) - len(rest) for (prompt, _), rest in zip(encoded, kept, strict=True)]
 
 
 def _example(prompt: list[int], response: list[int]) -> dict[str, list[int]]:

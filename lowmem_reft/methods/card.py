@@ -9,7 +9,7 @@ from typing import Any
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json
-from lowmem_reft.options import ModelOptions
+from lowmem_reft.options import Joint, ModelOptions
 
 FILE_NAME = "training.json"
 
@@ -28,6 +28,8 @@ class TrainingCard:
     """PEFT task type; empty: not known."""
     template: str = "{prompt}"
     """How a prompt was written."""
+    joint: Joint = "auto"
+    """What was put between prompt and response."""
     max_length: int = 512
     """Tokens of prompt + response."""
     label_names: list[str] | None = None
@@ -51,6 +53,11 @@ class TrainingCard:
         names = self.label_names if self.task_type == "SEQ_CLS" else None
         return len(names) if names else None
 
+    @property
+    def prompts(self) -> dict[str, Any]:
+        """How rows become prompts and responses: arguments of ``data.encode_rows``."""
+        return {"template": self.template, "joint": self.joint, "max_length": self.max_length}
+
     def save(self, directory: Path) -> None:
         """Write ``training.json`` into the adapter's directory."""
         write_json(directory / FILE_NAME, asdict(self))
@@ -70,6 +77,9 @@ def load_card(directory: Path) -> TrainingCard | None:
         return _card_of_config(directory)
     try:
         content = json.loads(path.read_text())
+        content.setdefault(
+            "joint", "space"
+        )  # what adapters were trained with before it was written
         known = {item.name for item in fields(TrainingCard)}
         return TrainingCard(**{key: value for key, value in content.items() if key in known})
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
@@ -103,6 +113,7 @@ def merge_card(
     *,
     template: str | None,
     max_length: int | None,
+    joint: Joint | None = None,
 ) -> TrainingCard:
     """What a run goes by: what is given, else what the adapter was trained with, else the defaults.
 
@@ -111,6 +122,7 @@ def merge_card(
         model: The base as the user gave it; ``compute_dtype`` auto counts as not given.
         template: How a prompt is written; None: not given.
         max_length: Tokens of prompt + response; None: not given.
+        joint: What is put between prompt and response; None: not given.
 
     Raises:
         InputError: The task type contradicts the card.
@@ -127,6 +139,7 @@ def merge_card(
         "task_type": model.task_type,
         "template": template,
         "max_length": max_length,
+        "joint": joint,
     }
     given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
     defaults = {"base": model.model, "storage": "nf4", "task_type": "CAUSAL_LM"}

@@ -29,6 +29,7 @@ from lowmem_reft.options.groups import MemoryOptions as MemoryOptions
 from lowmem_reft.options.groups import MethodOptions as MethodOptions
 from lowmem_reft.options.groups import ModelOptions as ModelOptions
 from lowmem_reft.options.groups import OptimOptions as OptimOptions
+from lowmem_reft.options.groups import PromptOptions as PromptOptions
 from lowmem_reft.options.groups import ReuseOptions as ReuseOptions
 from lowmem_reft.options.groups import RunOptions as RunOptions
 from lowmem_reft.options.groups import ScoringOptions as ScoringOptions
@@ -50,9 +51,12 @@ from lowmem_reft.options.values import SCHEDULES as SCHEDULES
 from lowmem_reft.options.values import TRACKERS as TRACKERS
 from lowmem_reft.options.values import Component as Component
 from lowmem_reft.options.values import ComputeDtype as ComputeDtype
+from lowmem_reft.options.values import Joint as Joint
+from lowmem_reft.options.values import LongRows as LongRows
 from lowmem_reft.options.values import PyreftClass as PyreftClass
 from lowmem_reft.options.values import Scoring as Scoring
 from lowmem_reft.options.values import Storage as Storage
 from lowmem_reft.options.values import TaskType as TaskType
 from lowmem_reft.options.values import Tie as Tie
+from lowmem_reft.options.values import Turns as Turns
 from lowmem_reft.options.values import Workers as Workers

@@ -9,7 +9,13 @@ from typing import Annotated, Literal
 import tyro
 
 from lowmem_reft.errors import InputError, check_counts
-from lowmem_reft.options.groups import MemoryOptions, OptimOptions, ReuseOptions, ScoringOptions
+from lowmem_reft.options.groups import (
+    MemoryOptions,
+    OptimOptions,
+    PromptOptions,
+    ReuseOptions,
+    ScoringOptions,
+)
 from lowmem_reft.options.values import (
     ComputeDtype,
     Storage,
@@ -142,6 +148,7 @@ class CompareOptions(Switches):
 
     base: BaseOptions = field(default_factory=BaseOptions)
     rows: RowsOptions = field(default_factory=RowsOptions)
+    prompts: PromptOptions = field(default_factory=PromptOptions)
     scored: ScoredOptions = field(default_factory=ScoredOptions)
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
     output_dir: Path = Path("compare-results")
@@ -254,6 +261,7 @@ class SweepOptions(Switches):
     """A name that lowmem-reft tasks lists: trials train on its training rows and are scored on its
     validation rows."""
     rows: RowsOptions = field(default_factory=RowsOptions)
+    prompts: PromptOptions = field(default_factory=PromptOptions)
     output_dir: Path = Path("sweep-results")
     """Where trials and sweep.json go; the same command goes on with what is there."""
     memory: MemoryOptions = field(default_factory=MemoryOptions)

@@ -15,11 +15,14 @@ from lowmem_reft.options.values import (
     SCHEDULES,
     Component,
     ComputeDtype,
+    Joint,
+    LongRows,
     Scoring,
     Storage,
     Switches,
     TaskType,
     Tie,
+    Turns,
     check_choice,
     check_directory,
     check_seed,
@@ -64,6 +67,23 @@ class DataOptions:
     def __post_init__(self) -> None:
         """Check the counts."""
         check_counts(max_length=self.max_length, limit=self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How rows become prompts and responses."""
+
+    joint: Joint | None = None
+    """What is put between a prompt and a response that have no white space there: a space, none
+    (what the file holds, as it is), or auto, which puts no space beside Chinese, Japanese or Thai,
+    after special tokens, opening brackets and operators, and before punctuation. Default: the
+    adapter's own, else auto."""
+    turns: Turns = "last"
+    """What is trained and scored of {messages} rows: the last message, or all of the assistant's,
+    each after everything before it, as at inference (a row each)."""
+    long_rows: LongRows = "refuse"
+    """Responses that leave no room for a prompt in --max-length: refuse names them all, drop leaves
+    their rows out and says how many."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from lowmem_reft.options.groups import (
     MethodOptions,
     ModelOptions,
     OptimOptions,
+    PromptOptions,
     ReuseOptions,
     RunOptions,
     ScoringOptions,
@@ -28,6 +29,7 @@ class TrainOptions:
 
     model: ModelOptions
     data: DataOptions
+    prompts: PromptOptions = field(default_factory=PromptOptions)
     held_out: HeldOutOptions = field(default_factory=HeldOutOptions)
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
@@ -88,6 +90,7 @@ class EvaluateOptions(Switches):
 
     model: ModelOptions
     data: DataOptions = field(default_factory=ScoredDataOptions)
+    prompts: PromptOptions = field(default_factory=PromptOptions)
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     adapter: Path | None = None
     """Adapter directory; without it the base itself is scored."""
@@ -118,7 +121,7 @@ class EvaluateOptions(Switches):
 
     def _check_nothing_is_ignored(self) -> None:
         """Refuse what the harness decides itself."""
-        ignored = given(self.data) | given(self.scoring) | given(self.reuse)
+        ignored = given(self.data) | given(self.prompts) | given(self.scoring) | given(self.reuse)
         if self.only_given_storage:
             ignored["only_given_storage"] = True
         ignored = {name: ignored[name] for name in ignored if name not in ("data", "limit")}

@@ -35,6 +35,12 @@ Component = Literal["block_output", "mlp_output", "attention_output"]
 
 Scoring = Literal["auto", "likelihood", "generation"]
 
+Joint = Literal["auto", "space", "none"]
+
+Turns = Literal["last", "all"]
+
+LongRows = Literal["refuse", "drop"]
+
 Workers = int | Literal["ray"]
 
 PyreftClass = Literal[

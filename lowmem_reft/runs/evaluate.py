@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.base.ours import ours
 from lowmem_reft.data.rows import label_names, load_rows
 from lowmem_reft.errors import is_out_of_memory
 from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
 from lowmem_reft.methods.loading import load_adapted
-from lowmem_reft.runs.score import Scores, ScoringSettings, check_rows, check_scoring, score
+from lowmem_reft.runs.score import Scores, ScoringSettings, check_scoring, rows_to_score, score
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,7 +48,13 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     adapter = None if options.adapter is None else find_adapter(options.adapter)
     data = options.data
     trained = None if adapter is None else load_card(adapter)
-    card = merge_card(trained, options.model, template=data.template, max_length=data.max_length)
+    card = merge_card(
+        trained,
+        options.model,
+        template=data.template,
+        max_length=data.max_length,
+        joint=options.prompts.joint,
+    )
     check_scoring(options.scoring)
     if options.predictions is not None:
         options.predictions.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +66,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     rows = load_rows(data.data, split=data.split, limit=data.limit)
     if card.label_names is None and rows[0].kind == "label":
         card = replace(card, label_names=label_names(rows))
-    check_rows(rows, card)
+    tokenizer = load_tokenizer(options.model.model)
+    rows = rows_to_score(rows, tokenizer, card, options.scoring, options.prompts)
     scores = _load_and_score(options, adapter, card, rows)
     if scores.reuse is None and options.reuse.reuse in ("prefix", "trunk"):
         logger.warning(

@@ -13,7 +13,13 @@ from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.data.rows import as_choices, label_names, load_rows, rows_digest
-from lowmem_reft.data.tokens import EncodedRows, encode_labelled, encode_rows
+from lowmem_reft.data.tokens import (
+    EncodedRows,
+    encode_labelled,
+    encode_rows,
+    encode_those_that_fit,
+)
+from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.devices import resolve_storage
@@ -24,6 +30,7 @@ from lowmem_reft.methods.entries import resolve_learning_rate
 from lowmem_reft.methods.table import find_method
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
@@ -82,8 +89,16 @@ def resolve(options: TrainOptions) -> Run:
         InputError: An option, a file or a row is wrong, or does not go with the others.
     """
     model, data = options.model, options.data
+    prompts = options.prompts
     rows = load_rows(data.data, split=data.split, limit=data.limit)
-    card = merge_card(None, model, template=data.template, max_length=data.max_length)
+    rows = of_turns(rows, prompts.turns)
+    card = merge_card(
+        None,
+        model,
+        template=data.template,
+        max_length=data.max_length,
+        joint=prompts.joint,
+    )
     kind = rows[0].kind
     if (card.task_type == "SEQ_CLS" and kind not in ("label", "target")) or (
         card.task_type == "CAUSAL_LM" and kind == "target"
@@ -106,19 +121,21 @@ def resolve(options: TrainOptions) -> Run:
         label_names=label_names(rows) if kind == "label" else None,
         regression=kind == "target",
         method=options.method.method,
-        data_digest=rows_digest(rows),
         seed=options.run.seed,
         base_digest=checkpoint_digest(model.model),
     )
     config = _check(options, card)
     tokenizer = load_tokenizer(model.model, config=config)
+    rows, encoded = encode_those_that_fit(
+        rows, lambda some: _encode(some, tokenizer, card), long_rows=prompts.long_rows
+    )
     return Run(
         options=options,
-        card=card,
+        card=replace(card, data_digest=rows_digest(rows)),
         config=config,
         compute_dtype=dtype,
         tokenizer=tokenizer,
-        encoded=_encode(rows, tokenizer, card),
+        encoded=encoded,
     )
 
 
@@ -131,11 +148,11 @@ def _check(options: TrainOptions, card: TrainingCard) -> Any:
     return config
 
 
-def _encode(rows: list[Row], tokenizer: Any, card: TrainingCard) -> EncodedRows:
+def _encode(rows: Sequence[Row], tokenizer: Any, card: TrainingCard) -> EncodedRows:
     """Tokenize the rows as the task wants them."""
     if card.task_type == "SEQ_CLS":
         return encode_labelled(
             rows, tokenizer, max_length=card.max_length, label_names=card.label_names
         )
     rows = as_choices(rows, card.label_names)
-    return encode_rows(rows, tokenizer, template=card.template, max_length=card.max_length)
+    return encode_rows(rows, tokenizer, **card.prompts)

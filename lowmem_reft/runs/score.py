@@ -22,15 +22,17 @@ from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
 from lowmem_reft.data.tasks.metrics import compute, find_metric
 from lowmem_reft.data.tokens import (
     Collator,
-    encode_choices,
+    encode_all_choices,
     encode_labelled,
     encode_prompts,
     encode_rows,
+    encode_those_that_fit,
 )
+from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.progress import counter, progress
 from lowmem_reft.methods.likelihood import response_log_likelihood
-from lowmem_reft.options import ReuseOptions, ScoringOptions
+from lowmem_reft.options import PromptOptions, ReuseOptions, ScoringOptions
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.generate import generate_batches
 
@@ -145,6 +147,38 @@ def check_rows(rows: Sequence[Row], card: TrainingCard) -> None:
         as_choices(rows, card.label_names)
 
 
+def rows_to_score(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    card: TrainingCard,
+    scoring: ScoringOptions,
+    prompts: PromptOptions,
+) -> list[Row]:
+    """Return the rows as they will be scored: each turn of a chat that counts, none too long.
+
+    Raises:
+        InputError: A row cannot be scored as the card says, or does not fit and is not to be left
+            out.
+    """
+    rows = of_turns(rows, prompts.turns)
+    check_rows(rows, card)
+    if card.task_type == "SEQ_CLS" or not rows:
+        return rows
+
+    def encode(some: Sequence[Row]) -> None:
+        some = as_choices(some, card.label_names)
+        if _by_likelihood(some, scoring):
+            encode_all_choices(some, tokenizer, **card.prompts)
+        elif scoring.metric == "overlap":  # the reference is scored, too
+            encode_rows(some, tokenizer, **card.prompts)
+
+    return encode_those_that_fit(rows, encode, long_rows=prompts.long_rows)[0]
+
+
+def _by_likelihood(rows: Sequence[Row], scoring: ScoringOptions) -> bool:
+    return scoring.scoring == "likelihood" or (scoring.scoring == "auto" and bool(rows[0].choices))
+
+
 def score(
     model: Any,
     tokenizer: Any,
@@ -166,7 +200,7 @@ def score(
     with nullcontext() if residency is None else residency.streaming():
         if card.task_type == "SEQ_CLS":
             scores = scoring.of_classes()
-        elif settings.scoring == "likelihood" or (settings.scoring == "auto" and rows[0].choices):
+        elif _by_likelihood(rows, settings):
             scores = scoring.of_choices()
         else:
             scores = scoring.of_generated()
@@ -183,14 +217,10 @@ class _Scoring:
     card: TrainingCard
     settings: ScoringSettings
 
-    @property
-    def _prompts(self) -> dict[str, Any]:
-        return {"template": self.card.template, "max_length": self.card.max_length}
-
     @torch.no_grad()
     def of_choices(self) -> Scores:
         """Pick the choice whose tokens have the highest summed log-likelihood after the prompt."""
-        encoded = [encode_choices(row, self.tokenizer, **self._prompts) for row in self.rows]
+        encoded = encode_all_choices(self.rows, self.tokenizer, **self.card.prompts)
         examples = [example for by_choice in encoded for example in by_choice.examples]
         reuse, found = self._likelihoods(examples, reused=True)
         rest = iter(found)
@@ -245,7 +275,7 @@ class _Scoring:
 
     def of_generated(self) -> Scores:
         """Generate greedily, extract the answer and compare it with the one in the response."""
-        settings, prompts = self.settings, self._prompts
+        settings, card = self.settings, self.card
         references = [_answer(row.response or "", settings) for row in self.rows]
         for row, answer in zip(self.rows, references, strict=True):
             if answer is None:
@@ -254,7 +284,9 @@ class _Scoring:
                     f"{row.source}: response must match {name} {getattr(settings, name)!r}, got "
                     f"{row.response!r}; correct the {name} or the row"
                 )
-        encoded = encode_prompts(self.rows, self.tokenizer, **prompts)
+        encoded = encode_prompts(
+            self.rows, self.tokenizer, template=card.template, max_length=card.max_length
+        )
         texts = list(
             generate_batches(
                 self.model,
@@ -268,7 +300,7 @@ class _Scoring:
         losses: list[float] = []
         if settings.metric == "overlap":
             # No right answer but a reference: its likelihood says more.
-            own = encode_rows(self.rows, self.tokenizer, **prompts).examples
+            own = encode_rows(self.rows, self.tokenizer, **card.prompts).examples
             losses = [-total / count for total, count in self._likelihoods(own, reused=False)[1]]
         predictions = [_answer(text, settings) for text in texts]
         pairs = zip(predictions, references, strict=True)

@@ -21,7 +21,7 @@ from lowmem_reft.runs.fit import fit
 from lowmem_reft.runs.fitting import fit_into_memory
 from lowmem_reft.runs.readme import write_model_card
 from lowmem_reft.runs.resolve import resolve
-from lowmem_reft.runs.score import ScoringSettings, check_rows, check_scoring, score
+from lowmem_reft.runs.score import ScoringSettings, check_scoring, rows_to_score, score
 from lowmem_reft.runs.tracking import Trackers
 from lowmem_reft.runs.validation import BestEpoch
 
@@ -85,8 +85,8 @@ def _read_held_out(run: Run, kind: str) -> list[Row]:
     chosen = vars(run.options.held_out)
     source, split, limit = (chosen[f"{kind}_{name}"] for name in ("data", "split", "limit"))
     rows = [] if source is None else load_rows(source, split=split, limit=limit)
-    check_rows(rows, run.card)
-    return rows
+    options = run.options
+    return rows_to_score(rows, run.tokenizer, run.card, options.scoring, options.prompts)
 
 
 def _attach(run: Run) -> PeftModel:

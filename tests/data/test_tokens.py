@@ -4,15 +4,14 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.rows import (
@@ -32,103 +31,15 @@ from lowmem_reft.data.tokens import (
     encode_rows,
 )
 from lowmem_reft.errors import InputError
-
-CORPUS = [
-    "Question: was it the good film?\nAnswer: positive",
-    "Question: is {x: 1} a set, or not?\nAnswer: negative",
-    "<|user|>hello there<|end|>\n<|assistant|>what a day<|end|>\n",
-]
-SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
-TEMPLATE = "Question: {prompt}\\nAnswer:"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+from made_tokenizers import (
+    CHAT_TEMPLATE,
+    SPECIAL,
+    TEMPLATE,
+    TOKENIZERS,
+    byte_level_tokenizer,
+    word_level_tokenizer,
+    wrapped,
 )
-
-
-def _wrap(
-    tokenizer: Tokenizer, *, bos: bool, pad: str = "<pad>", eos: str = "</s>"
-) -> PreTrainedTokenizerFast:
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token=eos,
-        pad_token=pad,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _byte_level(*, bos: bool, **special: str) -> PreTrainedTokenizerFast:
-    """GPT-2's kind: a space is the start of the next token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return _wrap(tokenizer, bos=bos, **special)
-
-
-def _metaspace(*, bos: bool) -> PreTrainedTokenizerFast:
-    """Llama 2's kind: text starts with a space of the tokenizer's own."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=200, special_tokens=[*SPECIAL, "<unk>"], show_progress=False
-    )
-    tokenizer.train_from_iterator([*CORPUS, "0123456789"], trainer)
-    return _wrap(tokenizer, bos=bos)
-
-
-def _word_level(*, bos: bool) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordLevelTrainer(special_tokens=[*SPECIAL, "<unk>"], show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return _wrap(tokenizer, bos=bos)
-
-
-class _SlowTokenizer(PreTrainedTokenizer):
-    """One token per character, in Python, so without offsets."""
-
-    vocab_size = 256
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(i): i for i in range(256)} | self.added_tokens_encoder
-
-    def _tokenize(self, text: str, **_: Any) -> list[str]:
-        return list(text)
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return ord(token)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return chr(index)
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return "".join(tokens)
-
-
-TOKENIZERS: dict[str, Callable[[], Any]] = {
-    "byte-level": lambda: _byte_level(bos=False),
-    "byte-level, BOS": lambda: _byte_level(bos=True),
-    "byte-level, BOS, pad == eos": lambda: _byte_level(bos=True, pad="</s>"),
-    "byte-level, BOS == eos": lambda: _byte_level(bos=True, eos="<s>"),
-    "metaspace": lambda: _metaspace(bos=False),
-    "metaspace, BOS": lambda: _metaspace(bos=True),
-    "words": lambda: _word_level(bos=False),
-    "words, BOS": lambda: _word_level(bos=True),
-    "slow": lambda: _SlowTokenizer(eos_token="</s>", pad_token="<pad>"),
-}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -138,12 +49,12 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def byte_level() -> PreTrainedTokenizerFast:
-    return _byte_level(bos=True)
+    return byte_level_tokenizer(bos=True)
 
 
 @pytest.fixture(scope="module")
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = _byte_level(bos=True, eos="<|end|>")
+    tokenizer = byte_level_tokenizer(bos=True, eos="<|end|>")
     tokenizer.chat_template = "<s>" + CHAT_TEMPLATE
     return tokenizer
 
@@ -507,16 +418,24 @@ def test_spaces_at_the_joint_belong_to_the_response(byte_level: Any) -> None:
     assert byte_level.decode(_parts(newline)[1]) == "good</s>"
 
 
-def test_a_token_that_reaches_into_the_response_is_supervised() -> None:
+@pytest.mark.parametrize("decoder", [decoders.Fuse(), None], ids=["fused", "spaced"])
+def test_what_is_merged_across_the_joint_is_taken_apart_or_refused(decoder: Any) -> None:
     tokenizer = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         special_tokens=SPECIAL, initial_alphabet=list("Answer:\nok "), show_progress=False
     )
     tokenizer.train_from_iterator(["er:\nok"] * 9, trainer)  # no pre-tokenizer: one token
-    wrapped = _wrap(tokenizer, bos=False)
-    prompt, response = _parts(encode_rows([_row("Answer:", "\nok")], wrapped).examples[0])
-    assert wrapped.decode(prompt).replace(" ", "") == "Answ"
-    assert wrapped.decode(response).replace(" ", "") == "er:\nok</s>"
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    merging, row = wrapped(tokenizer, bos=False), _row("Answer:", "\nok")
+    if decoder is None:  # it writes spaces between tokens: other text than the row's
+        with pytest.raises(InputError, match=r"must not merge prompt and response, got .*er:\\nok"):
+            encode_rows([row], merging)
+        return
+    prompt, response = _parts(encode_rows([row], merging).examples[0])
+    assert prompt == encode_prompts([row], merging).examples[0]["input_ids"]
+    assert merging.decode(prompt) == "Answer:"
+    assert merging.decode(response) == "\nok</s>"
 
 
 def test_eos_that_the_response_ends_with_is_not_doubled(byte_level: Any) -> None:
@@ -525,7 +444,9 @@ def test_eos_that_the_response_ends_with_is_not_doubled(byte_level: Any) -> None
 
 
 def test_a_tokenizer_without_eos_and_pad_ends_with_the_response_and_pads_with_zero() -> None:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_byte_level(bos=False).backend_tokenizer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_tokenizer(bos=False).backend_tokenizer
+    )
     examples = encode_rows([_row("a b c", "ok"), _row("a", "ok")], tokenizer).examples
     assert tokenizer.decode(_parts(examples[0])[1]) == " ok"
     assert Collator(tokenizer)(examples)["input_ids"][1, -1] == 0
@@ -645,7 +566,7 @@ def test_chats_without_a_chat_template_are_refused(byte_level: Any) -> None:
     ],
 )
 def test_a_chat_template_that_refuses_or_rewrites_is_an_error(template: str, message: str) -> None:
-    tokenizer = _byte_level(bos=True)
+    tokenizer = byte_level_tokenizer(bos=True)
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=rf"rows\.jsonl:7: .*{message}"):
         encode_rows([_chat_row("hello", "there")], tokenizer)
@@ -657,7 +578,7 @@ def test_a_row_without_response_cannot_be_trained_on(byte_level: Any) -> None:
 
 
 def test_labelled_texts_get_special_tokens_and_are_cut_on_the_right() -> None:
-    tokenizer = _word_level(bos=True)
+    tokenizer = word_level_tokenizer(bos=True)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
         special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>")],
@@ -677,7 +598,7 @@ def test_labelled_texts_get_special_tokens_and_are_cut_on_the_right() -> None:
 
 def _pair_tokenizer() -> Any:
     """One that separates the texts of a pair and tells them apart by token types."""
-    tokenizer = _word_level(bos=True)
+    tokenizer = word_level_tokenizer(bos=True)
     special = [(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=special
@@ -744,7 +665,7 @@ def test_padding_is_masked_by_length_on_either_side(tokenizer: Any, side: Any) -
 
 
 def test_real_eos_is_attended_and_supervised_where_it_also_pads() -> None:
-    tokenizer = _byte_level(bos=False, pad="</s>")
+    tokenizer = byte_level_tokenizer(bos=False, pad="</s>")
     examples = encode_rows([_row("a longer prompt", "ok"), _row("a", "ok")], tokenizer).examples
     batch = Collator(tokenizer)(examples)
     end = len(examples[1]["input_ids"]) - 1

@@ -37,7 +37,17 @@ def find_rows(options: SweepOptions) -> tuple[CompareOptions, Sources, CompareOp
 
 def _with_rows(options: SweepOptions) -> CompareOptions:
     """The comparison, with files for all three kinds of rows."""
-    shared = ("base", "rows", "scoring", "optim", "memory", "reuse", "output_dir", "workers")
+    shared = (
+        "base",
+        "rows",
+        "prompts",
+        "scoring",
+        "optim",
+        "memory",
+        "reuse",
+        "output_dir",
+        "workers",
+    )
     groups = {name: getattr(options, name) for name in (*shared, "quiet")}
     comparison = CompareOptions(scored=ScoredOptions(tasks=options.task), **groups)
     given = options.rows
