@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         encode_rows,
         encode_texts,
     )
+    from lowmem_reft.data.turns import split_turns
 
 __all__ = [
     "IGNORED_LABEL",
@@ -47,6 +48,7 @@ __all__ = [
     "label_names",
     "load_rows",
     "rows_digest",
+    "split_turns",
     "write_rows",
 ]
 
@@ -65,5 +67,10 @@ _ROWS = {
     "write_rows",
 }
 __getattr__, __dir__ = names_on_use(
-    __name__, {"rows": _ROWS, "tokens": {*__all__} - _ROWS - {"IGNORED_LABEL"}}
+    __name__,
+    {
+        "rows": _ROWS,
+        "turns": {"split_turns"},
+        "tokens": {*__all__} - _ROWS - {"IGNORED_LABEL", "split_turns"},
+    },
 )

@@ -21,7 +21,7 @@ def of_turns(rows: Sequence[Row], turns: Turns) -> list[Row]:
     """Return the rows, or, of ``all`` turns, a row for each answer of a chat."""
     if turns == "last":
         return list(rows)
-    return [part for row in rows for part in (_parts(row) if row.response is not None else [row])]
+    return [part for row in rows for part in (_parts(row) if row.kind == "messages" else [row])]
 
 
 def split_turns(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -32,7 +32,8 @@ def split_turns(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         For every assistant message that has something before it and no ``weight`` of 0, a record
-        whose ``messages`` end with it.
+        with all messages before it as ``prompt`` and it alone as ``completion``, in place of
+        ``messages``.
     """
     found: list[dict[str, Any]] = []
     for record in records:
@@ -40,7 +41,10 @@ def split_turns(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(messages, list):
             found.append(dict(record))
             continue
-        found += [{**record, "messages": messages[:end]} for end in _ends(messages)]
+        kept = {key: value for key, value in record.items() if key != "messages"}
+        for end in _ends(messages):
+            prompt, completion = messages[: end - 1], messages[end - 1 : end]
+            found.append({**kept, "prompt": prompt, "completion": completion})
     return found
 
 

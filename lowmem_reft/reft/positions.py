@@ -10,7 +10,6 @@ Source: arXiv 2404.03592, section 3 (P) and 4 (the hyperparameters p, s and tyin
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,6 @@ TIES = ("tied", "sides", "positions")
 GRAMMAR = "'all', 'fN' (first N), 'lN' (last N) or 'fN+lM', with N and M at least 1"
 
 _SPEC = re.compile(r"(?:f(?P<first>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<last>[1-9]\d*))?")
-_warned_spans = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +79,8 @@ def find_prompt(
 ) -> Bool[Tensor, "batch seq"]:
     """Mark the prompt: attended, not supervised, and before the first supervised token.
 
-    Without labels every attended token is prompt. With several supervised spans in one example
-    the first prompt counts, and one warning is given.
+    Without labels every attended token is prompt. Of several supervised spans in one example the
+    first one's prompt counts; `has_later_prompt` tells whether there are such.
 
     Args:
         attention_mask: Nonzero where a token is attended.
@@ -93,9 +91,7 @@ def find_prompt(
     if labels is None:
         return attended
     supervised = (labels != IGNORED_LABEL) & attended
-    seen = _running_count(supervised, segments)
-    _warn_of_later_spans(attended & ~supervised & (seen > 0), supervised, segments)
-    return attended & (seen == 0)
+    return attended & (_running_count(supervised, segments) == 0)
 
 
 def assign_groups(
@@ -157,19 +153,13 @@ def _running_count(
     return count - (count - mask.long()).gather(1, start)
 
 
-def _warn_of_later_spans(
-    gap: Bool[Tensor, "batch seq"],
-    supervised: Bool[Tensor, "batch seq"],
-    segments: Int[Tensor, "batch seq"] | None,
-) -> None:
-    global _warned_spans
-    if _warned_spans or not bool((supervised & (_running_count(gap, segments) > 0)).any()):
-        return
-    _warned_spans = True
-    warnings.warn(
-        "some examples have several supervised spans; the prompt before the first one is edited "
-        "and later prompts are not (pass intervention_mask to choose otherwise; if these are "
-        "samples packed into a row, pass position_ids that start again at 0, as TRL's "
-        "packing_strategy 'bfd' does and 'wrapped' does not)",
-        stacklevel=2,
-    )
+def has_later_prompt(
+    attention_mask: Int[Tensor, "batch seq"],
+    labels: Int[Tensor, "batch seq"],
+    segments: Int[Tensor, "batch seq"] | None = None,
+) -> bool:
+    """Whether some sample has a second prompt: unsupervised tokens between supervised ones."""
+    attended = attention_mask.bool()
+    supervised = (labels != IGNORED_LABEL) & attended
+    gap = attended & ~supervised & (_running_count(supervised, segments) > 0)
+    return bool((supervised & (_running_count(gap, segments) > 0)).any())

@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from lowmem_reft.errors import InputError
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.past import Branch, Generation, Place, place_by_hand, shape_of
-from lowmem_reft.reft.positions import find_prompt, packed_segments
+from lowmem_reft.reft.positions import (
+    find_prompt,
+    has_later_prompt,
+    packed_segments,
+    parse_positions,
+)
 
 OWN_ARGUMENTS = ("prompt_mask", "intervention_mask")
 
@@ -186,8 +191,10 @@ class Selector:
                 "labels out, as label smoothing does, needs lowmem_reft.reuse.mixins.PromptMixin)"
             )
         prompt = find_prompt(mask, labels, segments)
-        if labels is not None and training:
-            self._require_prompt(prompt, call)
+        if labels is not None:
+            _require_one_answer(config, prompt, mask, labels, segments)
+            if training:
+                self._require_prompt(prompt, call)
         return config.groups(prompt, segments)
 
     def _require_prompt(self, prompt: Tensor, call: dict[str, Any]) -> None:
@@ -210,6 +217,31 @@ class Selector:
                 "supervised; ReFT edits the prompt, so nothing would be trained: give prompt and "
                 "completion, or messages with assistant_only_loss=True, or pass intervention_mask"
             )
+
+
+def _require_one_answer(
+    config: ReftConfig, prompt: Tensor, mask: Tensor, labels: Tensor, segments: Tensor | None
+) -> None:
+    """Refuse several answers in one example, unless all are read after the same edits.
+
+    They are where the first tokens alone are edited: those of the first prompt, which holds them.
+
+    Raises:
+        InputError: See above.
+    """
+    if not has_later_prompt(mask, labels, segments):
+        return
+    positions = parse_positions(config.positions)
+    is_first_only = not positions.every and not positions.last
+    if is_first_only and segments is None and bool((prompt.sum(1) >= positions.first).all()):
+        return
+    raise InputError(
+        "labels must supervise one answer in an example, got several with prompts between them: "
+        f"positions {config.positions!r} edit other tokens for each answer; split conversations "
+        "with lowmem_reft.data.split_turns (train --turns all does it), or pass intervention_mask "
+        "(samples packed into a row need position_ids that start again at 0, as TRL's "
+        "packing_strategy 'bfd' gives and 'wrapped' does not)"
+    )
 
 
 def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:

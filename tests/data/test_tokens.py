@@ -29,6 +29,7 @@ from lowmem_reft.data.tokens import (
     encode_labelled,
     encode_prompts,
     encode_rows,
+    encode_those_that_fit,
 )
 from lowmem_reft.errors import InputError
 from made_tokenizers import (
@@ -692,3 +693,47 @@ def test_real_tokenizers_give_back_the_response() -> None:
         prompt, response = _parts(example)
         assert prompt[0] == tokenizer.bos_token_id
         assert tokenizer.decode(response[:-1]).endswith("It was.\nVery good.")
+
+
+def test_choices_of_which_one_begins_another_end_with_eos_where_they_are_trained_and_scored(
+    byte_level: Any,
+) -> None:
+    row = _choice_row("Who?", "one", "one two")
+    scored = encode_choices(row, byte_level).examples
+    assert [example["input_ids"][-1] for example in scored] == [byte_level.eos_token_id] * 2
+    assert encode_rows([row], byte_level).examples == scored[:1]
+    other = _choice_row("Who?", "one", "two")
+    assert byte_level.eos_token_id not in encode_choices(other, byte_level).examples[0]["input_ids"]
+
+
+def test_a_choice_that_begins_another_is_refused_without_an_eos() -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_tokenizer(bos=False).backend_tokenizer
+    )
+    with pytest.raises(InputError, match=r"rows\.jsonl:7: no choice may begin another"):
+        encode_choices(_choice_row("Who?", "one", "one two"), tokenizer)
+
+
+def test_all_rows_that_do_not_fit_are_named_at_once_or_left_out_on_request(byte_level: Any) -> None:
+    rows = [
+        Row(source=f"rows.jsonl:{number}", prompt="Who?", response="cat " * size)
+        for number, size in enumerate((1, 40, 2, 60, 80, 100, 120), start=1)
+    ]
+    sizes = [len(_parts(encode_rows([row], byte_level).examples[0])[1]) for row in rows]
+    told = (
+        rf"rows\.jsonl:2: .* in max_length 32, got {sizes[1]} tokens, and 4 more of 7 rows do not "
+        rf"fit: rows\.jsonl:4 \({sizes[3]}\), .*, \.\.\.; raise max_length \(to {max(sizes) + 2} "
+    )
+    with pytest.raises(InputError, match=told):
+        encode_rows(rows, byte_level, max_length=32)
+    assert encode_rows(rows, byte_level, max_length=max(sizes) + 2)
+
+    def encode(some: Any) -> Any:
+        return encode_rows(some, byte_level, max_length=32)
+
+    with pytest.warns(UserWarning, match=r"5 of 7 rows were left out, the first is rows\.jsonl:2"):
+        kept, encoded = encode_those_that_fit(rows, encode, long_rows="drop")
+    assert kept == [rows[0], rows[2]]
+    assert encoded == encode([rows[0], rows[2]])
+    with pytest.raises(InputError, match="and 1 more of 2 rows do not fit"):
+        encode_those_that_fit([rows[1], rows[3]], encode, long_rows="drop")

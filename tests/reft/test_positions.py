@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lowmem_reft import InputError
-from lowmem_reft.reft import positions
 from lowmem_reft.reft.positions import (
     Positions,
     assign_groups,
     find_prompt,
+    has_later_prompt,
     num_groups,
     packed_segments,
     parse_positions,
@@ -195,43 +195,34 @@ def test_left_and_right_padding_edit_the_same_tokens(spec: str) -> None:
         assert (groups_left[row, : width - n] == -1).all()
 
 
-def test_tokens_after_the_first_supervised_one_are_not_prompt(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(positions, "_warned_spans", True)
+def test_tokens_after_the_first_supervised_one_are_not_prompt() -> None:
     mask = torch.ones(1, 6, dtype=torch.long)
     prompt = find_prompt(mask, torch.tensor([[-100, -100, 7, -100, 7, -100]]))
     assert prompt.tolist() == [[True, True, False, False, False, False]]
 
 
-def test_several_supervised_spans_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(positions, "_warned_spans", False)
+def test_a_second_prompt_is_seen() -> None:
     mask = torch.ones(1, 4, dtype=torch.long)
-    labels = torch.tensor([[-100, 7, -100, 7]])
-    with pytest.warns(UserWarning, match="several supervised spans"):
-        find_prompt(mask, labels)
-    find_prompt(mask, labels)  # a second warning would be an error
+    assert has_later_prompt(mask, torch.tensor([[-100, 7, -100, 7]]))
 
 
-def test_an_unsupervised_tail_is_not_a_second_span(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(positions, "_warned_spans", False)
-    find_prompt(torch.ones(1, 4, dtype=torch.long), torch.tensor([[-100, 7, 7, -100]]))
+def test_an_unsupervised_tail_is_no_second_prompt() -> None:
+    mask = torch.ones(1, 4, dtype=torch.long)
+    assert not has_later_prompt(mask, torch.tensor([[-100, 7, 7, -100]]))
 
 
-def test_padding_between_spans_is_not_a_second_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(positions, "_warned_spans", False)
-    mask = torch.tensor([[1, 1, 0, 1]])
-    prompt = find_prompt(mask, torch.tensor([[-100, 7, -100, 7]]))
-    assert prompt.tolist() == [[True, False, False, False]]
+def test_padding_between_spans_is_no_second_prompt() -> None:
+    mask, labels = torch.tensor([[1, 1, 0, 1]]), torch.tensor([[-100, 7, -100, 7]])
+    assert not has_later_prompt(mask, labels)
+    assert find_prompt(mask, labels).tolist() == [[True, False, False, False]]
 
 
-def test_supervised_samples_packed_in_a_row_are_not_several_spans(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(positions, "_warned_spans", False)
+def test_supervised_samples_packed_in_a_row_are_not_several_spans() -> None:
     mask = torch.ones(1, 6, dtype=torch.long)
     segments = packed_segments(torch.tensor([[0, 1, 2, 0, 1, 2]]), mask)
-    prompt = find_prompt(mask, torch.tensor([[-100, 7, 7, -100, -100, 7]]), segments)
+    labels = torch.tensor([[-100, 7, 7, -100, -100, 7]])
+    assert not has_later_prompt(mask, labels, segments)
+    prompt = find_prompt(mask, labels, segments)
     assert prompt.tolist() == [[True, False, False, True, True, False]]
 
 

@@ -20,6 +20,7 @@ import lowmem_reft as lr
 from lowmem_reft.base.identity import base_digest
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.data.tokens import Collator
+from lowmem_reft.data.turns import split_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory import MemoryCallback
 from lowmem_reft.options import ReuseOptions
@@ -51,6 +52,12 @@ PREFERENCES = [
 CHATS = [
     [("user", "is it good?"), ("assistant", "good"), ("user", "and you?"), ("assistant", "bad")],
     [("user", "two and two?"), ("assistant", "four.")],
+]
+MESSAGES = [[{"role": role, "content": text} for role, text in chat] for chat in CHATS]
+ASKED = [
+    "u:is it good? a:",
+    "u:is it good? a:good</s> u:and you? a:",
+    "u:two and two? a:",
 ]
 ID_OF = {"good": 0, "bad": 1}
 
@@ -368,29 +375,37 @@ def test_sft_edits_the_ends_of_each_prompt(
     assert call["edited"] == expected
 
 
-def test_sft_of_conversations_edits_what_comes_before_the_first_answer(
-    base: Any, tokenizer: Any, tmp_path: Path, edited: list[dict[str, Any]], span_warning: None
+def test_each_answer_of_a_conversation_is_trained_after_its_own_prompt(
+    base: Any, tokenizer: Any, tmp_path: Path, edited: list[dict[str, Any]]
 ) -> None:
-    rows = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in CHATS]
-    trainer = sft(base, tokenizer, tmp_path, rows=rows, max_steps=1, assistant_only_loss=True)
-    with pytest.warns(UserWarning, match="several supervised spans"):
-        trainer.train()
+    rows = split_turns([{"messages": chat} for chat in MESSAGES])
+    sft(base, tokenizer, tmp_path, rows=rows, max_steps=1, per_device_train_batch_size=3).train()
     (call,) = edited
+    prompts = {tokenizer.decode(tokenizer(f" {text}")["input_ids"]) for text in ASKED}
     expected = []
-    for number, ids in enumerate(call["input_ids"].tolist()):
-        first = tokenizer.decode(ids).split(" a:")[0] + " a:"
-        assert first in (" u:is it good? a:", " u:two and two? a:")
-        size = len(tokenizer(first)["input_ids"])
-        assert (call["labels"][number, :size] == -100).all()
-        assert call["labels"][number, size] != -100
+    for number, (ids, labels) in enumerate(zip(call["input_ids"], call["labels"], strict=True)):
+        size = int((labels != -100).nonzero()[0])
+        prompts.remove(tokenizer.decode(ids[:size]))
         expected += [(number, column) for column in ends(size)]
+    assert not prompts
     assert call["edited"] == expected
 
 
-@pytest.fixture
-def span_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the warning be given again."""
-    monkeypatch.setattr("lowmem_reft.reft.positions._warned_spans", False)
+@pytest.mark.parametrize("positions", ["f2+l2", "all", "f99", "f2"])
+def test_conversations_with_several_answers_need_edits_that_are_the_same_for_all(
+    base: Any, tokenizer: Any, tmp_path: Path, edited: list[dict[str, Any]], positions: str
+) -> None:
+    rows = [{"messages": chat} for chat in MESSAGES]
+    config = reft(positions=positions)
+    trainer = sft(
+        base, tokenizer, tmp_path, rows=rows, config=config, max_steps=1, assistant_only_loss=True
+    )
+    if positions != "f2":
+        with pytest.raises(InputError, match=r"must supervise one answer.*split_turns"):
+            trainer.train()
+        return
+    trainer.train()
+    assert edited[-1]["edited"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_packed_samples_are_edited_and_trained_like_single_ones(
@@ -417,13 +432,13 @@ def test_packed_samples_are_edited_and_trained_like_single_ones(
     assert_same(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_packing_that_hides_where_samples_begin_warns(
-    base: Any, tokenizer: Any, tmp_path: Path, span_warning: None
+def test_packing_that_hides_where_samples_begin_is_refused(
+    base: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     trainer = sft(
         base, tokenizer, tmp_path, packing=True, packing_strategy="wrapped", max_length=64
     )
-    with pytest.warns(UserWarning, match="packed into a row.*'wrapped' does not"):
+    with pytest.raises(InputError, match=r"packed into a row.*'wrapped' does not"):
         trainer.train()
 
 
