@@ -21,7 +21,7 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from lowmem_reft import cli, options
-from lowmem_reft.data import tokens
+from lowmem_reft.data import joint, tokens
 from lowmem_reft.machine import progress
 
 BAR_OF_TRAINER = r"\d+%\|.*?\| \d+/6 \[\d\d:\d\d<"  # done, of how many, time gone < time left
@@ -125,9 +125,9 @@ def test_tokenizing_many_rows_shows_a_bar_and_changes_nothing(
         seen.append((what, quiet))
         return items
 
-    monkeypatch.setattr(tokens, "progress", watched)
+    monkeypatch.setattr(joint, "progress", watched)
     assert tokens.encode_rows(rows, tokenizer).examples == whole
-    monkeypatch.setattr(tokens, "TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(joint, "TEXTS_AT_ONCE", 3)
     assert tokens.encode_rows(rows, tokenizer).examples == whole
     assert seen == [("tokenizing", True)] * 2 + [("tokenizing", False)] * 2
 

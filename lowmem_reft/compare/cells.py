@@ -101,7 +101,7 @@ class _Maker:
                 template=sources.train_template,
                 limit=options.rows.limit,
             ),
-            prompts=options.prompts,
+            prompts=options.rows.prompts,
             held_out=HeldOutOptions(
                 validation_data=sources.validation,
                 validation_split=options.rows.validation_split,
@@ -140,7 +140,7 @@ class _Maker:
                 max_length=options.rows.max_length,
                 limit=options.scored.eval_limit,
             ),
-            prompts=options.prompts,
+            prompts=options.rows.prompts,
             adapter=adapter,
             scoring=sources.scoring,
             # Cells share their stores: another seed or rank on the same layers builds nothing.

@@ -1,24 +1,16 @@
-"""Rows become prompt tokens and supervised response tokens; what is cut is counted.
-
-The prompt's tokens are those of its text alone, whatever follows: what is edited and read in
-training, scoring, generation, chat and the harness is the same. The whole text is tokenized too; if
-the tokenizer merges across the joint, so that the prompt's tokens do not begin it, the response is
-tokenized by itself, and what both decode to must be the whole text. This needs no character
-offsets, which slow tokenizers lack and byte-level ones trim at white space.
-"""
+"""Rows become prompt tokens and supervised response tokens; what is cut is counted."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.joint import bos_of, end_response, one_begins_another, tokenized, with_end
 from lowmem_reft.data.rows import Row, class_index
 from lowmem_reft.data.texts import written
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.progress import progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,9 +21,6 @@ if TYPE_CHECKING:
     from lowmem_reft.options import Joint, LongRows
 
 Encoded = TypeVar("Encoded")
-
-TEXTS_AT_ONCE = 8192
-"""Texts that are tokenized together; with more there is a progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +76,11 @@ def encode_rows(
         written(row, tokenizer, template=template, joint=joint, responses=[_response(row)])
         for row in rows
     ]
-    encoded = _tokenized(rows, texts, tokenizer)
+    encoded = tokenized(rows, texts, tokenizer)
     responses = [response for _, (response,) in encoded]
-    for row, response, ends in zip(rows, responses, _with_end(rows, tokenizer), strict=True):
+    for row, response, ends in zip(rows, responses, with_end(rows, tokenizer), strict=True):
         if ends:
-            _end(row, response, tokenizer)
+            end_response(row, response, tokenizer)
     prompts = _fitted(rows, encoded, list(map(len, responses)), tokenizer, max_length)
     examples = [_example(*pair) for pair in zip(prompts, responses, strict=True)]
     return _encoded(examples, _cuts(encoded, prompts))
@@ -141,11 +130,11 @@ def encode_all_choices(
         written(row, tokenizer, template=template, joint=joint, responses=row.choices)
         for row in rows
     ]
-    encoded = _tokenized(rows, texts, tokenizer)
-    for row, (_, responses), ends in zip(rows, encoded, _with_end(rows, tokenizer), strict=True):
+    encoded = tokenized(rows, texts, tokenizer)
+    for row, (_, responses), ends in zip(rows, encoded, with_end(rows, tokenizer), strict=True):
         for response in responses if ends else ():
-            _end(row, response, tokenizer)
-        if _one_begins_another(responses):
+            end_response(row, response, tokenizer)
+        if one_begins_another(responses):
             raise InputError(
                 f"{row.source}: no choice may begin another in this tokenizer's tokens, got "
                 f"{list(row.choices)}; write them otherwise"
@@ -172,7 +161,7 @@ def encode_prompts(
         InputError: If the template is wrong or a prompt has no token.
     """
     texts = [written(row, tokenizer, template=template, joint="none", responses=()) for row in rows]
-    encoded = _tokenized(rows, texts, tokenizer)
+    encoded = tokenized(rows, texts, tokenizer)
     prompts = _fitted(rows, encoded, [0] * len(rows), tokenizer, max_length)
     return _encoded([{"input_ids": prompt} for prompt in prompts], _cuts(encoded, prompts))
 
@@ -204,10 +193,10 @@ def encode_texts(
         (start, [prompt[len(start) :] + response] if response else [])
         for start, (prompt, response) in zip(starts, texts, strict=True)
     ]
-    bos = _bos(tokenizer) if adds_bos else []
+    bos = bos_of(tokenizer) if adds_bos else []
     return [
         (prompt, responses[0] if responses else [])
-        for prompt, responses in _tokenized(rows, both, tokenizer, bos=bos)
+        for prompt, responses in tokenized(rows, both, tokenizer, bos=bos)
     ]
 
 
@@ -352,116 +341,6 @@ def _response(row: Row) -> str:
     if row.response is None:
         raise InputError(f"{row.source}: a row must have a response, got none; add it")
     return row.response
-
-
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids without special tokens, so that an EOS of the tokenizer's own is never there."""
-    ids: list[list[int]] = []
-    starts = range(0, len(texts), TEXTS_AT_ONCE)
-    for start in progress(starts, "tokenizing", quiet=len(starts) < 2):
-        part = list(texts[start : start + TEXTS_AT_ONCE])
-        ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] if the tokenizer starts texts with one, else []."""
-    start: list[int] = tokenizer("")["input_ids"][:1]
-    return start if start == [tokenizer.bos_token_id] else []
-
-
-def _tokenized(
-    rows: Sequence[Row],
-    texts: Sequence[tuple[str, list[str]]],
-    tokenizer: PreTrainedTokenizerBase,
-    bos: list[int] | None = None,
-) -> list[tuple[list[int], list[list[int]]]]:
-    """Prompt, with BOS, and responses of every row: those of a row share the prompt's tokens."""
-    prompts = _tokenize([prompt for prompt, _ in texts], tokenizer)
-    joined = [prompt + rest for prompt, responses in texts for rest in responses]
-    wholes = iter(_tokenize(joined, tokenizer))
-    bos = _bos(tokenizer) if bos is None else bos
-    found = []
-    for row, (_, responses), prompt_ids in zip(rows, texts, prompts, strict=True):
-        ids = [_after(row, prompt_ids, rest, next(wholes), tokenizer) for rest in responses]
-        # Chat templates write their own BOS or none.
-        head = [] if row.messages or prompt_ids[:1] == bos else bos
-        found.append((head + prompt_ids, ids))
-    return found
-
-
-def _after(
-    row: Row,
-    prompt: list[int],
-    rest: str,
-    whole: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[int]:
-    """Return the tokens of a response after the prompt's, which it does not change.
-
-    Raises:
-        InputError: There are none, or the tokenizer merges across the joint for good.
-    """
-    size = len(prompt)
-    found = whole[size:] if whole[:size] == prompt else None
-    if found is None:
-        text = tokenizer.decode(whole)
-        # After nothing, or after what is a token of its own: not all tokenizers begin a text as
-        # they go on.
-        for before in ("", "\n", ":", "a"):
-            start, ids = _tokenize([before, before + rest], tokenizer)
-            if ids[: len(start)] == start and tokenizer.decode(prompt + ids[len(start) :]) == text:
-                found = ids[len(start) :]
-                break
-        else:
-            shared = next(i for i, (a, b) in enumerate(zip(prompt, [*whole, -1])) if a != b)  # noqa: B905
-            raise InputError(
-                f"{row.source}: the tokenizer must not merge prompt and response, got "
-                f"{tokenizer.convert_ids_to_tokens(prompt[shared:])} for the prompt's end and "
-                f"{tokenizer.convert_ids_to_tokens(whole[shared : shared + 3])} with the response; "
-                "end the prompt, or begin the response, with white space"
-            )
-    if not found:
-        raise InputError(
-            f"{row.source}: response must have tokens, got none from this tokenizer; "
-            "use a model that knows its characters"
-        )
-    return found
-
-
-def _with_end(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
-    """Whether the response of each row has EOS: of choices only where one begins another.
-
-    That is told by the tokens of the choices alone, so that it is the same in training, where the
-    other choices are not written after the prompt.
-    """
-    known: dict[tuple[str, ...], bool] = {(): True}
-    for row in rows:
-        if row.choices not in known:
-            alone = _tokenize([f" {choice.strip()}" for choice in row.choices], tokenizer)
-            known[row.choices] = _one_begins_another(alone)
-    return [known[row.choices] for row in rows]
-
-
-def _one_begins_another(responses: list[list[int]]) -> bool:
-    ordered = sorted(responses)  # what begins another stands right before what it begins
-    return any(b[: len(a)] == a for a, b in pairwise(ordered))
-
-
-def _end(row: Row, response: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a response end with EOS, if the tokenizer has one.
-
-    Raises:
-        InputError: It has none, and a choice that begins another needs it.
-    """
-    eos_id = tokenizer.eos_token_id
-    if eos_id is None and row.choices:
-        raise InputError(
-            f"{row.source}: no choice may begin another where the tokenizer has no eos_token, got "
-            f"{list(row.choices)}; write them otherwise"
-        )
-    if eos_id is not None and response[-1:] != [eos_id]:
-        response.append(eos_id)
 
 
 def _fitted(

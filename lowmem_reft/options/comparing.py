@@ -69,6 +69,7 @@ class RowsOptions:
     """Use only the first N training rows (of a task: N rows drawn with a fixed seed)."""
     validation_limit: int | None = None
     """Choose by the first N validation rows only."""
+    prompts: PromptOptions = field(default_factory=PromptOptions)
 
     def __post_init__(self) -> None:
         """Check the counts."""
@@ -148,7 +149,6 @@ class CompareOptions(Switches):
 
     base: BaseOptions = field(default_factory=BaseOptions)
     rows: RowsOptions = field(default_factory=RowsOptions)
-    prompts: PromptOptions = field(default_factory=PromptOptions)
     scored: ScoredOptions = field(default_factory=ScoredOptions)
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
     output_dir: Path = Path("compare-results")
@@ -261,7 +261,6 @@ class SweepOptions(Switches):
     """A name that lowmem-reft tasks lists: trials train on its training rows and are scored on its
     validation rows."""
     rows: RowsOptions = field(default_factory=RowsOptions)
-    prompts: PromptOptions = field(default_factory=PromptOptions)
     output_dir: Path = Path("sweep-results")
     """Where trials and sweep.json go; the same command goes on with what is there."""
     memory: MemoryOptions = field(default_factory=MemoryOptions)

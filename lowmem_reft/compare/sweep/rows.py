@@ -40,7 +40,6 @@ def _with_rows(options: SweepOptions) -> CompareOptions:
     shared = (
         "base",
         "rows",
-        "prompts",
         "scoring",
         "optim",
         "memory",
