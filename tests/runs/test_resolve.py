@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import resolve_storage
+from lowmem_reft.methods.card import load_card, merge_card
 from lowmem_reft.options import (
     DataOptions,
     HeldOutOptions,
@@ -20,9 +22,11 @@ from lowmem_reft.options import (
     MethodOptions,
     ModelOptions,
     OptimOptions,
+    PromptOptions,
     ReuseOptions,
     RunOptions,
     TrainOptions,
+    written,
 )
 from lowmem_reft.runs.resolve import resolve
 from lowmem_reft.runs.train import run_training
@@ -114,3 +118,48 @@ def test_what_a_base_computes_in_follows_from_storage_dtype_and_device() -> None
     assert resolve_storage("nf4", "auto", has_bf16=True) == ("nf4", bf16)
     assert resolve_storage("nf4", "auto", has_bf16=False) == ("nf4", fp32)
     assert resolve_storage("fp16", "auto", has_bf16=False) == ("fp16", torch.float16)
+
+
+def test_an_adapter_keeps_the_joint_it_was_trained_with(options: TrainOptions) -> None:
+    run = resolve(replace(options, prompts=PromptOptions(joint="none")))
+    run.card.save(options.run.output_dir)
+    card = load_card(options.run.output_dir)
+    assert card is not None
+    given = {"template": None, "max_length": None}
+    assert merge_card(card, options.model, **given).joint == "none"
+    assert merge_card(card, options.model, **given, joint="space").joint == "space"
+    assert resolve(options).card.joint == "auto"
+
+
+def test_adapters_from_before_there_was_a_choice_were_trained_with_a_space(
+    options: TrainOptions,
+) -> None:
+    directory = options.run.output_dir
+    resolve(options).card.save(directory)
+    path = directory / "training.json"
+    content = json.loads(path.read_text())
+    del content["joint"]
+    path.write_text(json.dumps(content))
+    card = load_card(directory)
+    assert card is not None
+    assert card.joint == "space"
+
+
+@pytest.mark.parametrize("part", ["data", "validation_data", "eval_data"])
+def test_rows_that_do_not_fit_are_told_before_the_training_and_left_out_on_request(
+    options: TrainOptions, tmp_path: Path, part: str
+) -> None:
+    rows = [{"prompt": "was it", "choices": ["good", "bad"], "answer": i % 2} for i in range(4)]
+    rows[2] = {"prompt": "what", "choices": ["good", "very " * 600], "answer": 0}
+    if part == "data":
+        rows[2] = {"prompt": "what", "choices": ["good " * 600, "bad"], "answer": 0}
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = written.changed(options, memory_gib=None, max_steps=1, **{part: str(path)})
+    with pytest.raises(InputError, match=r"long\.jsonl:3: response must leave room"):
+        run_training(options)
+    options = replace(options, prompts=PromptOptions(long_rows="drop"))
+    with pytest.warns(UserWarning, match=r"1 of 4 rows were left out, the first is .*jsonl:3"):
+        result = run_training(options)
+    if part == "eval_data":
+        assert result["eval"]["num_examples"] == 3
