@@ -28,6 +28,7 @@ from lowmem_reft.methods.several import answering, find_adapters, load_together,
 from lowmem_reft.methods.virtual_tokens import generate
 from lowmem_reft.options import DecodingOptions
 from lowmem_reft.runs.answer_file import as_line, keep_answers, opened
+from lowmem_reft.runs.outputs import check_generation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -219,9 +220,8 @@ def _question(row: Row, adapter: NamedAdapter | None) -> dict[str, Any]:
 def _kept(
     options: GenerateOptions, questions: Sequence[dict[str, Any]], run: dict[str, Any]
 ) -> list[str]:
-    given, output = options.input, options.output
-    if given is not None and output is not None and output.resolve() == given.resolve():
-        raise InputError(f"output must be another file than input, got {str(output)!r}; rename it")
+    check_generation(options)
+    output = options.output
     return [] if output is None or options.overwrite else keep_answers(output, questions, run)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lowmem_reft.compare.cell import EMPTY_RESULT
-from lowmem_reft.machine.files import write_json, write_text_whole
+from lowmem_reft.machine.files import write_json, write_text_whole, write_whole
 
 CSV_FIELDS = tuple(
     name
@@ -61,5 +62,6 @@ def write_report(results: Sequence[dict[str, Any]], directory: Path, *, texts: b
     sections = [section for render in SECTIONS if (section := render(comparison)) is not None]
     for section in sections:
         for name, chart in section.charts.items():
-            chart.figure.savefig(directory / f"{name}.png", dpi=200, facecolor="white")
+            picture = partial(chart.figure.savefig, format="png", dpi=200, facecolor="white")
+            write_whole(directory / f"{name}.png", picture)
     return write_text_whole(directory / "report.html", render_page(comparison, sections))
