@@ -132,3 +132,16 @@ def test_adapters_that_ask_for_code_or_other_adapters_are_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="must not ask for code or files of others"):
         find_adapter(tmp_path)
+
+
+def test_adapters_with_patterns_that_do_not_end_are_refused(tmp_path: Path) -> None:
+    pattern = r"(([a-z_]+|\.|\d)+)+!"
+    for content in ({"target_modules": pattern}, {"rank_pattern": {pattern: 4}}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match="must name modules by patterns that end"):
+            find_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"target_modules": "("}))
+    with pytest.raises(InputError, match="must name modules by regular expressions"):
+        find_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"target_modules": r".*\.(q|v)_proj"}))
+    assert find_adapter(tmp_path) == tmp_path
