@@ -24,6 +24,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import dtype_name, resolve_storage
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.machine.provenance import file_digest
+from lowmem_reft.machine.terminal import for_stream
 from lowmem_reft.methods.several import answering, find_adapters, load_together, mixes_in_a_batch
 from lowmem_reft.methods.virtual_tokens import generate
 from lowmem_reft.options import DecodingOptions
@@ -122,7 +123,7 @@ def _written(
         output = opened(options.output, run, num_kept=start)
     with output as stream:
         for question, text in zip(questions[num_kept:], texts, strict=True):
-            stream.write(as_line(question, text))
+            stream.write(for_stream(as_line(question, text), stream))
             stream.flush()
             yield text
 
