@@ -50,13 +50,12 @@ def keep_rows(options: CompareOptions | SweepOptions, name: str, rows: Sequence[
     """Write rows for every cell to read, below the output directory, and return the file.
 
     Raises:
-        InputError: A file that is read is there, or another one, and no cell that says that it is
-            ours.
+        InputError: A file that is read is there, or another one, in a directory of others.
     """
     directory = options.output_dir
     path = directory / name
     check_not_read("output_dir", path, _read(options))
-    if path.is_file() and not (directory / "cells").is_dir():
+    if path.is_file() and _holds_others(directory):
         lines = path.read_bytes().decode(errors="replace").split("\n")
         ours = [json.dumps(record, ensure_ascii=False) for record in as_records(rows)]
         if lines != [*ours, ""]:
@@ -65,6 +64,13 @@ def keep_rows(options: CompareOptions | SweepOptions, name: str, rows: Sequence[
                 f"{str(directory)!r} with another {name}; choose another, or move that away"
             )
     return write_rows(path, rows)
+
+
+def _holds_others(directory: Path) -> bool:
+    """Whether there is no cell and something that is never ours."""
+    ours = {each.rstrip("/") for each in (*_REPORT, *_ROWS, "sweep.json")}
+    names = {path.name for path in directory.iterdir()}
+    return "cells" not in names and bool(names - ours)
 
 
 def _read(options: CompareOptions | SweepOptions) -> dict[str, str | None]:

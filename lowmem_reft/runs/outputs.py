@@ -96,6 +96,8 @@ def _is_prediction(line: str) -> bool:
 
 
 def _is_run(directory: Path) -> bool:
+    if any(directory.glob("checkpoint-*")):
+        return True  # whose they are is asked where they would be removed
     run, result = (read_or_none(directory / name) for name in ("run.json", "result.json"))
     return (isinstance(run, dict) and {"model", "data"} <= run.keys()) or (
         isinstance(result, dict) and "adapter_dir" in result

@@ -79,6 +79,7 @@ def test_rows_of_the_users_are_not_replaced_by_those_for_the_cells(tmp_path: Pat
     path = keep_rows(options, "data/train.jsonl", rows)
     assert keep_rows(options, "data/train.jsonl", rows) == path  # no cell ran: still the same
     path.write_text('{"prompt": "mine", "response": "x"}\n')
+    (tmp_path / "script.py").write_text("")  # the directory is the user's own
     with pytest.raises(InputError, match=r"with another data/train\.jsonl"):
         keep_rows(options, "data/train.jsonl", rows)
     (tmp_path / "cells").mkdir()
