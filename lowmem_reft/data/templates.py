@@ -63,6 +63,34 @@ def render(
     return text
 
 
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, source: str, **arguments: Any
+) -> Any:
+    """Return what the tokenizer makes of texts.
+
+    Its regular expressions give up after ten million steps, as a panic of Rust, which is no
+    ``Exception`` (tokenizers 0.22).
+
+    Args:
+        tokenizer: Any.
+        texts: What it reads.
+        source: Where these are from, for messages: file and row, or file alone.
+        arguments: What else the tokenizer takes.
+
+    Raises:
+        InputError: It fails on a text.
+    """
+    try:
+        return tokenizer(list(texts), **arguments)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"{source}: the tokenizer in {str(tokenizer.name_or_path)!r} must read every text, got "
+            f"{str(error).splitlines()[0]}; use the tokenizer of the model's authors"
+        ) from error
+
+
 def _hostile(tokenizer: Any, source: str, got: str) -> InputError:
     return InputError(
         f"{source}: the chat template in {_file_of(tokenizer)} must write a conversation, got "

@@ -179,7 +179,7 @@ def _write(
         )
         paths["html"] = str(page)
     except InputError as error:  # the page needs an optional package
-        Console(stderr=True).print(str(error), style="yellow", highlight=False)
+        Console(stderr=True, markup=False).print(str(error), style="yellow", highlight=False)
     return paths
 
 
@@ -188,7 +188,7 @@ def _mib(num_bytes: int) -> str:
 
 
 def _print(result: dict[str, Any]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     sizes = [Column(f"{kind} MiB", justify="right") for kind in ("predicted", "live")]
     table = Table("category at the peak", *sizes, box=None, pad_edge=False)
     for name in CATEGORIES:

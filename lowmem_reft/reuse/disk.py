@@ -104,6 +104,10 @@ def locked(directory: Path) -> Iterator[None]:
 def _wait_for_lock(directory: Path) -> IO[str]:
     """Wait for the lock on the file that other processes find under its name."""
     path = directory / LOCK
+    if directory.is_symlink():
+        raise InputError(
+            f"reuse_dir must not hold links in place of stores, got {str(directory)!r}; remove it"
+        )
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack, suppress(FileNotFoundError):  # the store is being removed

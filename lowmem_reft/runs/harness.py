@@ -283,7 +283,7 @@ def _print(result: dict[str, Any]) -> None:
         for task, metrics in result[kind].items():
             for metric, value in metrics.items():
                 table.add_row(task, metric, f"{value:.4f}" if type(value) is float else str(value))
-    Console(width=max(80, Console().width)).print(table)
+    Console(width=max(80, Console().width), markup=False).print(table)
 
 
 def _write_samples(samples: dict[str, list[Any]], path: Path) -> None:

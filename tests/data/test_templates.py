@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
 from lowmem_reft.data import templates
-from lowmem_reft.data.templates import render
+from lowmem_reft.data.templates import encode, render
 from lowmem_reft.errors import InputError
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -77,3 +78,11 @@ def test_a_template_that_fails_is_refused_with_the_row(
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=f"^rows:3: messages must suit .*{words}"):
         render(tokenizer, MESSAGES, source="rows:3")
+
+
+def test_a_tokenizer_whose_patterns_do_not_end_is_refused(tokenizer: Any) -> None:
+    assert len(encode(tokenizer, ["a", "b"], source="a")["input_ids"]) == 2
+    split = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = split
+    with pytest.raises(InputError, match=r"^rows\.jsonl: the tokenizer in .*retry-limit"):
+        encode(tokenizer, ["a" * 60 + "c"], source="rows.jsonl")

@@ -70,6 +70,7 @@ def write_report(results: Sequence[dict[str, Any]], directory: Path, *, texts: b
     # Matplotlib takes a second to import; whoever asks for the table alone need not wait for it.
     import matplotlib
 
+    # As do these.
     from lowmem_reft.compare.report.comparison import Comparison
     from lowmem_reft.compare.report.html import render_page
     from lowmem_reft.compare.report.sections import SECTIONS
