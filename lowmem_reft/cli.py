@@ -39,6 +39,7 @@ from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import plain
 from lowmem_reft.machine.progress import show_bars
+from lowmem_reft.machine.terminal import for_stream, harmless
 from lowmem_reft.options import (
     ChatOptions,
     CompareOptions,
@@ -328,7 +329,7 @@ def _print_summary(result: dict[str, Any], *, to_stderr: bool = False) -> None:
     width = max(map(len, shown), default=0)
     console = Console(stderr=to_stderr, soft_wrap=True)
     for key, value in shown.items():
-        console.print(f"{key:<{width}}  {_format(key, value)}", markup=False)
+        console.print(harmless(f"{key:<{width}}  {_format(key, value)}"), markup=False)
 
 
 def _format(key: str, value: str | float | Path) -> str:
@@ -388,5 +389,5 @@ def _report(command: str, *lines: str, code: int) -> int:
     elif sys.exc_info()[0] is not None and os.environ.get("LOWMEM_REFT_DEBUG") == "1":
         traceback.print_exc()
     for line in lines:
-        print(f"lowmem-reft {command}: {line}", file=sys.stderr)
+        print(for_stream(f"lowmem-reft {command}: {line}", sys.stderr), file=sys.stderr)
     return code

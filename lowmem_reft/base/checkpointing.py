@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +94,8 @@ def _from_host(packed: Any) -> Tensor:
 def stop_input_gradients(base: Any) -> None:
     """Undo enable_input_require_grads, and make later calls of it (Trainer's, TRL's) do nothing."""
     base.disable_input_require_grads()
-    base.enable_input_require_grads = MethodType(_refuse_reentrant, base)
+    # Not a bound method: pickle would look it up by its name in the class.
+    base.enable_input_require_grads = partial(_refuse_reentrant, base)
 
 
 def _refuse_reentrant(base: Any) -> None:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from lowmem_reft.base.trust import check_config
 from lowmem_reft.errors import InputError
 
 
@@ -23,13 +24,23 @@ def load_config(model: str | Path, revision: str = "main") -> Any:
     """Read the configuration of a hub id or a directory.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, it asks for code, or an adapter lies beside it.
     """
     check_path(model)
+    if (Path(model) / "adapter_config.json").is_file():
+        raise InputError(
+            f"model must be a base, got {str(model)!r} with an adapter_config.json, which "
+            "transformers would load as well; give the directory of the base alone"
+        )
     try:
+        # As transformers itself reads it, which may be another file than config.json.
+        content, _ = transformers.PreTrainedConfig.get_config_dict(str(model), revision=revision)
+        check_config(model, content)
         return transformers.AutoConfig.from_pretrained(
             str(model), revision=revision, trust_remote_code=False
         )
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and not Path(model).exists():
             raise _not_found(model, error) from error

@@ -145,8 +145,25 @@ def dequantized(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[in
 
 def count_as_stored(module: Linear4bit) -> None:
     """Give an empty layer the packed shape, by which PEFT counts parameters."""
-    packed = torch.empty(-(-module.weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
-    module.weight = Params4bit(packed, requires_grad=False, bnb_quantized=True)
+    module.weight = _absent(-(-module.weight.numel() // 2))
+
+
+class _Absent(Params4bit):
+    """Packed weights on the meta device, which bitsandbytes (0.50.2) neither copies nor pickles."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return memo.setdefault(id(self), _absent(self.shape[0]))
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return _absent, (self.shape[0],)
+
+
+_Absent.__name__ = Params4bit.__name__  # by which PEFT knows that a byte holds two weights
+
+
+def _absent(num_bytes: int) -> Any:
+    packed = torch.empty(num_bytes, 1, dtype=torch.uint8, device="meta")
+    return _Absent(packed, requires_grad=False, bnb_quantized=True)
 
 
 def is_quantized(parameter: nn.Parameter) -> bool:

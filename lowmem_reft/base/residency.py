@@ -38,8 +38,8 @@ class Checkpoint:
 
     files: list[Path]
     """Its safetensors files."""
-    empty: Any
-    """The model on the meta device, prepared for quantization."""
+    make_empty: Callable[[], Any]
+    """Makes the model on the meta device, prepared for quantization."""
     dtype: torch.dtype
     """What unquantized weights are cast to."""
     device: torch.device
@@ -51,9 +51,21 @@ class Checkpoint:
     _digest: str | None = None
 
     def __post_init__(self) -> None:
-        """Remember what the blocks and the embedding are called."""
+        """Make the empty model; remember what the blocks and the embedding are called."""
+        self.empty = self.make_empty()
         self._blocks = find_blocks(self.empty)[0]
         self._embedding = _name_of(self.empty, self.empty.get_input_embeddings())
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Checkpoint:
+        return self  # the files are the same
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the empty model: weights of bitsandbytes on the meta device do not pickle."""
+        return {name: value for name, value in vars(self).items() if name != "empty"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.empty = self.make_empty()
 
     def read(self, model: Any, wanted: Callable[[int | None], bool], device: torch.device) -> None:
         """Fill the wanted parts of a model that is like ``empty``, on a device.

@@ -10,7 +10,6 @@ does not go with is refused in ``attach.check_run`` and, sharded, in ``machine.p
 from __future__ import annotations
 
 import functools
-from types import MethodType
 from typing import Any
 
 import torch
@@ -71,8 +70,8 @@ def chunk_mlps(model: Any, num_tokens: int) -> None:
             )
         held = ours(mlp)
         held.forward_of_all_tokens = held.forward_of_all_tokens or mlp.forward
-        forward = functools.partial(_forward_in_chunks, num_tokens=num_tokens)
-        mlp.forward = MethodType(forward, mlp)
+        # Not a bound method: pickle would look it up by its name in the class.
+        mlp.forward = functools.partial(_forward_in_chunks, mlp, num_tokens=num_tokens)
 
 
 def _forward_in_chunks(self: Any, hidden: Tensor, *, num_tokens: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,19 +48,7 @@ def load_upper(
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=held is not None)
         config.quantization_config = quantizer.quantization_config
 
-    def empty() -> PreTrainedModel:
-        with torch.device("meta"):
-            made = from_config(copy.deepcopy(config), task_type, dtype=dtype, **options)
-        if quantizer is not None:
-            quantizer.preprocess_model(model=made, dtype=dtype, device_map={"": str(device)})
-        return made
-
-    def finish(part: nn.Module) -> None:
-        if held is not None:
-            cast_unquantized(part, dtype)
-        guard_linear4bit(part)
-        part.requires_grad_(False)
-
+    empty = partial(_empty, config, task_type, dtype, str(device), quantizer, options)
     base: Any = empty()
     blocks = find_blocks(base)[1]
     first = len(blocks) // 2 if first_resident is None else first_resident
@@ -70,11 +59,11 @@ def load_upper(
         )
     checkpoint = Checkpoint(
         weight_files(model, revision),
-        empty(),
+        empty,
         dtype=dtype,
         device=device,
         quantizer=quantizer,
-        finish=finish,
+        finish=partial(_finish, dtype=None if held is None else dtype),
     )
     has_embedding = _read_upper(base, checkpoint, task_type, first)
     if quantizer is not None:
@@ -87,6 +76,25 @@ def load_upper(
     Residency(base, checkpoint, first_resident=first, has_embedding=has_embedding).begin()
     base.eval()
     return cast(PreTrainedModel, base)
+
+
+def _empty(
+    config: Any, task_type: str, dtype: torch.dtype, device: str, quantizer: Any, options: Any
+) -> PreTrainedModel:
+    """Make the model on the meta device, prepared for quantization."""
+    with torch.device("meta"):
+        made = from_config(copy.deepcopy(config), task_type, dtype=dtype, **options)
+    if quantizer is not None:
+        quantizer.preprocess_model(model=made, dtype=dtype, device_map={"": device})
+    return made
+
+
+def _finish(part: nn.Module, dtype: torch.dtype | None) -> None:
+    """Guard and freeze a part that was read; cast what a quantized checkpoint left as it was."""
+    if dtype is not None:
+        cast_unquantized(part, dtype)
+    guard_linear4bit(part)
+    part.requires_grad_(False)
 
 
 def _read_upper(base: Any, checkpoint: Checkpoint, task_type: str, first: int) -> bool:

@@ -19,7 +19,7 @@ from lowmem_reft.compare.cell import EMPTY_RESULT, Cell, Result
 from lowmem_reft.compare.engines.launch import leave_result
 from lowmem_reft.machine import provenance
 from lowmem_reft.machine.devices import device_name
-from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.files import open_itself, write_json
 from lowmem_reft.options import TrainOptions
 from lowmem_reft.runs.evaluate import run_evaluation
 from lowmem_reft.runs.train import run_training
@@ -58,7 +58,7 @@ def _train_once(options: TrainOptions, key: str) -> Result:
     directory = options.run.output_dir
     directory.mkdir(parents=True, exist_ok=True)
     done = directory / "trained.json"
-    with (directory / "lock").open("w") as lock:
+    with open_itself(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if done.is_file():
             known = json.loads(done.read_text(encoding="utf-8"))

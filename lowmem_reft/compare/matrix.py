@@ -16,6 +16,7 @@ from lowmem_reft.compare import report
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.cells import build_cells
 from lowmem_reft.compare.engines.launch import CHILD_COMMAND
+from lowmem_reft.compare.outputs import check_comparison
 from lowmem_reft.compare.queue import run_cells
 from lowmem_reft.compare.report.console import Progress, print_table
 from lowmem_reft.compare.report.table import aggregate
@@ -47,6 +48,7 @@ def run_comparison(
     Raises:
         InputError: The methods, seeds, model or data are wrong.
     """
+    check_comparison(options)
     every = options.matrix.methods == "all"
     chosen, embedded = options.matrix, options.is_embedded
     methods = expand_methods(chosen.methods or default_methods(options), embedded=embedded)

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from lowmem_reft.compare.outputs import keep_rows
 from lowmem_reft.data import embedded
 from lowmem_reft.data.rows import (
     Row,
@@ -18,7 +19,6 @@ from lowmem_reft.data.rows import (
     label_names,
     load_rows,
     rows_digest,
-    write_rows,
 )
 from lowmem_reft.data.tasks.registry import find_task, load_task
 from lowmem_reft.data.tasks.task import Split, Task
@@ -87,8 +87,8 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
         )
         if split == "train" and limit is not None and limit < len(rows):
             rows = random.Random(0).sample(rows, limit)
-        path = options.output_dir / "data" / of.name / f"{split}.jsonl"
-        parts[part] = str(write_rows(path, rows[:limit])), rows[:limit]
+        name = f"data/{of.name}/{split}.jsonl"
+        parts[part] = str(keep_rows(options, name, rows[:limit])), rows[:limit]
     return _sources(
         options,
         parts,
@@ -158,8 +158,7 @@ def find_sources(options: CompareOptions) -> Sources:
         rows = {part: as_choices(own, names) for part, own in rows.items()}
         rewritten = set(rows)
     for part in rewritten:
-        path = options.output_dir / "data" / f"{part}.jsonl"
-        paths[part] = str(write_rows(path, rows[part]))
+        paths[part] = str(keep_rows(options, f"data/{part}.jsonl", rows[part]))
     found = {part: (paths[part], own) for part, own in rows.items()}
     return _sources(
         options,

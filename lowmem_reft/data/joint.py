@@ -11,6 +11,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from lowmem_reft.data.templates import encode
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.progress import progress
 
@@ -32,9 +33,11 @@ def tokenized(
     bos: list[int] | None = None,
 ) -> list[tuple[list[int], list[list[int]]]]:
     """Prompt, with BOS, and responses of every row: those of a row share the prompt's tokens."""
-    prompts = _tokenize([prompt for prompt, _ in texts], tokenizer)
+    sources = list(dict.fromkeys([row.source for row in (*rows[:1], *rows[-1:])]))
+    source = " to ".join(sources)
+    prompts = _tokenize([prompt for prompt, _ in texts], tokenizer, source)
     joined = [prompt + rest for prompt, responses in texts for rest in responses]
-    wholes = iter(_tokenize(joined, tokenizer))
+    wholes = iter(_tokenize(joined, tokenizer, source))
     bos = bos_of(tokenizer) if bos is None else bos
     found = []
     for row, (_, responses), prompt_ids in zip(rows, texts, prompts, strict=True):
@@ -54,7 +57,9 @@ def with_end(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[bo
     known: dict[tuple[str, ...], bool] = {(): True}
     for row in rows:
         if row.choices not in known:
-            alone = _tokenize([f" {choice.strip()}" for choice in row.choices], tokenizer)
+            alone = _tokenize(
+                [f" {choice.strip()}" for choice in row.choices], tokenizer, row.source
+            )
             known[row.choices] = one_begins_another(alone)
     return [known[row.choices] for row in rows]
 
@@ -100,7 +105,7 @@ def _after(
         # After nothing, or after what is a token of its own: not all tokenizers begin a text as
         # they go on.
         for before in ("", "\n", ":", "a"):
-            start, ids = _tokenize([before, before + rest], tokenizer)
+            start, ids = _tokenize([before, before + rest], tokenizer, row.source)
             if ids[: len(start)] == start and tokenizer.decode(prompt + ids[len(start) :]) == text:
                 found = ids[len(start) :]
                 break
@@ -120,13 +125,16 @@ def _after(
     return found
 
 
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _tokenize(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, source: str
+) -> list[list[int]]:
     """Token ids without special tokens, so that an EOS of the tokenizer's own is never there."""
     ids: list[list[int]] = []
     starts = range(0, len(texts), TEXTS_AT_ONCE)
     for start in progress(starts, "tokenizing", quiet=len(starts) < 2):
         part = list(texts[start : start + TEXTS_AT_ONCE])
-        ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        found = encode(tokenizer, part, source=source, add_special_tokens=False, verbose=False)
+        ids += found["input_ids"]
     return ids
 
 

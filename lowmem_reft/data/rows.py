@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.data.readers import read_records
 from lowmem_reft.errors import InputError, check_counts
+from lowmem_reft.machine.files import write_text_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -254,8 +255,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     """Write rows as JSON lines that ``load_rows`` reads as the same rows; make the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in as_records(rows))
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
+    return write_text_whole(path, "".join(lines))
 
 
 def _label(row: Row) -> str:

@@ -14,6 +14,7 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
+from lowmem_reft.data.templates import render
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,18 +116,8 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, *, answered: bool) -> tu
 def _rendered(
     row: Row, tokenizer: PreTrainedTokenizerBase, messages: list[Any], **options: Any
 ) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, **{**row.template_arguments, **options}
-            )
-        )
-    except TemplateError as error:  # for example: roles must alternate
-        raise InputError(
-            f"{row.source}: messages must suit the chat template, got {error}; correct the row"
-        ) from error
+    arguments = {**row.template_arguments, **options}
+    return render(tokenizer, messages, source=row.source, **arguments)
 
 
 def _after_reasoning(row: Row, tokenizer: PreTrainedTokenizerBase, prompt: str, whole: str) -> str:

@@ -1,19 +1,35 @@
-"""Files that are complete or absent, also if the process is killed while it writes them."""
+"""Files that are complete or absent, also if the process is killed while it writes them.
+
+None is written through a link: a new file takes the place of the link.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
+
+from lowmem_reft.errors import InputError
+
+_LONGEST_NAME = 50
+"""Characters of a file's name that its temporary one has, too: the system takes 255 bytes."""
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Let ``write`` fill a file beside ``path``, then put it in its place; return ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Let ``write`` fill a file beside ``path``, then put it in its place; return ``path``.
+
+    A device (/dev/stdout, a pipe) is written as it is.
+    """
+    if path.parent == Path("/dev") or (path.exists() and not path.is_file()):
+        write(path)
+        return path
+    temporary = path.with_name(f".{path.name[:_LONGEST_NAME]}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # were it a link, its target would be written
         write(temporary)
         temporary.replace(path)
     finally:
@@ -31,6 +47,28 @@ def write_json(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(content), indent=1, allow_nan=False)
     return write_text_whole(path, text + "\n")
+
+
+def open_itself(path: Path, mode: Literal["a", "w", "ab", "wb"]) -> IO[Any]:
+    """Open a file that cannot be written whole (a lock, a log); text is UTF-8.
+
+    Raises:
+        InputError: The path is a link.
+        OSError: It cannot be opened.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        return open(path, mode, encoding=encoding, opener=opener)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(
+            f"{path} must not be a link, as it is written; remove it, or choose another directory"
+        ) from error
 
 
 def plain(content: object) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from lowmem_reft.machine.files import write_text_whole, write_whole
 from lowmem_reft.machine.pages import INK, templates
 from lowmem_reft.memory.chart import draw_charts
 from lowmem_reft.memory.timeline import (
@@ -69,8 +70,9 @@ def draw_timeline(
     _dress(axes, title, symbol)
     _add_legends(axes, curve)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=180, facecolor="white")
-    return path
+    return write_whole(
+        path, lambda part: figure.savefig(part, format="png", dpi=180, facecolor="white")
+    )
 
 
 def write_timeline_html(
@@ -131,8 +133,7 @@ def write_timeline_html(
         )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write_text_whole(path, page)
 
 
 def _mark_peak(

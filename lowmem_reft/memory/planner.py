@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 
 from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.trust import check_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.kernels import num_quantized
@@ -198,6 +199,7 @@ def _read_config_file(path: Path) -> Any:
             f"{path}: model must name its architecture in model_type, got none; add it, for "
             'example "model_type": "llama"'
         )
+    check_config(path, fields)
     # A class's defaults would stand for sizes that are missing, and predict another model.
     own = ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("vocab_size",)
     missing = [names[0] for names in own if not any(name in fields for name in names)]

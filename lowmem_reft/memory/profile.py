@@ -13,6 +13,7 @@ from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.loading import load_base
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.destinations import check_directory, read_or_none
 from lowmem_reft.machine.devices import device_name, dtype_name, resolve_device, resolve_storage
 from lowmem_reft.machine.files import write_json
 from lowmem_reft.machine.provenance import versions
@@ -25,6 +26,8 @@ from lowmem_reft.memory.verdict import lengths_of
 from lowmem_reft.methods.table import find_method
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lowmem_reft.options import ProfileOptions
 
 
@@ -40,6 +43,12 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
     Raises:
         InputError: An option is wrong, or the model cannot be loaded.
     """
+    check_directory(
+        "output_dir",
+        options.output_dir,
+        written=("profile.json", "timeline.png", "timeline.html"),
+        is_ours=_holds_profile,
+    )
     device = resolve_device(options.model.device)
     setting = _setting(options, device)
     lengths = lengths_of(options.lengths)
@@ -80,6 +89,11 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
     if not options.json:
         _print(result)
     return result
+
+
+def _holds_profile(directory: Path) -> bool:
+    profile = read_or_none(directory / "profile.json")
+    return isinstance(profile, dict) and "predicted_peak_bytes" in profile
 
 
 def _setting(options: ProfileOptions, device: torch.device) -> Setting:
@@ -165,7 +179,7 @@ def _write(
         )
         paths["html"] = str(page)
     except InputError as error:  # the page needs an optional package
-        Console(stderr=True).print(str(error), style="yellow", highlight=False)
+        Console(stderr=True, markup=False).print(str(error), style="yellow", highlight=False)
     return paths
 
 
@@ -174,7 +188,7 @@ def _mib(num_bytes: int) -> str:
 
 
 def _print(result: dict[str, Any]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     sizes = [Column(f"{kind} MiB", justify="right") for kind in ("predicted", "live")]
     table = Table("category at the peak", *sizes, box=None, pad_edge=False)
     for name in CATEGORIES:

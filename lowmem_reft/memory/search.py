@@ -183,7 +183,7 @@ def longest_seq_len(
 
 def reporter(*, quiet: bool) -> Callable[[str], None]:
     """Return what tells a person at a terminal what is being tried."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if quiet or not console.is_terminal:
         return lambda _: None
     return lambda text: console.print(f"trying {text}", style="dim", highlight=False)

@@ -57,7 +57,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
             setting, lengths = chosen.setting, chosen.lengths
     plan = planner.plan(setting, lengths, num_examples=options.store.num_examples)
     result = plan.as_json()
-    console = Console(soft_wrap=True, highlight=False, quiet=options.json)
+    console = Console(soft_wrap=True, highlight=False, markup=False, quiet=options.json)
     _print_plan(console, options.shape.model, plan)
     if options.fit:
         longest = longest_seq_len(planner, setting, report=report)
@@ -221,7 +221,7 @@ def _run_table(options: PlanOptions) -> dict[str, Any]:
             rows.append(known | {"longest_seq_len": found})
             cells = (f"{length:,}" if length else "does not fit" for length in found.values())
             table.add_row(*known.values(), *cells)
-    console = Console(soft_wrap=True, quiet=options.json)
+    console = Console(soft_wrap=True, markup=False, quiet=options.json)
     console.print("longest example in tokens, one at a time, every way to save memory on:")
     console.print(table)
     return {"table": rows}

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json
+from lowmem_reft.methods.trust import check_adapter_config
 from lowmem_reft.options import Joint, ModelOptions
 
 FILE_NAME = "training.json"
@@ -151,10 +152,11 @@ def find_adapter(directory: Path) -> Path:
     """Return the directory that holds the adapter: the given one or its ``adapter`` folder.
 
     Raises:
-        InputError: Neither holds one.
+        InputError: Neither holds one, or it asks for code or files of others.
     """
     for path in (directory, directory / "adapter"):
         if (path / "adapter_config.json").is_file():
+            check_adapter_config(path)
             return path
     raise InputError(
         f"adapter must be a directory with adapter_config.json, got {str(directory)!r}; "

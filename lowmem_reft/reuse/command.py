@@ -116,7 +116,7 @@ def _remove_all(stores: Sequence[StoreInfo], chosen: Sequence[StoreInfo]) -> dic
 
 
 def _print_stores(stores: Sequence[StoreInfo]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not stores:
         console.print("no stores")
         return
@@ -140,7 +140,7 @@ def _print_stores(stores: Sequence[StoreInfo]) -> None:
 
 
 def _print_removed(result: dict[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     for name in result["removed"]:
         console.print(f"removed {name}")
     for name in result["kept"]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import open_itself
 
 MANIFEST, LOCK = "manifest.json", "lock"
 _NAME = re.compile(r"[a-z][a-z_-]*-(?P<key>[0-9a-f]{24})")
@@ -103,10 +104,14 @@ def locked(directory: Path) -> Iterator[None]:
 def _wait_for_lock(directory: Path) -> IO[str]:
     """Wait for the lock on the file that other processes find under its name."""
     path = directory / LOCK
+    if directory.is_symlink():
+        raise InputError(
+            f"reuse_dir must not hold links in place of stores, got {str(directory)!r}; remove it"
+        )
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack, suppress(FileNotFoundError):  # the store is being removed
-            handle = stack.enter_context(path.open("w"))
+            handle = stack.enter_context(open_itself(path, "w"))
             fcntl.flock(handle, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
                 stack.pop_all()
@@ -130,7 +135,7 @@ def remove(directory: Path) -> bool:
     and the lock last: it still counts as a store, and who gets the lock then sees that it has no
     name any more.
     """
-    with (directory / LOCK).open("a") as handle:
+    with open_itself(directory / LOCK, "a") as handle:
         if not _is_free(handle):
             return False
         names = [MANIFEST, *sorted(file_sizes(directory).keys() - {MANIFEST, LOCK}), LOCK]
@@ -145,7 +150,7 @@ def remove_temporary(directory: Path) -> int:
     """Remove what killed builds left, and return how many files; a running build is left alone."""
     if not any(directory.glob("*.tmp")):
         return 0
-    with (directory / LOCK).open("a") as handle:
+    with open_itself(directory / LOCK, "a") as handle:
         return _remove_temporary(directory) if _is_free(handle) else 0
 
 

@@ -20,6 +20,7 @@ from transformers import TextStreamer
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import encode_prompts
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.terminal import for_stream
 from lowmem_reft.methods.several import BASE, find_adapters, load_together
 from lowmem_reft.runs.generate import continue_prompts, until_stop
 
@@ -145,7 +146,7 @@ class Chat:
 
     def complain(self, text: str) -> None:
         """Say something that is no answer."""
-        print(text, file=sys.stderr, flush=True)
+        print(for_stream(text, sys.stderr), file=sys.stderr, flush=True)
 
     def _obey(self, command: str, argument: str) -> None:
         argument = argument.strip()
@@ -220,7 +221,8 @@ class _Streamer(TextStreamer):
         shown = until_stop(self.text, self.stops)
         if shown == self.text and not stream_end:
             shown = shown[: len(shown) - self._num_held(shown)]
-        print(shown[len(self.visible) :], end="\n" if stream_end else "", flush=True)
+        new = for_stream(shown[len(self.visible) :], sys.stdout)
+        print(new, end="\n" if stream_end else "", flush=True)
         self.visible = shown
 
     def _num_held(self, text: str) -> int:

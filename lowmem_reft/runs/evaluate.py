@@ -15,8 +15,10 @@ from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.base.ours import ours
 from lowmem_reft.data.rows import label_names, load_rows
 from lowmem_reft.errors import is_out_of_memory
+from lowmem_reft.machine.files import write_text_whole
 from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
 from lowmem_reft.methods.loading import load_adapted
+from lowmem_reft.runs.outputs import check_evaluation
 from lowmem_reft.runs.score import Scores, ScoringSettings, check_scoring, rows_to_score, score
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         InputError: An option, a file or a row is wrong.
     """
+    check_evaluation(options)
     adapter = None if options.adapter is None else find_adapter(options.adapter)
     data = options.data
     trained = None if adapter is None else load_card(adapter)
@@ -75,9 +78,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
             options.reuse.reuse,
         )
     if options.predictions is not None:
-        with options.predictions.open("w", encoding="utf-8") as file:
-            for line in _prediction_lines(rows, scores, card):
-                file.write(json.dumps(line) + "\n")
+        lines = (json.dumps(line) + "\n" for line in _prediction_lines(rows, scores, card))
+        write_text_whole(options.predictions, "".join(lines))
     summary = scores.summary() | {"storage": card.storage}
     differs = trained is not None and trained.storage not in (None, card.storage)
     if trained is not None and differs and not options.only_given_storage:

@@ -49,7 +49,8 @@ def fit_into_memory(run: Run) -> Run:
         has_room = _has_room_dequantized(planner, chosen, len(run.examples))
         reuse = replace(reuse, dequantize_upper="on" if has_room else "off")
     flags = describe(chosen) + (" --dequantize-upper on" if reuse.dequantize_upper == "on" else "")
-    Console(stderr=True, soft_wrap=True, highlight=False, quiet=options.run.quiet).print(
+    quiet = options.run.quiet
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=quiet).print(
         f"to fit into {budget:g} GiB: {flags}"
     )
     memory = replace(chosen.setting.memory, memory_gib=budget)

@@ -24,10 +24,12 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import dtype_name, resolve_storage
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.machine.provenance import file_digest
+from lowmem_reft.machine.terminal import for_stream
 from lowmem_reft.methods.several import answering, find_adapters, load_together, mixes_in_a_batch
 from lowmem_reft.methods.virtual_tokens import generate
 from lowmem_reft.options import DecodingOptions
 from lowmem_reft.runs.answer_file import as_line, keep_answers, opened
+from lowmem_reft.runs.outputs import check_generation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -121,7 +123,7 @@ def _written(
         output = opened(options.output, run, num_kept=start)
     with output as stream:
         for question, text in zip(questions[num_kept:], texts, strict=True):
-            stream.write(as_line(question, text))
+            stream.write(for_stream(as_line(question, text), stream))
             stream.flush()
             yield text
 
@@ -219,9 +221,8 @@ def _question(row: Row, adapter: NamedAdapter | None) -> dict[str, Any]:
 def _kept(
     options: GenerateOptions, questions: Sequence[dict[str, Any]], run: dict[str, Any]
 ) -> list[str]:
-    given, output = options.input, options.output
-    if given is not None and output is not None and output.resolve() == given.resolve():
-        raise InputError(f"output must be another file than input, got {str(output)!r}; rename it")
+    check_generation(options)
+    output = options.output
     return [] if output is None or options.overwrite else keep_answers(output, questions, run)
 
 

@@ -29,6 +29,7 @@ from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.tokens import Collator
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
+from lowmem_reft.machine.files import write_text_whole
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.methods.virtual_tokens import (
@@ -282,15 +283,17 @@ def _print(result: dict[str, Any]) -> None:
         for task, metrics in result[kind].items():
             for metric, value in metrics.items():
                 table.add_row(task, metric, f"{value:.4f}" if type(value) is float else str(value))
-    Console(width=max(80, Console().width)).print(table)
+    Console(width=max(80, Console().width), markup=False).print(table)
 
 
 def _write_samples(samples: dict[str, list[Any]], path: Path) -> None:
     """Write one line per example: what was asked, answered and right, as the harness keeps it."""
-    with path.open("w", encoding="utf-8") as file:
-        for task, examples in samples.items():
-            for example in examples:
-                file.write(json.dumps({"task": task, **example}, default=str) + "\n")
+    lines = (
+        json.dumps({"task": task, **example}, default=str) + "\n"
+        for task, examples in samples.items()
+        for example in examples
+    )
+    write_text_whole(path, "".join(lines))
 
 
 def _bars(*, shown: bool) -> AbstractContextManager[Any]:

@@ -9,10 +9,12 @@ import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lowmem_reft.machine.devices import device_name, dtype_name
+from lowmem_reft.machine.markdown import code, fenced, plain, table
 from lowmem_reft.options import TrainOptions, written
 
 if TYPE_CHECKING:
@@ -77,36 +79,39 @@ def _sections(run: Run, result: dict[str, Any], name: str) -> list[str]:
     options, card = run.options, run.card
     base, is_local = _portable(card.base), Path(card.base).exists()
     where = (
-        f"a local directory named `{base}`, which is not on the hub: say where it is from, and set "
-        "`base_model_name_or_path` in `adapter_config.json`, before you share this"
+        f"a local directory named {code(base)}, which is not on the hub: say where it is from, and "
+        "set `base_model_name_or_path` in `adapter_config.json`, before you share this"
         if is_local
-        else f"[`{base}`](https://huggingface.co/{base})"
+        else f"[{code(base)}](https://huggingface.co/{quote(base)})"
     )
     launched = "; Accelerate's own configuration is not named" * (result["num_processes"] > 1)
     facts = [
         ("base", where),
-        ("checkpoint digest", card.base_digest and f"`{card.base_digest}`"),
+        ("checkpoint digest", card.base_digest and code(card.base_digest)),
         ("stored as", f"`{card.storage}`, computed in `{dtype_name(run.compute_dtype)}`"),
         ("method", f"`{card.method}`, {result['num_trainable_params']:,} trained parameters"),
         ("settings", _settings(run.adapter_dir)),
         ("training", _training(run, result)),
         ("training rows", f"{result['num_examples']:,}, SHA-256 `{card.data_digest}`"),
-        ("prompts", f"`{card.template!r}`, at most {card.max_length} tokens with the answer"),
+        (
+            "prompts",
+            f"{code(repr(card.template))}, at most {card.max_length} tokens with the answer",
+        ),
         ("seed", card.seed),
     ]
     return [
-        f"# {name}",
+        f"# {plain(name)}",
         f"A `{card.method}` adapter, trained with lowmem-reft. On another base, or one that is "
         "stored otherwise, it may answer differently; loading it there says so.",
         _table(facts),
         "## Use",
-        f"```python\n{_usage(card, base, is_local=is_local)}\n```",
+        fenced(_usage(card, base, is_local=is_local), "python"),
         "The first line registers ReFT with PEFT, which without it ends in `KeyError: 'REFT'`.",
         "## Measured",
         _table([*_scores(result), *_costs(result)]),
-        f"Trained on {device_name(options.model.device)}.",
+        f"Trained on {plain(device_name(options.model.device))}.",
         "## Command",
-        f"```bash\n{command_of(options, result['num_processes'])}\n```",
+        fenced(command_of(options, result["num_processes"]), "bash"),
         f"Absolute paths are shortened to their last part{launched}.",
         "## Versions",
         _table(list(result["versions"].items()), ("package", "version")),
@@ -116,7 +121,7 @@ def _sections(run: Run, result: dict[str, Any], name: str) -> list[str]:
 def _settings(directory: Path) -> str:
     config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     given = {name: config[name] for name in _SETTINGS if config.get(name) not in (None, 0.0)}
-    return ", ".join(f"{name} `{value}`" for name, value in given.items())
+    return ", ".join(f"{name} {code(value)}" for name, value in given.items())
 
 
 def _training(run: Run, result: dict[str, Any]) -> str:
@@ -142,7 +147,7 @@ def _usage(card: TrainingCard, base: str, *, is_local: bool) -> str:
         "import lowmem_reft as lr",
         "from peft import PeftModel",
         "",
-        f'base = lr.load_base("{where}", storage="{card.storage}"{more})',
+        f'base = lr.load_base({json.dumps(where)}, storage="{card.storage}"{more})',
         'model = PeftModel.from_pretrained(base, ".")  # this folder, or its name on the hub',
     ]
     if card.method == "prefix":  # PEFT 0.21 names a cache otherwise than transformers 5.24 does
@@ -178,9 +183,7 @@ def _costs(result: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _table(rows: list[tuple[str, Any]], head: tuple[str, str] = ("", "")) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "|:--|:--|"]
-    lines += [f"| {name} | {value} |" for name, value in rows if value is not None]
-    return "\n".join(lines)
+    return table([(name, str(value)) for name, value in rows if value is not None], head)
 
 
 def _eval_results(run: Run, result: dict[str, Any]) -> list[EvalResult] | None:

@@ -30,6 +30,7 @@ from lowmem_reft.data.tokens import (
 )
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.limits import TimeLimitError, time_limit
 from lowmem_reft.machine.progress import counter, progress
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.options import PromptOptions, ReuseOptions, ScoringOptions
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
     from lowmem_reft.data.rows import Row
     from lowmem_reft.methods.card import TrainingCard
     from lowmem_reft.reuse.reuse import Reuse
+
+
+_PATTERN_SECONDS = 5.0
+"""Of the processor, for a regular expression on one answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,11 +384,18 @@ def extract_answer(text: str, pattern: str | None) -> str | None:
     match.
 
     Raises:
-        InputError: The pattern is not a regular expression.
+        InputError: The pattern is not a regular expression, or takes too long.
     """
     if pattern is not None:
         try:
-            matches = list(re.finditer(pattern, text))
+            with time_limit(_PATTERN_SECONDS):
+                matches = list(re.finditer(pattern, text))
+        except TimeLimitError:
+            raise InputError(
+                f"answer_pattern must match within {_PATTERN_SECONDS:g} s, got {pattern!r}, which "
+                f"does not on an answer of {len(text)} characters; write it without repetitions "
+                "in repetitions"
+            ) from None
         except re.error as error:
             raise InputError(
                 f"answer_pattern must be a regular expression, got {pattern!r}; mend it ({error})"

@@ -19,6 +19,7 @@ from lowmem_reft.methods.loading import load_frozen
 from lowmem_reft.runs.directory import prepare_directory
 from lowmem_reft.runs.fit import fit
 from lowmem_reft.runs.fitting import fit_into_memory
+from lowmem_reft.runs.outputs import check_training
 from lowmem_reft.runs.readme import write_model_card
 from lowmem_reft.runs.resolve import resolve
 from lowmem_reft.runs.score import ScoringSettings, check_scoring, rows_to_score, score
@@ -52,6 +53,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     processes.start(options.model.device)
     if not processes.is_main():
         options = replace(options, run=replace(options.run, quiet=True))
+    else:
+        check_training(options)
     set_seed(options.run.seed)
     run = resolve(options)
     check_scoring(options.scoring)

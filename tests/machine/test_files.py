@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from lowmem_reft.machine.files import write_json, write_whole
+from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import open_itself, write_json, write_whole
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -32,3 +34,22 @@ def test_json_takes_paths_and_has_null_for_what_is_not_a_number(tmp_path: Path) 
         "steps": [1, None],
         "at": str(tmp_path),
     }
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    mine, link = tmp_path / "mine", tmp_path / "link"
+    mine.write_text("mine")
+    link.symlink_to(mine)
+    write_json(link, {})
+    assert not link.is_symlink()
+    (tmp_path / f".next.{os.getpid()}.tmp").symlink_to(mine)  # where the next one is made
+    write_json(tmp_path / "next", {})
+    link.unlink()
+    link.symlink_to(mine)
+    with pytest.raises(InputError, match="must not be a link"):
+        open_itself(link, "w")
+    assert mine.read_text() == "mine"
+
+
+def test_a_device_stays_one() -> None:
+    assert write_whole(Path("/dev/null"), lambda part: part.write_text("x")).is_char_device()

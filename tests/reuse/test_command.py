@@ -21,7 +21,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.options import ReuseCommandOptions, ReuseListOptions, ReuseRemoveOptions
 from lowmem_reft.reuse import command
 from lowmem_reft.reuse.command import run_reuse
-from lowmem_reft.reuse.disk import find_stores
+from lowmem_reft.reuse.disk import find_stores, locked
 from lowmem_reft.reuse.disk import remove as remove_store
 from lowmem_reft.reuse.layout import Layout, Shape
 from lowmem_reft.reuse.store import Record, Store, key_of
@@ -370,3 +370,16 @@ def test_the_former_name_does_the_same_and_says_the_new_one(
     assert "keys must name what to remove" in capfd.readouterr().err
     assert cli.main(["cache", "rm", "aa11", *where]) == 0
     assert not stores[0].exists()
+
+
+@pytest.mark.parametrize("place", ["store", "lock"])
+def test_a_store_is_not_built_through_a_link(tmp_path: Path, place: str) -> None:
+    mine, store = tmp_path / "mine", tmp_path / "stores" / f"trunk-{KEYS[0]}"
+    (mine if place == "store" else store).mkdir(parents=True)
+    store.parent.mkdir(exist_ok=True)
+    if place == "lock":
+        mine.write_text("mine")
+    (store if place == "store" else store / "lock").symlink_to(mine)
+    with pytest.raises(InputError, match=r"must not (hold links|be a link)"), locked(store):
+        pytest.fail("it was built")
+    assert list(mine.iterdir()) == [] if place == "store" else mine.read_text() == "mine"

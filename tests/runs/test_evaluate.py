@@ -139,6 +139,14 @@ def test_a_broken_pattern_is_refused() -> None:
         extract_answer("a", "(")
 
 
+def test_a_pattern_that_does_not_end_on_an_answer_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lowmem_reft.runs.score._PATTERN_SECONDS", 0.1)
+    with pytest.raises(InputError, match=r"answer_pattern must match within .* on an answer of 41"):
+        extract_answer("a" * 40 + "!", "(a+)+$")
+
+
 @pytest.fixture
 def adapter(tiny_llama_dir: Path, tmp_path: Path) -> Path:
     """An adapter with a training card, as train leaves it."""

@@ -25,6 +25,7 @@ from lowmem_reft.compare.engines.launch import available_threads, result_or_caus
 from lowmem_reft.compare.engines.node import Input, Part, data_files, read_content, run_on_node
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
+from lowmem_reft.machine.files import open_itself
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster that is started here: rows and parts of files are all that goes through it."""
@@ -126,7 +127,7 @@ class RayRun:
             return
         path = self.cell.directory / item.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
+        with open_itself(path, "ab") as file:
             file.write(item.data)
 
     def result(self) -> Result:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lowmem_reft.compare.cell import Cell, Result, failed_result, read_cell
-from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.files import open_itself, write_json
 
 CHILD_COMMAND = (sys.executable, "-m", "lowmem_reft.compare.child")
 """What runs one cell; the path of its ``cell.json`` is appended."""
@@ -38,7 +38,7 @@ def start_child(
     words = [*command, str(cell_path)]
     if sys.platform == "linux":
         words = [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *words]
-    with (cell_path.parent / LOG_FILE).open("wb") as log:
+    with open_itself(cell_path.parent / LOG_FILE, "wb") as log:
         return subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.report.table import Summary, columns
+from lowmem_reft.machine.terminal import harmless
 
 _WIDE = 120
 _LEFT_OUT_WHERE_NARROW = ("loss", "trainable_percent", "reserved_bytes", "rss_bytes")
@@ -63,7 +64,7 @@ class Progress:
             self._running.remove(name)
         self._num_finished += 1
         self._bar.update(self._task, advance=1, description=", ".join(self._running))
-        line = f"[{self._num_finished}/{self._num_cells}] {name}: {outcome}"
+        line = harmless(f"[{self._num_finished}/{self._num_cells}] {name}: {outcome}")
         self._console.print(line, style="red" if failed else None, markup=False, highlight=False)
 
 
@@ -84,11 +85,11 @@ def print_table(rows: Sequence[Summary], console: Console | None = None) -> None
         else:
             table.add_column(column.title.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(escape(column.text(row)) for column in shown))
+        table.add_row(*(escape(harmless(column.text(row))) for column in shown))
     console.print(table)
     for row in rows:
         for error in row.errors:
-            line = f"{row.method} {error}"
+            line = harmless(f"{row.method} {error}")
             console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
 

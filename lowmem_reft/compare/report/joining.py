@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft.compare.cell import EMPTY_RESULT
+from lowmem_reft.compare.outputs import check_report
 from lowmem_reft.compare.report import write_results
 from lowmem_reft.compare.report.console import print_table
 from lowmem_reft.compare.report.table import aggregate
@@ -33,6 +34,7 @@ def run_report(options: ReportOptions) -> dict[str, Any]:
     Raises:
         InputError: A source holds no results.
     """
+    check_report(options.output_dir)
     results = join(options.sources, relative_to=options.output_dir)
     written = write_results(results, options.output_dir, texts=not options.hide_texts)
     rows = aggregate(results)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from lowmem_reft.compare.cells import build_cells, command_line
 from lowmem_reft.compare.engines.launch import CHILD_COMMAND
+from lowmem_reft.compare.outputs import check_comparison
 from lowmem_reft.compare.report.console import Progress
 from lowmem_reft.compare.sources import Sources
 from lowmem_reft.compare.sweep.console import Told, print_trials
@@ -55,6 +56,7 @@ def run_sweep(
     Raises:
         InputError: The space, the methods, the rows or the model are wrong, or Optuna is missing.
     """
+    check_comparison(options)
     specs = parse_methods(options.search.methods)
     spaces = parse_space(options.search.space, specs)
     sampler = choose_sampler(options, spaces)

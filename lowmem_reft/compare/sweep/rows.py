@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lowmem_reft.compare.outputs import keep_rows
 from lowmem_reft.compare.sources import Sources, find_all_sources
 from lowmem_reft.data import embedded
-from lowmem_reft.data.rows import holdout, load_rows, write_rows
+from lowmem_reft.data.rows import holdout, load_rows
 from lowmem_reft.options import CompareOptions, ScoredOptions, SweepOptions, written
 
 
@@ -61,6 +62,6 @@ def _with_rows(options: SweepOptions) -> CompareOptions:
     for name in ("eval_data", "validation_data"):
         if getattr(given, name) is None:
             rows, part = holdout(rows)
-            parts[name] = str(write_rows(options.output_dir / "rows" / f"{name}.jsonl", part))
-    parts["data"] = str(write_rows(options.output_dir / "rows" / "data.jsonl", rows))
+            parts[name] = str(keep_rows(options, f"rows/{name}.jsonl", part))
+    parts["data"] = str(keep_rows(options, "rows/data.jsonl", rows))
     return written.changed(comparison, **parts)

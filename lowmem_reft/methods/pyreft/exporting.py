@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.files import write_json, write_text_whole
+from lowmem_reft.machine.markdown import code
 from lowmem_reft.methods.card import find_adapter, load_card
 from lowmem_reft.methods.pyreft.checkpoint import CONFIG, WEIGHTS_OF_BASE
 from lowmem_reft.methods.pyreft.importing import check_empty
@@ -79,7 +81,7 @@ def run_export(options: ExportPyreftOptions) -> dict[str, Any]:
     write_json(options.output_dir / CONFIG, pyreft_config)
     notes = export_notes(config)
     readme = options.output_dir / README
-    readme.write_text(_readme(adapter, class_name, width, notes), encoding="utf-8")
+    write_text_whole(readme, _readme(adapter, class_name, width, notes))
     for note in () if options.quiet else notes:
         print(f"note: {note}", file=sys.stderr)
     return {
@@ -173,14 +175,14 @@ def _config(adapter: Adapter, class_name: str, keys: list[str], width: int) -> d
 
 
 def _readme(adapter: Adapter, class_name: str, width: int, notes: list[str]) -> str:
-    config = adapter.config
+    config, base = adapter.config, json.dumps(adapter.base or "BASE")
     auto = "AutoModelForSequenceClassification" if adapter.heads else "AutoModelForCausalLM"
     head = (
         f'\nmodel.load_state_dict(torch.load("{WEIGHTS_OF_BASE}", weights_only=True), strict=False)'
         if adapter.heads
         else ""
     )
-    act = "None" if config.act is None else f'"{config.act}"'
+    act = "None" if config.act is None else json.dumps(config.act)
     labels = next((f", num_labels={t.shape[0]}" for t in adapter.heads.values()), "")
     groups = (
         "the first half of the interventions (`#0`) edits the first tokens of the prompt, the "
@@ -191,7 +193,7 @@ def _readme(adapter: Adapter, class_name: str, width: int, notes: list[str]) -> 
     facts = "\n".join(f"- {note}" for note in notes)
     return f"""# {class_name}, exported from lowmem_reft for pyreft 0.1.0
 
-Positions: `{config.positions}` of the prompt, tie: `{config.tie}`; {groups}.
+Positions: {code(config.positions)} of the prompt, tie: {code(config.tie)}; {groups}.
 
 {facts}
 
@@ -204,7 +206,7 @@ import pyreft
 import torch
 from transformers import {auto}
 
-model = {auto}.from_pretrained("{adapter.base or "BASE"}", torch_dtype=torch.float32{labels})
+model = {auto}.from_pretrained({base}, torch_dtype=torch.float32{labels})
 with open("config.json") as file:
     representations = [
         {{
@@ -213,7 +215,7 @@ with open("config.json") as file:
             "low_rank_dimension": rank,
             "intervention": pyreft.{class_name}(
                 embed_dim={width}, low_rank_dimension=rank, dtype=torch.float32,
-                act_fn={act}, dropout={config.dropout}, add_bias=False,
+                act_fn={act}, dropout={config.dropout!r}, add_bias=False,
             ),
         }}
         for layer, component, _, _, rank, *_ in json.load(file)["representations"]

@@ -22,6 +22,7 @@ from lowmem_reft.base.blocks import component_path, find_blocks, hidden_size
 from lowmem_reft.base.heads import from_config
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.destinations import check_directory
 from lowmem_reft.methods.attach import peft_notices_hidden
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.methods.pyreft.checkpoint import WEIGHTS_OF_BASE, PyreftCheckpoint, read_checkpoint
@@ -81,12 +82,13 @@ def run_import(options: ImportPyreftOptions) -> dict[str, Any]:
 
 
 def check_empty(directory: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse to write where something is, or where nothing can be written.
 
     Raises:
-        InputError: The directory has files in it, or is a file.
+        InputError: The directory has files in it, is a file, or cannot be made.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    check_directory("output_dir", directory)
+    if directory.exists() and any(directory.iterdir()):
         raise InputError(
             f"output_dir must be a new or an empty directory, got {str(directory)!r}; choose "
             "another or remove what is there"

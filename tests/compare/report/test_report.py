@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ from matplotlib.text import Annotation
 from rich.console import Console
 
 from lowmem_reft.compare.cell import EMPTY_RESULT, Cell
-from lowmem_reft.compare.report import write_report
+from lowmem_reft.compare.report import write_csv, write_report
 from lowmem_reft.compare.report.answers import read_answers
 from lowmem_reft.compare.report.comparison import Comparison
 from lowmem_reft.compare.report.console import Progress, print_table
@@ -33,7 +34,7 @@ from lowmem_reft.compare.report.sections import (
 from lowmem_reft.compare.report.table import aggregate, columns, markdown, over_tasks
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
 
-HOSTILE = '<script>alert("x")</script> & [bold]more[/bold]'
+HOSTILE = '<script>alert("x")</script> & [bold]more[/bold] $\\frac{$ |'
 
 
 def result(method="loreft", seed=0, **fields):
@@ -596,3 +597,14 @@ def test_runs_show_the_chosen_epoch_and_the_validation_value():
     assert "best epoch" in plain(body)
     assert "87.5" in body
     assert "best epoch" not in plain(runs.render(compared([result()])).body)
+
+
+def test_no_cell_of_the_csv_file_is_a_formula_and_nothing_is_lost(tmp_path):
+    texts = ["=1+1", "+a", "-b", "@c", "\td", "\re", "'=f", "''-g", "'h", "plain", "a=b"]
+    write_csv(tmp_path / "a.csv", [result(text, loss=-0.5) for text in texts])
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["loss"] for row in rows} == {"-0.5"}  # a number stays one
+    assert not any(row["method"].startswith(tuple("=+-@\t\r")) for row in rows)
+    back = [re.sub(r"^'(?='*[=+\-@\t\r])", "", row["method"]) for row in rows]
+    assert back == texts
