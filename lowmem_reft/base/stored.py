@@ -45,7 +45,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {n: Stored(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise not_whole(path, "a whole safetensors file", error) from error
+        raise not_whole(path, "a whole file of safetensors", error) from error
 
 
 def not_whole(path: Path, wanted: str, error: Exception) -> InputError:
@@ -73,8 +73,8 @@ def not_whole(path: Path, wanted: str, error: Exception) -> InputError:
     return InputError(f"{path} must be {wanted}, got {found}; {advice}")
 
 
-def read_json_object(path: Path) -> dict[str, object]:
-    """Read a file that holds a JSON object.
+def read_json_object(path: Path, wanted: str = "a JSON object") -> dict[str, object]:
+    """Read a file that holds a JSON object, which ``wanted`` calls by its name.
 
     Raises:
         InputError: It holds something else, or cannot be read.
@@ -82,10 +82,10 @@ def read_json_object(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise not_whole(path, "a JSON object", error) from error
+        raise not_whole(path, wanted, error) from error
     if not isinstance(content, dict):
         raise InputError(
-            f"{path} must be a JSON object, got {type(content).__name__}; download it again"
+            f"{path} must be {wanted}, got {type(content).__name__}; download it again"
         )
     return content
 
