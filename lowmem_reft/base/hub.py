@@ -16,27 +16,38 @@ from huggingface_hub.errors import (
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from lowmem_reft.base.stored import INDEX, WHOLE, check_checkpoint, read_index
-from lowmem_reft.errors import InputError
+from lowmem_reft.base.stored import (
+    INDEX,
+    WHOLE,
+    check_checkpoint,
+    in_one_line,
+    read_index,
+    read_json_object,
+)
+from lowmem_reft.errors import InputError, is_of_the_machine
 
 
 def load_config(model: str | Path, revision: str = "main") -> Any:
     """Read the configuration of a hub id or a directory.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or it describes no model that transformers knows.
     """
     check_path(model)
+    if (path := Path(model) / CONFIG_NAME).is_file():
+        read_json_object(path, "a JSON object that describes a model")
     try:
         return transformers.AutoConfig.from_pretrained(
             str(model), revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
         if isinstance(error, OSError) and not Path(model).exists():
             raise _not_found(model, error) from error
         raise InputError(
             f"model must be a directory with a config.json or a hub id, got {str(model)!r}; check "
-            f"what is there ({first_line(error)})"
+            f"what config.json says there ({in_one_line(error)})"
         ) from error
 
 

@@ -17,7 +17,6 @@ from lowmem_reft.base.hub import (
     check_on_hub,
     check_path,
     files_in,
-    first_line,
     load_config,
     local_directory,
 )
@@ -31,7 +30,12 @@ from lowmem_reft.base.quantization import (
     quantization_options,
     warn_of_unquantized_weights,
 )
-from lowmem_reft.base.stored import check_checkpoint
+from lowmem_reft.base.stored import check_checkpoint, in_one_line
+from lowmem_reft.base.tokenizer_files import (
+    check_tokenizer_files,
+    check_vocabulary,
+    not_loaded,
+)
 from lowmem_reft.base.upper import load_upper
 from lowmem_reft.base.whole import (
     check_finite,
@@ -213,7 +217,7 @@ def _from_pretrained(
         raise InputError(
             f"model must be one that {auto_class.__name__} loads from safetensors, "
             f"got {str(model)!r}; convert it, mend its config.json or change the options "
-            f"({first_line(error)})"
+            f"({in_one_line(error)})"
         ) from error
 
 
@@ -235,20 +239,24 @@ def load_tokenizer(model: str | Path, *, revision: str = "main", config: Any = N
         config: What `load_config` has read, if it has been read: transformers would read it again.
 
     Raises:
-        InputError: There is no tokenizer, or it has neither a pad nor an eos token.
+        InputError: There is no tokenizer, a file of it is at fault, or it has neither a pad nor an
+            eos token.
     """
     check_path(model)
-    if config is None and not Path(model).is_dir():
+    if Path(model).is_dir():
+        check_tokenizer_files(Path(model))
+    elif config is None:
         check_on_hub(model, revision)  # transformers would ask for one file after the other
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(model), revision=revision, trust_remote_code=False, config=config
         )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model must have a tokenizer, got {str(model)!r}; save one beside it "
-            f"({first_line(error)})"
-        ) from error
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        raise not_loaded(model, error) from error
+    if Path(model).is_dir():
+        check_vocabulary(Path(model), tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(

@@ -73,6 +73,19 @@ def not_whole(path: Path, wanted: str, error: Exception) -> InputError:
     return InputError(f"{path} must be {wanted}, got {found}; {advice}")
 
 
+def is_pointer(path: Path) -> bool:
+    """Return whether git-LFS has left a pointer where a file should be."""
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def in_one_line(error: Exception) -> str:
+    """Return what an error says, its kind first where that is no sentence."""
+    said = " ".join(str(error).split())
+    kind = "" if isinstance(error, OSError | ValueError) and said else f"{type(error).__name__}: "
+    return f"{kind}{said}"[:300].removesuffix(": ")
+
+
 def read_json_object(path: Path, wanted: str = "a JSON object") -> dict[str, object]:
     """Read a file that holds a JSON object, which ``wanted`` calls by its name.
 
