@@ -1,5 +1,6 @@
 """The exception that means "the user can fix this": the CLI prints its message and exits with 2."""
 
+import errno
 import math
 
 
@@ -49,3 +50,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     # By their words: torch raises these as plain RuntimeErrors too, safetensors as its own class.
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error is of a device, its memory or its disk, whatever was read meanwhile."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return is_full or is_out_of_memory(error) or "CUDA error" in str(error)

@@ -60,7 +60,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
-    if not lists:
+    if not lists or not num_layers:
         raise InputError(
             f"model must have a ModuleList of config.num_hidden_layers={num_layers!r} blocks, got "
             f"{type(model).__name__}; this architecture is not supported"

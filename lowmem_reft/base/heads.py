@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from lowmem_reft.base.checkpointing import stop_input_gradients
 from lowmem_reft.base.hub import first_line
-from lowmem_reft.errors import InputError
+from lowmem_reft.base.stored import in_one_line
+from lowmem_reft.errors import InputError, is_of_the_machine
 
 AUTO_CLASSES: dict[str, Any] = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -26,7 +27,7 @@ def from_config(config: Any, task_type: str, **options: Any) -> PreTrainedModel:
     """Build an untrained model of the task.
 
     Raises:
-        InputError: The architecture has no such task.
+        InputError: The architecture has no such task, or the configuration describes no model.
     """
     try:
         model: PreTrainedModel = AUTO_CLASSES[task_type].from_config(config, **options)
@@ -34,6 +35,13 @@ def from_config(config: Any, task_type: str, **options: Any) -> PreTrainedModel:
         raise InputError(
             f"task_type must be one that {config.model_type} has, got {task_type!r}; use another "
             f"model or task ({first_line(error)})"
+        ) from error
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        raise InputError(
+            f"model must have a config.json that describes a {config.model_type}, got one of which "
+            f"none can be built ({in_one_line(error)}); mend it"
         ) from error
     return model
 

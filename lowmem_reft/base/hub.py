@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -16,15 +16,24 @@ from huggingface_hub.errors import (
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from lowmem_reft.base.stored import (
+    INDEX,
+    WHOLE,
+    check_checkpoint,
+    in_one_line,
+    read_index,
+    read_json_object,
+)
 from lowmem_reft.base.trust import check_config
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, is_of_the_machine
 
 
 def load_config(model: str | Path, revision: str = "main") -> Any:
     """Read the configuration of a hub id or a directory.
 
     Raises:
-        InputError: There is none, it asks for code, or an adapter lies beside it.
+        InputError: There is none, it describes no model that transformers knows, it asks for code,
+            or an adapter lies beside it.
     """
     check_path(model)
     if (Path(model) / "adapter_config.json").is_file():
@@ -32,6 +41,8 @@ def load_config(model: str | Path, revision: str = "main") -> Any:
             f"model must be a base, got {str(model)!r} with an adapter_config.json, which "
             "transformers would load as well; give the directory of the base alone"
         )
+    if (path := Path(model) / CONFIG_NAME).is_file():
+        read_json_object(path, "a JSON object that describes a model")
     try:
         # As transformers itself reads it, which may be another file than config.json.
         content, _ = transformers.PreTrainedConfig.get_config_dict(str(model), revision=revision)
@@ -41,12 +52,14 @@ def load_config(model: str | Path, revision: str = "main") -> Any:
         )
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
         if isinstance(error, OSError) and not Path(model).exists():
             raise _not_found(model, error) from error
         raise InputError(
             f"model must be a directory with a config.json or a hub id, got {str(model)!r}; check "
-            f"what is there ({first_line(error)})"
+            f"what config.json says there ({in_one_line(error)})"
         ) from error
 
 
@@ -91,15 +104,31 @@ def _find(model: str | Path, name: str, revision: str) -> Path | None:
     return None if found is None else Path(found)
 
 
+def local_directory(model: str, revision: str | None) -> Path | None:
+    """Return the directory of a model, that of the local cache for a hub id; None if none is here.
+
+    A revision that is None is not known, which is no matter if there is only one in the cache.
+    """
+    if not model or Path(model).is_dir():
+        return Path(model) if model else None
+    try:
+        found = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or not a name of the hub at all
+        return None
+    return None if revision is None and len(list(found.parent.iterdir())) > 1 else found
+
+
 def weight_files(model: str | Path, revision: str) -> list[Path]:
     """Return the safetensors files of a hub id or a directory.
 
     Raises:
-        InputError: There are none, or not all that there should be.
+        InputError: There are none, not all that there should be, or one is not whole.
     """
+    if Path(model).is_dir():
+        check_checkpoint(Path(model))
     try:
         files = weights_among(lambda name: _find(model, name, revision))
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         raise InputError(
             f"model must have readable safetensors, got {str(model)!r}; check it "
             f"({first_line(error)})"
@@ -112,19 +141,22 @@ def weight_files(model: str | Path, revision: str) -> list[Path]:
     return found
 
 
+def files_in(directory: Path) -> list[Path]:
+    """Return the safetensors files of a directory that are there."""
+    found = weights_among(lambda name: directory / name if (directory / name).is_file() else None)
+    return [file for file in found if file is not None]
+
+
 def weights_among(find: Callable[[str], Path | None]) -> list[Path | None]:
     """Return the files that transformers would load: the whole one, else those of the index.
 
     ``find`` tells where a file lies; None if it is not there.
     """
-    whole = find("model.safetensors")
+    whole = find(WHOLE)
     if whole is not None:
         return [whole]
-    index = find("model.safetensors.index.json")
-    if index is None:
-        return []
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [find(name) for name in sorted(set(names))]
+    index = find(INDEX)
+    return [] if index is None else [find(name) for name in sorted({*read_index(index).values()})]
 
 
 def first_line(error: Exception) -> str:

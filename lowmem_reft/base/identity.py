@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 
 from lowmem_reft.base.blocks import device_of, find_blocks
-from lowmem_reft.base.hub import weights_among
+from lowmem_reft.base.hub import local_directory, weights_among
 from lowmem_reft.machine.devices import DTYPES
 
 _NUM_SAMPLES = 8
@@ -43,7 +42,7 @@ def checkpoint_digest(model: str | Path, revision: str | None = "main") -> str |
         None if there are no safetensors that can be read (a checkpoint of ``.bin`` files has no
         digest), or if it is not known which revision is meant.
     """
-    directory = _directory(str(model), revision)
+    directory = local_directory(str(model), revision)
     try:
         files = [] if directory is None else _weight_files(directory)
         tensors = sorted(tensor for path in files for tensor in _tensors(path))
@@ -56,18 +55,8 @@ def commit_of(model: str | Path, revision: str) -> str | None:
     """Return the commit of a hub id's revision in the local cache; None of a directory."""
     if Path(model).is_dir():
         return None
-    directory = _directory(str(model), revision)
+    directory = local_directory(str(model), revision)
     return None if directory is None else directory.name
-
-
-def _directory(model: str, revision: str | None) -> Path | None:
-    if not model or Path(model).is_dir():
-        return Path(model) if model else None
-    try:
-        found = Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # not in the cache, or not a name of the hub at all
-        return None
-    return None if revision is None and len(list(found.parent.iterdir())) > 1 else found
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.base.heads import AUTO_CLASSES, freeze, head_names, set_labels
-from lowmem_reft.base.hub import check_on_hub, check_path, first_line, load_config
+from lowmem_reft.base.hub import (
+    check_on_hub,
+    check_path,
+    files_in,
+    load_config,
+    local_directory,
+)
 from lowmem_reft.base.identity import commit_of
 from lowmem_reft.base.ours import ours
 from lowmem_reft.base.quantization import (
@@ -24,8 +30,21 @@ from lowmem_reft.base.quantization import (
     quantization_options,
     warn_of_unquantized_weights,
 )
+from lowmem_reft.base.stored import check_checkpoint, in_one_line
+from lowmem_reft.base.tokenizer_files import (
+    check_tokenizer_files,
+    check_vocabulary,
+    not_loaded,
+)
 from lowmem_reft.base.upper import load_upper
-from lowmem_reft.errors import InputError
+from lowmem_reft.base.whole import (
+    check_finite,
+    check_keys,
+    check_stored,
+    quantized_finite,
+    source_of,
+)
+from lowmem_reft.errors import InputError, is_of_the_machine
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.devices import (
     DTYPES,
@@ -105,9 +124,9 @@ def load_base(
             model, config, task_type, dtype, target, revision, options, first_resident
         )
     else:
-        base = _from_pretrained(
-            AUTO_CLASSES[task_type],
+        base = _load_whole(
             model,
+            task_type,
             config=config,
             dtype=dtype,
             device_map={"": str(target)},
@@ -146,26 +165,60 @@ def _check_choices(storage: str, task_type: str, resident: str) -> None:
         )
 
 
-def _from_pretrained(auto_class: Any, model: str | Path, **options: Any) -> PreTrainedModel:
+def _load_whole(model: str | Path, task_type: str, **options: Any) -> PreTrainedModel:
+    """Load all of a base with ``from_pretrained``'s options, and look that it is whole.
+
+    Raises:
+        InputError: It cannot be loaded, or the checkpoint is not whole.
+    """
+    before = local_directory(str(model), options["revision"])
+    stored = {} if before is None else check_checkpoint(before)
+    is_quantized = getattr(options["config"], "quantization_config", None) is not None
+    with held("transformers.modeling_utils", "LOAD REPORT") as reports:
+        try:
+            with quantized_finite() as quantized:
+                base, differences = _from_pretrained(AUTO_CLASSES[task_type], model, **options)
+            found = before or local_directory(str(model), options["revision"])  # downloaded now
+            if before is None and found is not None:
+                stored = check_checkpoint(found)
+            source = source_of(model, found)
+            check_keys(base, differences, task_type, source)
+            check_stored(base, stored, is_quantized=is_quantized, source=source)
+            check_finite(base, quantized, [] if found is None else files_in(found))
+        except InputError:
+            reports.clear()  # the one line says it
+            raise
+        if task_type != "CAUSAL_LM" and _only_heads(base, differences):
+            reports.clear()  # a checkpoint of a language model has no other
+    heads = tuple(f"{name}." for name in head_names(base))
+    ours(base).has_new_head = any(name.startswith(heads) for name in differences["missing_keys"])
+    return base
+
+
+def _from_pretrained(
+    auto_class: Any, model: str | Path, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model and what differs between it and the checkpoint."""
     try:
-        with held("transformers.modeling_utils", "LOAD REPORT") as reports:
-            base, differences = auto_class.from_pretrained(
+        return cast(
+            "tuple[PreTrainedModel, dict[str, Any]]",
+            auto_class.from_pretrained(
                 str(model),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are refused with their names
                 **options,
-            )
-            if auto_class is not AUTO_CLASSES["CAUSAL_LM"] and _only_heads(base, differences):
-                reports.clear()  # a checkpoint of a language model has no other
-    except (OSError, ValueError, ImportError) as error:
+            ),
+        )
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
         raise InputError(
             f"model must be one that {auto_class.__name__} loads from safetensors, "
-            f"got {str(model)!r}; convert it or change the options ({first_line(error)})"
+            f"got {str(model)!r}; convert it, mend its config.json or change the options "
+            f"({in_one_line(error)})"
         ) from error
-    heads = tuple(f"{name}." for name in head_names(base))
-    ours(base).has_new_head = any(name.startswith(heads) for name in differences["missing_keys"])
-    return cast(PreTrainedModel, base)
 
 
 def _only_heads(base: PreTrainedModel, differences: Mapping[str, Any]) -> bool:
@@ -186,20 +239,24 @@ def load_tokenizer(model: str | Path, *, revision: str = "main", config: Any = N
         config: What `load_config` has read, if it has been read: transformers would read it again.
 
     Raises:
-        InputError: There is no tokenizer, or it has neither a pad nor an eos token.
+        InputError: There is no tokenizer, a file of it is at fault, or it has neither a pad nor an
+            eos token.
     """
     check_path(model)
-    if config is None and not Path(model).is_dir():
+    if Path(model).is_dir():
+        check_tokenizer_files(Path(model))
+    elif config is None:
         check_on_hub(model, revision)  # transformers would ask for one file after the other
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(model), revision=revision, trust_remote_code=False, config=config
         )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model must have a tokenizer, got {str(model)!r}; save one beside it "
-            f"({first_line(error)})"
-        ) from error
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        raise not_loaded(model, error) from error
+    if Path(model).is_dir():
+        check_vocabulary(Path(model), tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(

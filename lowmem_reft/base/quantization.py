@@ -38,7 +38,12 @@ def quantization_options(
             skipped = [f"^{name}" for name in head_names(from_config(config, task_type))]
     held = getattr(config, "quantization_config", None)
     if held is not None:
-        held = held if isinstance(held, dict) else held.to_dict()
+        held = held.to_dict() if hasattr(held, "to_dict") else held
+        if not isinstance(held, dict):
+            raise InputError(
+                f"model must have a quantization_config that is an object, got {held!r} in the "
+                f"config.json of {str(model)!r}; mend it"
+            )
         _check_held_storage(model, held, storage)
         held["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
         if skipped:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,14 @@ from transformers.utils import logging
 
 from lowmem_reft.base.blocks import SUBMODULE, find_blocks, standing_in
 from lowmem_reft.base.ours import ours
+from lowmem_reft.base.stored import read_header, some
+from lowmem_reft.base.whole import (
+    check_finite,
+    check_read,
+    check_stored,
+    quantized_finite,
+    source_of,
+)
 from lowmem_reft.errors import InputError
 
 EMBEDDING = -1
@@ -49,10 +57,13 @@ class Checkpoint:
     finish: Callable[[nn.Module], None]
     """Called with each part that was read: freezes and guards it."""
     _digest: str | None = None
+    _not_finite: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Make the empty model; remember what the blocks and the embedding are called."""
+        """Make the empty model; remember what its parts are called, and what is stored."""
         self.empty = self.make_empty()
+        self.stored = {n: tensor for path in self.files for n, tensor in read_header(path).items()}
+        self.source = source_of(type(self.empty).__name__, self.files[0].parent)
         self._blocks = find_blocks(self.empty)[0]
         self._embedding = _name_of(self.empty, self.empty.get_input_embeddings())
 
@@ -87,8 +98,13 @@ class Checkpoint:
                 hf_quantizer=self.quantizer,
                 weight_mapping=mapping,
             )
-            with _no_bar():  # one per block says nothing
-                model._load_pretrained_model(model, weights, None, config, expected_keys=[])
+            with _no_bar(), quantized_finite() as quantized:  # one bar per block says nothing
+                read, _ = model._load_pretrained_model(
+                    model, weights, None, config, expected_keys=[]
+                )
+        model._adjust_missing_and_unexpected_keys(read)
+        check_read(model, read.to_dict(), self.source)
+        self._not_finite = quantized
 
     def _part(self, name: str) -> int | None:
         """Return the index of the block that a tensor belongs to, ``EMBEDDING``, or None."""
@@ -150,15 +166,37 @@ class Checkpoint:
         """Finish a part, or refuse it if it was not read whole.
 
         Raises:
-            InputError: A weight is still missing.
+            InputError: A weight is still missing, or is not what it should be.
         """
-        missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-        if missing:
-            raise InputError(
-                f"resident must be all for {type(self.empty).__name__}, got upper: its checkpoint "
-                f"cannot be read in parts ({missing[0]} was not found); load the whole base"
-            )
+        self.check_there(name for name, value in module.named_parameters() if value.is_meta)
+        self.check_values(module)
         self.finish(module)
+
+    def check_there(self, missing: Iterable[str]) -> None:
+        """Refuse the checkpoint if there are names of weights that it should have had.
+
+        Raises:
+            InputError: There are.
+        """
+        names = list(missing)
+        if names:
+            raise InputError(
+                f"{self.source} must have all weights of {type(self.empty).__name__}, under names "
+                f"that can be read in parts, got none for {some(names)}; download the model again, "
+                "mend its config.json, or load it whole"
+            )
+
+    def check_values(self, module: nn.Module) -> None:
+        """Refuse weights of a part that was read that are misshapen or not finite.
+
+        Raises:
+            InputError: There is one.
+        """
+        check_stored(module, self.stored, is_quantized=self._is_quantized(), source=self.source)
+        check_finite(module, self._not_finite, self.files)
+
+    def _is_quantized(self) -> bool:
+        return bool(getattr(self.quantizer, "pre_quantized", False))
 
     def digest(self) -> str:
         """Return the SHA-256 over the files and how they are stored when loaded."""

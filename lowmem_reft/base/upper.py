@@ -119,4 +119,11 @@ def _read_upper(base: Any, checkpoint: Checkpoint, task_type: str, first: int) -
     for part in (*base.children(), *blocks[first:]):
         if part is not base.base_model:
             checkpoint.check(part)
+    elsewhere = {id(p) for block in blocks[:first] for p in block.parameters()}
+    if not keep:
+        elsewhere |= {id(p) for p in base.get_input_embeddings().parameters()}
+    checkpoint.check_there(
+        name for name, p in base.named_parameters() if p.is_meta and id(p) not in elsewhere
+    )
+    checkpoint.check_values(base)
     return keep

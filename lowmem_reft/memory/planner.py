@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 
 from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.stored import in_one_line
 from lowmem_reft.base.trust import check_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
@@ -172,7 +173,7 @@ def check_sizes(config: Any, model: str | Path) -> Any:
     missing = [
         name
         for name in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
-        if not isinstance(getattr(text, name, None), int)
+        if not isinstance(size := getattr(text, name, None), int) or size < 1
     ]
     if missing:
         raise InputError(
@@ -207,10 +208,10 @@ def _read_config_file(path: Path) -> Any:
         raise InputError(f"{path}: model must give {', '.join(missing)}, got none; add them")
     try:
         return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever it raises, it has only read the file
         raise InputError(
             f"{path}: model must be one that transformers {transformers.__version__} knows, got "
-            f"{str(error).strip().splitlines()[0]}; correct model_type or upgrade transformers"
+            f"{in_one_line(error)}; correct it, or upgrade transformers"
         ) from error
 
 

@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import OTHER_BASE, checkpoint_digest, other_base
 from lowmem_reft.base.loading import load_base, load_tokenizer, share_pad_token
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, is_of_the_machine
 from lowmem_reft.methods.attach import complete, peft_notices_hidden, prepare_base
 from lowmem_reft.methods.card import TrainingCard, load_card
 from lowmem_reft.methods.constant import find_first_resident
+from lowmem_reft.methods.saved import put_on, read_config, read_shapes
 from lowmem_reft.options import ModelOptions
 
 logger = logging.getLogger(__name__)
@@ -71,22 +70,41 @@ def load_adapted(
     tokenizer = load_tokenizer(options.model, config=config)
     if adapter is None and resident != "all":
         raise InputError(f"resident must be all without an adapter, got {resident!r}; leave it out")
-    upper_for = PeftConfig.from_pretrained(str(adapter)) if resident == "upper" else None
+    peft_config = None
+    if adapter is not None:  # before the base, which takes longer
+        peft_config = read_config(adapter)
+        read_shapes(adapter)
+    upper_for = peft_config if resident == "upper" else None
     base = load_frozen(options, card, tokenizer, config=config, upper_for=upper_for)
     if adapter is None:
         return base.eval(), tokenizer
-    try:
-        prepare_base(base, PeftConfig.from_pretrained(str(adapter)))
-        with other_base_said(options.model, adapter, card):
-            model = PeftModel.from_pretrained(base, str(adapter)).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        named = f" {card.base!r}" if card.base != options.model else ", which it does not name"
-        raise InputError(
-            f"adapter must fit the model {options.model!r}, got {str(adapter)!r}; give the base "
-            f"that it was made for{named} ({what_differs(error)})"
-        ) from error
+    with fitting(options.model, adapter, card):
+        prepare_base(base, peft_config)
+        model = put_on(base, adapter).eval()
     complete(model)
     return model, tokenizer
+
+
+@contextmanager
+def fitting(model: str, adapter: Path, card: TrainingCard, beside: str = "") -> Iterator[None]:
+    """Load an adapter meanwhile: refuse one that does not fit, say that it is of another base.
+
+    ``beside`` names the adapter that is there already.
+
+    Raises:
+        InputError: Something is said against it while it is loaded.
+    """
+    try:
+        with other_base_said(model, adapter, card):
+            yield
+    except Exception as error:
+        if isinstance(error, InputError) or is_of_the_machine(error):
+            raise
+        named = f" {card.base!r}" if card.base != model else ", which it does not name"
+        raise InputError(
+            f"adapter must fit the model {model!r}{beside and f' beside {beside!r}'}, got "
+            f"{str(adapter)!r}; give the base that it was made for{named} ({what_differs(error)})"
+        ) from error
 
 
 def what_differs(error: Exception) -> str:

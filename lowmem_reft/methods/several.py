@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import complete
 from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
-from lowmem_reft.methods.loading import load_adapted, other_base_said, what_differs
+from lowmem_reft.methods.loading import fitting, load_adapted
+from lowmem_reft.methods.saved import holds_base_weights, put_on, read_config
 from lowmem_reft.methods.table import MIXED_IN_A_BATCH, REPLACING_THE_BASE
 from lowmem_reft.options import ModelOptions
 from lowmem_reft.reft.peft_method import type_of
@@ -90,15 +89,18 @@ def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tu
     card = (trained or adapters)[0].card
     model, tokenizer = load_adapted(options, trained[0].directory if trained else None, card)
     for adapter in trained[1:]:
-        try:
-            with other_base_said(options.model, Path(str(adapter.directory)), adapter.card):
-                model.load_adapter(str(adapter.directory), adapter_name=adapter.peft_name)
-        except (RuntimeError, ValueError, OSError) as error:
+        directory = Path(str(adapter.directory))
+        with fitting(options.model, directory, adapter.card, beside=trained[0].name):
+            put_on(model, directory, adapter.peft_name)
+    for adapter in trained if len(adapters) > 1 else ():
+        if type_of(model.peft_config[adapter.peft_name]) != REPLACING_THE_BASE and (
+            holds_base_weights(Path(str(adapter.directory)), model)
+        ):
             raise InputError(
-                f"adapter must fit the model {options.model!r} beside {trained[0].name!r}, got "
-                f"{str(adapter.directory)!r}; it was made for {adapter.card.base!r} "
-                f"({what_differs(error)})"
-            ) from error
+                f"adapter must name one adapter where it holds weights of the base itself, as of a "
+                f"resized embedding, got {str(adapter.directory)!r} among others; run the command "
+                "once for each"
+            )
     if len(trained) > 1:
         complete(model)
     return model.eval(), tokenizer
@@ -181,7 +183,7 @@ def _check_agreement(adapters: Sequence[NamedAdapter]) -> None:
 
 
 def _check_types(trained: Sequence[NamedAdapter], *, alone: bool) -> None:
-    kinds = {a.name: type_of(PeftConfig.from_pretrained(str(a.directory))) for a in trained}
+    kinds = {a.name: type_of(read_config(Path(str(a.directory)))) for a in trained}
     got = ", ".join(f"{kind} ({name})" for name, kind in kinds.items())
     if len(set(kinds.values())) > 1:
         raise InputError(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lowmem_reft.base.identity import note_base
 from lowmem_reft.errors import InputError
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.loaded import check_loaded
 from lowmem_reft.reft.peft_method import peft_type, register
 from lowmem_reft.reft.tuner import ReftModel
 
@@ -133,6 +134,17 @@ class LoraReftModel(LoraModel):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         one = ReftModel if ".reft_phi." in key else LoraModel
         return str(one._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        parent: Any = super()
+        named: dict[str, Tensor] = parent._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_loaded(model, adapter_name, named)
+        return named
 
 
 register(NAME, LoraReftConfig, LoraReftModel)

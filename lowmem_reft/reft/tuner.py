@@ -30,6 +30,7 @@ from lowmem_reft.reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.reft.config import ReftConfig, resolve_layers
 from lowmem_reft.reft.interventions import READS_INPUT
 from lowmem_reft.reft.layer import HALF, NO_MERGE, CurrentSelection, ReftLayer
+from lowmem_reft.reft.loaded import check_loaded
 from lowmem_reft.reft.peft_method import NAME, PREFIX, register
 from lowmem_reft.reft.recompute import SelectionKeepingCheckpoint, keep_selection_in_recompute
 from lowmem_reft.reft.selection import Selector
@@ -258,6 +259,16 @@ class ReftModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key.replace(f".reft_phi.{adapter_name}.", ".reft_phi.", 1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_loaded(model, adapter_name, named)
+        return named
 
 
 def prompt_arguments(model: Any, labels: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,14 @@ from breaking import contract, doing_nothing, with_result, with_value, without, 
 
 MODULES = "bitsandbytes.nn.modules:"
 FUNCTIONS = "bitsandbytes.autograd._functions:"
+
+
+class _Otherwise:
+    """bitsandbytes with functions that are found elsewhere."""
+
+    def __init__(self) -> None:
+        names = vars(modules.bnb.functional)
+        self.functional = SimpleNamespace(**names)
 
 
 def linear4bit(width: int = 64, **options: Any) -> Any:
@@ -69,6 +78,34 @@ def test_linear4bit_repacks_in_eval_on_avx512_bf16_if_a_flag_of_the_layer_is_set
     assert packed == [True]
     layer.train()(inputs)
     assert packed == [True]
+
+
+@contract(
+    "bitsandbytes",
+    used_by="base/whole.py",
+    broken_by=with_value("bitsandbytes.nn.modules:bnb", _Otherwise()),
+)
+def test_weights_are_quantized_by_two_functions_that_are_given_them_first(
+    monkeypatch: pytest.MonkeyPatch, breach: bool
+) -> None:
+    import bitsandbytes.functional
+
+    given: list[tuple[str, Any]] = []
+
+    def noting(name: str) -> Any:
+        function = getattr(bitsandbytes.functional, name)
+
+        def note(weight: Any, *args: Any, **kwargs: Any) -> Any:
+            given.append((name, tuple(weight.shape)))
+            return function(weight, *args, **kwargs)
+
+        return note
+
+    for name in ("quantize_4bit", "int8_vectorwise_quant"):
+        monkeypatch.setattr(bitsandbytes.functional, name, noting(name))
+    linear4bit()
+    linear8bit()
+    assert given == [("quantize_4bit", (128, 64)), ("int8_vectorwise_quant", (128, 64))]
 
 
 @contract(

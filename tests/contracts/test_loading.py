@@ -76,6 +76,30 @@ def test_the_loader_fills_only_the_parts_that_it_is_given(directory: Path) -> No
 
 @contract(
     "transformers",
+    used_by="base/residency.py base/whole.py",
+    broken_by=doing_nothing(f"{MODEL}_adjust_missing_and_unexpected_keys"),
+)
+def test_the_loader_tells_what_does_not_fit_and_the_model_what_of_it_is_old() -> None:
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    model = on_meta()
+    weights = {
+        "model.norm.weight": torch.ones(3),
+        "model.layers.9.mlp.up_proj.weight": torch.ones(2, 2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    config = LoadStateDictConfig(device_map={"": "cpu"}, dtype=torch.float32, weight_mapping=[])
+    found, _ = model._load_pretrained_model(model, weights, None, config, expected_keys=[])
+    model._adjust_missing_and_unexpected_keys(found)
+    told = found.to_dict()
+    assert told["unexpected_keys"] == {"model.layers.9.mlp.up_proj.weight"}
+    ((name, *shapes),) = told["mismatched_keys"]
+    assert name == "model.norm.weight"
+    assert [tuple(shape) for shape in shapes] == [(3,), (16,)]
+
+
+@contract(
+    "transformers",
     used_by="base/residency.py",
     broken_by=doing_nothing(f"{QUANTIZER}param_needs_quantization"),
 )
@@ -251,7 +275,7 @@ def test_what_the_hub_says_is_the_cause_of_an_os_error(
 
 @contract(
     "huggingface_hub",
-    used_by="base/identity.py",
+    used_by="base/hub.py base/identity.py",
     broken_by=with_result(
         "huggingface_hub._snapshot_download:snapshot_download", lambda path: Path(path).parent
     ),

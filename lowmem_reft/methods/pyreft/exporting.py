@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft.utils import load_peft_weights
 from torch import Tensor
 
 from lowmem_reft.errors import InputError
@@ -23,6 +21,7 @@ from lowmem_reft.methods.pyreft.checkpoint import CONFIG, WEIGHTS_OF_BASE
 from lowmem_reft.methods.pyreft.importing import check_empty
 from lowmem_reft.methods.pyreft.notes import export_notes
 from lowmem_reft.methods.pyreft.parameters import KINDS, to_pyreft
+from lowmem_reft.methods.saved import read_config, read_shapes, weights_file
 from lowmem_reft.options import ExportPyreftOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.peft_method import type_of
@@ -100,21 +99,11 @@ def _read(directory: Path) -> Adapter:
     Raises:
         InputError: It cannot be read or expressed.
     """
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(
-            f"{directory / 'adapter_config.json'} must be a PEFT configuration, got one that "
-            f"cannot be read ({str(error).splitlines()[0]}); restore it"
-        ) from error
+    config = read_config(directory)
     _check_expressible(config)
-    path = directory / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} must be a whole file of safetensors, got {error}; save the adapter again"
-        ) from error
+    path = weights_file(directory)
+    read_shapes(directory)
+    tensors = load_peft_weights(str(directory), device="cpu")
     interventions: dict[tuple[int, int], dict[str, Tensor]] = {}
     heads = {}
     for key, tensor in tensors.items():
