@@ -33,6 +33,21 @@ def write_json(path: Path, content: object) -> Path:
     return write_text_whole(path, text + "\n")
 
 
+def sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk before what is written from now on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(directory: Path) -> None:
+    """Have a directory and all that is in it on the disk."""
+    for path in (*directory.rglob("*"), directory):
+        sync(path)
+
+
 def plain(content: object) -> Any:
     """Return what JSON has: paths as text, and null for what is not a number (a diverged loss)."""
     if isinstance(content, dict):
