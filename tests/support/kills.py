@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import gc
 import json
 import os
 import random
@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -39,18 +40,18 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def serve() -> None:
-    """Fork a child for each job and say how it ended."""
-    _warm()
+    """Train once, so that all is imported and at hand; then fork a child for each job."""
+    from lowmem_reft.cli import main
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        code = main(sys.argv[1:])
+    gc.collect()  # ends the threads of what has been trained, which would not survive a fork
+    assert (code, threading.enumerate()) == (0, [threading.main_thread()])
+    gc.freeze()
+    os.fsync = lambda _handle: None  # which guards against a loss of power, and takes time
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
-
-
-def _warm() -> None:
-    """Import what trainings import, without having trained: threads would not survive a fork."""
-    for name in os.environ.get("WARM_MODULES", "lowmem_reft.cli,lowmem_reft.runs.train").split(","):
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def _train(job: dict[str, Any]) -> None:
         changes.hear_native()
         code = main(job["argv"])
         if "changes" in job:
-            Path(job["changes"]).write_text(json.dumps([changes.num, sorted(sys.modules)]))
+            Path(job["changes"]).write_text(str(changes.num))
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt:
@@ -203,41 +204,26 @@ class Trainings:
         """Train each kind of ``flags`` undisturbed; ``directory`` is for runs and logs."""
         self.directory, self.flags = directory, flags
         self._num = 0
-        self._start()
-        first = next(iter(flags))
-        modules = self._train(first, self.directory / "warm", changes=True)[1]
-        self.close()
-        self._start(modules)
+        first = [*next(iter(flags.values())), "--output-dir", str(directory / "warm"), "--quiet"]
+        self._server = subprocess.Popen(
+            [sys.executable, __file__, "train", *first],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(directory / "server.log").open("w"),
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        assert self._server.stdout is not None
+        assert self._server.stdout.readline() == "ready\n"
         self.wanted: dict[str, dict[str, Any]] = {}
         self.num_changes: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         for kind in flags:
-            out = directory / f"whole-{kind}"
-            self.num_changes[kind], _ = self._train(kind, out, changes=True)
-            begun = time.monotonic()
-            self._train(kind, directory / f"again-{kind}")
-            self.seconds[kind] = time.monotonic() - begun
-            self.wanted[kind] = outcome(out)
-            assert outcome(directory / f"again-{kind}") == self.wanted[kind]
-
-    def _start(self, modules: list[str] | None = None) -> None:
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "WARM_MODULES": ",".join(m for m in modules or () if not m.startswith("__")) or "torch",
-        }
-        self._server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        assert self._server.stdout is not None
-        assert self._server.stdout.readline() == "ready\n"
+            out, noted = directory / f"whole-{kind}", directory / f"{kind}.changes"
+            ended, said = self.run(kind, out, changes=str(noted))
+            assert ended["code"] == 0, said[-3000:]
+            self.wanted[kind], self.seconds[kind] = outcome(out), ended["seconds"]
+            self.num_changes[kind] = int(noted.read_text())
 
     def close(self) -> None:
         """End the warm process."""
@@ -261,13 +247,6 @@ class Trainings:
         ended = self._ask(argv=argv, root=str(out), log=str(log), **job)
         return ended, log.read_text(errors="replace")
 
-    def _train(self, kind: str, out: Path, *, changes: bool = False) -> tuple[int, list[str]]:
-        noted = out.with_name(f"{out.name}.changes")
-        ended, said = self.run(kind, out, **({"changes": str(noted)} if changes else {}))
-        assert ended["code"] == 0, said[-3000:]
-        num, modules = json.loads(noted.read_text()) if changes else (0, [])
-        return num, modules
-
     def kill(self, kind: str, figures: Figures, *jobs: dict[str, Any]) -> None:
         """Run and kill as each job says, one after the other, resume to the end and compare."""
         self._num += 1
@@ -275,16 +254,15 @@ class Trainings:
         more: list[str] = []
         for job in jobs:
             ended, said = self.run(kind, out, *more, **job)
+            if more and _had_not_begun(ended, said):
+                ended, said = self.run(kind, out, **job)
             figures.counts["kills"] += ended["code"] != 0
             if self._is_fault(ended, said, figures, str(job), (-9, -2, 130, 0)):
                 return
             more = ["--resume"]
-        for _ in range(3):
-            ended, said = self.run(kind, out, *more)
-            if ended["code"] == 2 and more and "leave it out" in said:
-                more = []  # nothing had begun
-                continue
-            break
+        ended, said = self.run(kind, out, *more)
+        if _had_not_begun(ended, said):
+            ended, said = self.run(kind, out)
         if self._is_fault(ended, said, figures, str(jobs), (0,)):
             return
         found = outcome(out)
@@ -330,6 +308,10 @@ def outcome(out: Path) -> dict[str, Any]:
         "epochs": [result.get(name) for name in ("validation", "best_epoch", "validation_value")],
         "losses": [result["loss_history"], result["num_steps"]],
     }
+
+
+def _had_not_begun(ended: dict[str, Any], said: str) -> bool:
+    return ended["code"] == 2 and "leave it out" in said
 
 
 def _remove(out: Path) -> None:
