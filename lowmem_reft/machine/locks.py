@@ -27,8 +27,8 @@ def alone(directory: Path, lock: Path, *, name: str = "output_dir") -> Iterator[
 
     Args:
         directory: What is written to.
-        lock: The file that is locked, in a directory that is there. It stays when it is free again:
-            a process that had opened it before it was removed would lock another one.
+        lock: The file that is locked; its directory is made if need be. It stays when it is free
+            again: a process that had opened it before it was removed would lock another one.
 
         name: The option that says which.
 
@@ -36,11 +36,12 @@ def alone(directory: Path, lock: Path, *, name: str = "output_dir") -> Iterator[
         InputError: Another process is writing there, or the file cannot be made.
     """
     try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise InputError(
-            f"{name} must be a directory that can be written to, got {str(directory)!r} "
-            f"({error.strerror}: {lock.name}); choose another"
+            f"{name} must be a directory that can be written to, got {str(directory)!r}; "
+            f"choose another ({error.strerror}: {error.filename})"
         ) from error
     with os.fdopen(handle, "r+") as file:
         try:

@@ -60,16 +60,8 @@ def held(run: Run) -> Iterator[None]:
             f"resume must find a checkpoint in {str(directory)!r}, got none, as no run has begun "
             "there; leave it out"
         )
-    own = directory / OWN
     _refuse_links(directory)
-    try:
-        own.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"output_dir must be a directory that can be written to, got {str(directory)!r}; "
-            f"choose another ({error.strerror})"
-        ) from error
-    with alone(directory, own / "lock"):
+    with alone(directory, directory / OWN / "lock"):
         yield
 
 

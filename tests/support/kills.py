@@ -43,10 +43,13 @@ def serve() -> None:
     """Train once, so that all is imported and at hand; then fork a child for each job."""
     from lowmem_reft.cli import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs ignore it
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         code = main(sys.argv[1:])
+    assert code == 0
     gc.collect()  # ends the threads of what has been trained, which would not survive a fork
-    assert (code, threading.enumerate()) == (0, [threading.main_thread()])
+    while threading.active_count() > 1:
+        time.sleep(0.01)
     gc.freeze()
     os.fsync = lambda _handle: None  # which guards against a loss of power, and takes time
     print("ready", flush=True)
@@ -56,9 +59,11 @@ def serve() -> None:
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
+    said = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     child = os.fork()
     if child == 0:
-        _train(job)
+        _train(job, said)
+    os.close(said)
     waiting = [*job.get("signals", [])]
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -76,14 +81,12 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         select.select([], [], [], max(pause, 0))
 
 
-def _train(job: dict[str, Any]) -> None:
+def _train(job: dict[str, Any], said: int) -> None:
     """Run the command in this forked process, which never returns."""
-    said = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 70
     try:
+        os.dup2(said, 1)
+        os.dup2(said, 2)
         from lowmem_reft.cli import main
 
         changes = _Changes(job["root"], job.get("at_change"))
