@@ -25,7 +25,7 @@ LOWER := sed -nE '/^(dependencies|docs|eval|ray|report|sweep|trl) = /,/^]/ s/^  
 NAMES := echo transformers; sed -nE '/^(dependencies|dev) = /,/^]/ s/^    "([A-Za-z0-9_-]+)[^;"]*(;[^"]*)?",$$/\1\2/p' pyproject.toml
 NEWEST := $(VENV)-newest
 
-.PHONY: setup test compare check docs format bench lock lower-bounds newest contracts-newest newest-versions clean help
+.PHONY: setup test faults compare check docs format bench lock lower-bounds newest contracts-newest newest-versions clean help
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -43,6 +43,9 @@ $(STAMP): pyproject.toml constraints.txt lock.txt
 
 test: $(STAMP) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)  # one thread for each of the workers
+
+faults: $(STAMP) ## Run the fault suite: runs killed anywhere, malformed inputs (see tests/faults)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'faults or not faults' tests/faults
 
 compare: $(STAMP) ## Run the main job; METHODS=loreft,qlora SEEDS=0,1 and COMPARE_ARGS='--model ...' are passed on
 	$(BIN)/lowmem-reft compare $(if $(METHODS),--methods '$(METHODS)') $(if $(SEEDS),--seeds '$(SEEDS)') $(COMPARE_ARGS)

@@ -22,6 +22,7 @@ from lowmem_reft.compare.report.console import Progress, print_table
 from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.compare.sources import Sources, find_all_sources
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.locks import alone
 from lowmem_reft.methods.entries import MethodSpec, expand_methods, parse_methods
 from lowmem_reft.options import CompareOptions, written
 
@@ -57,16 +58,18 @@ def run_comparison(
     )
     options = written.changed(options, methods=methods, budget_reference=reference)
     specs, seeds = parse_methods(methods), parse_seeds(options.matrix.seeds)
-    cells = [
-        cell
-        for sources in find_all_sources(options)
-        for cell in _cells_of_task(options, specs, seeds, sources, child_command)
-    ]
-    with Progress(len(cells), quiet=options.quiet) as progress:
-        results = run_cells(
-            cells, observer=progress, workers=options.workers, child_command=child_command
-        )
-    files = report.write_results(results, options.output_dir)
+    every_source = [*find_all_sources(options)]
+    with alone(options.output_dir, options.output_dir / ".lock"):
+        cells = [
+            cell
+            for sources in every_source
+            for cell in _cells_of_task(options, specs, seeds, sources, child_command)
+        ]
+        with Progress(len(cells), quiet=options.quiet) as progress:
+            results = run_cells(
+                cells, observer=progress, workers=options.workers, child_command=child_command
+            )
+        files = report.write_results(results, options.output_dir)
     rows = aggregate(results)
     if not options.quiet:
         print_table(rows)

@@ -71,6 +71,21 @@ def open_itself(path: Path, mode: Literal["a", "w", "ab", "wb"]) -> IO[Any]:
         ) from error
 
 
+def sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk before what is written from now on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(directory: Path) -> None:
+    """Have a directory and all that is in it on the disk."""
+    for path in (*directory.rglob("*"), directory):
+        sync(path)
+
+
 def plain(content: object) -> Any:
     """Return what JSON has: paths as text, and null for what is not a number (a diverged loss)."""
     if isinstance(content, dict):

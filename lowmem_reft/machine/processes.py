@@ -116,6 +116,16 @@ def any_of(flag: bool) -> bool:
     return bool(count.item())
 
 
+def everyones(value: T) -> list[T]:
+    """Return the values of all processes, the first one's first; every process has to ask."""
+    if num_processes() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    values: list[T] = gather_object([value])
+    return values
+
+
 @contextmanager
 def main_first(lock: AbstractContextManager[None]) -> Iterator[None]:
     """Enter a lock that all processes want; the first one gets it first.

@@ -10,91 +10,220 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import uuid
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.data.rows import rows_digest
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
-from lowmem_reft.machine.files import write_text_whole
+from lowmem_reft.machine.files import sync, sync_tree, write_text_whole
+from lowmem_reft.machine.locks import alone
 from lowmem_reft.options import written
+from lowmem_reft.runs import checkpoints
+from lowmem_reft.runs.checkpoints import BEST, EPOCHS_FILE, OWN, Checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from lowmem_reft.data.rows import Row
     from lowmem_reft.runs.resolve import Run
 
 FILE_NAME = "run.json"
+ADAPTER = "adapter"
+_BEFORE = "adapter-before"
 
 _OF_THE_CARD = ("storage", "compute_dtype", "task_type", "template", "max_length", "seed")
 _OF_THE_OPTIMIZER = ("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optim")
 
 
-def prepare_directory(run: Run, validation: Sequence[Row]) -> None:
+_RESULTS = (ADAPTER, "result.json", EPOCHS_FILE, BEST)
+"""What a run writes beside its checkpoints, and replaces."""
+
+
+@contextmanager
+def held(run: Run) -> Iterator[None]:
+    """Keep other runs out of the directory of this one, which is made if need be.
+
+    Raises:
+        InputError: Another run is at work there, it cannot be written to, or it holds files with
+            the names of a run's that no run wrote.
+    """
+    if not processes.is_main():
+        yield
+        return
+    directory = run.directory
+    if run.options.run.resume and not (directory / FILE_NAME).exists():
+        raise InputError(
+            f"resume must find a checkpoint in {str(directory)!r}, got none, as no run has begun "
+            "there; leave it out"
+        )
+    _refuse_links(directory)
+    with alone(directory, directory / OWN / "lock"):
+        yield
+
+
+def prepare_directory(run: Run, validation: Sequence[Row]) -> tuple[str, Checkpoint | None]:
     """Make the directory ready for a run: a new one, or one that goes on.
 
     The checkpoints of a finished run make way for a new one. The rows of ``validation``, which
     choose the best epoch, are a setting, too.
 
+    Returns:
+        The run's id, and the checkpoint to go on from: None begins.
+
     Raises:
         InputError: The checkpoints are of a run that has not finished and is not resumed; it is to
-            go on with other settings; or there is none to go on from.
+            go on with other settings; or something there was not written by a run.
     """
-    directory, options = run.directory, run.options.run
-    if not processes.is_main():
-        processes.wait()
-        if not directory.is_dir():
-            raise InputError(
-                f"output_dir must be a directory that all machines see, got {str(directory)!r}; "
-                "choose one on a shared file system"
-            )
-        return
-    settings = _settings(run, validation)
-    if options.resume:
-        _check_same(directory, settings)
-        _check_length(run)
-    else:
-        _clear(directory, quiet=options.quiet)
-    (directory / "result.json").unlink(missing_ok=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=2) + "\n"
-    write_text_whole(directory / FILE_NAME, text)
-    processes.wait()
-
-
-def last_checkpoint(directory: Path) -> Path:
-    """Return the newest checkpoint in a run's directory.
-
-    Raises:
-        InputError: There is none.
-    """
-    found = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
-    if not found:
+    prepared = _prepare(run, validation) if processes.is_main() else ("", None)
+    prepared = processes.agree(prepared)
+    if not run.directory.is_dir():
         raise InputError(
-            f"resume must find a checkpoint in {str(directory)!r}, got none; leave it out"
+            f"output_dir must be a directory that all machines see, got {str(run.directory)!r}; "
+            "choose one on a shared file system"
         )
-    return max(found, key=_step)
+    return prepared
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _prepare(run: Run, validation: Sequence[Row]) -> tuple[str, Checkpoint | None]:
+    directory, options = run.directory, run.options.run
+    settings = _settings(run, validation)
+    begun = _begun(directory)
+    _finish_replacing(directory)
+    if not options.resume:
+        _check_free(directory, begun, quiet=options.quiet)
+        begun, checkpoint = {"id": uuid.uuid4().hex}, None
+    else:
+        _check_same(directory, begun, settings)
+        checkpoint = _go_on_from(run, begun.get("id"))
+        begun.setdefault("id", uuid.uuid4().hex if checkpoint is None else checkpoint.note["run"])
+    # From here on checkpoints and results of an earlier run count for nothing.
+    text = json.dumps({**settings, "id": begun["id"]}, indent=2) + "\n"
+    write_text_whole(directory / FILE_NAME, text)
+    sync(directory)
+    (directory / "result.json").unlink(missing_ok=True)
+    for path in checkpoints.named_so(directory):
+        kept = checkpoint is not None and path == checkpoint.directory
+        if not kept and checkpoints.is_ours(path):
+            checkpoints.remove(path)
+    return begun["id"], checkpoint
 
 
-def _clear(directory: Path, *, quiet: bool) -> None:
-    """Remove the checkpoints of a finished run, and say that its adapter will be replaced."""
-    old = sorted(directory.glob("checkpoint-*"))
+def save_whole(directory: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a directory, then put it in the place of the adapter of a run.
+
+    Files there that it does not write stay.
+    """
+    made, target = directory / OWN / ADAPTER, directory / ADAPTER
+    if made.exists():
+        shutil.rmtree(made)
+    made.mkdir()
+    write(made)
+    if target.is_dir():
+        for path in target.iterdir():
+            if not (made / path.name).exists():
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, made / path.name)
+    sync_tree(made)
+    before = directory / OWN / _BEFORE
+    if target.is_dir():
+        target.rename(before)
+    made.rename(target)
+    sync(directory)
+    if before.exists():
+        shutil.rmtree(before)
+
+
+def _finish_replacing(directory: Path) -> None:
+    """Clear away what a killed run was making; an adapter that it was replacing comes back."""
+    own = directory / OWN
+    if (own / _BEFORE).is_dir() and not (directory / ADAPTER).exists():
+        (own / _BEFORE).rename(directory / ADAPTER)
+    for path in own.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+
+
+def _refuse_links(directory: Path) -> None:
+    """Refuse links where a run writes or deletes: what they lead to is not the run's."""
+    names = [directory / name for name in (OWN, FILE_NAME, *_RESULTS)]
+    for path in (*names, *checkpoints.named_so(directory)):
+        if path.is_symlink():
+            raise InputError(
+                f"output_dir must hold no link that a run would write through, got {str(path)!r}, "
+                "which leads elsewhere; remove the link or choose another directory"
+            )
+
+
+def _begun(directory: Path) -> dict[str, Any]:
+    """Return the settings that a run in the directory began with; empty if none did."""
+    path = directory / FILE_NAME
+    if not path.exists():
+        return {}
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be JSON, got {error}; restore or delete it") from error
+    if not isinstance(begun, dict) or "effective batch" not in begun:
+        raise InputError(
+            f"{path} must hold the settings of a run, got something else; move it or choose "
+            "another output_dir"
+        )
+    return begun
+
+
+def _check_free(directory: Path, begun: dict[str, Any], *, quiet: bool) -> None:
+    """Refuse what is not to be replaced, and say that a finished run's adapter will be."""
     is_finished = (directory / "result.json").is_file()
-    if old and not is_finished:
+    found = checkpoints.named_so(directory)
+    for path in found:
+        if not checkpoints.is_ours(path):
+            raise _not_ours(path)
+    for name in _RESULTS:
+        path = directory / name
+        if path.exists() and not begun and not is_finished:
+            raise _not_ours(path)
+        if path.exists() and path.is_dir() != (name == ADAPTER):
+            raise _not_ours(path)
+    whole, _ = checkpoints.last_whole(directory, begun.get("id"))
+    if found and not is_finished and (whole is not None or not begun):
         raise InputError(
             f"output_dir must not hold checkpoints of an unfinished run, got "
             f"{str(directory)!r}; add --resume, choose another directory or delete them"
         )
-    if is_finished and (directory / "adapter").is_dir() and not quiet:
+    if is_finished and (directory / ADAPTER).is_dir() and not quiet:
         print(f"the adapter in {directory} is replaced: a run has finished there", file=sys.stderr)
-    for checkpoint in old:
-        shutil.rmtree(checkpoint)
+
+
+def _not_ours(path: Path) -> InputError:
+    return InputError(
+        f"output_dir must not hold {path.name} that no run wrote, got {str(path)!r}, which a run "
+        "would replace; move it or choose another directory"
+    )
+
+
+def _go_on_from(run: Run, run_id: str | None) -> Checkpoint | None:
+    """Return the checkpoint to go on from, and say what was stepped over or that there is none."""
+    directory = run.directory
+    for path in checkpoints.named_so(directory):
+        if not checkpoints.is_ours(path) and not checkpoints.is_half(path):
+            raise _not_ours(path)
+    checkpoint, why = checkpoints.last_whole(directory, run_id)
+    if checkpoint is not None:
+        _check_length(run, checkpoint.step)
+    then = (
+        f"the run in {directory} begins anew, as it left no whole checkpoint"
+        if checkpoint is None
+        else f"the run in {directory} goes on from step {checkpoint.step}"
+    )
+    if why or checkpoint is None:
+        print("; ".join([*why, then]), file=sys.stderr)
+    return checkpoint
 
 
 def _settings(run: Run, validation: Sequence[Row]) -> dict[str, Any]:
@@ -114,15 +243,8 @@ def _settings(run: Run, validation: Sequence[Row]) -> dict[str, Any]:
     return settings
 
 
-def _check_same(directory: Path, settings: dict[str, Any]) -> None:
+def _check_same(directory: Path, begun: dict[str, Any], settings: dict[str, Any]) -> None:
     """Refuse other settings than the run began with, where these are known."""
-    path = directory / FILE_NAME
-    if not path.is_file():
-        return
-    try:
-        begun = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise InputError(f"{path} must be JSON, got {error}; restore or delete it") from error
     differing = [
         f"{name} {_shown(value)} instead of {_shown(begun[name])}"
         for name, value in settings.items()
@@ -142,9 +264,9 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else repr(value)
 
 
-def _check_length(run: Run) -> None:
+def _check_length(run: Run, step: int) -> None:
     """Refuse fewer steps than were taken before the last checkpoint."""
-    step, optim = _step(last_checkpoint(run.directory)), run.optim
+    optim = run.optim
     num_steps = optim.num_steps(len(run.examples), num_processes=processes.num_processes())
     name, value = ("max_steps", num_steps) if optim.max_steps > 0 else ("epochs", optim.epochs)
     if num_steps < step:

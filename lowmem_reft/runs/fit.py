@@ -26,10 +26,10 @@ from lowmem_reft.memory.live import peak_rss_bytes, track
 from lowmem_reft.memory.step import optimizer_tensors
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.positions import num_groups, parse_positions
-from lowmem_reft.reuse.mixins import ReuseTrainer
 from lowmem_reft.reuse.prepare import prepare
-from lowmem_reft.runs.directory import last_checkpoint
+from lowmem_reft.runs.finite import check_weights
 from lowmem_reft.runs.tracking import RunArguments
+from lowmem_reft.runs.trainer import ReusingRunTrainer, RunTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from lowmem_reft.reuse.reuse import Reuse
+    from lowmem_reft.runs.checkpoints import Checkpoint
     from lowmem_reft.runs.resolve import Run
     from lowmem_reft.runs.tracking import Trackers
     from lowmem_reft.runs.validation import BestEpoch
@@ -47,17 +48,26 @@ NUM_WARMUP_STEPS = 2
 """Steps that are left out of the timing."""
 
 
-def fit(model: PeftModel, run: Run, best: BestEpoch | None, trackers: Trackers) -> dict[str, Any]:
+def fit(
+    model: PeftModel,
+    run: Run,
+    best: BestEpoch | None,
+    trackers: Trackers,
+    *,
+    run_id: str,
+    begun: Checkpoint | None,
+) -> dict[str, Any]:
     """Train the adapter of ``model`` in place with the stock Trainer.
 
     ``best`` keeps the weights of the best epoch, where nothing else does; ``trackers`` are told the
-    facts of the run and kept open.
+    facts of the run and kept open. Checkpoints are of the run ``run_id``, which goes on from
+    ``begun``, if there is one.
 
     Returns:
         The measured part of ``run_training``'s result.
 
     Raises:
-        InputError: ``--resume`` without a checkpoint.
+        InputError: A loss, a gradient or a weight is not finite.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
     device = device_of(model)
@@ -68,15 +78,17 @@ def fit(model: PeftModel, run: Run, best: BestEpoch | None, trackers: Trackers) 
     reuse = _prepare_reuse(model, collator, run)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    checkpoint = str(last_checkpoint(run.directory)) if run.options.run.resume else None
     callbacks: list[TrainerCallback] = [watch] if best is None else [watch, best]
-    trainer = _build_trainer(model, collator, run, reuse, callbacks)
+    parts = {"run": run, "run_id": run_id, "begun": begun, "best": best}
+    trainer = _build_trainer(model, collator, reuse, callbacks, parts)
     trackers.hold(trainer)
     with ExitStack() as stack:
         stack.enter_context(_stopping_at_a_step(watch))
         if run.options.reuse.dequantize_upper == "on":
             _dequantize(stack, reuse)
+        checkpoint = None if begun is None else str(begun.directory)
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        check_weights(model, "after the last step", run)
         peak = _cuda_peak(device)
         peak = {**_peak_of_a_step(trainer, collator, run.examples, reuse), **peak}
     if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
@@ -107,22 +119,27 @@ def fit(model: PeftModel, run: Run, best: BestEpoch | None, trackers: Trackers) 
 def _build_trainer(
     model: PeftModel,
     collator: Collator,
-    run: Run,
     reuse: Reuse | None,
     callbacks: list[TrainerCallback],
+    parts: dict[str, Any],
 ) -> Trainer:
-    """The stock Trainer, or the one whose batches begin behind what is constant."""
+    """The stock Trainer, or the one whose batches begin behind what is constant.
+
+    ``parts`` are what a run adds to it.
+    """
+    run = parts["run"]
     arguments = _training_arguments(run)
     if _edits_in_every_batch(model.peft_config["default"], run.examples):
         arguments.ddp_find_unused_parameters = False  # there are none
     processes.shard_on_cpu(arguments)
-    kind = Trainer if reuse is None else partial(ReuseTrainer, reuse=reuse)
-    trainer = kind(
+    kind: Any = RunTrainer if reuse is None else partial(ReusingRunTrainer, reuse=reuse)
+    trainer: Trainer = kind(
         model=model,
         args=arguments,
         callbacks=callbacks,
         train_dataset=run.examples,
         data_collator=collator,
+        **parts,
     )
     if trainer.pop_callback(PrinterCallback) is not None and not run.options.run.quiet:
         trainer.add_callback(_LossLines())
@@ -151,6 +168,7 @@ def _training_arguments(run: Run) -> TrainingArguments:
         save_steps=options.save_steps or 500,
         save_total_limit=1,
         logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is no number is not to look like one
         report_to=[name for name in options.report_to.split(",") if name != "none"],
         disable_tqdm=options.quiet or not sys.stderr.isatty(),
         remove_unused_columns=False,

@@ -16,7 +16,8 @@ from lowmem_reft.machine.provenance import versions
 from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.loading import load_frozen
-from lowmem_reft.runs.directory import prepare_directory
+from lowmem_reft.runs.directory import held, prepare_directory, save_whole
+from lowmem_reft.runs.finite import check_score
 from lowmem_reft.runs.fit import fit
 from lowmem_reft.runs.fitting import fit_into_memory
 from lowmem_reft.runs.outputs import check_training
@@ -27,8 +28,11 @@ from lowmem_reft.runs.tracking import Trackers
 from lowmem_reft.runs.validation import BestEpoch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lowmem_reft.data.rows import Row
     from lowmem_reft.options import TrainOptions
+    from lowmem_reft.runs.checkpoints import Checkpoint
     from lowmem_reft.runs.resolve import Run
 
 
@@ -60,23 +64,36 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     check_scoring(options.scoring)
     validation, held_out = _read_held_out(run, "validation"), _read_held_out(run, "eval")
     run = fit_into_memory(run)
-    prepare_directory(run, validation)
+    with held(run):
+        run_id, begun = prepare_directory(run, validation)
+        return _train(run, validation, held_out, run_id, begun)
+
+
+def _train(
+    run: Run,
+    validation: list[Row],
+    held_out: list[Row],
+    run_id: str,
+    begun: Checkpoint | None,
+) -> dict[str, Any]:
+    """Train in a directory that nobody else writes to; see ``run_training``."""
     model = _attach(run)
 
-    def scored(rows: list[Row]) -> dict[str, Any]:
-        return score(model, run.tokenizer, rows, run.card, _scoring_settings(run)).summary()
+    def scored(rows: list[Row], of: str) -> dict[str, Any]:
+        summary = score(model, run.tokenizer, rows, run.card, _scoring_settings(run)).summary()
+        check_score(summary, of, run)
+        return summary
 
     best = None
     if validation:
-        resume = options.run.resume
-        best = BestEpoch(model, lambda: scored(validation), run.directory, resume=resume)
+        best = BestEpoch(model, lambda: scored(validation, "validation_data"), run.directory, begun)
     with Trackers(run) as trackers:
-        result = fit(model, run, best, trackers)
+        result = fit(model, run, best, trackers, run_id=run_id, begun=begun)
         _save_adapter(model, run)
         result = {"adapter_dir": str(run.adapter_dir), **result, "versions": versions()}
         _record(run, result)
         if held_out and (processes.is_main() or processes.shards_model()):
-            result["eval"] = scored(held_out)
+            result["eval"] = scored(held_out, "eval_data")
             result["eval_accuracy"] = result["eval"]["accuracy"]
             _record(run, result)
         trackers.log(result)
@@ -132,9 +149,13 @@ def _save_adapter(model: PeftModel, run: Run) -> None:
     state = None
     if processes.shards_model():
         state = {**model.state_dict(), **processes.trained_values(model)}
+
+    def write(directory: Path) -> None:
+        model.save_pretrained(str(directory), state_dict=state)
+        run.card.save(directory)
+
     if processes.is_main():
-        model.save_pretrained(str(run.adapter_dir), state_dict=state)
-        run.card.save(run.adapter_dir)
+        save_whole(run.directory, write)
 
 
 def _record(run: Run, result: dict[str, Any]) -> None:

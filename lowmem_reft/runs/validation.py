@@ -1,24 +1,30 @@
 """The best epoch: scores validation rows after each and keeps the weights of the best one.
 
-``epochs.jsonl`` in the run's directory has a line per epoch; ``best.safetensors`` holds what was
-trainable after the best one, so that a run that was killed goes on where it stopped.
+``epochs.jsonl`` in the run's directory has a line per epoch, for whoever looks on;
+``best.safetensors`` holds what was trainable after the best one. A run that goes on takes both from
+its checkpoint instead, so that neither can be ahead of it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from lowmem_reft.machine.files import write_text_whole, write_whole
 from lowmem_reft.machine.processes import agree, is_main, set_trained_values, trained_values
-
-EPOCHS_FILE = "epochs.jsonl"
-WEIGHTS_FILE = "best.safetensors"
+from lowmem_reft.runs.checkpoints import BEST, EPOCHS_FILE, Checkpoint
 
 
 class BestEpoch(TrainerCallback):
@@ -28,35 +34,54 @@ class BestEpoch(TrainerCallback):
     """
 
     def __init__(
-        self, model: Any, score: Callable[[], dict[str, Any]], directory: Path, *, resume: bool
+        self,
+        model: Any,
+        score: Callable[[], dict[str, Any]],
+        directory: Path,
+        begun: Checkpoint | None,
     ) -> None:
-        """Start anew, or, to ``resume``, after the epochs that are written in the directory.
+        """Start anew, or after the epochs that the checkpoint ``begun`` holds.
 
         ``score`` returns ``metric``, ``value`` and, where known, ``loss`` of the model as it is.
         """
         self._model, self._score, self._directory = model, score, directory
-        self.epochs: list[dict[str, Any]] = []
-        path = directory / EPOCHS_FILE
-        if agree(resume and path.is_file()):
-            self.epochs = [json.loads(line) for line in path.read_text().splitlines()]
-        elif is_main():
-            path.unlink(missing_ok=True)
-            (directory / WEIGHTS_FILE).unlink(missing_ok=True)
+        self.epochs: list[dict[str, Any]] = [] if begun is None else [*begun.note["epochs"]]
+        if not is_main():
+            return
+        if self.epochs and begun is not None:
+            copy = partial(shutil.copyfile, begun.best_weights)
+            write_whole(directory / BEST, copy)
+            self._write({})
+        else:
+            (directory / EPOCHS_FILE).unlink(missing_ok=True)
+            (directory / BEST).unlink(missing_ok=True)
 
     @property
     def best(self) -> dict[str, Any] | None:
         """The line of the best epoch so far; None before the first one."""
         return max(self.epochs, key=_rank, default=None)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Score an epoch that was over when its checkpoint was saved, and not scored yet."""
+        if not state.global_step:
+            return
+        if float(state.epoch).is_integer() or state.global_step >= state.max_steps:
+            self._score_epoch(state)
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score, write the line, and keep the weights if they are the best ones."""
         if control.should_training_stop and state.global_step < state.max_steps:
-            return  # interrupted: this epoch is not over
-        summary = agree(self._score())
+            return  # interrupted: what is over is scored when the run goes on
+        self._score_epoch(state)
+
+    def _score_epoch(self, state: Any) -> None:
         epoch = round(float(state.epoch), 4)
+        if any(known["epoch"] == epoch for known in self.epochs):
+            return
+        with _same_draws():
+            summary = agree(self._score())
         line = {"epoch": epoch, **{name: summary.get(name) for name in ("metric", "value", "loss")}}
-        # A run that was killed before its checkpoint comes here again with the same epoch.
-        self.epochs = [*(known for known in self.epochs if known["epoch"] < epoch), line]
+        self.epochs = [*self.epochs, line]
         values = trained_values(self._model) if self.best is line else {}
         if is_main():
             self._write({name: value.cpu().contiguous() for name, value in values.items()})
@@ -65,7 +90,7 @@ class BestEpoch(TrainerCallback):
     def _write(self, weights: dict[str, Any]) -> None:
         """Write the epochs and, unless there are none, the weights of the best one."""
         if weights:
-            write_whole(self._directory / WEIGHTS_FILE, lambda path: save_file(weights, path))
+            write_whole(self._directory / BEST, lambda path: save_file(weights, path))
         lines = "".join(json.dumps(known) + "\n" for known in self.epochs)
         write_text_whole(self._directory / EPOCHS_FILE, lines)
 
@@ -74,7 +99,7 @@ class BestEpoch(TrainerCallback):
 
         They stay on the disk for a run that goes on.
         """
-        best, path = self.best, self._directory / WEIGHTS_FILE
+        best, path = self.best, self._directory / BEST
         if best is None:
             return {}
         set_trained_values(self._model, load_file(path) if is_main() else {})
@@ -83,5 +108,17 @@ class BestEpoch(TrainerCallback):
 
 
 def _rank(line: dict[str, Any]) -> tuple[float, float, float]:
-    loss = line["loss"]
-    return line["value"], float("-inf") if loss is None else -loss, -line["epoch"]
+    value, loss = (line[name] for name in ("value", "loss"))
+    if value is None or math.isnan(value):  # the correlation with answers that are all the same
+        value = float("-inf")
+    return value, float("-inf") if loss is None else -loss, -line["epoch"]
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Let the training draw the same numbers whether an epoch is scored before or not."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])

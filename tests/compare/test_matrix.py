@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from lowmem_reft.cli import main
 from lowmem_reft.compare import report
 from lowmem_reft.compare.cell import EMPTY_RESULT, read_cell, write_cell
 from lowmem_reft.compare.cells import build_cells, command_line
@@ -25,6 +26,7 @@ from lowmem_reft.compare.child import run_cell
 from lowmem_reft.compare.matrix import parse_seeds, run_comparison
 from lowmem_reft.compare.sources import Sources, find_sources, task_name
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.locks import alone
 from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.methods.table import METHODS
 from lowmem_reft.options import (
@@ -486,3 +488,15 @@ def test_pairs_and_targets_survive_being_held_out(options, tmp_path):
         for line in Path(path).read_text().splitlines()
     ]
     assert sorted(kept, key=lambda row: row["target"]) == rows
+
+
+@pytest.mark.parametrize("kind", ["compare", "sweep"])
+def test_a_second_command_on_the_directory_is_refused_while_the_first_is_at_work(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [kind, "--methods", "loreft", "--output-dir", str(tmp_path), "--quiet"]
+    if kind == "sweep":
+        arguments += ["--space", "lr=1e-3,1e-2"]
+    with alone(tmp_path, tmp_path / ".lock"):
+        assert main(arguments) == 2
+    assert "output_dir must be written to by one run at a time" in capsys.readouterr().err

@@ -374,3 +374,119 @@ def test_a_batch_is_collated_before_the_one_before_it_is_trained_on(tmp_path: Pa
     )
     training.train()
     assert order[:4] == ["collate", "collate", "train", "collate"]
+
+
+class Telling(Trainer):
+    """Notes what goes through the methods that a run's trainer overrides."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.norms: list[tuple[float, float, int]] = []
+        self.num_epochs = 0
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.norms.append((float(norm), float(self._tr_loss), self._globalstep_last_logged))
+        return norm
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.num_epochs += 1
+        super()._run_epoch(*args, **kwargs)
+
+
+@contract(
+    "transformers",
+    used_by="runs/trainer.py",
+    broken_by=doing_nothing(f"{TRAINER}_get_grad_norm"),
+)
+def test_the_norm_of_a_step_is_known_when_its_losses_are_added_up_and_no_weight_has_changed(
+    tmp_path: Path,
+) -> None:
+    before: list[dict[str, torch.Tensor]] = []
+
+    class Unchanged(Telling):
+        def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+            now = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            before.append(now)
+            return super()._get_grad_norm(*args, **kwargs)
+
+    training = trainer(tmp_path, Unchanged, logging_steps=2, max_steps=3, max_grad_norm=0.0)
+    training.data_collator = without_numbers
+    start = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    training.train()
+    assert all(torch.equal(start[name], value) for name, value in before[0].items())
+    assert any(not torch.equal(start[name], value) for name, value in before[1].items())
+    assert all(norm > 0 for norm, _, _ in training.norms)
+    (_, first, _), (_, second, _), (_, third, since) = training.norms
+    assert 0 < first < second
+    assert third < second  # a report was made
+    assert since == 2
+
+
+@contract(
+    "transformers",
+    used_by="runs/trainer.py",
+    broken_by=doing_nothing(f"{TRAINER}_run_epoch"),
+)
+def test_an_epoch_is_one_call(tmp_path: Path) -> None:
+    training = trainer(tmp_path, Telling, max_steps=-1, num_train_epochs=3)
+    training.data_collator = without_numbers
+    training.train()
+    assert (training.num_epochs, training.state.global_step) == (3, 12)
+
+
+@contract(
+    "transformers",
+    used_by="runs/trainer.py",
+    broken_by=doing_nothing(f"{TRAINER}_save_checkpoint"),
+)
+def test_a_checkpoint_is_saved_below_the_output_directory_of_that_moment(tmp_path: Path) -> None:
+    class Elsewhere(Telling):
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            self.args.output_dir = str(tmp_path / "elsewhere")
+            super()._save_checkpoint(*args, **kwargs)
+            self.args.output_dir = str(tmp_path)
+
+    training = trainer(tmp_path, Elsewhere, save_strategy="steps", save_steps=2)
+    training.data_collator = without_numbers
+    training.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    (checkpoint,) = (tmp_path / "elsewhere").iterdir()
+    assert checkpoint.name == "checkpoint-2"
+    assert (checkpoint / "trainer_state.json").is_file()
+
+
+@contract(
+    "transformers",
+    used_by="runs/trainer.py",
+    broken_by=doing_nothing(f"{TRAINER}_finalize_training"),
+)
+def test_losses_of_a_run_before_can_be_given_at_its_begin(tmp_path: Path) -> None:
+    class Given(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            training._tr_loss = torch.full_like(training._tr_loss, 100.0)
+            training._total_loss_scalar = 1000.0
+            training._globalstep_last_logged = -3
+            training._initial_global_step = 0
+
+    events = Events()
+    training = trainer(tmp_path, callbacks=[Given(), events], logging_steps=2)
+    result = training.train()
+    (reported,) = [logs["loss"] for logs in events.logs if "loss" in logs]
+    assert 20 < reported < 30  # of five steps
+    assert result.training_loss > 500
+
+
+@contract(
+    "torch",
+    used_by="runs/trainer.py",
+    broken_by=doing_nothing("torch.optim.lr_scheduler:LambdaLR.load_state_dict"),
+)
+def test_schedules_are_factors_of_a_rate_whose_last_one_can_be_set(tmp_path: Path) -> None:
+    training = trainer(tmp_path)
+    training.train()
+    scheduler = training.lr_scheduler
+    assert len(scheduler.lr_lambdas) == len(scheduler.base_lrs) == 2
+    assert scheduler.last_epoch == 2
+    scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": [0.5, 0.5]})
+    assert scheduler.get_last_lr() == [0.5, 0.5]

@@ -28,6 +28,7 @@ from lowmem_reft.compare.sweep.search import Search, Trial, best_of
 from lowmem_reft.compare.sweep.space import Space, grid, parse_space, size
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.locks import alone
 from lowmem_reft.methods.entries import MethodSpec, parse_methods
 from lowmem_reft.options import CompareOptions, SweepOptions
 
@@ -62,21 +63,22 @@ def run_sweep(
     sampler = choose_sampler(options, spaces)
     trials, sources, final = find_rows(options)
     path = options.output_dir / FILE_NAME
-    known = _read(path)
-    tasks = [
-        _task(options, sampler, trials, sources, spec, space, known)
-        for spec, space in zip(specs, spaces, strict=True)
-    ]
-    save = partial(_save, options, tasks, final)
-    with Progress(sum(len(task.trials) for task in tasks), quiet=options.quiet) as progress:
-        run_trials(
-            tasks,
-            workers=options.workers,
-            child_command=child_command,
-            observer=Told(progress),
-            save=save,
-        )
-    content = save(finished=True)
+    with alone(options.output_dir, options.output_dir / ".lock"):
+        known = _read(path)
+        tasks = [
+            _task(options, sampler, trials, sources, spec, space, known)
+            for spec, space in zip(specs, spaces, strict=True)
+        ]
+        save = partial(_save, options, tasks, final)
+        with Progress(sum(len(task.trials) for task in tasks), quiet=options.quiet) as progress:
+            run_trials(
+                tasks,
+                workers=options.workers,
+                child_command=child_command,
+                observer=Told(progress),
+                save=save,
+            )
+        content = save(finished=True)
     if not options.quiet:
         print_trials(content)
     ended = [trial.state for task in tasks for trial in task.trials]
