@@ -262,6 +262,7 @@ class _Scoring:
                 [example["input_ids"] for example in encoded.examples],
                 batch_size=settings.batch_size,
                 max_new_tokens=settings.max_new_tokens,
+                chats=bool(self.rows[0].messages),
                 quiet=settings.quiet,
             )
         )
