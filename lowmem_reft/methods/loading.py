@@ -13,11 +13,12 @@ from peft import PeftConfig, PeftModel
 
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import OTHER_BASE, checkpoint_digest, other_base
-from lowmem_reft.base.loading import load_base, load_tokenizer, share_pad_token
+from lowmem_reft.base.loading import load_base, share_pad_token
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import complete, peft_notices_hidden, prepare_base
 from lowmem_reft.methods.card import TrainingCard, load_card
 from lowmem_reft.methods.constant import find_first_resident
+from lowmem_reft.methods.tokenizers import tokenizer_for
 from lowmem_reft.options import ModelOptions
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def load_frozen(
 def load_adapted(
     options: ModelOptions, adapter: Path | None, card: TrainingCard, *, resident: str = "all"
 ) -> tuple[Any, Any]:
-    """Load base, adapter (or None) and tokenizer, in evaluation mode.
+    """Load base, adapter (or None) and tokenizer (the adapter's own, if any), in evaluation mode.
 
     With ``resident="upper"`` only the blocks are loaded that the adapter needs.
 
@@ -68,7 +69,7 @@ def load_adapted(
         InputError: The base, the adapter or the tokenizer cannot be loaded.
     """
     config = load_config(options.model)
-    tokenizer = load_tokenizer(options.model, config=config)
+    tokenizer = tokenizer_for(options.model, adapter, card, config=config)
     if adapter is None and resident != "all":
         raise InputError(f"resident must be all without an adapter, got {resident!r}; leave it out")
     upper_for = PeftConfig.from_pretrained(str(adapter)) if resident == "upper" else None
