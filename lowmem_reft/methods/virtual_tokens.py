@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.caches import cache_argument
 from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.errors import InputError
 
 
 def num_virtual_tokens(model: Any) -> int:
@@ -135,10 +136,14 @@ def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Int[Tensor
     ``batch`` has ``input_ids`` and ``attention_mask``; options are those of ``generate``. Nothing
     else is gone by: a base's own ``generation_config`` may penalize, search beams, stop the clock
     or draw.
+
+    Raises:
+        InputError: The model gives no numbers to choose a token by.
     """
     known = vars(GenerationConfig())
     settings = GenerationConfig(**{key: options[key] for key in options if key in known})
     more = {key: options[key] for key in options if key not in known}
+    more["logits_processor"] = LogitsProcessorList([_Numbers()])
     with _without_defaults(model):
         if embeds_virtual_tokens(model):
             inputs = with_virtual_tokens(model, batch["input_ids"], batch["attention_mask"])
@@ -148,6 +153,20 @@ def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Int[Tensor
             return new
         output: Tensor = model.generate(**batch, generation_config=settings, **more)
     return output[:, batch["input_ids"].shape[1] :]
+
+
+class _Numbers(LogitsProcessor):
+    """Changes nothing, and refuses what has no greatest number: some token would come of it."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        greatest = scores.amax(-1)  # NaN where there is one
+        if not greatest.isfinite().all():
+            raise InputError(
+                f"model must give numbers to choose tokens by, got {greatest.tolist()}; look for "
+                "NaN in the base's and the adapter's weights, or compute in bf16 or fp32 "
+                "(--compute-dtype)"
+            )
+        return scores
 
 
 @contextmanager

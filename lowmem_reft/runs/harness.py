@@ -32,6 +32,7 @@ from lowmem_reft.data.tokens import Collator
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.progress import progress
+from lowmem_reft.methods.likelihood import check_finite
 from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.methods.virtual_tokens import (
     embeds_virtual_tokens,
@@ -163,6 +164,7 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
                 for index in indices:
                     wanted = torch.tensor(requests[index][2], device=row.device)
                     total = predicted.gather(1, wanted[:, None]).sum()
+                    check_finite([float(total)], f"request {index + 1}")
                     answers[index] = (float(total), bool((greedy == wanted).all()))
         return answers
 
