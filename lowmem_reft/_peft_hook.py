@@ -31,7 +31,9 @@ def install() -> None:
 def _import_tuners() -> None:
     for name in _TUNERS:
         importlib.import_module(name)
-    importlib.import_module("lowmem_reft.reft.peft_method").explain_peft_check()
+    method = importlib.import_module("lowmem_reft.reft.peft_method")
+    method.explain_peft_check()
+    method.refuse_partial_adapters()
 
 
 class _AfterPeft(MetaPathFinder):

@@ -45,6 +45,10 @@ class TrainingCard:
     """Seed of the run."""
     base_digest: str | None = None
     """Of the base's checkpoint, see ``identity.checkpoint_digest``."""
+    vocabulary_digest: str | None = None
+    """Of the tokenizer, see ``tokenizers.vocabulary_digest``."""
+    template_digest: str | None = None
+    """Of the chat template; None where no chats were trained."""
 
     @property
     def num_classes(self) -> int | None:

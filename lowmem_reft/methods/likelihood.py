@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.loss import CHUNK_BYTES, log_likelihood_of
+from lowmem_reft.errors import InputError
 from lowmem_reft.machine.marks import allocates
 from lowmem_reft.methods.virtual_tokens import embeds_virtual_tokens, with_virtual_tokens
 from lowmem_reft.reft.tuner import prompt_arguments
@@ -47,3 +50,22 @@ def response_log_likelihood(
         lambda **more: called(**inputs, use_cache=False, **more),
         chunk_bytes=chunk_bytes,
     )
+
+
+def check_finite(values: Iterable[float], source: str, what: str = "log-likelihood") -> None:
+    """Refuse what a model gives for a row where it is no finite number: no answer is the best one.
+
+    Args:
+        values: What it gives.
+        source: The row, as it is named to the user.
+        what: What the values are.
+
+    Raises:
+        InputError: One of them is NaN or infinite.
+    """
+    wrong = next((value for value in values if not math.isfinite(value)), None)
+    if wrong is not None:
+        raise InputError(
+            f"{source}: {what} must be a finite number, got {wrong} from the model; look for NaN "
+            "in the base's and the adapter's weights, or compute in bf16 or fp32 (--compute-dtype)"
+        )

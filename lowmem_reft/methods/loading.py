@@ -11,12 +11,13 @@ from typing import Any
 
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import OTHER_BASE, checkpoint_digest, other_base
-from lowmem_reft.base.loading import load_base, load_tokenizer, share_pad_token
+from lowmem_reft.base.loading import load_base, share_pad_token
 from lowmem_reft.errors import InputError, is_of_the_machine
 from lowmem_reft.methods.attach import complete, peft_notices_hidden, prepare_base
 from lowmem_reft.methods.card import TrainingCard, load_card
 from lowmem_reft.methods.constant import find_first_resident
 from lowmem_reft.methods.saved import put_on, read_config, read_shapes
+from lowmem_reft.methods.tokenizers import tokenizer_for
 from lowmem_reft.options import ModelOptions
 
 logger = logging.getLogger(__name__)
@@ -57,17 +58,24 @@ def load_frozen(
 
 
 def load_adapted(
-    options: ModelOptions, adapter: Path | None, card: TrainingCard, *, resident: str = "all"
+    options: ModelOptions,
+    adapter: Path | None,
+    card: TrainingCard,
+    *,
+    resident: str = "all",
+    tokenizer: Any = None,
 ) -> tuple[Any, Any]:
-    """Load base, adapter (or None) and tokenizer, in evaluation mode.
+    """Load base, adapter (or None) and tokenizer (the adapter's own, if any), in evaluation mode.
 
-    With ``resident="upper"`` only the blocks are loaded that the adapter needs.
+    With ``resident="upper"`` only the blocks are loaded that the adapter needs. A ``tokenizer``
+    that was loaded for it before is the one that is returned.
 
     Raises:
         InputError: The base, the adapter or the tokenizer cannot be loaded.
     """
     config = load_config(options.model)
-    tokenizer = load_tokenizer(options.model, config=config)
+    if tokenizer is None:
+        tokenizer = tokenizer_for(options.model, adapter, card, config=config)
     if adapter is None and resident != "all":
         raise InputError(f"resident must be all without an adapter, got {resident!r}; leave it out")
     peft_config = None

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import complete
 from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
 from lowmem_reft.methods.loading import fitting, load_adapted
 from lowmem_reft.methods.saved import holds_base_weights, put_on, read_config
 from lowmem_reft.methods.table import MIXED_IN_A_BATCH, REPLACING_THE_BASE
+from lowmem_reft.methods.tokenizers import tokenizer_for, what_differs_in
 from lowmem_reft.options import ModelOptions
 from lowmem_reft.reft.peft_method import type_of
 
@@ -88,6 +90,7 @@ def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tu
         _check_types(trained, alone=len(trained) < len(adapters))
     card = (trained or adapters)[0].card
     model, tokenizer = load_adapted(options, trained[0].directory if trained else None, card)
+    _check_tokenizers(trained, tokenizer, options.model)
     for adapter in trained[1:]:
         directory = Path(str(adapter.directory))
         with fitting(options.model, directory, adapter.card, beside=trained[0].name):
@@ -195,3 +198,17 @@ def _check_types(trained: Sequence[NamedAdapter], *, alone: bool) -> None:
             f"adapter must name one adapter where that replaces the base's own weights, got {got}; "
             "run the command once for each, and without it for the base"
         )
+
+
+def _check_tokenizers(trained: Sequence[NamedAdapter], first: Any, model: str) -> None:
+    """Refuse adapters that read prompts with different tokenizers or chat templates."""
+    for adapter in trained[1:]:
+        config = load_config(model)
+        other = tokenizer_for(model, adapter.directory, adapter.card, config=config)
+        differing = what_differs_in(first, other)
+        if differing:
+            raise InputError(
+                f"adapter must name adapters with one tokenizer to load them together, got another "
+                f"{differing} for {adapter.name!r} than for {trained[0].name!r}; run the command "
+                "once for each"
+            )

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.caches import cache_argument
 from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.errors import InputError
 
 
 def num_virtual_tokens(model: Any) -> int:
@@ -128,12 +133,52 @@ def _with_cache_for_peft(prepare: Any, name: str, /, *args: Any, **kwargs: Any) 
 def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Int[Tensor, "batch new"]:
     """Continue the prompts of a left-padded batch; return the new tokens alone.
 
-    ``batch`` has ``input_ids`` and ``attention_mask``; options are those of ``generate``.
+    ``batch`` has ``input_ids`` and ``attention_mask``; options are those of ``generate``. Nothing
+    else is gone by: a base's own ``generation_config`` may penalize, search beams, stop the clock
+    or draw.
+
+    Raises:
+        InputError: The model gives no numbers to choose a token by.
     """
-    if embeds_virtual_tokens(model):
-        inputs = with_virtual_tokens(model, batch["input_ids"], batch["attention_mask"])
-        del inputs["position_ids"]  # generate counts them from the mask, in every step
-        new: Tensor = model.get_base_model().generate(**inputs, **options)
-        return new
-    output: Tensor = model.generate(**batch, **options)
+    known = vars(GenerationConfig())
+    settings = GenerationConfig(**{key: options[key] for key in options if key in known})
+    more = {key: options[key] for key in options if key not in known}
+    more["logits_processor"] = LogitsProcessorList([_Numbers()])
+    with _without_defaults(model):
+        if embeds_virtual_tokens(model):
+            inputs = with_virtual_tokens(model, batch["input_ids"], batch["attention_mask"])
+            del inputs["position_ids"]  # generate counts them from the mask, in every step
+            base = model.get_base_model()
+            new: Tensor = base.generate(**inputs, generation_config=settings, **more)
+            return new
+        output: Tensor = model.generate(**batch, generation_config=settings, **more)
     return output[:, batch["input_ids"].shape[1] :]
+
+
+class _Numbers(LogitsProcessor):
+    """Changes nothing, and refuses what has no greatest number: some token would come of it."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        greatest = scores.amax(-1)  # NaN where there is one
+        if not greatest.isfinite().all():
+            raise InputError(
+                f"model must give numbers to choose tokens by, got {greatest.tolist()}; look for "
+                "NaN in the base's and the adapter's weights, or compute in bf16 or fp32 "
+                "(--compute-dtype)"
+            )
+        return scores
+
+
+@contextmanager
+def _without_defaults(model: Any) -> Iterator[None]:
+    """Take away what a base brings for everything that ``generate`` is not told."""
+    # PEFT gives the base what the model around it has.
+    holders = [base_of(model), *([model] if "generation_config" in vars(model) else [])]
+    own = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, config in zip(holders, own, strict=True):
+            holder.generation_config = config

@@ -130,6 +130,15 @@ class WeightsModel(BaseTuner):
     tuner_layer_cls = WeightsLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
 
+    def __init__(self, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(config, PeftConfig):  # of a PeftModel they come by name
+            raise InputError(
+                f"model must be a PeftModel to hold trained weights of its own, got "
+                f"{type(model).__name__}, whose own load_adapter would not load them; use "
+                "PeftModel.from_pretrained(model, directory)"
+            )
+        super().__init__(model, config, *args, **kwargs)
+
     def _check_new_adapter_config(self, config: Any) -> None:
         if len(self.peft_config) > 1:
             raise InputError(

@@ -82,3 +82,35 @@ def _explained(check: Any) -> Any:
             ) from error
 
     return explained
+
+
+def refuse_partial_adapters() -> None:
+    """Let transformers' own ``load_adapter`` refuse an adapter of which it has loaded a part.
+
+    It reports what is missing (in 5.24 DoRA's magnitudes and all of LORA_REFT, which PEFT itself
+    loads) and goes on with random values. Nothing is replaced where that has been done before.
+    """
+    integration: Any = sys.modules.get("transformers.integrations.peft")
+    mixin = getattr(integration, "PeftAdapterMixin", None)
+    load = getattr(mixin, "load_adapter", None)
+    if load is not None and getattr(load, "__module__", None) != __name__:
+        mixin.load_adapter = _loading_whole(load)  # type: ignore[union-attr]
+
+
+def _loading_whole(load: Any) -> Any:
+    @functools.wraps(load)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        report = load(self, *args, **kwargs)
+        wrong = [*getattr(report, "missing_keys", ()), *getattr(report, "mismatched_keys", ())]
+        if wrong:
+            named = args[0] if args else kwargs.get("peft_model_id")
+            raise InputError(
+                f"adapter must have all weights that {type(self).__name__}.load_adapter looks for, "
+                f"got {named!r} without {len(wrong)} of them, {sorted(map(str, wrong))[0]} for "
+                "example, and this model is now half loaded; load the model again and use "
+                "PeftModel.from_pretrained(model, directory)"
+            )
+        return report
+
+    load_adapter.__module__ = __name__
+    return load_adapter

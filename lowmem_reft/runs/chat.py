@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
+from lowmem_reft.data.ends import end_ids
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import encode_prompts
 from lowmem_reft.errors import InputError
@@ -112,17 +113,18 @@ class Chat:
         ids = self._prompt(asked, name)
         names = [self.adapters[name].peft_name if name in self.adapters else BASE]
         decoding = self.options.decoding
-        streamer = _Streamer(self.tokenizer, decoding.stop_texts)
         model, tokenizer = self.model, self.tokenizer
+        ends = end_ids(tokenizer, chats=self.uses_chat_template)
+        streamer = _Streamer(tokenizer, decoding.stop_texts, ends)
         try:
             (answer,) = continue_prompts(
-                model, tokenizer, [ids], decoding, adapters=names, streamer=streamer
+                model, tokenizer, [ids], decoding, adapters=names, ends=ends, streamer=streamer
             )
         except KeyboardInterrupt:
             streamer.end()  # type: ignore[no-untyped-call]
             self.note("stopped")
             return streamer.visible
-        return answer
+        return answer.text
 
     def say_how_messages_are_written(self) -> None:
         """Say it where it is not the chat template that the adapter was trained with."""
@@ -208,12 +210,20 @@ class Chat:
 
 
 class _Streamer(TextStreamer):
-    """Prints words as they come; a stop text, and what may become one, is held back."""
+    """Prints words as they come; a stop text, and what may become one, is held back.
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+    ``ends`` are tokens that are not shown, special or not.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], ends: Sequence[int] = ()) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stops = stops
+        self.stops, self.ends = stops, ends
         self.text = self.visible = ""
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, then one token after the other."""
+        if value.numel() != 1 or int(value) not in self.ends or self.next_tokens_are_prompt:
+            super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what is new."""

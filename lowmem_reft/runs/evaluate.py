@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.base.loading import load_tokenizer
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.ours import ours
 from lowmem_reft.data.rows import label_names, load_rows
 from lowmem_reft.errors import is_out_of_memory
 from lowmem_reft.machine.files import write_text_whole
 from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
 from lowmem_reft.methods.loading import load_adapted
+from lowmem_reft.methods.tokenizers import tokenizer_for
 from lowmem_reft.runs.outputs import check_evaluation
 from lowmem_reft.runs.score import Scores, ScoringSettings, check_scoring, rows_to_score, score
 
@@ -69,9 +70,10 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     rows = load_rows(data.data, split=data.split, limit=data.limit)
     if card.label_names is None and rows[0].kind == "label":
         card = replace(card, label_names=label_names(rows))
-    tokenizer = load_tokenizer(options.model.model)
+    config = load_config(options.model.model)
+    tokenizer = tokenizer_for(options.model.model, adapter, card, config=config)
     rows = rows_to_score(rows, tokenizer, card, options.scoring, options.prompts)
-    scores = _load_and_score(options, adapter, card, rows)
+    scores = _load_and_score(options, adapter, card, rows, tokenizer)
     if scores.reuse is None and options.reuse.reuse in ("prefix", "trunk"):
         logger.warning(
             "reuse %s has no effect: it needs --reuse-dir, an adapter and rows with choices",
@@ -84,12 +86,16 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     differs = trained is not None and trained.storage not in (None, card.storage)
     if trained is not None and differs and not options.only_given_storage:
         own = replace(card, storage=trained.storage, compute_dtype=trained.compute_dtype)
-        summary |= _score_as_trained(options, adapter, own, rows)
+        summary |= _score_as_trained(options, adapter, own, rows, tokenizer)
     return summary
 
 
 def _score_as_trained(
-    options: EvaluateOptions, adapter: Path | None, card: TrainingCard, rows: Sequence[Row]
+    options: EvaluateOptions,
+    adapter: Path | None,
+    card: TrainingCard,
+    rows: Sequence[Row],
+    tokenizer: Any,
 ) -> dict[str, Any]:
     """Score again on a base that is stored as in the training."""
     logger.warning(
@@ -98,7 +104,7 @@ def _score_as_trained(
     )
     gc.collect()  # the first model, before there is a second one
     try:
-        summary = _load_and_score(options, adapter, card, rows).summary()
+        summary = _load_and_score(options, adapter, card, rows, tokenizer).summary()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -110,9 +116,15 @@ def _score_as_trained(
 
 
 def _load_and_score(
-    options: EvaluateOptions, adapter: Path | None, card: TrainingCard, rows: Sequence[Row]
+    options: EvaluateOptions,
+    adapter: Path | None,
+    card: TrainingCard,
+    rows: Sequence[Row],
+    tokenizer: Any,
 ) -> Scores:
-    model, tokenizer = load_adapted(options.model, adapter, card, resident=options.reuse.resident)
+    model, _ = load_adapted(
+        options.model, adapter, card, resident=options.reuse.resident, tokenizer=tokenizer
+    )
     if adapter is None and card.task_type == "SEQ_CLS" and ours(model).has_new_head:
         logger.warning(
             "%s has no classification head: it got a new one, of random weights, and its scores "

@@ -13,11 +13,12 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lowmem_reft.base.identity import checkpoint_digest
+from lowmem_reft.data.ends import end_ids
 from lowmem_reft.data.rows import Row, load_rows
 from lowmem_reft.data.tokens import Collator, encode_prompts
 from lowmem_reft.errors import InputError
@@ -69,10 +70,12 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
         prompts, num_cut = _encode(rows, adapters, tokenizer)
         started = time.perf_counter()
         names = [each.peft_name for _ in rows for each in adapters]
-        new = _new_answers(model, tokenizer, prompts, names, num_kept, options)
-        texts = [*texts, *_written(new, questions, num_kept, options, run)]
-        encoded = tokenizer(texts[num_kept:], add_special_tokens=False)["input_ids"]
-        num_new, seconds = sum(map(len, encoded)), time.perf_counter() - started
+        ends = end_ids(tokenizer, chats=any(row.messages for row in rows))
+        new = _new_answers(model, tokenizer, prompts, names, num_kept, ends, options)
+        answers = list(_written(new, questions, num_kept, options, run))
+        texts = [*texts, *(answer.text for answer in answers)]
+        num_new = sum(answer.num_tokens for answer in answers)
+        seconds = time.perf_counter() - started
     result: dict[str, Any] = {
         "num_examples": len(questions),
         "num_kept": num_kept,
@@ -84,8 +87,8 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
     if options.prompt is not None and len(adapters) == 1:
         result["response"] = texts[0]
     elif options.prompt is not None:
-        answers = zip(adapters, texts, strict=True)
-        result["responses"] = {each.name: text for each, text in answers}
+        by_name = zip(adapters, texts, strict=True)
+        result["responses"] = {each.name: text for each, text in by_name}
     return result
 
 
@@ -95,37 +98,47 @@ def _new_answers(
     prompts: Sequence[list[int]],
     names: Sequence[str],
     num_kept: int,
+    ends: Sequence[int],
     options: GenerateOptions,
-) -> Iterator[str]:
+) -> Iterator[Answer]:
     """Yield the answers after the first ``num_kept``, in the batches of an uninterrupted run."""
     size = options.batch_size
     starts = range(num_kept // size * size, len(prompts), size)
     for start in progress(starts, "generating", quiet=options.quiet):
         torch.manual_seed((options.decoding.seed * 1_000_003 + start) % 2**63)
         part = slice(start, start + size)
-        texts = continue_prompts(
-            model, tokenizer, prompts[part], options.decoding, adapters=names[part]
+        answers = continue_prompts(
+            model, tokenizer, prompts[part], options.decoding, adapters=names[part], ends=ends
         )
-        yield from texts[max(num_kept - start, 0) :]
+        yield from answers[max(num_kept - start, 0) :]
 
 
 def _written(
-    texts: Iterator[str],
+    answers: Iterator[Answer],
     questions: Sequence[dict[str, Any]],
     num_kept: int,
     options: GenerateOptions,
     run: dict[str, Any],
-) -> Iterator[str]:
+) -> Iterator[Answer]:
     """Write every answer after the first ``num_kept`` as soon as it is there, and pass it on."""
     start = None if options.overwrite else num_kept
     output: Any = nullcontext(sys.stdout)
     if options.output is not None:
         output = opened(options.output, run, num_kept=start)
     with output as stream:
-        for question, text in zip(questions[num_kept:], texts, strict=True):
-            stream.write(for_stream(as_line(question, text), stream))
+        for question, answer in zip(questions[num_kept:], answers, strict=True):
+            stream.write(for_stream(as_line(question, answer.text), stream))
             stream.flush()
-            yield text
+            yield answer
+
+
+class Answer(NamedTuple):
+    """What was generated after a prompt."""
+
+    text: str
+    """Without special tokens, and without its end."""
+    num_tokens: int
+    """Tokens that were generated, its end among them."""
 
 
 def generate_batches(
@@ -135,12 +148,19 @@ def generate_batches(
     *,
     batch_size: int,
     max_new_tokens: int,
+    chats: bool = False,
     quiet: bool = True,
 ) -> Iterator[str]:
-    """Continue prompts greedily, batch by batch, in their order: see ``continue_prompts``."""
+    """Continue prompts greedily, batch by batch, in their order: see ``continue_prompts``.
+
+    ``chats`` tells whether a chat template wrote them.
+    """
     decoding = DecodingOptions(max_new_tokens=max_new_tokens)
+    ends = end_ids(tokenizer, chats=chats)
     for start in progress(range(0, len(prompts), batch_size), "generating", quiet=quiet):
-        yield from continue_prompts(model, tokenizer, prompts[start : start + batch_size], decoding)
+        part = prompts[start : start + batch_size]
+        for answer in continue_prompts(model, tokenizer, part, decoding, ends=ends):
+            yield answer.text
 
 
 def continue_prompts(
@@ -150,16 +170,16 @@ def continue_prompts(
     decoding: DecodingOptions,
     *,
     adapters: Sequence[str] | None = None,
+    ends: Sequence[int],
     streamer: Any = None,
-) -> list[str]:
+) -> list[Answer]:
     """Continue prompts, token ids of unequal lengths, in one batch.
 
-    ``adapters`` are the name in the model of each prompt's adapter (``__base__``: none); where PEFT
-    cannot mix them, the prompts of each adapter are a batch of their own. Without names, what is
-    active answers all. A streamer is given the tokens of a single prompt as they come.
-
-    Returns:
-        The continuations, without special tokens.
+    What the base's own ``generation_config`` says is not gone by. ``adapters`` are the name in the
+    model of each prompt's adapter (``__base__``: none); where PEFT cannot mix them, the prompts of
+    each adapter are a batch of their own. Without names, what is active answers all. ``ends`` are
+    the tokens at which an answer ends, see ``data.ends``. A streamer is given the tokens of a
+    single prompt as they come.
 
     Raises:
         InputError: There is a streamer for several prompts.
@@ -168,43 +188,72 @@ def continue_prompts(
         raise InputError(
             f"prompts must be one with a streamer, got {len(prompts)}; leave the streamer out"
         )
+    options = {"ends": ends, "streamer": streamer}
     if adapters is None:
-        return _continue(model, tokenizer, prompts, decoding, streamer=streamer)
+        return _continue(model, tokenizer, prompts, decoding, **options)
     different = list(dict.fromkeys(adapters))
     if len(different) > 1 and mixes_in_a_batch(model):
-        return _continue(model, tokenizer, prompts, decoding, adapter_names=list(adapters))
-    texts = [""] * len(prompts)
+        options["adapter_names"] = list(adapters)
+        return _continue(model, tokenizer, prompts, decoding, **options)
+    answers: dict[int, Answer] = {}
     for name in different:
         places = [place for place, other in enumerate(adapters) if other == name]
         own = [prompts[place] for place in places]
         with answering(model, name):
-            new = _continue(model, tokenizer, own, decoding, streamer=streamer)
-        for place, text in zip(places, new, strict=True):
-            texts[place] = text
-    return texts
+            new = _continue(model, tokenizer, own, decoding, **options)
+        answers |= zip(places, new, strict=True)
+    return [answers[place] for place in range(len(prompts))]
 
 
 def _continue(
-    model: Any, tokenizer: Any, prompts: Sequence[Any], decoding: DecodingOptions, **options: Any
-) -> list[str]:
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    decoding: DecodingOptions,
+    *,
+    ends: Sequence[int],
+    **options: Any,
+) -> list[Answer]:
     batch = Collator(tokenizer, padding_side="left")([{"input_ids": ids} for ids in prompts])
     if decoding.stop:
         options |= {"stop_strings": list(decoding.stop_texts), "tokenizer": tokenizer}
     if decoding.temperature:
-        # Also what a base's own defaults would add.
+        # top_k 0: transformers would draw among fifty.
         options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+    ends = [*ends, *_ends_of_base(model, tokenizer)]
     with torch.no_grad():
         new = generate(
             model,
             {key: value.to(model.device) for key, value in batch.items()},
             max_new_tokens=decoding.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends or None,
             use_cache=True,
             do_sample=decoding.temperature > 0,
             **options,
         )
-    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [until_stop(text, decoding.stop_texts) for text in texts]
+    return [_answer(row, tokenizer, ends, decoding.stop_texts) for row in new.tolist()]
+
+
+def _ends_of_base(model: Any, tokenizer: Any) -> list[int]:
+    """What a base without an adapter was trained to end with, besides: no end of ours was.
+
+    Only special tokens are taken for ends; its configuration may be another model's.
+    """
+    named = None if hasattr(model, "peft_config") else model.generation_config.eos_token_id
+    ids: list[int] = named if isinstance(named, list) else [-1 if named is None else named]
+    return [number for number in ids if number in tokenizer.all_special_ids]
+
+
+def _answer(ids: list[int], tokenizer: Any, ends: Sequence[int], stops: Sequence[str]) -> Answer:
+    """Read what was generated up to its end; what follows is padding."""
+    size = next((place for place, number in enumerate(ids) if number in ends), len(ids))
+    text = str(tokenizer.decode(ids[:size], skip_special_tokens=True))
+    if text != (stopped := until_stop(text, stops)):
+        while size and ids[size - 1] == tokenizer.pad_token_id:
+            size -= 1
+        return Answer(stopped, size)
+    return Answer(text, min(size + 1, len(ids)))
 
 
 def until_stop(text: str, stops: Sequence[str]) -> str:

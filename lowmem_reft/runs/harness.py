@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 from rich.table import Column, Table
@@ -26,11 +27,13 @@ from tqdm import tqdm
 
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.ends import end_ids
 from lowmem_reft.data.tokens import Collator
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.files import write_text_whole
 from lowmem_reft.machine.progress import progress
+from lowmem_reft.methods.likelihood import check_finite
 from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.methods.virtual_tokens import (
     embeds_virtual_tokens,
@@ -85,7 +88,13 @@ def run_harness(
         manager = _task_manager(names, options.harness.include_path, quiet=options.quiet)
         tasks = [task for name in names for task in _load_task(name, manager)]
         model, tokenizer = load_adapted(options.model, adapter, card)
-        lm = AdaptedModel(model, tokenizer, batch_size=options.batch_size, quiet=options.quiet)
+        lm = AdaptedModel(
+            model,
+            tokenizer,
+            batch_size=options.batch_size,
+            chats=options.harness.apply_chat_template,
+            quiet=options.quiet,
+        )
         found: Any = simple_evaluate(
             lm,
             tasks=tasks,
@@ -105,13 +114,23 @@ def run_harness(
 class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
     """The harness's view of a model of ours, which tells context from continuation.
 
-    The model is in evaluation mode, with or without an adapter.
+    The model is in evaluation mode, with or without an adapter. ``chats`` tells whether the tasks'
+    prompts are written by the tokenizer's chat template.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, quiet: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        chats: bool = False,
+        quiet: bool = True,
+    ) -> None:
         super().__init__(
             pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size
         )
+        self._ends = end_ids(tokenizer, chats=chats)
         self._max_length = self.max_length - num_virtual_tokens(model)
         self.quiet = quiet
         self.num_cut_contexts = 0
@@ -146,6 +165,7 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
                 for index in indices:
                     wanted = torch.tensor(requests[index][2], device=row.device)
                     total = predicted.gather(1, wanted[:, None]).sum()
+                    check_finite([float(total)], f"request {index + 1}")
                     answers[index] = (float(total), bool((greedy == wanted).all()))
         return answers
 
@@ -200,20 +220,29 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
-        """Continue left-padded contexts; return them with what is new."""
-        if not embeds_virtual_tokens(self.model):
-            continued: Tensor = super()._model_generate(context, max_length, stop, **options)
-            return continued
+        """Continue left-padded contexts; return them with what is new.
+
+        What a task does not say is not taken from the base's own ``generation_config``.
+        """
+        size = context.shape[1]
+        # Of prompts that are embeddings, transformers shows the new tokens alone.
+        num_before = 0 if embeds_virtual_tokens(self.model) else size
         if not options.setdefault("do_sample", False):
             options.pop("temperature", None)
-        batch = {"input_ids": context, "attention_mask": options.pop("attention_mask")}
         new = generate(
             self.model,
-            batch,
-            max_new_tokens=max_length - context.shape[1],
+            {"input_ids": context, "attention_mask": options.pop("attention_mask")},
+            max_new_tokens=max_length - size,
+            stopping_criteria=stop_sequences_criteria(
+                self.tokenizer, stop, num_before, len(context)
+            ),
             pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self._ends or None,
+            use_cache=True,
             **options,
         )
+        for end in self._ends:  # an end need not be special, and is no text
+            new[new == end] = self.tokenizer.pad_token_id
         return torch.cat([context, new], 1)
 
     def get_model_info(self) -> dict[str, Any]:

@@ -255,7 +255,7 @@ def model_judge(
 
         # Here, as a judge that is a program needs no torch.
         from lowmem_reft.base.loading import load_base, load_tokenizer
-        from lowmem_reft.methods.likelihood import response_log_likelihood
+        from lowmem_reft.methods.likelihood import check_finite, response_log_likelihood
 
         base, tokenizer = load_base(model, storage=storage), load_tokenizer(model)
         collate = Collator(tokenizer, padding_side="left")
@@ -270,6 +270,8 @@ def model_judge(
             for start in progress(starts, "judging", quiet=quiet):
                 batch = collate(examples[start : start + batch_size])
                 sums += response_log_likelihood(base, batch)[0].tolist()
+        for index, total in enumerate(sums):
+            check_finite([total], f"question {index // 2 + 1}")
         both = np.array(sums, dtype=np.float64).reshape(-1, 2)  # (questions, A and B)
         return list(expit(both[:, 0] - both[:, 1]).tolist())
 

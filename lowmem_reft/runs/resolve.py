@@ -28,6 +28,7 @@ from lowmem_reft.methods.card import TrainingCard, merge_card
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.entries import resolve_learning_rate
 from lowmem_reft.methods.table import find_method
+from lowmem_reft.methods.tokenizers import template_digest, vocabulary_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,6 +127,11 @@ def resolve(options: TrainOptions) -> Run:
     )
     config = _check(options, card)
     tokenizer = load_tokenizer(model.model, config=config)
+    card = replace(
+        card,
+        vocabulary_digest=vocabulary_digest(tokenizer),
+        template_digest=template_digest(tokenizer) if kind == "messages" else None,
+    )
     rows, encoded = encode_those_that_fit(
         rows, lambda some: _encode(some, tokenizer, card), long_rows=prompts.long_rows
     )

@@ -32,7 +32,7 @@ from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.limits import TimeLimitError, time_limit
 from lowmem_reft.machine.progress import counter, progress
-from lowmem_reft.methods.likelihood import response_log_likelihood
+from lowmem_reft.methods.likelihood import check_finite, response_log_likelihood
 from lowmem_reft.options import PromptOptions, ReuseOptions, ScoringOptions
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.generate import generate_batches
@@ -230,6 +230,8 @@ class _Scoring:
         reuse, found = self._likelihoods(examples, reused=True)
         rest = iter(found)
         totals = [list(islice(rest, len(by_choice.examples))) for by_choice in encoded]
+        for row, scored in zip(self.rows, totals, strict=True):
+            check_finite((total for total, _ in scored), row.source)
         answers = [max(range(len(t)), key=lambda choice: t[choice][0]) for t in totals]
         right: list[Any] = [row.answer for row in self.rows]
         of_right = [by_choice[answer] for by_choice, answer in zip(totals, right, strict=True)]
@@ -262,6 +264,8 @@ class _Scoring:
             batch = {key: value.to(device) for key, value in batch.items()}
             labels = batch.pop("labels")
             logits = self.model(**batch).logits.float()
+            for index, values in zip(indices, logits.tolist(), strict=True):
+                check_finite(values, self.rows[index].source, "logits")
             if logits.shape[-1] == 1:  # a regression
                 predictions += logits[:, 0].tolist()
                 losses += (logits[:, 0] - labels).square().tolist()
@@ -299,6 +303,7 @@ class _Scoring:
                 [example["input_ids"] for example in encoded.examples],
                 batch_size=settings.batch_size,
                 max_new_tokens=settings.max_new_tokens,
+                chats=bool(self.rows[0].messages),
                 quiet=settings.quiet,
             )
         )
@@ -306,7 +311,10 @@ class _Scoring:
         if settings.metric == "overlap":
             # No right answer but a reference: its likelihood says more.
             own = encode_rows(self.rows, self.tokenizer, **card.prompts).examples
-            losses = [-total / count for total, count in self._likelihoods(own, reused=False)[1]]
+            scored = self._likelihoods(own, reused=False)[1]
+            for row, (total, _) in zip(self.rows, scored, strict=True):
+                check_finite([total], row.source)
+            losses = [-total / count for total, count in scored]
         predictions = [_answer(text, settings) for text in texts]
         pairs = zip(predictions, references, strict=True)
         return Scores(

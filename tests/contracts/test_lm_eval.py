@@ -115,6 +115,24 @@ def test_texts_are_generated_from_left_padded_contexts_with_a_mask(breach: bool)
 @contract(
     "lm_eval",
     used_by="runs/harness.py",
+    broken_by=with_value(
+        "lm_eval.models.utils_hf:MultiTokenEOSCriteria.__call__", lambda self, ids, scores: False
+    ),
+)
+def test_stop_texts_are_looked_for_past_the_prompt_in_every_row(breach: bool) -> None:
+    from lm_eval.models.utils_hf import stop_sequences_criteria
+
+    stops = stop_sequences_criteria(words(), ["c"], 1, 2)
+    ended = [bool(stop(torch.tensor(ids), None)) for stop in stops for ids in STEPS]
+    assert ended == [False, False, True]
+
+
+STEPS = ([[4], [4]], [[4, 4], [4, 3]], [[4, 4, 3], [4, 3, 4]])
+
+
+@contract(
+    "lm_eval",
+    used_by="runs/harness.py",
     broken_by=with_value(f"{HFLM}max_length", property(lambda self: 64)),
 )
 def test_the_longest_input_can_be_set(breach: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -613,3 +614,26 @@ def test_add_adapter_checks_the_version_of_peft_by_a_function_of_its_module(
     monkeypatch.setattr(peft, "check_peft_version", lambda min_version: asked.append(min_version))
     tiny_llama().add_adapter(LoraConfig(target_modules=["q_proj"]))
     assert {*asked} == {peft.MIN_PEFT_VERSION}
+
+
+@contract(
+    "transformers",
+    used_by="reft/peft_method.py",
+    broken_by=with_result(
+        "transformers.integrations.peft:PeftAdapterMixin.load_adapter", lambda report: None
+    ),
+)
+def test_load_adapter_returns_what_it_has_not_found(tmp_path: Path, breach: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(min(tensors))
+    save_file(tensors, file)
+    load = getattr(PeftAdapterMixin.load_adapter, "__wrapped__", PeftAdapterMixin.load_adapter)
+    report = load(tiny_llama(), str(tmp_path))
+    assert len(report.missing_keys) == 1
+    assert not report.mismatched_keys

@@ -1,18 +1,25 @@
-"""What transformers' own ``add_adapter`` says of a PEFT that is too old for it."""
+"""What transformers' own ``add_adapter`` and ``load_adapter`` say of what they cannot do."""
 
 from __future__ import annotations
 
+import copy
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations import peft as integration
 from transformers.utils import check_peft_version
 
 from lowmem_reft import InputError, ReftConfig
-from lowmem_reft.reft.peft_method import explain_peft_check
+from lowmem_reft.methods.weights import WeightsConfig
+from lowmem_reft.reft.lora_reft import LoraReftConfig
+from lowmem_reft.reft.peft_method import explain_peft_check, refuse_partial_adapters
 
 IS_REFUSED = Version(version("peft")) < Version(integration.MIN_PEFT_VERSION)
 CALLS = {
@@ -87,3 +94,44 @@ def test_a_transformers_without_the_check_is_left_alone(
     monkeypatch.delattr(transformers_own, name)
     explain_peft_check()
     assert not hasattr(transformers_own, name)
+
+
+SAVED = {
+    "reft": ReftConfig(task_type="CAUSAL_LM", rank=2, init="paper"),
+    "lora": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    "dora": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, use_dora=True),
+    "lora and reft": LoraReftConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False, reft={"rank": 2, "init": "paper"}
+    ),
+    "weights": WeightsConfig(part="all"),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_an_adapter_that_transformers_loads_answers_as_through_peft_or_is_refused(
+    kind: str, base: Any, tmp_path: Path
+) -> None:
+    saved = get_peft_model(copy.deepcopy(base), SAVED[kind])
+    saved.save_pretrained(str(tmp_path))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    model = copy.deepcopy(base)
+    if kind in ("reft", "lora"):
+        model.load_adapter(str(tmp_path))
+        assert torch.equal(model.eval()(ids).logits, saved.eval()(ids).logits)
+    else:
+        with pytest.raises(InputError, match=r"use PeftModel\.from_pretrained\(model, directory"):
+            model.load_adapter(str(tmp_path))
+
+
+def test_an_adapter_without_some_of_its_tensors_is_refused_by_transformers_too(
+    base: Any, tmp_path: Path
+) -> None:
+    get_peft_model(copy.deepcopy(base), SAVED["lora"]).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(min(tensors))
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=r"without 1 of them, model\.layers\.0.*half loaded"):
+        copy.deepcopy(base).load_adapter(str(tmp_path))
+    refuse_partial_adapters()
+    assert not hasattr(integration.PeftAdapterMixin.load_adapter.__wrapped__, "__wrapped__")

@@ -487,6 +487,140 @@ def test_only_the_most_probable_tokens_are_drawn(options: GenerateOptions) -> No
     assert written(options) != expected
 
 
+# What the base's own configuration says of generation.
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "a penalty": {"repetition_penalty": 1.5},
+    "no n-gram twice": {"no_repeat_ngram_size": 2},
+    "many tokens": {"min_new_tokens": 30, "min_length": 50},
+    "few tokens": {"max_length": 10, "max_new_tokens": 2},
+    "beams": {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
+    "several": {"num_return_sequences": 2, "do_sample": True, "num_beams": 2},
+    "a dictionary": {"return_dict_in_generate": True, "output_scores": True},
+    "a clock": {"max_time": 1e-6},
+    "drawn": {"do_sample": True, "temperature": 5.0, "top_k": 3, "min_p": 0.2, "typical_p": 0.3},
+    "forced": {"forced_bos_token_id": 7, "forced_eos_token_id": 8},
+    "suppressed": {"suppress_tokens": [*range(3, 90)], "begin_suppress_tokens": [*range(60)]},
+    "bad words": {"bad_words_ids": [[number] for number in range(5, 90)]},
+    "biased": {"sequence_bias": [[[7], 100.0]], "exponential_decay_length_penalty": [1, 9.0]},
+    "stopped": {"stop_strings": ["e", "a", "o", "the"]},
+    "guided": {"guidance_scale": 3.0},
+    "looked up": {"prompt_lookup_num_tokens": 2},
+    "a watermark": {"watermarking_config": {"greenlist_ratio": 0.1, "bias": 9.0}},
+    "a static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "in parts": {"prefill_chunk_size": 2},
+    "another end": {"eos_token_id": [*range(3, 90)], "pad_token_id": 9},
+    "no end": {"eos_token_id": None},
+    "healed": {"token_healing": True},
+}
+
+
+def with_defaults(base: Path, directory: Path, changes: dict[str, Any]) -> Path:
+    shutil.copytree(base, directory)
+    config = json.loads((directory / "generation_config.json").read_text()) | changes
+    (directory / "generation_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("changes", DEFAULTS.values(), ids=DEFAULTS)
+def test_greedy_answers_do_not_depend_on_what_the_base_says_of_generation(
+    options: GenerateOptions, tmp_path: Path, changes: dict[str, Any], adapted: bool
+) -> None:
+    base = Path(options.model.model)
+    adapter = save_adapter(base, tmp_path / "one") if adapted else None
+    asked = replace(greedy(options), adapter=adapter, output=tmp_path / "plain.jsonl")
+    run_generation(asked)
+    other = with_defaults(base, tmp_path / "other", changes)
+    model = replace(options.model, model=str(other))
+    run_generation(replace(asked, model=model, output=tmp_path / "changed.jsonl"))
+    assert (tmp_path / "changed.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+
+
+def test_what_is_drawn_does_not_depend_on_what_the_base_says_of_generation(
+    options: GenerateOptions, tmp_path: Path
+) -> None:
+    run_generation(options)
+    expected = written(options)
+    changes = {"top_k": 1, "min_p": 0.9, "typical_p": 0.1, "repetition_penalty": 3.0}
+    other = with_defaults(Path(options.model.model), tmp_path / "other", changes)
+    model = replace(options.model, model=str(other))
+    run_generation(replace(options, model=model, overwrite=True))
+    assert written(options) == expected
+
+
+class Scripted(torch.nn.Module):
+    """Stands for the head of a model that answers with these tokens, one batch row each."""
+
+    def __init__(self, model: Any, *rows: list[int]) -> None:
+        super().__init__()
+        self.rows, self.step = rows, -1
+        self.vocab_size = model.config.vocab_size
+        model.lm_head = self
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.step += 1
+        logits = torch.zeros(len(hidden), 1, self.vocab_size)
+        for row, ids in zip(logits, self.rows, strict=True):
+            row[0, ids[self.step] if self.step < len(ids) else 11] = 1.0
+        return logits
+
+
+def test_answers_end_where_training_ends_them_and_tokens_are_counted_without_padding(
+    tiny_llama_dir: Path,
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    model.generation_config.eos_token_id = [20, 21]  # another model's: no special tokens
+    decoding = DecodingOptions(max_new_tokens=6)
+    text = tokenizer.decode([20, 21])
+    for pad in ("<pad>", "</s>"):
+        tokenizer.pad_token = pad
+        for ends in ([tokenizer.eos_token_id], [tokenizer.eos_token_id, 30]):
+            Scripted(model, [20, 21, ends[-1]], [20, 21, 20, 21, 20, 21, 20])
+            short, long = continue_prompts(model, tokenizer, [[5], [6]], decoding, ends=ends)
+            assert short == (text, 3)
+            assert long == (tokenizer.decode([20, 21] * 3), 6)
+        Scripted(model, [20, 21, 22, 23], [22] * 6)
+        stop = replace(decoding, stop=(tokenizer.decode([21, 22]),))
+        stopped, _ = continue_prompts(model, tokenizer, [[5], [6]], stop, ends=ends)
+        assert stopped == (tokenizer.decode([20]), 3)
+
+
+def test_a_base_alone_also_ends_at_the_special_tokens_that_it_names(tiny_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    model.generation_config.eos_token_id = [20, tokenizer.bos_token_id]
+    Scripted(model, [20, tokenizer.bos_token_id, 21, 22])
+    decoding = DecodingOptions(max_new_tokens=4)
+    (answer,) = continue_prompts(model, tokenizer, [[5]], decoding, ends=[tokenizer.eos_token_id])
+    assert answer == (tokenizer.decode([20]), 2)
+
+
+def test_chats_end_where_the_chat_template_ends_a_turn(
+    options: GenerateOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "chat"
+    shutil.copytree(options.model.model, base)
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>{% endfor %}"
+    )
+    asked: list[Any] = []
+    new = torch.tensor([[20]])
+    monkeypatch.setattr(
+        generate, "generate", lambda *_, eos_token_id, **__: asked.append(eos_token_id) or new
+    )
+    file = tmp_path / "chat.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "a fox"}]}\n')
+    model = replace(options.model, model=str(base))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    run_generation(replace(options, model=model, input=file))
+    run_generation(replace(options, model=model, input=None, prompt="a", output=None))
+    ends = sorted([tokenizer.eos_token_id, tokenizer.pad_token_id])
+    assert [sorted(set(each)) for each in asked] == [ends, [tokenizer.eos_token_id]]
+
+
 # Several adapters.
 
 
@@ -531,7 +665,7 @@ def test_the_tokens_of_several_prompts_are_not_streamed(tiny_llama_dir: Path) ->
     for names in (None, ["a", "b"]):
         with pytest.raises(ValueError, match="prompts must be one with a streamer, got 2"):
             continue_prompts(
-                model, tokenizer, [[5], [6]], decoding, adapters=names, streamer=streamer
+                model, tokenizer, [[5], [6]], decoding, adapters=names, ends=[], streamer=streamer
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -213,6 +214,22 @@ def test_generated_answers_are_those_of_generate(evaluation: EvaluateOptions) ->
     ids = [example["input_ids"] for example in prompts.examples]
     ours = list(generate_batches(model, tokenizer, ids, batch_size=2, max_new_tokens=6))
     assert [sample["resps"][0][0] for sample in samples(evaluation)] == ours
+
+
+@pytest.mark.parametrize("adapter", ["none", "loreft", "prompt"], indirect=True)
+def test_generated_answers_do_not_depend_on_what_the_base_says_of_generation(
+    evaluation: EvaluateOptions, tmp_path: Path
+) -> None:
+    stories = replace(evaluation, harness=replace(evaluation.harness, lm_eval="stories"))
+    run_evaluation(stories)
+    expected = [sample["resps"] for sample in samples(evaluation)]
+    other = tmp_path / "other"
+    shutil.copytree(evaluation.model.model, other)
+    says = {"repetition_penalty": 1.5, "num_beams": 2, "min_new_tokens": 5, "max_time": 1e-6}
+    ends = {"eos_token_id": [*range(3, 90)]}
+    (other / "generation_config.json").write_text(json.dumps(says | ends))
+    run_evaluation(replace(stories, model=replace(evaluation.model, model=str(other))))
+    assert [sample["resps"] for sample in samples(evaluation)] == expected
 
 
 def test_a_text_that_is_scored_whole_has_no_prompt_so_nothing_is_edited_and_that_is_said(
