@@ -1,23 +1,40 @@
-"""Raw records from JSONL, JSON, CSV and Parquet files or a ``datasets`` id, with their places.
+"""Raw records from JSON, CSV and Parquet files or a ``datasets`` id, with their places.
 
-Files are read without a cache or a copy, so that an error can name the line.
+Files are read without a cache or a copy, so that an error can name the line. A name may be in upper
+case and, but for Parquet, end in ``.gz``, ``.bz2`` or ``.xz``; JSON may be UTF-8 or UTF-16.
 """
 
 from __future__ import annotations
 
-import csv
 import json
+import lzma
 import re
+import zlib
+from io import TextIOWrapper
+from itertools import chain, islice
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any
 
+from lowmem_reft.data.shapes import rows_in
+from lowmem_reft.data.tables import csv_records
+from lowmem_reft.data.text import (
+    COMPRESSED,
+    RepeatedKeyError,
+    broken_json,
+    encoding_of,
+    opened,
+    parse_json,
+    unique_keys,
+)
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import TextIO
 
 _HUB_ID = re.compile(r"[\w-]+(/[\w-]+(\.\d[\w-]*)*)?(:[\w.-]+)?")
+_SPACE = re.compile(r"[ \t\n\r]*")
+_BETWEEN = re.compile(r"[ \t\n\r,]*")
 
 
 def read_records(source: str, split: str, name: str = "data") -> Iterator[tuple[str, Any]]:
@@ -27,7 +44,7 @@ def read_records(source: str, split: str, name: str = "data") -> Iterator[tuple[
 
     Args:
         source: The file or id.
-        split: Of a ``datasets`` id.
+        split: Of a ``datasets`` id, or of a JSON object with several lists of rows.
         name: The option that named the source, for messages.
 
     Raises:
@@ -37,7 +54,10 @@ def read_records(source: str, split: str, name: str = "data") -> Iterator[tuple[
     if not path.exists() and _HUB_ID.fullmatch(source):
         yield from _hub_records(source, split, name)
         return
-    if path.suffix not in _READERS:
+    is_compressed = path.suffix.lower() in COMPRESSED
+    kind = Path(path.stem if is_compressed else path).suffix.lower()
+    # Parquet is compressed inside, and read from where its end says.
+    if kind not in _READERS or (is_compressed and kind == ".parquet"):
         raise InputError(
             f"{name} must be a {', '.join(_READERS)} file or a datasets id, got {source!r}; "
             "convert it to JSON lines"
@@ -45,69 +65,98 @@ def read_records(source: str, split: str, name: str = "data") -> Iterator[tuple[
     if not path.is_file():
         raise InputError(f"{name} must be an existing file, got {source!r}; check the path")
     try:
-        yield from _READERS[path.suffix](path)
-    except (OSError, UnicodeDecodeError) as error:
+        yield from _READERS[kind](path, split)
+    except UnicodeError as error:
         raise InputError(
-            f"{name} must be readable UTF-8 text, got {source!r} ({error}); check the file"
+            f"{name} must be readable UTF-8 text, got {source!r} ({error}); save it as UTF-8"
+        ) from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise InputError(
+            f"{name} must be a readable file, got {source!r} ({error}); check the file"
         ) from error
 
 
-def _json(text: str, where: str) -> Any:
+def _json_records(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+    """Objects, one a line; else whatever JSON the file holds as a whole."""
+    with _text(path) as lines:
+        numbered = ((n, line) for n, line in enumerate(lines, start=1) if line.strip())
+        first = list(islice(numbered, 2))
+        if len(first) == 2 and _is_object(first[0][1]):
+            for number, line in chain(first, numbered):
+                yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
+            return
+    with _text(path) as lines:
+        text = lines.read()
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: must be valid JSON, got {shortened(text)} ({error}); correct it"
-        ) from error
+        values = list(_values(text, path))
+    except InputError:
+        if len(first) == 2 and _is_object(first[1][1]):  # lines, and the first one is broken
+            parse_json(first[0][1], f"{path}:{first[0][0]}")
+        raise
+    rows: Any = None
+    if len(values) == 1:
+        (_, rows), *_ = values
+        if isinstance(rows, dict):
+            rows = rows_in(rows, split, str(path))
+    if isinstance(rows, list):
+        values = [(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
+    yield from values
 
 
-def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _json(line, f"{path}:{number}")
+def _text(path: Path) -> TextIO:
+    with opened(path) as stream:
+        encoding = encoding_of(stream.read(4))
+    return TextIOWrapper(opened(path), encoding=encoding)
 
 
-def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """One list of objects, or JSON lines after all, as many files named ``.json`` are."""
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):
-        yield from _jsonl_records(path)
-        return
-    for number, record in enumerate(_json(text, str(path)), start=1):
-        yield f"{path}, row {number}", record
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Cells are text: ``choices`` and ``messages`` hold JSON, ``answer`` an integer."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        while True:
-            try:
-                record: dict[Any, Any] | None = next(reader, None)
-            except csv.Error as error:
-                raise InputError(
-                    f"{path}:{reader.line_num + 1}: must be valid CSV, got {error}; use JSON lines"
-                ) from error
-            if record is None:
-                return
-            if None in record:
-                raise InputError(
-                    f"{path}:{reader.line_num}: must have as many cells as the header, "
-                    f"got {record[None]!r} beyond; put cells with commas in quotes"
-                )
-            # A cell in quotes may hold line breaks: the row is named by its first line.
-            num_breaks = sum((cell or "").count("\n") for cell in record.values())
-            where = f"{path}:{reader.line_num - num_breaks}"
-            for name in ("choices", "messages"):
-                if record.get(name):
-                    record[name] = _json(record[name], f"{where}: {name}")
-            if re.fullmatch(r"-?\d+", record.get("answer") or ""):
-                record["answer"] = int(record["answer"])
-            yield where, record
+def _values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """The values that stand one after the other in a text, with the lines that they begin in."""
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
+    start, line = 0, 1
+    while (begin := _after(_SPACE, text, start)) < len(text):
+        line += text.count("\n", start, begin)
+        try:
+            value, start = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError):
+                line = error.lineno
+            elif isinstance(error, RepeatedKeyError):
+                line += text.count("\n", begin, _repeated(text, begin))
+            raise broken_json(error, text[begin:], f"{path}:{line}") from error
+        yield f"{path}:{line}", value
+        line += text.count("\n", begin, start)
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
+def _repeated(text: str, begin: int) -> int:
+    """Where the first element of a list begins that has an object with a key twice."""
+    position = begin + 1
+    try:
+        while text[begin] == "[":
+            position = _after(_BETWEEN, text, position)
+            _, end = json.JSONDecoder().raw_decode(text, position)
+            json.loads(text[position:end], object_pairs_hook=unique_keys)
+            position = end
+    except RepeatedKeyError:
+        return position
+    except (ValueError, RecursionError):
+        pass
+    return begin
+
+
+def _after(pattern: re.Pattern[str], text: str, position: int) -> int:
+    match = pattern.match(text, position)
+    assert match is not None  # it matches nothing too
+    return match.end()
+
+
+def _parquet_records(path: Path, _split: str) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
@@ -136,8 +185,10 @@ def _hub_records(source: str, split: str, option: str) -> Iterator[tuple[str, An
 
 
 _READERS = {
-    ".jsonl": _jsonl_records,
+    ".jsonl": _json_records,
+    ".ndjson": _json_records,
     ".json": _json_records,
-    ".csv": _csv_records,
+    ".csv": csv_records,
+    ".tsv": csv_records,
     ".parquet": _parquet_records,
 }

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lowmem_reft.data.chats import answer_text, is_trained
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -31,7 +33,7 @@ def split_turns(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         records: Each has ``messages``; other keys are kept. Those without are kept as they are.
 
     Returns:
-        For every assistant message that has something before it and no ``weight`` of 0, a record
+        For every assistant message that has something before it and no ``weight: 0``, a record
         with all messages before it as ``prompt`` and it alone as ``completion``, in place of
         ``messages``.
     """
@@ -52,8 +54,7 @@ def _parts(row: Row) -> list[Row]:
     parts = []
     for end in _ends(row.messages):
         source = row.source if end == len(row.messages) else f"{row.source}, message {end}"
-        content = row.messages[end - 1].get("content")
-        response = content if isinstance(content, str) else ""
+        response = answer_text(row.messages[end - 1])
         parts.append(replace(row, source=source, messages=row.messages[:end], response=response))
     return parts
 
@@ -63,5 +64,5 @@ def _ends(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     return [
         number
         for number, turn in enumerate(messages, start=1)
-        if turn.get("role") == "assistant" and number > 1 and turn.get("weight") != 0
+        if turn.get("role") == "assistant" and number > 1 and is_trained(dict(turn))
     ]

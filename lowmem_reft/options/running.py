@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from lowmem_reft.errors import InputError, check_counts, check_not_negative
 from lowmem_reft.options.groups import (
@@ -19,7 +22,7 @@ from lowmem_reft.options.groups import (
     RunOptions,
     ScoringOptions,
 )
-from lowmem_reft.options.values import Switches, check_seed
+from lowmem_reft.options.values import Switches, TaskType, check_seed
 from lowmem_reft.options.written import given
 
 
@@ -37,6 +40,37 @@ class TrainOptions:
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     reuse: ReuseOptions = field(default_factory=ReuseOptions)
     run: RunOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownDataOptions(DataOptions):
+    """The rows to show."""
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """JSONL, JSON, CSV or Parquet file, or a datasets id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(Switches):
+    """Show rows as the tokens that training takes, and what a data file holds; no weights are read.
+
+    Edited, supervised and end tokens are marked, and in colour on a terminal.
+    """
+
+    data: ShownDataOptions
+    prompts: PromptOptions = field(default_factory=PromptOptions)
+    model: str
+    """Hub id or local directory of the base, whose tokenizer and config.json are read."""
+    task_type: TaskType = "CAUSAL_LM"
+    """CAUSAL_LM, or SEQ_CLS for a classification head on {"text", "label"} rows."""
+    positions: str = "f7+l7"
+    """Prompt tokens that are edited: f7+l7, f3, l1 or all."""
+    num: int = 5
+    """Rows to show; the figures are those of all."""
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        check_not_negative(num=self.num)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,22 +165,17 @@ def test_limit_reads_only_the_first_rows(tmp_path: Path) -> None:
         load_rows(path, limit=0)
 
 
-def test_blank_lines_and_further_columns_are_ignored(tmp_path: Path) -> None:
+def test_blank_lines_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('\ufeff{"prompt": "a", "response": "b", "id": 3}\n\n', encoding="utf-8")
+    path.write_text('\ufeff{"prompt": "a", "response": "b"}\n\n', encoding="utf-8")
     assert [(row.prompt, row.response) for row in load_rows(path)] == [("a", "b")]
 
 
 GOOD = {"prompt": "a", "response": "b"}
 USER = {"role": "user", "content": "hi"}
 BAD_ROWS = {
-    "not an object": ([1], "must be a JSON object, got list"),
+    "not an object": ("a", "must be a JSON object, got str"),
     "unknown columns": ({"question": "a"}, r"must have prompt \+ response.*got \['question'\]"),
-    "alpaca": (
-        {"instruction": "a", "input": "b", "output": "c"},
-        r"got \['input', 'instruction', 'output'\]; of an Alpaca row, write instruction, and input "
-        "below it where there is one, as prompt, and output as response",
-    ),
     "null response": ({"prompt": "a", "response": None}, r"got \['prompt'\]; rename"),
     "two kinds": ({**GOOD, "text": "a", "label": "b"}, "must fit only one of"),
     "empty prompt": ({"prompt": "", "response": "b"}, "prompt must be a non-empty string, got ''"),
@@ -225,7 +220,7 @@ def test_mixed_kinds_are_an_error_with_file_and_line(tmp_path: Path) -> None:
 
 BAD_FILES = {
     "rows.jsonl": ('{"prompt": "a"', r"rows\.jsonl:1: must be valid JSON"),
-    "rows.json": ('[{"prompt": "a"', r"rows\.json: must be valid JSON.*line 1"),
+    "rows.json": ('[{"prompt": "a"', r"rows\.json:1: must be valid JSON.*line 1"),
     "rows.csv": ('prompt,response\na,b\na,"b\n', r"rows\.csv:3: must be valid CSV"),
     "wide.csv": ("prompt,response\na,b,c\n", r"wide\.csv:2: must have as many cells"),
     "narrow.csv": ("prompt,response\na\n", r"narrow\.csv:2: a row must have prompt \+ response"),
@@ -235,7 +230,7 @@ BAD_FILES = {
     ),
     "rows.parquet": ("no", r"rows\.parquet: must be a Parquet file"),
     "empty.jsonl": ("\n", "at least one row, got none in .*empty.jsonl"),
-    "rows.txt": ("a", "must be a .jsonl, .json, .csv, .parquet file or a datasets id"),
+    "rows.txt": ("a", "must be a .jsonl, .ndjson, .json, .csv, .tsv, .parquet file or"),
     "latin.jsonl": ("\udce9", "must be readable UTF-8 text"),
 }
 
@@ -263,7 +258,7 @@ def test_a_source_of_prompts_that_is_wrong_is_called_input_and_is_asked_for_prom
         empty: "input must have at least one row, got none in .*; give prompt or messages$",
         tmp_path / "none.jsonl": "input must be an existing file",
         tmp_path / "rows.txt": "input must be a .jsonl",
-        _write(tmp_path / "rows.jsonl", {"question": "a"}): "must have prompt or messages, got",
+        _write(tmp_path / "rows.jsonl", {"text": "a"}): "must have prompt or messages, got",
     }.items():
         with pytest.raises(InputError, match=message):
             load_rows(path, require_response=False)

@@ -1,0 +1,308 @@
+"""``lowmem-reft data``: rows as the tokens that training takes, and figures of all of them.
+
+What is shown comes from the functions of training: ``data.tokens`` cuts and labels, and
+``reft.positions`` says which prompt tokens are edited.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.loading import load_tokenizer
+from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.rows import as_choices, label_names, read_rows
+from lowmem_reft.data.tokens import encode_labelled, encode_rows
+from lowmem_reft.data.turns import of_turns
+from lowmem_reft.errors import InputError
+from lowmem_reft.methods.card import merge_card
+from lowmem_reft.options import ModelOptions
+from lowmem_reft.reft.positions import assign_groups, find_prompt, parse_positions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lowmem_reft.data.rows import Row
+    from lowmem_reft.data.tokens import EncodedRows
+    from lowmem_reft.options import ShowOptions
+    from lowmem_reft.reft.positions import Positions
+
+    Encode = Callable[[Sequence[Row], int], EncodedRows]
+
+NAMED_ROWS = 5
+"""Of rows that do not fit or hold unknown tokens so many are named."""
+
+_WHOLE = 2**31
+"""A max_length that cuts nothing."""
+
+_MARKS = {
+    "prompt": ("", "", ""),
+    "edited": ("[", "]", "cyan"),
+    "supervised": ("{", "}", "green"),
+    "end": ("<<", ">>", "bold magenta"),
+}
+"""How each part is written around its tokens, and in which style."""
+
+_SHOWN = {" ": "·", "\n": "↵", "\t": "→"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """A row, tokenized whole and as it is trained."""
+
+    row: Row
+    whole: dict[str, Any]
+    trained: dict[str, Any] | None
+    """None: it does not fit."""
+
+
+def run_show(options: ShowOptions) -> dict[str, Any]:
+    """Print rows as tokens, and figures.
+
+    Returns:
+        ``num_rows``, ``kind`` and ``columns`` as they were read, ``ignored_columns``,
+        ``unused_template_arguments``, ``lengths`` in tokens (min, median, p95 and max of prompt,
+        response and whole, before anything is cut), ``num_cut_rows`` and ``num_cut_tokens``,
+        ``num_too_long`` rows that do not fit with the longest of them in ``too_long``,
+        ``num_with_unknown_tokens`` with the first in ``with_unknown_tokens``, ``num_with_end`` and
+        ``end_tokens``; and ``rows`` (``source``, ``tokens``, ``ids``, and the indices of those that
+        are ``prompt``, ``edited``, ``supervised`` and ``end``; ``label`` with a classification or
+        regression head).
+
+    Raises:
+        InputError: An option, the file, a row or the model is wrong.
+    """
+    data, positions = options.data, parse_positions(options.positions)
+    model = ModelOptions(model=options.model, task_type=options.task_type)
+    card = merge_card(
+        None,
+        model,
+        template=data.template,
+        max_length=data.max_length,
+        joint=options.prompts.joint,
+    )
+    read = read_rows(data.data, split=data.split, limit=data.limit)
+    config = load_config(options.model)
+    tokenizer = load_tokenizer(options.model, config=config)
+    names = label_names(read.rows) if read.rows[0].kind == "label" else None
+    rows = of_turns(read.rows, options.prompts.turns)
+    if card.task_type != "SEQ_CLS":
+        rows = as_choices(rows, names)
+
+    def encode(rows: Sequence[Row], max_length: int) -> EncodedRows:
+        if card.task_type == "SEQ_CLS":
+            return encode_labelled(rows, tokenizer, max_length=max_length, label_names=names)
+        return encode_rows(rows, tokenizer, **{**card.prompts, "max_length": max_length})
+
+    seen = _seen(rows, encode, card.max_length)
+    end_ids = _end_ids(tokenizer, config)
+    result = {
+        "data": data.data,
+        "model": options.model,
+        "num_rows": len(rows),
+        "kind": read.rows[0].kind,
+        "columns": list(read.columns),
+        "ignored_columns": list(read.ignored),
+        "unused_template_arguments": _unused_arguments(rows, tokenizer),
+        "template": None if rows[0].kind in ("messages", "label", "target") else card.template,
+        "max_length": card.max_length,
+        "positions": options.positions,
+        **_figures(seen, tokenizer, end_ids),
+        "rows": [_shown(each, tokenizer, positions, end_ids) for each in seen[: options.num]],
+    }
+    if not options.json:
+        _print(result, quiet=options.quiet)
+    return result
+
+
+def _seen(rows: Sequence[Row], encode: Encode, max_length: int) -> list[_Seen]:
+    """Tokenize rows whole, and those that are too long as training does."""
+    seen = []
+    for row, whole in zip(rows, encode(rows, _WHOLE).examples, strict=True):
+        trained: dict[str, Any] | None = whole
+        if len(whole["input_ids"]) > max_length:
+            try:
+                trained = next(iter(encode([row], max_length).examples), None)
+            except InputError:  # which says that it does not fit: all else was found before
+                trained = None
+        seen.append(_Seen(row=row, whole=whole, trained=trained))
+    return seen
+
+
+def _end_ids(tokenizer: Any, config: Any) -> set[int]:
+    """Ids that end an answer, by the tokenizer and by the base's configuration."""
+    own = getattr(config.get_text_config(), "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+
+
+def _unused_arguments(rows: Sequence[Row], tokenizer: Any) -> list[str]:
+    """What rows have for the chat template, and it does not name."""
+    given = dict.fromkeys(name for row in rows for name in row.template_arguments)
+    template = str(tokenizer.chat_template)
+    return [name for name in given if not re.search(rf"\b{re.escape(name)}\b", template)]
+
+
+def _figures(seen: Sequence[_Seen], tokenizer: Any, end_ids: set[int]) -> dict[str, Any]:
+    parts: dict[str, list[int]] = {"prompt": [], "response": [], "whole": []}
+    too_long: list[tuple[int, str]] = []
+    unknown, cuts, num_with_end = [], [], 0
+    special = end_ids | {tokenizer.bos_token_id}
+    for each in seen:
+        ids, labels = each.whole["input_ids"], each.whole["labels"]
+        parts["whole"].append(len(ids))
+        if isinstance(labels, list):
+            parts["prompt"].append(labels.count(IGNORED_LABEL))
+            parts["response"].append(len(ids) - labels.count(IGNORED_LABEL))
+            num_with_end += labels[-1] in end_ids
+        if each.trained is None:
+            too_long.append((len(ids), each.row.source))
+        elif each.trained is not each.whole:
+            cuts.append(len(ids) - len(each.trained["input_ids"]))
+        # Some tokenizers have one token for all that is special.
+        if tokenizer.unk_token_id in set(ids) - special:
+            unknown.append(each.row.source)
+    end_tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(end_ids))]
+    return {
+        "lengths": {name: _spread(sizes) for name, sizes in parts.items() if sizes},
+        "num_cut_rows": len(cuts),
+        "num_cut_tokens": sum(cuts),
+        "num_too_long": len(too_long),
+        "too_long": [
+            {"source": source, "num_tokens": size}
+            for size, source in sorted(too_long, reverse=True)[:NAMED_ROWS]
+        ],
+        "num_with_unknown_tokens": len(unknown),
+        "with_unknown_tokens": unknown[:NAMED_ROWS],
+        "num_with_end": num_with_end if parts["response"] else None,
+        "end_tokens": end_tokens,
+    }
+
+
+def _spread(sizes: list[int]) -> dict[str, int]:
+    ordered = sorted(sizes)
+    return {
+        "min": ordered[0],
+        "median": statistics.median_low(ordered),
+        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+        "max": ordered[-1],
+    }
+
+
+def _shown(each: _Seen, tokenizer: Any, positions: Positions, end_ids: set[int]) -> dict[str, Any]:
+    """One row's tokens, and which of them are what; as far as it goes if it does not fit."""
+    example = each.trained or each.whole
+    ids, labels = example["input_ids"], example["labels"]
+    mask = torch.ones((1, len(ids)), dtype=torch.long)
+    is_labelled = isinstance(labels, list)
+    prompt = find_prompt(mask, torch.tensor([labels]) if is_labelled else None)
+    edited = assign_groups(positions, "tied", prompt)[0] >= 0
+    supervised = [i for i, label in enumerate(labels if is_labelled else []) if label >= 0]
+    shown = {
+        "source": each.row.source,
+        "fits": each.trained is not None,
+        "ids": ids,
+        "tokens": tokenizer.convert_ids_to_tokens(ids),
+        "texts": [_text_of(token, tokenizer) for token in ids],
+        "prompt": [i for i in range(len(ids)) if i not in set(supervised)],
+        "edited": edited.nonzero().flatten().tolist(),
+        "supervised": supervised,
+        "end": [i for i in supervised if ids[i] in end_ids],
+    }
+    return shown if is_labelled else {**shown, "label": each.row.label or each.row.target}
+
+
+def _text_of(token_id: int, tokenizer: Any) -> str:
+    """The text of one token; the token's name where it is a part of a letter."""
+    token = str(tokenizer.convert_ids_to_tokens(token_id))
+    text = str(tokenizer.decode([token_id]))
+    if not text or "\ufffd" in text:
+        return token
+    # Decoded alone, a token that begins a word loses the space before it.
+    return f" {text}" if token[:1] in "▁Ġ" and not text[0].isspace() else text
+
+
+def _print(result: dict[str, Any], *, quiet: bool) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    if not quiet:
+        legend = Text("tokens: prompt  ")
+        for part in ("edited", "supervised", "end"):
+            opening, closing, style = _MARKS[part]
+            legend.append(f"{opening}{part}{closing}", style=style).append("  ")
+        legend.append("(| between tokens, · space, ↵ new line)")
+        console.print(legend)
+        for row in result["rows"]:
+            console.print(_marked(row))
+        console.print()
+    spreads = [Column(name, justify="right") for name in ("min", "median", "p95", "max")]
+    table = Table("tokens", *spreads, box=None, pad_edge=False)
+    for name, spread in result["lengths"].items():
+        table.add_row(name, *(f"{size:,}" for size in spread.values()))
+    console.print(table)
+    for line in _said(result):
+        console.print(line, markup=False)
+
+
+def _marked(row: dict[str, Any]) -> Text:
+    """A row with its parts marked: also without colour."""
+    text = Text(f"\n{row['source']}{'' if row['fits'] else ' (does not fit)'}\n", style="")
+    kinds = ["prompt"] * len(row["ids"])
+    for kind in ("edited", "supervised", "end"):
+        for index in row[kind]:
+            kinds[index] = kind
+    start = 0
+    while start < len(kinds):
+        stop = start
+        while stop < len(kinds) and kinds[stop] == kinds[start]:
+            stop += 1
+        opening, closing, style = _MARKS[kinds[start]]
+        tokens = "|".join(map(_visible, row["texts"][start:stop]))
+        text.append(f"{opening}{tokens}{closing}", style=style).append(" ")
+        start = stop
+    if "label" in row:
+        text.append(f"label: {_visible(str(row['label']))}", style="green")
+    return text
+
+
+def _visible(text: str) -> str:
+    """Spaces and line breaks as signs; what would move a terminal's cursor as an escape."""
+    return "".join(
+        _SHOWN.get(letter) or (letter if letter.isprintable() else repr(letter)[1:-1])
+        for letter in text
+    )
+
+
+def _said(result: dict[str, Any]) -> list[str]:
+    """The figures besides the lengths, a line each."""
+    number, limit = result["num_rows"], result["max_length"]
+    lines = [f"{number:,} rows of kind {result['kind']}, read from {', '.join(result['columns'])}"]
+    for name in ("ignored_columns", "unused_template_arguments"):
+        if result[name]:
+            lines.append(f"{name.replace('_', ' ')}: {', '.join(result[name])}")
+    lines.append(
+        f"cut to max_length {limit}: {result['num_cut_rows']:,} rows, by "
+        f"{result['num_cut_tokens']:,} tokens in all"
+    )
+    longest = [f"{row['source']} ({row['num_tokens']:,} tokens)" for row in result["too_long"]]
+    for what, count, places in (
+        ("do not fit", result["num_too_long"], longest),
+        ("have unknown tokens", result["num_with_unknown_tokens"], result["with_unknown_tokens"]),
+    ):
+        named = f": {', '.join(places)}{', ...' if count > len(places) else ''}" if places else ""
+        lines.append(f"{count:,} rows {what}{named}")
+    if result["num_with_end"] is not None:
+        ends = " or ".join(result["end_tokens"])
+        lines.append(f"{result['num_with_end']:,} of {number:,} responses end with {ends}")
+    return [_printable(line) for line in lines]
+
+
+def _printable(line: str) -> str:
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
