@@ -13,6 +13,7 @@ import logging
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -131,9 +132,53 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
             pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size
         )
         self._ends = end_ids(tokenizer, chats=chats)
+        bos = tokenizer("")["input_ids"][:1]
+        # Chat templates write their own BOS or none, as in training.
+        self._start = bos if bos == [tokenizer.bos_token_id] and not chats else []
         self._max_length = self.max_length - num_virtual_tokens(model)
         self.quiet = quiet
         self.num_cut_contexts = 0
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **_: Any,
+    ) -> list[int]:
+        """Return the tokens of a text as training has them: after one BOS if there is to be one."""
+        ids: list[int] = self.tokenizer(string, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        start = [] if add_special_tokens is False or ids[:1] == self._start else self._start
+        if left_truncate_len is not None:
+            ids = ids[max(0, len(start) + len(ids) - left_truncate_len) :]
+        return start + ids
+
+    def tok_batch_encode(
+        self, strings: list[str], left_truncate_len: int | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens and the mask of prompts, left-padded: those of ``encode_prompts``."""
+        size = left_truncate_len
+        rows = [self.tok_encode(text.rstrip(" "), left_truncate_len=size) for text in strings]
+        batch = Collator(self.tokenizer, padding_side="left")([{"input_ids": ids} for ids in rows])
+        return batch["input_ids"], batch["attention_mask"]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of both: the context's are those that it shares with the whole text.
+
+        Raises:
+            InputError: One of them has no token of its own.
+        """
+        whole, own = self.tok_encode(context + continuation), self.tok_encode(context.rstrip(" "))
+        pairs = zip(whole, own, strict=False)
+        size = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        if not 0 < size < len(whole):
+            raise InputError(
+                f"a context and its continuation must have tokens of their own, got "
+                f"{context[-40:]!r} and {continuation[:40]!r}; leave the task out"
+            )
+        return whole[:size], whole[size:]
 
     def _loglikelihood_tokens(
         self,
@@ -146,6 +191,7 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         The order is that of the requests. Continuations that differ in their last token share a
         forward pass, as one-letter choices do.
         """
+        requests = _with_equal_contexts(requests)
         sharing: dict[Scored, list[int]] = {}
         for index, (texts, context, continuation) in enumerate(requests):
             prompt, rest = tuple(self._cut(context, continuation)), tuple(continuation[:-1])
@@ -248,6 +294,22 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
     def get_model_info(self) -> dict[str, Any]:
         """Return nothing: the harness would ask the hub for a model that is in memory."""
         return {}
+
+
+def _with_equal_contexts(requests: Sequence[Request]) -> list[Request]:
+    """Give the continuations of one context the same tokens before them.
+
+    A continuation that a tokenizer merges with the end of its context leaves it fewer.
+    """
+    sizes: dict[str, int] = {}
+    for texts, context, _ in requests:
+        if texts is not None:
+            sizes[texts[0]] = min(len(context), sizes.get(texts[0], len(context)))
+    equal = []
+    for texts, context, continuation in requests:
+        size = len(context) if texts is None else sizes[texts[0]]
+        equal.append((texts, context[:size], context[size:] + continuation))
+    return equal
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None, *, quiet: bool) -> TaskManager:

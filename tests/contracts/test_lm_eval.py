@@ -80,6 +80,32 @@ def test_likelihoods_are_asked_for_as_texts_context_and_continuation(breach: boo
 @contract(
     "lm_eval",
     used_by="runs/harness.py",
+    broken_by=with_value(
+        "lm_eval.api.model:TemplateLM.loglikelihood",
+        lambda self, requests, **_: self._loglikelihood_tokens([(("a b", " c"), [2, 3], [4])]),
+    ),
+)
+def test_a_model_says_how_a_pair_and_a_batch_of_prompts_are_tokenized(breach: bool) -> None:
+    class Encoding(Noting):
+        def _encode_pair(self, context: str, continuation: str) -> Any:
+            assert (context, continuation) == ("a b", " c")
+            return [3], [5, 5]
+
+        def tok_batch_encode(self, strings: Any, left_truncate_len: int, **_: Any) -> Any:
+            assert strings == ("a b",)
+            return torch.tensor([[4, 4]]), torch.ones(1, 2)
+
+    lm = Encoding()
+    lm.loglikelihood([Request("a b", " c")], disable_tqdm=True)
+    [(requests, _)] = lm.scored
+    assert requests == [(("a b", " c"), [3], [5, 5])]
+    lm.generate_until([Request("a b", {"until": ["<e>"], "max_gen_toks": 2})], disable_tqdm=True)
+    assert lm.generated[0][0].tolist() == [[4, 4]]
+
+
+@contract(
+    "lm_eval",
+    used_by="runs/harness.py",
     broken_by=with_value(f"{HFLM}loglikelihood_rolling", lambda self, requests, **_: [-1.0]),
 )
 def test_whole_texts_are_scored_without_texts_and_as_one_batch(breach: bool) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from lowmem_reft import cli
@@ -230,6 +232,64 @@ def test_generated_answers_do_not_depend_on_what_the_base_says_of_generation(
     (other / "generation_config.json").write_text(json.dumps(says | ends))
     run_evaluation(replace(stories, model=replace(evaluation.model, model=str(other))))
     assert [sample["resps"] for sample in samples(evaluation)] == expected
+
+
+TEMPLATES = {
+    "without BOS": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+    "with BOS": "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+}
+
+
+@pytest.mark.parametrize("template", [None, *TEMPLATES.values()], ids=["plain", *TEMPLATES])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_prompts_have_the_tokens_that_they_have_in_training(
+    evaluation: EvaluateOptions, template: str | None, adds_bos: bool
+) -> None:
+    model, tokenizer = loaded(evaluation)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s>:0 $A </s>:0" if adds_bos else "$A </s>:0",
+        special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)],
+    )
+    tokenizer.chat_template = template
+    lm = AdaptedModel(model, tokenizer, batch_size=2, chats=template is not None)
+    texts = ["is it good? ", "the lazy dog and a fox"]
+    rows = [Row(source="", prompt=text) for text in texts]
+    if template is not None:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        rows = [Row(source="", messages=tuple(chat)) for chat in chats]
+        texts = [lm.apply_chat_template(chat) for chat in chats]
+    expected = [example["input_ids"] for example in encode_prompts(rows, tokenizer).examples]
+    assert (expected[0][0] == tokenizer.bos_token_id) == (
+        template == TEMPLATES["with BOS"] or (adds_bos and template is None)
+    )
+    ids, mask = lm.tok_batch_encode(texts)
+    assert [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)] == expected
+    pairs = [lm._encode_pair(text, " four </s>") for text in texts]
+    assert [context for context, _ in pairs] == expected
+    short, _ = lm.tok_batch_encode(texts, left_truncate_len=4)
+    cut = encode_prompts(rows, tokenizer, max_length=4).examples
+    if template != TEMPLATES["with BOS"]:
+        assert short.tolist() == [example["input_ids"] for example in cut]
+
+
+def test_continuations_that_merge_with_their_context_leave_all_of_them_the_shared_prompt(
+    evaluation: EvaluateOptions,
+) -> None:
+    model, tokenizer = loaded(evaluation)
+    lm = AdaptedModel(model, tokenizer, batch_size=2)
+    context, merged, apart = (lm.tok_encode(text) for text in ("up o", "up on", "up ox"))
+    size = len(context) - 1
+    assert context == apart[:-1]
+    assert context[:size] == merged[:size] != merged[:-1]
+    examples = [{"input_ids": ids, "labels": [-100] * size + ids[size:]} for ids in (merged, apart)]
+    ours, _ = response_log_likelihood(model, Collator(tokenizer)(examples))
+    requests = [Instance("loglikelihood", {}, ("up o", choice), 0) for choice in ("n", "x")]
+    theirs = lm.loglikelihood(requests, disable_tqdm=True)
+    assert [total for total, _ in theirs] == pytest.approx(ours.tolist(), abs=1e-4)
+    with pytest.raises(InputError, match="must have tokens of their own, got 'a' and ''"):
+        lm._encode_pair("a", "")
 
 
 def test_a_text_that_is_scored_whole_has_no_prompt_so_nothing_is_edited_and_that_is_said(
