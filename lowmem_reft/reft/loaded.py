@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lowmem_reft.base.stored import are_finite, some
 from lowmem_reft.errors import InputError
-from lowmem_reft.reft.layer import ReftLayer
 
 _PREFIX = "base_model.model."
 """Of names in a PeftModel."""
@@ -52,7 +51,7 @@ def check_loaded(model: Any, adapter_name: str, weights: Mapping[str, Tensor]) -
 def _own_names(model: Any, adapter_name: str) -> Iterator[str]:
     """Yield the names of an adapter's tensors: its interventions', and LoRA's beside them."""
     for place, module in model.named_modules():
-        if isinstance(module, ReftLayer) and adapter_name in module.reft_phi:
+        if adapter_name in getattr(module, "reft_phi", ()):
             for name in module.reft_phi[adapter_name].state_dict():
                 yield f"{place}.reft_phi.{adapter_name}.{name}"
     for name, _ in model.named_parameters():
