@@ -25,7 +25,7 @@ from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.quantization import is_quantized
 from lowmem_reft.errors import InputError
 from lowmem_reft.options.values import check_choice
-from lowmem_reft.reft.peft_method import peft_type, register
+from lowmem_reft.reft.peft_method import find_best_of_named, peft_type, register
 
 NAME = "WEIGHTS"
 
@@ -158,6 +158,8 @@ class WeightsModel(BaseTuner):
             )
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        if adapter_name != "default" and not config.inference_mode:
+            find_best_of_named()
         model.add_module(NAME.lower(), WeightsLayer(adapter_name))
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import sys
+from pathlib import Path
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -114,3 +115,29 @@ def _loading_whole(load: Any) -> Any:
 
     load_adapter.__module__ = __name__
     return load_adapter
+
+
+def find_best_of_named() -> None:
+    """Let transformers' Trainer find the best weights of an adapter that has a name of its own.
+
+    PEFT saves all but ``default`` in a directory of their name. ``load_best_model_at_end`` looks
+    beside it, logs that nothing is there, and leaves the last weights in place of the best ones.
+    """
+    # Here, since it takes a second, which only those who train a named adapter have to wait.
+    from transformers import Trainer
+
+    load: Any = Trainer._load_best_model
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @functools.wraps(load)
+    def load_named(self: Any) -> None:
+        names = getattr(self.model, "active_adapters", None)
+        name = names[0] if isinstance(names, list) and names else "default"
+        own = Path(self.state.best_model_checkpoint, name)
+        if (own / "adapter_model.safetensors").is_file() and not self.is_fsdp_enabled:
+            self.model.load_adapter(str(own), name)
+        else:
+            load(self)
+
+    Trainer._load_best_model = load_named  # type: ignore[method-assign]

@@ -31,7 +31,7 @@ from lowmem_reft.reft.config import ReftConfig, resolve_layers
 from lowmem_reft.reft.interventions import READS_INPUT
 from lowmem_reft.reft.layer import HALF, NO_MERGE, CurrentSelection, ReftLayer
 from lowmem_reft.reft.loaded import check_loaded
-from lowmem_reft.reft.peft_method import NAME, PREFIX, register
+from lowmem_reft.reft.peft_method import NAME, PREFIX, find_best_of_named, register
 from lowmem_reft.reft.recompute import SelectionKeepingCheckpoint, keep_selection_in_recompute
 from lowmem_reft.reft.selection import Selector
 
@@ -56,6 +56,8 @@ class ReftModel(BaseTuner):
         self.current = CurrentSelection(Selector(model, configs))
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        if adapter_name != "default" and not config.inference_mode:
+            find_best_of_named()
         if not self.current.handles:  # last of all: a refused configuration leaves no hook behind
             self.current.handles = [
                 model.register_forward_pre_hook(self._before_forward, with_kwargs=True),

@@ -490,3 +490,20 @@ def test_schedules_are_factors_of_a_rate_whose_last_one_can_be_set(tmp_path: Pat
     assert scheduler.last_epoch == 2
     scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": [0.5, 0.5]})
     assert scheduler.get_last_lr() == [0.5, 0.5]
+
+
+@contract(
+    "transformers",
+    used_by="reft/peft_method.py",
+    broken_by=doing_nothing(f"{TRAINER}_load_best_model"),
+)
+def test_best_weights_are_loaded_by_a_method_from_the_checkpoint_of_the_state(
+    tmp_path: Path,
+) -> None:
+    training = trainer(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=None)
+    training.train()
+    last = training.model.lm_head.weight.detach().clone()
+    training.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    training._load_best_model()
+    assert not training.is_fsdp_enabled
+    assert not torch.equal(training.model.lm_head.weight, last)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import peft as integration
 from transformers.utils import check_peft_version
 
@@ -135,3 +135,46 @@ def test_an_adapter_without_some_of_its_tensors_is_refused_by_transformers_too(
         copy.deepcopy(base).load_adapter(str(tmp_path))
     refuse_partial_adapters()
     assert not hasattr(integration.PeftAdapterMixin.load_adapter.__wrapped__, "__wrapped__")
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_the_best_weights_come_back_whatever_the_adapter_is_called(
+    tmp_path: Path, name: str
+) -> None:
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    reft = ReftConfig(task_type="CAUSAL_LM", rank=2, positions="all")
+    model = get_peft_model(LlamaForCausalLM(config), reft, adapter_name=name)
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]}] * 2
+    losses = iter([3.0, 1.0, 2.0])
+    arguments = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=3,
+        learning_rate=0.1,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="chosen",
+        greater_is_better=False,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=lambda _: {"chosen": next(losses)},
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    saved = tmp_path / "checkpoint-2" / ("" if name == "default" else name)
+    best = load_file(saved / "adapter_model.safetensors")
+    found = get_peft_model_state_dict(model, adapter_name=name)
+    assert best.keys() == found.keys()
+    assert all(torch.equal(best[key], found[key]) for key in best)
