@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import OTHER_BASE, checkpoint_digest, other_base
 from lowmem_reft.base.loading import load_base, load_tokenizer, share_pad_token
+from lowmem_reft.base.trust import holding_tensors_alone
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import complete, peft_notices_hidden, prepare_base
 from lowmem_reft.methods.card import TrainingCard, load_card
@@ -79,6 +80,8 @@ def load_adapted(
         prepare_base(base, PeftConfig.from_pretrained(str(adapter)))
         with other_base_said(options.model, adapter, card):
             model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    except InputError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         named = f" {card.base!r}" if card.base != options.model else ", which it does not name"
         raise InputError(
@@ -107,7 +110,7 @@ def other_base_said(model: str, adapter: Path, card: TrainingCard) -> Iterator[N
             (trained.base, trained.storage, trained.base_digest),
             (model, card.storage, checkpoint_digest(model)),
         )
-    with peft_notices_hidden():
+    with peft_notices_hidden(), holding_tensors_alone("adapter", adapter):
         if said is not None:
             logger.warning(said)
             warnings.filterwarnings("ignore", OTHER_BASE, UserWarning)
