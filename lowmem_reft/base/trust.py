@@ -7,7 +7,9 @@ is installed): as the implementation of the attention, or of the experts of a mi
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,24 @@ def check_config(model: str | Path, content: dict[str, Any]) -> None:
                     f"model must have a configuration that names no code to fetch, got "
                     f"{str(model)!r} with {name} {chosen!r}; set it to eager or sdpa, or remove it"
                 )
+
+
+@contextmanager
+def holding_tensors_alone(name: str, path: str | Path | None) -> Iterator[None]:
+    """Say what to do of a file below ``path`` in which torch finds other objects than tensors.
+
+    transformers and PEFT load with ``weights_only``, so these are not made.
+
+    Raises:
+        InputError: There is one; ``name`` is the option that led to it.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{name} must lead to files that hold tensors alone, got one in {str(path)!r} with "
+            "other objects, which could run code, or one that is damaged; use another"
+        ) from error
 
 
 def _entries(content: Any) -> Iterator[tuple[str, Any]]:

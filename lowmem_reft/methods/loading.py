@@ -12,6 +12,7 @@ from typing import Any
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import OTHER_BASE, checkpoint_digest, other_base
 from lowmem_reft.base.loading import load_base, share_pad_token
+from lowmem_reft.base.trust import holding_tensors_alone
 from lowmem_reft.errors import InputError, is_of_the_machine
 from lowmem_reft.methods.attach import complete, peft_notices_hidden, prepare_base
 from lowmem_reft.methods.card import TrainingCard, load_card
@@ -133,7 +134,7 @@ def other_base_said(model: str, adapter: Path, card: TrainingCard) -> Iterator[N
             (trained.base, trained.storage, trained.base_digest),
             (model, card.storage, checkpoint_digest(model)),
         )
-    with peft_notices_hidden():
+    with peft_notices_hidden(), holding_tensors_alone("adapter", adapter):
         if said is not None:
             logger.warning(said)
             warnings.filterwarnings("ignore", OTHER_BASE, UserWarning)

@@ -18,6 +18,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lowmem_reft.base.blocks import device_of
+from lowmem_reft.base.trust import holding_tensors_alone
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.tokens import Collator
 from lowmem_reft.machine import processes
@@ -83,6 +84,7 @@ def fit(
     trainer = _build_trainer(model, collator, reuse, callbacks, parts)
     trackers.hold(trainer)
     with ExitStack() as stack:
+        stack.enter_context(holding_tensors_alone("resume", checkpoint))
         stack.enter_context(_stopping_at_a_step(watch))
         if run.options.reuse.dequantize_upper == "on":
             _dequantize(stack, reuse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import socket
 from pathlib import Path
@@ -145,3 +146,33 @@ def test_adapters_with_patterns_that_do_not_end_are_refused(tmp_path: Path) -> N
         find_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"target_modules": r".*\.(q|v)_proj"}))
     assert find_adapter(tmp_path) == tmp_path
+
+
+class _Touch:
+    """Pickled, it is a call of ``open``, which whoever loads it without care makes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+def test_objects_in_an_adapter_or_a_checkpoint_are_not_made(
+    tiny_llama_dir: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, touched = tmp_path / "run", tmp_path / "touched"
+    model = ["--model", tiny_llama_dir, "--storage", "fp32", "--device", "cpu", "--quiet"]
+    words = [*model, "--data", films]
+    train = ["train", *words, "--output-dir", run, "--batch-size", 8, "--save-steps", 1]
+    assert cli.main(list(map(str, [*train, "--epochs", 1]))) == 0
+    capsys.readouterr()
+    [checkpoint] = run.glob("checkpoint-*")
+    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(_Touch(touched), 2))
+    assert cli.main(list(map(str, [*train, "--epochs", 2, "--resume"]))) == 2
+    assert "resume must lead to files that hold tensors alone" in capsys.readouterr().err
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    (run / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps(_Touch(touched), 2))
+    assert cli.main(list(map(str, ["evaluate", *words, "--adapter", run / "adapter"]))) == 2
+    assert "adapter must lead to files that hold tensors alone" in capsys.readouterr().err
+    assert not touched.exists()
