@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
-from lowmem_reft.base.heads import AUTO_CLASSES, freeze, head_names, set_labels
+from lowmem_reft.base.heads import AUTO_CLASSES, auto_class, freeze, head_names, set_labels
 from lowmem_reft.base.hub import check_on_hub, check_path, first_line, load_config
 from lowmem_reft.base.identity import commit_of
+from lowmem_reft.base.limits import pad_with_known_token
 from lowmem_reft.base.ours import ours
 from lowmem_reft.base.quantization import (
     STORAGES,
@@ -106,7 +108,7 @@ def load_base(
         )
     else:
         base = _from_pretrained(
-            AUTO_CLASSES[task_type],
+            auto_class(config, task_type),
             model,
             config=config,
             dtype=dtype,
@@ -156,7 +158,8 @@ def _from_pretrained(auto_class: Any, model: str | Path, **options: Any) -> PreT
                 output_loading_info=True,
                 **options,
             )
-            if auto_class is not AUTO_CLASSES["CAUSAL_LM"] and _only_heads(base, differences):
+            generates = (AUTO_CLASSES["CAUSAL_LM"], transformers.AutoModelForImageTextToText)
+            if auto_class not in generates and _only_heads(base, differences):
                 reports.clear()  # a checkpoint of a language model has no other
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
@@ -178,7 +181,9 @@ def _only_heads(base: PreTrainedModel, differences: Mapping[str, Any]) -> bool:
 
 
 def load_tokenizer(model: str | Path, *, revision: str = "main", config: Any = None) -> Any:
-    """Load the tokenizer of a model; one without a pad token pads with eos (no embedding is added).
+    """Load the tokenizer of a model; it pads with a token that the model has an embedding for.
+
+    That is eos where it has no pad token, or one that the model has no embedding for.
 
     Args:
         model: Hub id or local directory.
@@ -186,7 +191,7 @@ def load_tokenizer(model: str | Path, *, revision: str = "main", config: Any = N
         config: What `load_config` has read, if it has been read: transformers would read it again.
 
     Raises:
-        InputError: There is no tokenizer, or it has neither a pad nor an eos token.
+        InputError: There is no tokenizer, or it has no token to pad with.
     """
     check_path(model)
     if config is None and not Path(model).is_dir():
@@ -207,6 +212,11 @@ def load_tokenizer(model: str | Path, *, revision: str = "main", config: Any = N
                 "set its pad_token"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if config is None:
+        with contextlib.suppress(InputError):  # a tokenizer may lie alone
+            config = load_config(model, revision)
+    if config is not None:
+        pad_with_known_token(tokenizer, config)
     return tokenizer
 
 

@@ -25,6 +25,7 @@ from rich.table import Column, Table
 from tqdm import tqdm
 
 from lowmem_reft.base.blocks import base_of, device_of
+from lowmem_reft.base.limits import Limits
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.tokens import Collator
 from lowmem_reft.errors import InputError
@@ -111,7 +112,9 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         super().__init__(
             pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size
         )
-        self._max_length = self.max_length - num_virtual_tokens(model)
+        self.limits = Limits.of(model, tokenizer)
+        positions = self.limits.num_positions or self.max_length
+        self._max_length = min(self.max_length, positions) - num_virtual_tokens(model)
         self.quiet = quiet
         self.num_cut_contexts = 0
 
@@ -126,6 +129,11 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         The order is that of the requests. Continuations that differ in their last token share a
         forward pass, as one-letter choices do.
         """
+        self.limits.check(
+            [_named(texts) for texts, _, _ in requests],
+            [[*context, *continuation] for _, context, continuation in requests],
+            cut=True,
+        )
         sharing: dict[Scored, list[int]] = {}
         for index, (texts, context, continuation) in enumerate(requests):
             prompt, rest = tuple(self._cut(context, continuation)), tuple(continuation[:-1])
@@ -196,6 +204,25 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         rolled: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         return rolled
 
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return what the model writes after each context, cut from the left to fit.
+
+        Raises:
+            InputError: A context has a token without an embedding, or has no room at all.
+        """
+        contexts = [request.args[0] for request in requests]
+        ids = [self.tok_encode(context) for context in contexts]
+        self.limits.check([_named((context, "")) for context in contexts], ids, cut=True)
+        for request in requests:
+            new = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            if new >= self.max_length:
+                raise InputError(
+                    f"a task's max_gen_toks must leave room for a context in the base's "
+                    f"{self.max_length} positions, got {new}; leave the task out"
+                )
+        written: list[str] = super().generate_until(requests, disable_tqdm)
+        return written
+
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
@@ -218,6 +245,11 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
     def get_model_info(self) -> dict[str, Any]:
         """Return nothing: the harness would ask the hub for a model that is in memory."""
         return {}
+
+
+def _named(texts: tuple[str, str] | None) -> str:
+    """Return how a message names a request."""
+    return "a text" if texts is None else f"the context that ends in {texts[0][-40:]!r}"
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None, *, quiet: bool) -> TaskManager:

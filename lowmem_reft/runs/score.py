@@ -9,19 +9,22 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lowmem_reft.base.blocks import base_of
+from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.ours import ours
 from lowmem_reft.data.rows import as_choices, class_index
 from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
 from lowmem_reft.data.tasks.metrics import compute, find_metric
 from lowmem_reft.data.tokens import (
     Collator,
+    EncodedRows,
     encode_choices,
     encode_labelled,
     encode_prompts,
@@ -30,6 +33,7 @@ from lowmem_reft.data.tokens import (
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.progress import counter, progress
 from lowmem_reft.methods.likelihood import response_log_likelihood
+from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
 from lowmem_reft.options import ReuseOptions, ScoringOptions
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.generate import generate_batches
@@ -145,6 +149,25 @@ def check_rows(rows: Sequence[Row], card: TrainingCard) -> None:
         as_choices(rows, card.label_names)
 
 
+def check_tokens(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    card: TrainingCard,
+    settings: ScoringSettings,
+    limits: Limits,
+    *,
+    num_virtual: int = 0,
+) -> None:
+    """Refuse rows whose tokens the base has no place for, before it is loaded.
+
+    Raises:
+        InputError: A token has no embedding, or there are more than positions.
+    """
+    if card.task_type != "SEQ_CLS":
+        rows = as_choices(rows, card.label_names)
+    _Scoring(None, tokenizer, rows, card, settings).check(limits, num_virtual)
+
+
 def score(
     model: Any,
     tokenizer: Any,
@@ -163,10 +186,12 @@ def score(
     if card.task_type != "SEQ_CLS":
         rows = as_choices(rows, card.label_names)
     scoring = _Scoring(model, tokenizer, rows, card, settings)
+    limits = Limits.of(model, tokenizer, task_type=card.task_type)
+    scoring.check(limits, num_virtual_tokens(model))
     with nullcontext() if residency is None else residency.streaming():
-        if card.task_type == "SEQ_CLS":
+        if scoring.way == "classes":
             scores = scoring.of_classes()
-        elif settings.scoring == "likelihood" or (settings.scoring == "auto" and rows[0].choices):
+        elif scoring.way == "choices":
             scores = scoring.of_choices()
         else:
             scores = scoring.of_generated()
@@ -187,10 +212,44 @@ class _Scoring:
     def _prompts(self) -> dict[str, Any]:
         return {"template": self.card.template, "max_length": self.card.max_length}
 
+    @property
+    def way(self) -> Literal["classes", "choices", "generated"]:
+        """Return how these rows are scored."""
+        if self.card.task_type == "SEQ_CLS":
+            return "classes"
+        chosen = self.settings.scoring
+        by_likelihood = chosen == "likelihood" or (chosen == "auto" and self.rows[0].choices)
+        return "choices" if by_likelihood else "generated"
+
+    @cached_property
+    def encoded(self) -> list[EncodedRows]:
+        """The tokens: of each row's choices apart, else of all rows together."""
+        rows, tokenizer = self.rows, self.tokenizer
+        if self.way == "choices":
+            return [encode_choices(row, tokenizer, **self._prompts) for row in rows]
+        if self.way == "generated":
+            return [encode_prompts(rows, tokenizer, **self._prompts)]
+        names, max_length = self.card.label_names, self.card.max_length
+        return [encode_labelled(rows, tokenizer, max_length=max_length, label_names=names)]
+
+    def check(self, limits: Limits, num_virtual: int) -> None:
+        """Refuse rows whose tokens the base has no place for.
+
+        Raises:
+            InputError: A token has no embedding, or there are more than positions.
+        """
+        sources = [row.source for row in self.rows]
+        if self.way == "choices":
+            counted = zip(sources, self.encoded, strict=True)
+            sources = [source for source, encoded in counted for _ in encoded.examples]
+        ids = [example["input_ids"] for encoded in self.encoded for example in encoded.examples]
+        new = self.settings.max_new_tokens if self.way == "generated" else 0
+        limits.check(sources, ids, virtual=num_virtual, new=new)
+
     @torch.no_grad()
     def of_choices(self) -> Scores:
         """Pick the choice whose tokens have the highest summed log-likelihood after the prompt."""
-        encoded = [encode_choices(row, self.tokenizer, **self._prompts) for row in self.rows]
+        encoded = self.encoded
         examples = [example for by_choice in encoded for example in by_choice.examples]
         reuse, found = self._likelihoods(examples, reused=True)
         rest = iter(found)
@@ -215,10 +274,7 @@ class _Scoring:
     @torch.no_grad()
     def of_classes(self) -> Scores:
         """Pick the class with the highest logit of the head; of one output, take its value."""
-        card, device = self.card, self.model.device
-        encoded = encode_labelled(
-            self.rows, self.tokenizer, max_length=card.max_length, label_names=card.label_names
-        )
+        device, (encoded,) = self.model.device, self.encoded
         examples, collate = encoded.examples, Collator(self.tokenizer)
         predictions: list[Any] = []
         losses: list[float] = []
@@ -254,7 +310,7 @@ class _Scoring:
                     f"{row.source}: response must match {name} {getattr(settings, name)!r}, got "
                     f"{row.response!r}; correct the {name} or the row"
                 )
-        encoded = encode_prompts(self.rows, self.tokenizer, **prompts)
+        (encoded,) = self.encoded
         texts = list(
             generate_batches(
                 self.model,

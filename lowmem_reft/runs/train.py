@@ -21,7 +21,7 @@ from lowmem_reft.runs.fit import fit
 from lowmem_reft.runs.fitting import fit_into_memory
 from lowmem_reft.runs.readme import write_model_card
 from lowmem_reft.runs.resolve import resolve
-from lowmem_reft.runs.score import ScoringSettings, check_rows, check_scoring, score
+from lowmem_reft.runs.score import ScoringSettings, check_rows, check_scoring, check_tokens, score
 from lowmem_reft.runs.tracking import Trackers
 from lowmem_reft.runs.validation import BestEpoch
 
@@ -86,6 +86,15 @@ def _read_held_out(run: Run, kind: str) -> list[Row]:
     source, split, limit = (chosen[f"{kind}_{name}"] for name in ("data", "split", "limit"))
     rows = [] if source is None else load_rows(source, split=split, limit=limit)
     check_rows(rows, run.card)
+    if rows:
+        check_tokens(
+            rows,
+            run.tokenizer,
+            run.card,
+            _scoring_settings(run),
+            run.limits,
+            num_virtual=run.num_virtual,
+        )
     return rows
 
 
