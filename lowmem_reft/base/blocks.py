@@ -54,10 +54,18 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "model must be a decoder-only or encoder-only transformer, got "
             f"{type(model).__name__}; positions are not defined for encoder-decoder models here"
         )
-    num_layers = getattr(_text_config(model), "num_hidden_layers", None)
-    lists = [
-        (name, module)
+    text = _text_config(model)
+    num_layers = getattr(text, "num_hidden_layers", None)
+    # Beside a vision tower the blocks are in the part that is made of the text's configuration.
+    parts = [
+        (f"{name}.", module)
         for name, module in model.named_modules()
+        if getattr(module, "config", None) is text
+    ]
+    start, part = parts[0] if text is not getattr(model, "config", None) and parts else ("", model)
+    lists = [
+        (start + name, module)
+        for name, module in part.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
     if not lists or not num_layers:

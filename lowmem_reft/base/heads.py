@@ -23,6 +23,19 @@ AUTO_CLASSES: dict[str, Any] = {
 """Task type, as PEFT names it, to the class that loads it."""
 
 
+def auto_class(config: Any, task_type: str) -> Any:
+    """Return the class that loads a model of a task.
+
+    A language model inside one that sees images comes with it, where transformers has no class for
+    the text alone: its blocks are those of the text (``blocks.find_blocks``).
+    """
+    in_images = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if task_type == "CAUSAL_LM" and not known and type(config) in in_images:
+        return transformers.AutoModelForImageTextToText
+    return AUTO_CLASSES[task_type]
+
+
 def from_config(config: Any, task_type: str, **options: Any) -> PreTrainedModel:
     """Build an untrained model of the task.
 
@@ -30,8 +43,8 @@ def from_config(config: Any, task_type: str, **options: Any) -> PreTrainedModel:
         InputError: The architecture has no such task, or the configuration describes no model.
     """
     try:
-        model: PreTrainedModel = AUTO_CLASSES[task_type].from_config(config, **options)
-    except ValueError as error:
+        model: PreTrainedModel = auto_class(config, task_type).from_config(config, **options)
+    except (ImportError, ValueError) as error:
         raise InputError(
             f"task_type must be one that {config.model_type} has, got {task_type!r}; use another "
             f"model or task ({first_line(error)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
-from lowmem_reft.base.heads import AUTO_CLASSES, freeze, head_names, set_labels
+from lowmem_reft.base.heads import AUTO_CLASSES, auto_class, freeze, head_names, set_labels
 from lowmem_reft.base.hub import (
     check_on_hub,
     check_path,
@@ -21,6 +22,7 @@ from lowmem_reft.base.hub import (
     local_directory,
 )
 from lowmem_reft.base.identity import commit_of
+from lowmem_reft.base.limits import pad_with_known_token
 from lowmem_reft.base.ours import ours
 from lowmem_reft.base.quantization import (
     STORAGES,
@@ -177,7 +179,9 @@ def _load_whole(model: str | Path, task_type: str, **options: Any) -> PreTrained
     with held("transformers.modeling_utils", "LOAD REPORT") as reports:
         try:
             with quantized_finite() as quantized:
-                base, differences = _from_pretrained(AUTO_CLASSES[task_type], model, **options)
+                base, differences = _from_pretrained(
+                    auto_class(options["config"], task_type), model, **options
+                )
             found = before or local_directory(str(model), options["revision"])  # downloaded now
             if before is None and found is not None:
                 stored = check_checkpoint(found)
@@ -196,13 +200,13 @@ def _load_whole(model: str | Path, task_type: str, **options: Any) -> PreTrained
 
 
 def _from_pretrained(
-    auto_class: Any, model: str | Path, **options: Any
+    kind: Any, model: str | Path, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model and what differs between it and the checkpoint."""
     try:
         return cast(
             "tuple[PreTrainedModel, dict[str, Any]]",
-            auto_class.from_pretrained(
+            kind.from_pretrained(
                 str(model),
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -215,7 +219,7 @@ def _from_pretrained(
         if is_of_the_machine(error):
             raise
         raise InputError(
-            f"model must be one that {auto_class.__name__} loads from safetensors, "
+            f"model must be one that {kind.__name__} loads from safetensors, "
             f"got {str(model)!r}; convert it, mend its config.json or change the options "
             f"({in_one_line(error)})"
         ) from error
@@ -231,7 +235,9 @@ def _only_heads(base: PreTrainedModel, differences: Mapping[str, Any]) -> bool:
 
 
 def load_tokenizer(model: str | Path, *, revision: str = "main", config: Any = None) -> Any:
-    """Load the tokenizer of a model; one without a pad token pads with eos (no embedding is added).
+    """Load the tokenizer of a model; it pads with a token that the model has an embedding for.
+
+    That is eos where it has no pad token, or one that the model has no embedding for.
 
     Args:
         model: Hub id or local directory.
@@ -239,8 +245,7 @@ def load_tokenizer(model: str | Path, *, revision: str = "main", config: Any = N
         config: What `load_config` has read, if it has been read: transformers would read it again.
 
     Raises:
-        InputError: There is no tokenizer, a file of it is at fault, or it has neither a pad nor an
-            eos token.
+        InputError: There is no tokenizer, a file of it is at fault, or it has no token to pad with.
     """
     check_path(model)
     if Path(model).is_dir():
@@ -264,6 +269,11 @@ def load_tokenizer(model: str | Path, *, revision: str = "main", config: Any = N
                 "set its pad_token"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if config is None:
+        with contextlib.suppress(InputError):  # a tokenizer may lie alone
+            config = load_config(model, revision)
+    if config is not None:
+        pad_with_known_token(tokenizer, config)
     return tokenizer
 
 

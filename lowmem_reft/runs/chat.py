@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
+from lowmem_reft.base.limits import Limits
 from lowmem_reft.data.ends import end_ids
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import encode_prompts
@@ -81,9 +82,32 @@ class Chat:
         self.system = options.system
         self.messages: list[dict[str, str]] = []
         self.uses_chat_template = options.template is None and bool(tokenizer.chat_template)
-        config = model.config.get_text_config()
-        room = getattr(config, "max_position_embeddings", 4096) - options.decoding.max_new_tokens
-        self.max_length = options.max_length or max(room, 1)
+        self.limits = Limits.of(model, tokenizer)
+        self.max_length = self._find_max_length()
+
+    def _find_max_length(self) -> int:
+        """Return how many tokens a conversation may have before the answer.
+
+        Raises:
+            InputError: The base has no position for any.
+        """
+        new, given = self.options.decoding.max_new_tokens, self.options.max_length
+        configs = getattr(self.model, "peft_config", {}).values()
+        virtual = max((c.num_virtual_tokens for c in configs if c.is_prompt_learning), default=0)
+        room = self.limits.room(virtual=virtual, new=new)
+        if room is None:
+            return given or max(4096 - new, 1)
+        if room < 1:
+            raise InputError(
+                f"max_new_tokens must leave room for a message in the base's "
+                f"{self.limits.num_positions} positions, got {new!r}; lower it"
+            )
+        if given is not None and given > room:
+            self.note(
+                f"conversations are cut to {room} tokens, not {given}: with the answer the base "
+                f"has {self.limits.num_positions} positions"
+            )
+        return min(given or room, room)
 
     def take(self, line: str) -> None:
         """Obey a command or answer a message; an empty line is neither."""
@@ -206,7 +230,9 @@ class Chat:
         encoded = encode_prompts(
             [row], self.tokenizer, template=template, max_length=self.max_length
         )
-        return encoded.examples[0]["input_ids"], encoded.num_cut_prompts > 0
+        ids = encoded.examples[0]["input_ids"]
+        self.limits.check([row.source], [ids])
+        return ids, encoded.num_cut_prompts > 0
 
 
 class _Streamer(TextStreamer):

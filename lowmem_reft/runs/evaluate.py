@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.ours import ours
 from lowmem_reft.data.rows import label_names, load_rows
 from lowmem_reft.errors import is_out_of_memory
@@ -72,7 +73,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         card = replace(card, label_names=label_names(rows))
     config = load_config(options.model.model)
     tokenizer = tokenizer_for(options.model.model, adapter, card, config=config)
-    rows = rows_to_score(rows, tokenizer, card, options.scoring, options.prompts)
+    limits = Limits.of(config, tokenizer, task_type=card.task_type)
+    rows = rows_to_score(rows, tokenizer, card, _settings(options, None), options.prompts, limits)
     scores = _load_and_score(options, adapter, card, rows, tokenizer)
     if scores.reuse is None and options.reuse.reuse in ("prefix", "trunk"):
         logger.warning(
@@ -135,14 +137,17 @@ def _load_and_score(
         directory = options.reuse.reuse_dir
         if directory is None and options.reuse.resident == "upper":
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        settings = ScoringSettings(
-            **vars(options.scoring),
-            batch_size=options.batch_size,
-            quiet=options.quiet,
-            reuse=options.reuse,
-            reuse_dir=directory,
-        )
-        return score(model, tokenizer, rows, card, settings)
+        return score(model, tokenizer, rows, card, _settings(options, directory))
+
+
+def _settings(options: EvaluateOptions, reuse_dir: Path | None) -> ScoringSettings:
+    return ScoringSettings(
+        **vars(options.scoring),
+        batch_size=options.batch_size,
+        quiet=options.quiet,
+        reuse=options.reuse,
+        reuse_dir=reuse_dir,
+    )
 
 
 def _prediction_lines(

@@ -83,12 +83,12 @@ def fit(
     parts = {"run": run, "run_id": run_id, "begun": begun, "best": best}
     trainer = _build_trainer(model, collator, reuse, callbacks, parts)
     trackers.hold(trainer)
+    checkpoint = None if begun is None else str(begun.directory)
     with ExitStack() as stack:
         stack.enter_context(holding_tensors_alone("resume", checkpoint))
         stack.enter_context(_stopping_at_a_step(watch))
         if run.options.reuse.dequantize_upper == "on":
             _dequantize(stack, reuse)
-        checkpoint = None if begun is None else str(begun.directory)
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         check_weights(model, "after the last step", run)
         peak = _cuda_peak(device)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lowmem_reft.base.identity import checkpoint_digest
+from lowmem_reft.base.limits import Limits
 from lowmem_reft.data.ends import end_ids
 from lowmem_reft.data.rows import Row, load_rows
 from lowmem_reft.data.tokens import Collator, encode_prompts
@@ -27,7 +28,7 @@ from lowmem_reft.machine.progress import progress
 from lowmem_reft.machine.provenance import file_digest
 from lowmem_reft.machine.terminal import for_stream
 from lowmem_reft.methods.several import answering, find_adapters, load_together, mixes_in_a_batch
-from lowmem_reft.methods.virtual_tokens import generate
+from lowmem_reft.methods.virtual_tokens import generate, num_virtual_tokens
 from lowmem_reft.options import DecodingOptions
 from lowmem_reft.runs.answer_file import as_line, keep_answers, opened
 from lowmem_reft.runs.outputs import check_generation
@@ -68,6 +69,7 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
         # Of a base of the hub it may be known only now.
         run["base_digest"] = checkpoint_digest(options.model.model)
         prompts, num_cut = _encode(rows, adapters, tokenizer)
+        _check_room(model, tokenizer, rows, adapters, prompts, options.decoding)
         started = time.perf_counter()
         names = [each.peft_name for _ in rows for each in adapters]
         ends = end_ids(tokenizer, chats=any(row.messages for row in rows))
@@ -322,6 +324,23 @@ def _encode(
             )
         num_cut += encoded.num_cut_prompts
     return [ids for same in zip(*by_adapter, strict=True) for ids in same], num_cut
+
+
+def _check_room(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    adapters: Sequence[NamedAdapter],
+    prompts: Sequence[list[int]],
+    decoding: DecodingOptions,
+) -> None:
+    """Refuse prompts whose tokens, with those to come, the base has no place for."""
+    limits, sources = Limits.of(model, tokenizer), [row.source for row in rows]
+    for place, adapter in enumerate(adapters):
+        with answering(model, adapter.peft_name):
+            virtual = num_virtual_tokens(model)
+        own = prompts[place :: len(adapters)]
+        limits.check(sources, own, virtual=virtual, new=decoding.max_new_tokens)
 
 
 def _rows(options: GenerateOptions) -> list[Row]:

@@ -27,6 +27,7 @@ from rich.table import Column, Table
 from tqdm import tqdm
 
 from lowmem_reft.base.blocks import base_of, device_of
+from lowmem_reft.base.limits import Limits
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.ends import end_ids
 from lowmem_reft.data.tokens import Collator
@@ -135,7 +136,9 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         bos = tokenizer("")["input_ids"][:1]
         # Chat templates write their own BOS or none, as in training.
         self._start = bos if bos == [tokenizer.bos_token_id] and not chats else []
-        self._max_length = self.max_length - num_virtual_tokens(model)
+        self.limits = Limits.of(model, tokenizer)
+        positions = self.limits.num_positions or self.max_length
+        self._max_length = min(self.max_length, positions) - num_virtual_tokens(model)
         self.quiet = quiet
         self.num_cut_contexts = 0
 
@@ -192,6 +195,11 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         forward pass, as one-letter choices do.
         """
         requests = _with_equal_contexts(requests)
+        self.limits.check(
+            [_named(texts) for texts, _, _ in requests],
+            [[*context, *continuation] for _, context, continuation in requests],
+            cut=True,
+        )
         sharing: dict[Scored, list[int]] = {}
         for index, (texts, context, continuation) in enumerate(requests):
             prompt, rest = tuple(self._cut(context, continuation)), tuple(continuation[:-1])
@@ -263,6 +271,25 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         rolled: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         return rolled
 
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return what the model writes after each context, cut from the left to fit.
+
+        Raises:
+            InputError: A context has a token without an embedding, or has no room at all.
+        """
+        contexts = [request.args[0] for request in requests]
+        ids = [self.tok_encode(context) for context in contexts]
+        self.limits.check([_named((context, "")) for context in contexts], ids, cut=True)
+        for request in requests:
+            new = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            if new >= self.max_length:
+                raise InputError(
+                    f"a task's max_gen_toks must leave room for a context in the base's "
+                    f"{self.max_length} positions, got {new}; leave the task out"
+                )
+        written: list[str] = super().generate_until(requests, disable_tqdm)
+        return written
+
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
@@ -310,6 +337,11 @@ def _with_equal_contexts(requests: Sequence[Request]) -> list[Request]:
         size = len(context) if texts is None else sizes[texts[0]]
         equal.append((texts, context[:size], context[size:] + continuation))
     return equal
+
+
+def _named(texts: tuple[str, str] | None) -> str:
+    """Return how a message names a request."""
+    return "a text" if texts is None else f"the context that ends in {texts[0][-40:]!r}"
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None, *, quiet: bool) -> TaskManager:

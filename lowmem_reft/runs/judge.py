@@ -254,16 +254,19 @@ def model_judge(
         import torch
 
         # Here, as a judge that is a program needs no torch.
+        from lowmem_reft.base.limits import Limits
         from lowmem_reft.base.loading import load_base, load_tokenizer
         from lowmem_reft.methods.likelihood import check_finite, response_log_likelihood
 
         base, tokenizer = load_base(model, storage=storage), load_tokenizer(model)
-        collate = Collator(tokenizer, padding_side="left")
+        collate, limits = Collator(tokenizer, padding_side="left"), Limits.of(base, tokenizer)
         examples = []
         for number, question in enumerate(questions, start=1):
             text, source = _filled(template, question), f"question {number}"
             row = Row(source=source, prompt=text, choices=("A", "B"), answer=0)
-            examples += encode_choices(row, tokenizer, max_length=max_length).examples
+            encoded = encode_choices(row, tokenizer, max_length=max_length).examples
+            limits.check([source] * 2, [example["input_ids"] for example in encoded])
+            examples += encoded
         sums: list[float] = []
         with torch.no_grad():
             starts = range(0, len(examples), batch_size)

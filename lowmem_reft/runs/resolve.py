@@ -7,10 +7,12 @@ none of them works out a storage, a dtype or a configuration again.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import checkpoint_digest
+from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.data.rows import as_choices, label_names, load_rows, rows_digest
 from lowmem_reft.data.tokens import (
@@ -61,6 +63,18 @@ class Run:
     def examples(self) -> list[dict[str, Any]]:
         """The tokenized rows."""
         return self.encoded.examples
+
+    @cached_property
+    def limits(self) -> Limits:
+        """The tokens and positions that the base has."""
+        return Limits.of(self.config, self.tokenizer, task_type=self.card.task_type)
+
+    @property
+    def num_virtual(self) -> int:
+        """Trained tokens that the method puts before each example."""
+        options, task_type = self.options.method, self.card.task_type
+        adapter: Any = build_peft_config(options, task_type=task_type, num_layers=None)
+        return int(adapter.num_virtual_tokens) if adapter.is_prompt_learning else 0
 
     @property
     def optim(self) -> OptimOptions:
@@ -135,7 +149,7 @@ def resolve(options: TrainOptions) -> Run:
     rows, encoded = encode_those_that_fit(
         rows, lambda some: _encode(some, tokenizer, card), long_rows=prompts.long_rows
     )
-    return Run(
+    run = Run(
         options=options,
         card=replace(card, data_digest=rows_digest(rows)),
         config=config,
@@ -143,6 +157,9 @@ def resolve(options: TrainOptions) -> Run:
         tokenizer=tokenizer,
         encoded=encoded,
     )
+    ids = [example["input_ids"] for example in run.examples]
+    run.limits.check([row.source for row in rows], ids, virtual=run.num_virtual)
+    return run
 
 
 def _check(options: TrainOptions, card: TrainingCard) -> Any:

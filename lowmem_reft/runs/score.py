@@ -9,19 +9,22 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lowmem_reft.base.blocks import base_of
+from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.ours import ours
 from lowmem_reft.data.rows import as_choices, class_index
 from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
 from lowmem_reft.data.tasks.metrics import compute, find_metric
 from lowmem_reft.data.tokens import (
     Collator,
+    EncodedRows,
     encode_all_choices,
     encode_labelled,
     encode_prompts,
@@ -33,6 +36,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine.limits import TimeLimitError, time_limit
 from lowmem_reft.machine.progress import counter, progress
 from lowmem_reft.methods.likelihood import check_finite, response_log_likelihood
+from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
 from lowmem_reft.options import PromptOptions, ReuseOptions, ScoringOptions
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.generate import generate_batches
@@ -156,32 +160,37 @@ def rows_to_score(
     rows: Sequence[Row],
     tokenizer: Any,
     card: TrainingCard,
-    scoring: ScoringOptions,
+    settings: ScoringSettings,
     prompts: PromptOptions,
+    limits: Limits,
+    *,
+    num_virtual: int = 0,
 ) -> list[Row]:
-    """Return the rows as they will be scored: each turn of a chat that counts, none too long.
+    """Return the rows as they will be scored, before a base is loaded for them.
+
+    Of a chat it is each turn that counts; rows that do not fit are refused or left out.
 
     Raises:
-        InputError: A row cannot be scored as the card says, or does not fit and is not to be left
-            out.
+        InputError: A row cannot be scored as the card says, does not fit and is not to be left out,
+            or has a token without an embedding or more tokens than the base has positions.
     """
     rows = of_turns(rows, prompts.turns)
     check_rows(rows, card)
-    if card.task_type == "SEQ_CLS" or not rows:
+    if not rows:
         return rows
 
-    def encode(some: Sequence[Row]) -> None:
-        some = as_choices(some, card.label_names)
-        if _by_likelihood(some, scoring):
-            encode_all_choices(some, tokenizer, **card.prompts)
-        elif scoring.metric == "overlap":  # the reference is scored, too
-            encode_rows(some, tokenizer, **card.prompts)
+    def encoded(some: Sequence[Row]) -> _Scoring:
+        if card.task_type != "SEQ_CLS":
+            some = as_choices(some, card.label_names)
+        scoring = _Scoring(None, tokenizer, some, card, settings)
+        if scoring.way == "generated" and settings.metric == "overlap":
+            encode_rows(some, tokenizer, **card.prompts)  # the reference is scored, too
+        scoring.encoded  # noqa: B018 - which is kept
+        return scoring
 
-    return encode_those_that_fit(rows, encode, long_rows=prompts.long_rows)[0]
-
-
-def _by_likelihood(rows: Sequence[Row], scoring: ScoringOptions) -> bool:
-    return scoring.scoring == "likelihood" or (scoring.scoring == "auto" and bool(rows[0].choices))
+    kept, scoring = encode_those_that_fit(rows, encoded, long_rows=prompts.long_rows)
+    scoring.check(limits, num_virtual)
+    return kept
 
 
 def score(
@@ -202,10 +211,12 @@ def score(
     if card.task_type != "SEQ_CLS":
         rows = as_choices(rows, card.label_names)
     scoring = _Scoring(model, tokenizer, rows, card, settings)
+    limits = Limits.of(model, tokenizer, task_type=card.task_type)
+    scoring.check(limits, num_virtual_tokens(model))
     with nullcontext() if residency is None else residency.streaming():
-        if card.task_type == "SEQ_CLS":
+        if scoring.way == "classes":
             scores = scoring.of_classes()
-        elif _by_likelihood(rows, settings):
+        elif scoring.way == "choices":
             scores = scoring.of_choices()
         else:
             scores = scoring.of_generated()
@@ -222,10 +233,49 @@ class _Scoring:
     card: TrainingCard
     settings: ScoringSettings
 
+    @property
+    def way(self) -> Literal["classes", "choices", "generated"]:
+        """Return how these rows are scored."""
+        if self.card.task_type == "SEQ_CLS":
+            return "classes"
+        chosen = self.settings.scoring
+        by_likelihood = chosen == "likelihood" or (chosen == "auto" and self.rows[0].choices)
+        return "choices" if by_likelihood else "generated"
+
+    @cached_property
+    def encoded(self) -> list[EncodedRows]:
+        """The tokens: of each row's choices apart, else of all rows together."""
+        rows, tokenizer, card = self.rows, self.tokenizer, self.card
+        if self.way == "choices":
+            return encode_all_choices(rows, tokenizer, **card.prompts)
+        if self.way == "generated":
+            return [
+                encode_prompts(rows, tokenizer, template=card.template, max_length=card.max_length)
+            ]
+        return [
+            encode_labelled(
+                rows, tokenizer, max_length=card.max_length, label_names=card.label_names
+            )
+        ]
+
+    def check(self, limits: Limits, num_virtual: int) -> None:
+        """Refuse rows whose tokens the base has no place for.
+
+        Raises:
+            InputError: A token has no embedding, or there are more than positions.
+        """
+        sources = [row.source for row in self.rows]
+        if self.way == "choices":
+            counted = zip(sources, self.encoded, strict=True)
+            sources = [source for source, encoded in counted for _ in encoded.examples]
+        ids = [example["input_ids"] for encoded in self.encoded for example in encoded.examples]
+        new = self.settings.max_new_tokens if self.way == "generated" else 0
+        limits.check(sources, ids, virtual=num_virtual, new=new)
+
     @torch.no_grad()
     def of_choices(self) -> Scores:
         """Pick the choice whose tokens have the highest summed log-likelihood after the prompt."""
-        encoded = encode_all_choices(self.rows, self.tokenizer, **self.card.prompts)
+        encoded = self.encoded
         examples = [example for by_choice in encoded for example in by_choice.examples]
         reuse, found = self._likelihoods(examples, reused=True)
         rest = iter(found)
@@ -252,10 +302,7 @@ class _Scoring:
     @torch.no_grad()
     def of_classes(self) -> Scores:
         """Pick the class with the highest logit of the head; of one output, take its value."""
-        card, device = self.card, self.model.device
-        encoded = encode_labelled(
-            self.rows, self.tokenizer, max_length=card.max_length, label_names=card.label_names
-        )
+        device, (encoded,) = self.model.device, self.encoded
         examples, collate = encoded.examples, Collator(self.tokenizer)
         predictions: list[Any] = []
         losses: list[float] = []
@@ -293,9 +340,7 @@ class _Scoring:
                     f"{row.source}: response must match {name} {getattr(settings, name)!r}, got "
                     f"{row.response!r}; correct the {name} or the row"
                 )
-        encoded = encode_prompts(
-            self.rows, self.tokenizer, template=card.template, max_length=card.max_length
-        )
+        (encoded,) = self.encoded
         texts = list(
             generate_batches(
                 self.model,

@@ -105,8 +105,15 @@ def _read_held_out(run: Run, kind: str) -> list[Row]:
     chosen = vars(run.options.held_out)
     source, split, limit = (chosen[f"{kind}_{name}"] for name in ("data", "split", "limit"))
     rows = [] if source is None else load_rows(source, split=split, limit=limit)
-    options = run.options
-    return rows_to_score(rows, run.tokenizer, run.card, options.scoring, options.prompts)
+    return rows_to_score(
+        rows,
+        run.tokenizer,
+        run.card,
+        _scoring_settings(run),
+        run.options.prompts,
+        run.limits,
+        num_virtual=run.num_virtual,
+    )
 
 
 def _attach(run: Run) -> PeftModel:
