@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lowmem_reft.base.blocks import SUBMODULE
-from lowmem_reft.reft.layer import CurrentSelection, ReftLayer
+
+if TYPE_CHECKING:
+    from lowmem_reft.reft.layer import CurrentSelection, ReftLayer
 
 
 def keep_selection_in_recompute(model: nn.Module, current: CurrentSelection) -> None:
@@ -55,5 +57,4 @@ def _layer_outside(function: Any) -> ReftLayer | None:
     its gradient would then be kept for every block. Older versions have the hooks inside.
     """
     block = next(iter(getattr(function, "args", ())), None)
-    layer = getattr(block, SUBMODULE, None) if isinstance(block, nn.Module) else None
-    return layer if isinstance(layer, ReftLayer) else None
+    return getattr(block, SUBMODULE, None) if isinstance(block, nn.Module) else None

@@ -13,7 +13,6 @@ import logging
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -30,7 +29,7 @@ from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.ends import end_ids
-from lowmem_reft.data.tokens import Collator
+from lowmem_reft.data.tokens import Collator, encode_texts
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.files import write_text_whole
@@ -168,20 +167,23 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         return batch["input_ids"], batch["attention_mask"]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of both: the context's are those that it shares with the whole text.
+        """Return the tokens of both, as of a prompt and its response in training.
 
         Raises:
             InputError: One of them has no token of its own.
         """
-        whole, own = self.tok_encode(context + continuation), self.tok_encode(context.rstrip(" "))
-        pairs = zip(whole, own, strict=False)
-        size = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        if not 0 < size < len(whole):
+        ((ids, rest),) = encode_texts(
+            [(context, continuation)],
+            self.tokenizer,
+            adds_bos=bool(self._start),
+            source=_named((context, continuation)),
+        )
+        if not ids:
             raise InputError(
-                f"a context and its continuation must have tokens of their own, got "
-                f"{context[-40:]!r} and {continuation[:40]!r}; leave the task out"
+                f"a context must have a token of its own, got {context[-40:]!r} before "
+                f"{continuation[:40]!r}; leave the task out"
             )
-        return whole[:size], whole[size:]
+        return ids, rest
 
     def _loglikelihood_tokens(
         self,
@@ -194,7 +196,6 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         The order is that of the requests. Continuations that differ in their last token share a
         forward pass, as one-letter choices do.
         """
-        requests = _with_equal_contexts(requests)
         self.limits.check(
             [_named(texts) for texts, _, _ in requests],
             [[*context, *continuation] for _, context, continuation in requests],
@@ -321,22 +322,6 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
     def get_model_info(self) -> dict[str, Any]:
         """Return nothing: the harness would ask the hub for a model that is in memory."""
         return {}
-
-
-def _with_equal_contexts(requests: Sequence[Request]) -> list[Request]:
-    """Give the continuations of one context the same tokens before them.
-
-    A continuation that a tokenizer merges with the end of its context leaves it fewer.
-    """
-    sizes: dict[str, int] = {}
-    for texts, context, _ in requests:
-        if texts is not None:
-            sizes[texts[0]] = min(len(context), sizes.get(texts[0], len(context)))
-    equal = []
-    for texts, context, continuation in requests:
-        size = len(context) if texts is None else sizes[texts[0]]
-        equal.append((texts, context[:size], context[size:] + continuation))
-    return equal
 
 
 def _named(texts: tuple[str, str] | None) -> str:

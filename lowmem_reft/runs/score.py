@@ -6,7 +6,6 @@ Each way gives a prediction per example; the metric (``metrics.py``) makes one n
 from __future__ import annotations
 
 import math
-import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +19,7 @@ from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.ours import ours
 from lowmem_reft.data.rows import as_choices, class_index
-from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
+from lowmem_reft.data.tasks.answers import answers_equal, extract_answer, find_extractor
 from lowmem_reft.data.tasks.metrics import compute, find_metric
 from lowmem_reft.data.tokens import (
     Collator,
@@ -33,7 +32,6 @@ from lowmem_reft.data.tokens import (
 )
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.limits import TimeLimitError, time_limit
 from lowmem_reft.machine.progress import counter, progress
 from lowmem_reft.methods.likelihood import check_finite, response_log_likelihood
 from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
@@ -51,10 +49,6 @@ if TYPE_CHECKING:
     from lowmem_reft.reuse.reuse import Reuse
 
 
-_PATTERN_SECONDS = 5.0
-"""Of the processor, for a regular expression on one answer."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScoringSettings(ScoringOptions):
     """How rows are scored, and with what means."""
@@ -67,6 +61,12 @@ class ScoringSettings(ScoringOptions):
     """What may be computed once, and how much it may take on the disk."""
     reuse_dir: Path | None = None
     """Where that is kept; None computes everything anew."""
+
+    def answer_in(self, text: str) -> str | None:
+        """Return the answer that a text gives; None if it gives none."""
+        if self.extractor is not None:
+            return find_extractor(self.extractor)(text)
+        return extract_answer(text, self.answer_pattern)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,7 +332,7 @@ class _Scoring:
     def of_generated(self) -> Scores:
         """Generate greedily, extract the answer and compare it with the one in the response."""
         settings, card = self.settings, self.card
-        references = [_answer(row.response or "", settings) for row in self.rows]
+        references = [settings.answer_in(row.response or "") for row in self.rows]
         for row, answer in zip(self.rows, references, strict=True):
             if answer is None:
                 name = "extractor" if settings.extractor else "answer_pattern"
@@ -360,7 +360,7 @@ class _Scoring:
             for row, (total, _) in zip(self.rows, scored, strict=True):
                 check_finite([total], row.source)
             losses = [-total / count for total, count in scored]
-        predictions = [_answer(text, settings) for text in texts]
+        predictions = [settings.answer_in(text) for text in texts]
         pairs = zip(predictions, references, strict=True)
         return Scores(
             correct=[answers_equal(settings.extractor, p, r) for p, r in pairs],
@@ -422,38 +422,3 @@ def _expected(row: Row, scored: Sequence[tuple[float, int]]) -> float:
     weights = [math.exp(total - top) for total, _ in scored]
     weighted = sum(w * float(choice) for w, choice in zip(weights, row.choices, strict=True))
     return weighted / sum(weights)
-
-
-def _answer(text: str, settings: ScoringSettings) -> str | None:
-    if settings.extractor is not None:
-        return find_extractor(settings.extractor)(text)
-    return extract_answer(text, settings.answer_pattern)
-
-
-def extract_answer(text: str, pattern: str | None) -> str | None:
-    """Return the last match's first group (or the whole text), lower-cased, white space folded.
-
-    It is the whole text without a pattern, and None if the pattern, a regular expression, does not
-    match.
-
-    Raises:
-        InputError: The pattern is not a regular expression, or takes too long.
-    """
-    if pattern is not None:
-        try:
-            with time_limit(_PATTERN_SECONDS):
-                matches = list(re.finditer(pattern, text))
-        except TimeLimitError:
-            raise InputError(
-                f"answer_pattern must match within {_PATTERN_SECONDS:g} s, got {pattern!r}, which "
-                f"does not on an answer of {len(text)} characters; write it without repetitions "
-                "in repetitions"
-            ) from None
-        except re.error as error:
-            raise InputError(
-                f"answer_pattern must be a regular expression, got {pattern!r}; mend it ({error})"
-            ) from error
-        if not matches:
-            return None
-        text = matches[-1][1] if matches[-1].re.groups else matches[-1][0]
-    return " ".join((text or "").lower().split())

@@ -12,13 +12,14 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lowmem_reft.data.rows import Row
+from lowmem_reft.data.tasks.answers import extract_answer
 from lowmem_reft.data.tokens import encode_choices
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions, ReuseOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.runs.evaluate import run_evaluation
-from lowmem_reft.runs.score import ScoringSettings, extract_answer, score
+from lowmem_reft.runs.score import ScoringSettings, score
 
 ROWS = [
     Row(source=f"rows:{i}", prompt=prompt, choices=choices, answer=0, response=choices[0])

@@ -45,7 +45,7 @@ ROWS = [
     ("is the film good or bad? label:", ["good", "bad", "lazy dog"], 1),
     ("what is two and two?", ["four", "five"], 0),
     ("once upon a time there was a little", ["cat", "answer", "film", "fox"], 0),
-    ("the quick brown fox jumps over the lazy", ["dog", "c", "d", "e"], 3),
+    ("the quick brown fox jumps over the lazy", ["fox", "c", "d", "e"], 3),
     ("fox?", ["a", "b"], 1),
 ]
 
@@ -274,22 +274,22 @@ def test_prompts_have_the_tokens_that_they_have_in_training(
         assert short.tolist() == [example["input_ids"] for example in cut]
 
 
-def test_continuations_that_merge_with_their_context_leave_all_of_them_the_shared_prompt(
+def test_a_continuation_that_would_merge_with_its_context_leaves_the_prompt_as_it_is(
     evaluation: EvaluateOptions,
 ) -> None:
     model, tokenizer = loaded(evaluation)
     lm = AdaptedModel(model, tokenizer, batch_size=2)
-    context, merged, apart = (lm.tok_encode(text) for text in ("up o", "up on", "up ox"))
-    size = len(context) - 1
-    assert context == apart[:-1]
-    assert context[:size] == merged[:size] != merged[:-1]
-    examples = [{"input_ids": ids, "labels": [-100] * size + ids[size:]} for ids in (merged, apart)]
-    ours, _ = response_log_likelihood(model, Collator(tokenizer)(examples))
-    requests = [Instance("loglikelihood", {}, ("up o", choice), 0) for choice in ("n", "x")]
+    context, merged = (lm.tok_encode(text) for text in ("up o", "up on"))
+    assert merged[: len(context)] != context
+    row = Row(source="1", prompt="up o", choices=("n", "x"), answer=0, response="n")
+    encoded = encode_choices(row, tokenizer, joint="none").examples
+    assert all(example["input_ids"][: len(context)] == context for example in encoded)
+    ours, _ = response_log_likelihood(model, Collator(tokenizer)(encoded))
+    requests = [Instance("loglikelihood", {}, ("up o", choice), 0) for choice in row.choices]
     theirs = lm.loglikelihood(requests, disable_tqdm=True)
     assert [total for total, _ in theirs] == pytest.approx(ours.tolist(), abs=1e-4)
-    with pytest.raises(InputError, match="must have tokens of their own, got 'a' and ''"):
-        lm._encode_pair("a", "")
+    with pytest.raises(InputError, match="a context must have a token of its own"):
+        lm._encode_pair("", "a")
 
 
 def test_a_text_that_is_scored_whole_has_no_prompt_so_nothing_is_edited_and_that_is_said(

@@ -17,6 +17,10 @@ from collections.abc import Callable
 from decimal import Decimal
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.limits import TimeLimitError, time_limit
+
+_PATTERN_SECONDS = 5.0
+"""Of the processor, for a regular expression on one answer."""
 
 TOLERANCE = 1e-3
 """Numbers that differ by no more are equal, as in the paper."""
@@ -295,3 +299,32 @@ def _digits(value: float) -> str:
     if value == int(value) and abs(value) < 1e15:
         return str(int(value))
     return format(Decimal(repr(value)), "f")
+
+
+def extract_answer(text: str, pattern: str | None) -> str | None:
+    """Return the last match's first group (or the whole text), lower-cased, white space folded.
+
+    It is the whole text without a pattern, and None if the pattern, a regular expression, does not
+    match.
+
+    Raises:
+        InputError: The pattern is not a regular expression, or takes too long.
+    """
+    if pattern is not None:
+        try:
+            with time_limit(_PATTERN_SECONDS):
+                matches = list(re.finditer(pattern, text))
+        except TimeLimitError:
+            raise InputError(
+                f"answer_pattern must match within {_PATTERN_SECONDS:g} s, got {pattern!r}, which "
+                f"does not on an answer of {len(text)} characters; write it without repetitions "
+                "in repetitions"
+            ) from None
+        except re.error as error:
+            raise InputError(
+                f"answer_pattern must be a regular expression, got {pattern!r}; mend it ({error})"
+            ) from error
+        if not matches:
+            return None
+        text = matches[-1][1] if matches[-1].re.groups else matches[-1][0]
+    return " ".join((text or "").lower().split())
