@@ -217,19 +217,26 @@ def _arguments(present: dict[Any, Any], where: str) -> dict[str, Any]:
                 f"{where}: chat_template_kwargs must be for the template, got {name!r}, which "
                 "says how it is applied; remove it"
             )
-    tools = present.get("tools")
-    if tools not in (None, "", [], {}):
-        arguments |= {"tools": tool_list(without_nulls(tools, "tools", where), where)}
-    documents = present.get("documents")
-    if documents not in (None, "", [], {}):
-        documents = without_nulls(_parsed(documents, "documents", where), "documents", where)
-        if not isinstance(documents, list) or not all(isinstance(each, dict) for each in documents):
+    for name, checked in (("tools", tool_list), ("documents", _documents)):
+        column, inside = present.get(name) or None, arguments.pop(name, None) or None
+        if column is not None and inside is not None:
             raise InputError(
-                f"{where}: documents must be a list of objects, got {shortened(documents)}; "
-                "correct the row"
+                f"{where}: {name} must be given once, got a column and one in "
+                "chat_template_kwargs; remove one"
             )
-        arguments |= {"documents": documents}
+        value = checked(without_nulls(column or inside or [], name, where), where)
+        if value:
+            arguments[name] = value
     return arguments
+
+
+def _documents(documents: Any, where: str) -> list[Any]:
+    given = _parsed(documents, "documents", where)
+    if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
+        raise InputError(
+            f"{where}: documents must be a list of objects, got {shortened(given)}; correct the row"
+        )
+    return given
 
 
 def _parsed(value: Any, name: str, where: str) -> Any:

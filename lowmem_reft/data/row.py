@@ -106,7 +106,7 @@ def _target(value: Any, where: str) -> float:
     """The number in a cell; in a CSV file it is text."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise InputError(

@@ -124,6 +124,16 @@ def test_a_chat_template_is_given_tools_documents_and_its_own_arguments(tmp_path
     assert list(row.template_arguments) == ["enable_thinking", "tools", "documents"]
 
 
+def test_no_tools_are_none_and_tools_may_be_among_the_arguments(tmp_path: Path) -> None:
+    for tools in ("[]", [], "", None):
+        (row,) = _load(tmp_path, {"messages": [USER, ANSWER], "tools": tools})
+        assert row.template_arguments == {}
+    record = {"messages": [USER, ANSWER], "chat_template_kwargs": {"tools": '[{"name": "x"}]'}}
+    assert _load(tmp_path, record)[0].template_arguments == {"tools": [{"name": "x"}]}
+    with pytest.raises(InputError, match="tools must be given once, got a column and one in"):
+        _load(tmp_path, {**record, "tools": [{"name": "y"}]})
+
+
 BAD_ARGUMENTS = {
     "tools": ("weather", "tools: must be valid JSON"),
     "documents": ([1], "documents must be a list of objects"),

@@ -193,6 +193,7 @@ BAD_ROWS = {
     "label as float": ({"text": "a", "label": 0.5}, "label must be a non-empty string or an int"),
     "target as text": ({"text": "a", "target": "many"}, "target must be a number, got 'many'"),
     "target not finite": ({"text": "a", "target": "nan"}, "target must be a number, got 'nan'"),
+    "target too large": ({"text": "a", "target": 10**400}, "target must be a number, got 1000"),
     "target as bool": ({"text": "a", "target": True}, "target must be a number, got True"),
     "label and target": ({"text": "a", "label": "b", "target": 1}, "must fit only one of"),
     "pair as number": ({"text": "a", "text_pair": 2, "label": "b"}, "text_pair must be a non-emp"),
