@@ -138,6 +138,8 @@ def weight_files(model: str | Path, revision: str) -> list[Path]:
         raise InputError(
             f"model must have all of its safetensors, got {str(model)!r}; convert or download it"
         )
+    if not Path(model).is_dir():
+        check_checkpoint(found[0].parent)
     return found
 
 

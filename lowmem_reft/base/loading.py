@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
@@ -173,8 +174,8 @@ def _load_whole(model: str | Path, task_type: str, **options: Any) -> PreTrained
     Raises:
         InputError: It cannot be loaded, or the checkpoint is not whole.
     """
-    before = local_directory(str(model), options["revision"])
-    stored = {} if before is None else check_checkpoint(before)
+    # An interrupted download is gone on with: what is of the hub is looked at afterwards.
+    stored = check_checkpoint(Path(model)) if Path(model).is_dir() else None
     is_quantized = getattr(options["config"], "quantization_config", None) is not None
     with held("transformers.modeling_utils", "LOAD REPORT") as reports:
         try:
@@ -182,9 +183,9 @@ def _load_whole(model: str | Path, task_type: str, **options: Any) -> PreTrained
                 base, differences = _from_pretrained(
                     auto_class(options["config"], task_type), model, **options
                 )
-            found = before or local_directory(str(model), options["revision"])  # downloaded now
-            if before is None and found is not None:
-                stored = check_checkpoint(found)
+            found = local_directory(str(model), options["revision"])
+            if stored is None:
+                stored = {} if found is None else check_checkpoint(found)
             source = source_of(model, found)
             check_keys(base, differences, task_type, source)
             check_stored(base, stored, is_quantized=is_quantized, source=source)
@@ -218,6 +219,9 @@ def _from_pretrained(
     except Exception as error:
         if is_of_the_machine(error):
             raise
+        found = local_directory(str(model), options["revision"])
+        if isinstance(error, SafetensorError) and found is not None:
+            check_checkpoint(found)  # it says which file it is
         raise InputError(
             f"model must be one that {kind.__name__} loads from safetensors, "
             f"got {str(model)!r}; convert it, mend its config.json or change the options "

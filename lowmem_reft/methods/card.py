@@ -81,16 +81,42 @@ def load_card(directory: Path) -> TrainingCard | None:
     if not path.is_file():
         return _card_of_config(directory)
     try:
-        content = json.loads(path.read_text())
-        content.setdefault(
-            "joint", "space"
-        )  # what adapters were trained with before it was written
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # What adapters were trained with before it was written.
+        content.setdefault("joint", "space")
         known = {item.name for item in fields(TrainingCard)}
-        return TrainingCard(**{key: value for key, value in content.items() if key in known})
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        card = TrainingCard(**{key: value for key, value in content.items() if key in known})
+        _check_types(card)
+        return card
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} must be a training card, got {error}; delete or restore it"
         ) from error
+
+
+_TEXTS = ("base", "compute_dtype", "task_type", "template")
+_TEXTS_OR_NONE = ("storage", "method", "data_digest", "base_digest")
+
+
+def _check_types(card: Any) -> None:
+    """Refuse values that no card has.
+
+    Raises:
+        TypeError: There is one.
+    """
+    names = card.label_names
+    wrong = [name for name in _TEXTS if not isinstance(getattr(card, name), str)]
+    wrong += [n for n in _TEXTS_OR_NONE if not isinstance(getattr(card, n), str | None)]
+    if type(card.max_length) is not int or card.max_length < 1:
+        wrong.append("max_length")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        wrong.append("label_names")
+    if not isinstance(card.regression, bool):
+        wrong.append("regression")
+    if wrong:
+        raise TypeError(f"{wrong[0]} {getattr(card, wrong[0])!r}")
 
 
 def _card_of_config(directory: Path) -> TrainingCard | None:
@@ -100,13 +126,15 @@ def _card_of_config(directory: Path) -> TrainingCard | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return TrainingCard(
+        card = TrainingCard(
             base=config.get("base_model_name_or_path") or "",
             storage=config.get("base_storage"),
             task_type=config.get("task_type") or "",
             base_digest=config.get("base_digest"),
         )
-    except (ValueError, AttributeError) as error:
+        _check_types(card)
+        return card
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} must be a PEFT configuration, got {error}; save the adapter again"
         ) from error

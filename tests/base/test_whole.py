@@ -6,13 +6,16 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.utils.hub import cached_file
 
 from lowmem_reft.base.loading import load_base
 from lowmem_reft.base.stored import read_header
@@ -270,3 +273,40 @@ def test_a_classifiers_head_is_new_or_whole(model: Path) -> None:
 def test_the_header_of_a_file_is_read_without_its_tensors(model: Path) -> None:
     stored = read_header(model / "model.safetensors")
     assert (stored[UP].dtype, stored[UP].shape) == ("F32", (128, 64))
+
+
+@pytest.fixture
+def cached(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Snapshot of org/m in a cache of the hub that cannot be reached."""
+    root = tmp_path / "hub" / "models--org--m"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return Path(shutil.copytree(sharded, root / "snapshots" / ("a" * 40)))
+
+
+@whole_and_in_parts
+def test_what_is_of_the_hub_is_named_by_its_file_in_the_cache(
+    cached: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = partial(cached_file, cache_dir=str(cached.parents[2]))
+    monkeypatch.setattr("lowmem_reft.base.hub.cached_file", find)
+    real = AutoModelForCausalLM.from_pretrained
+    here = partial(real, cache_dir=str(cached.parents[2]))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", here)
+    config = AutoConfig.from_pretrained(cached)
+
+    def from_hub() -> Any:
+        return load_base("org/m", device="cpu", config=config, **WAYS[way])
+
+    from_hub()
+    file = sorted(cached.glob("model-*.safetensors"))[1]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(InputError, match=rf"{file.name} must be a whole file of safetensors"):
+        from_hub()
+    file.write_bytes(whole)
+    change_json(cached / "model.safetensors.index.json", _index_without_a_tensor)
+    with pytest.raises(InputError, match=r"index\.json must say where each tensor is"):
+        from_hub()

@@ -59,3 +59,24 @@ def test_a_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text(content)
         with pytest.raises(InputError, match=r"adapter_config\.json must be a PEFT configuration"):
             load_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        '{"base": 5, "storage": "fp32"}',
+        '{"base": "a", "storage": 4}',
+        '{"base": "a", "storage": null, "template": null}',
+        '{"base": "a", "storage": null, "max_length": "512"}',
+        '{"base": "a", "storage": null, "max_length": 0}',
+        '{"base": "a", "storage": null, "label_names": "good"}',
+        '{"base": "a", "storage": null, "label_names": [1]}',
+    ],
+)
+def test_a_card_with_values_that_no_card_has_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "training.json").write_text(text)
+    with pytest.raises(InputError, match=r"training\.json must be a training card"):
+        load_card(tmp_path)

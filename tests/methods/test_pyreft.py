@@ -189,6 +189,10 @@ def test_a_base_that_does_not_fit_is_refused(tiny_llama_dir: Path, tmp_path: Pat
         import_case("loreft_tied", tmp_path, model=str(tiny_llama_dir))
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1044992\n"
+HEAD = "pytorch_model.bin"
+
+
 class _Code:
     """Runs code where it is unpickled."""
 
@@ -228,6 +232,12 @@ def _renamed(old: str, new: str) -> Any:
     [
         (_with_code, r"#0\.bin must hold tensors only.*nothing of it was run"),
         (_truncated, r"#0\.bin must be a whole file of torch\.save"),
+        (lambda d: (d / LAYER_0).write_text(POINTER), r"#0\.bin must be .*git-LFS.*git lfs pull"),
+        (lambda d: (d / LAYER_0).write_bytes(b""), r"#0\.bin must be .*empty file"),
+        (
+            lambda d: torch.save({"score.weight": torch.full((2, 16), torch.inf)}, d / HEAD),
+            r"pytorch_model\.bin must hold finite numbers, .*score\.weight",
+        ),
         (lambda d: torch.save([1], d / LAYER_0), "must hold tensors by name, got list"),
         (lambda d: change(d / LAYER_0, bias=torch.ones(4)), r"bias of \[4\]"),
         (lambda d: change(d / LAYER_0, bias=None), "must hold rotate_layer, weight, bias for"),

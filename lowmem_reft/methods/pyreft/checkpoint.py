@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_reft.base.stored import are_finite, is_pointer, not_whole, some
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.pyreft.parameters import KINDS, check_tensors, fitting_classes
 
@@ -117,8 +118,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a file of ``torch.save`` that holds tensors by name.
 
     Raises:
-        InputError: It is damaged, holds something else, or would run code.
+        InputError: It is damaged, holds something else or NaN, or would run code.
     """
+    if path.is_file() and (is_pointer(path) or not path.stat().st_size):
+        raise not_whole(path, "a whole file of torch.save", ValueError())
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -137,9 +140,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} must hold tensors by name, got {type(content).__name__}; is it a file that "
             "pyreft saved?"
         )
-    return {
+    tensors = {
         str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)
     }
+    wrong = [name for name, value in tensors.items() if not are_finite(value)]
+    if wrong:
+        raise InputError(
+            f"{path} must hold finite numbers, got NaN or infinity in {some(wrong)}; train it "
+            "again, or fetch it again"
+        )
+    return tensors
 
 
 def _find(directory: Path) -> Path:
