@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json
@@ -95,7 +95,10 @@ def load_card(directory: Path) -> TrainingCard | None:
 
 
 _TEXTS = ("base", "compute_dtype", "task_type", "template")
-_TEXTS_OR_NONE = ("storage", "method", "data_digest", "base_digest")
+_TEXTS_OR_NONE = (
+    *("storage", "method", "data_digest", "base_digest"),
+    *("vocabulary_digest", "template_digest"),
+)
 
 
 def _check_types(card: Any) -> None:
@@ -107,6 +110,8 @@ def _check_types(card: Any) -> None:
     names = card.label_names
     wrong = [name for name in _TEXTS if not isinstance(getattr(card, name), str)]
     wrong += [n for n in _TEXTS_OR_NONE if not isinstance(getattr(card, n), str | None)]
+    if card.joint not in get_args(Joint):
+        wrong.append("joint")
     if type(card.max_length) is not int or card.max_length < 1:
         wrong.append("max_length")
     if names is not None and not (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,11 +100,14 @@ def take_prefix_as_cache(model: Any) -> None:
     it sees no cache, so that every step got a new prefix, which the base ignored. A model without
     prefix tuning, or done already, is left alone.
     """
+    if all(config.peft_type != "PREFIX_TUNING" for config in model.peft_config.values()):
+        return
+    if hasattr(type(model), "generate"):
+        model.generate = functools.partial(_generate_with_prefix, model)
     base = model.get_base_model()
     plain, name = base.forward, cache_argument(base)
     signature = inspect.signature(plain)
-    has_prefix = any(c.peft_type == "PREFIX_TUNING" for c in model.peft_config.values())
-    if not has_prefix or name is None or _NAME_IN_PEFT in signature.parameters:
+    if name is None or _NAME_IN_PEFT in signature.parameters:
         return
     older = inspect.Parameter(_NAME_IN_PEFT, inspect.Parameter.KEYWORD_ONLY, default=None)
     *first, last = signature.parameters.values()
@@ -128,6 +131,36 @@ def _with_cache_for_peft(prepare: Any, name: str, /, *args: Any, **kwargs: Any) 
     inputs = prepare(*args, **kwargs)
     inputs[_NAME_IN_PEFT] = inputs.pop(name, None)
     return inputs
+
+
+def _generate_with_prefix(model: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Generate as PEFT does; refuse what its prefix, which is a cache of PEFT's, does not go into.
+
+    Raises:
+        InputError: An option of ``generate`` needs another cache, or none.
+    """
+    if num_virtual_tokens(model) and not embeds_virtual_tokens(model):
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        configs = (given, base_of(model).generation_config)
+        for name, is_possible in _WITH_PREFIX.items():
+            values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            value = next((value for value in values if value is not None), None)
+            if value is not None and not is_possible(value):
+                raise InputError(
+                    f"{name} must be left out of generate with prefix tuning, whose tokens stand "
+                    f"in a cache of PEFT's, got {value!r}; prompt and p_tuning have none"
+                )
+    return type(model).generate(model, *args, **kwargs)
+
+
+_WITH_PREFIX: dict[str, Callable[[Any], bool]] = {
+    "use_cache": lambda value: value is True,
+    "cache_implementation": lambda value: value == "dynamic",
+    "prefill_chunk_size": lambda value: False,
+    "prompt_lookup_num_tokens": lambda value: False,
+    "assistant_model": lambda value: False,
+}
+"""Options of ``generate``, and which values a prefix goes with."""
 
 
 def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Int[Tensor, "batch new"]:

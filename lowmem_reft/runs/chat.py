@@ -184,7 +184,7 @@ class Chat:
             if not self.messages:
                 self.complain("/base answers the last message, and there is none yet")
                 return
-            self.note(f"{BASE}:")
+            self.note(f"{BASE}{self._as_adapter(BASE)}:")
             self.answer(BASE)
         elif command in ("/reset", "/system"):
             self.messages = []
@@ -199,6 +199,8 @@ class Chat:
             before, self.current = self.current, name
             if self._template(name) != self._template(before):
                 self.say_how_messages_are_written()
+            elif self._as_adapter(name):
+                self.note(f"{name}{self._as_adapter(name)}")
         elif name:
             self.complain(f"{name} is not loaded; there are {', '.join((*self.adapters, BASE))}")
         if name != self.current:
@@ -225,6 +227,14 @@ class Chat:
         """Return how an adapter reads messages; the base is asked as the first adapter is."""
         first = next(iter(self.adapters.values()))
         return self.adapters.get(name, first).card.template
+
+    def _as_adapter(self, name: str) -> str:
+        """Return in words that the base is asked in an adapter's way, where it is."""
+        template = self._template(name)
+        is_own = name != BASE or self.uses_chat_template or self.options.template is not None
+        return (
+            "" if is_own or template == "{prompt}" else f", asked as the adapter is: {template!r}"
+        )
 
     def _encoded(self, row: Row, template: str = "{prompt}") -> tuple[list[int], bool]:
         encoded = encode_prompts(

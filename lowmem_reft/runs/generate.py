@@ -27,7 +27,13 @@ from lowmem_reft.machine.devices import dtype_name, resolve_storage
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.machine.provenance import file_digest
 from lowmem_reft.machine.terminal import for_stream
-from lowmem_reft.methods.several import answering, find_adapters, load_together, mixes_in_a_batch
+from lowmem_reft.methods.several import (
+    BASE,
+    answering,
+    find_adapters,
+    load_together,
+    mixes_in_a_batch,
+)
 from lowmem_reft.methods.virtual_tokens import generate, num_virtual_tokens
 from lowmem_reft.options import DecodingOptions
 from lowmem_reft.runs.answer_file import as_line, keep_answers, opened
@@ -72,6 +78,7 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
         _check_room(model, tokenizer, rows, adapters, prompts, options.decoding)
         started = time.perf_counter()
         names = [each.peft_name for _ in rows for each in adapters]
+        _say_how_the_base_is_asked(rows, adapters, options)
         ends = end_ids(tokenizer, chats=any(row.messages for row in rows))
         new = _new_answers(model, tokenizer, prompts, names, num_kept, ends, options)
         answers = list(_written(new, questions, num_kept, options, run))
@@ -92,6 +99,14 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
         by_name = zip(adapters, texts, strict=True)
         result["responses"] = {each.name: text for each, text in by_name}
     return result
+
+
+def _say_how_the_base_is_asked(
+    rows: Sequence[Row], adapters: Sequence[NamedAdapter], options: GenerateOptions
+) -> None:
+    templates = {each.card.template for each in adapters if each.name == BASE} - {"{prompt}"}
+    if templates and options.template is None and not (rows[0].messages or options.quiet):
+        print(f"{BASE} is asked as the first adapter is: {templates.pop()!r}", file=sys.stderr)
 
 
 def _new_answers(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -20,6 +21,7 @@ from transformers import (
 
 from lowmem_reft.base import ours as hung
 from lowmem_reft.base.caches import caches_in
+from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import attach, complete
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.methods.virtual_tokens import (
@@ -235,3 +237,35 @@ def test_a_second_prefix_finds_the_cache_named_as_the_first_did(tmp_path: Path) 
     model.set_adapter("again")
     again = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
     assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+)
+@pytest.mark.parametrize("way", ["argument", "configuration", "default"])
+def test_what_a_prefix_does_not_go_with_is_refused_in_generate(
+    options: dict[str, Any], way: str
+) -> None:
+    model = adapted("llama", "prefix").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    (name,) = options
+    given = options if way == "argument" else {}
+    if way == "configuration":
+        given = {"generation_config": GenerationConfig(**options, max_new_tokens=2)}
+    if way == "default":
+        setattr(model.get_base_model().generation_config, name, options[name])
+    with pytest.raises(InputError, match=f"{name} must be left out of generate with prefix tuning"):
+        model.generate(input_ids=ids, **given)
+    with model.disable_adapter():
+        model.generate(input_ids=ids, max_new_tokens=2)
+    model.get_base_model().generation_config = GenerationConfig()
+    cached = model.generate(
+        input_ids=ids, max_new_tokens=2, use_cache=True, cache_implementation="dynamic"
+    )
+    assert cached.shape == (1, 6)

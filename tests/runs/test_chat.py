@@ -153,6 +153,19 @@ def test_without_a_chat_template_messages_are_written_as_in_training(
         )
     )
     assert err.count("written as 'question: {prompt}' and answered on its own") == 1
+    assert "__base__, asked as the adapter is: 'question: {prompt}':" in err
+    _, err = talk(tiny_llama_dir, *given, say="/adapter __base__\n")
+    assert "__base__, asked as the adapter is: 'question: {prompt}'" in err
+
+
+def test_a_token_that_ends_a_turn_is_not_shown_although_it_is_not_special(
+    chat_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    streamer = _Streamer(AutoTokenizer.from_pretrained(chat_dir), (), ends=[11])
+    for ids in ([11, 11], [20], [11]):
+        streamer.put(torch.tensor([ids] if len(ids) > 1 else ids))
+    streamer.end()
+    assert capsys.readouterr().out == streamer.tokenizer.decode([20]) + "\n"
 
 
 @pytest.fixture

@@ -701,6 +701,20 @@ def test_every_adapter_and_the_base_answer_every_prompt(
     assert written(together) == whole
 
 
+def test_it_is_said_that_the_base_is_asked_as_an_adapter_is(
+    options: GenerateOptions,
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one = save_adapter(tiny_llama_dir, tmp_path / "one", template="Q: {prompt}")
+    asked = replace(options, input=None, prompt="a", output=None, quiet=False)
+    for adapter, template, times in ((f"{one},__base__", None, 1), (one, None, 0), (None, None, 0)):
+        run_generation(replace(asked, adapter=adapter, template=template))
+        err = capsys.readouterr().err
+        assert err.count("__base__ is asked as the first adapter is: 'Q: {prompt}'") == times
+
+
 def test_one_prompt_is_answered_by_name(
     options: GenerateOptions, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
