@@ -23,17 +23,48 @@ AUTO_CLASSES: dict[str, Any] = {
 """Task type, as PEFT names it, to the class that loads it."""
 
 
+_TEXT_ALONE = frozenset(
+    {
+        *("aya_vision", "deepseek_vl", "glm4v", "idefics3", "internvl", "lfm2_vl", "llava"),
+        *("llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"),
+        *("qwen3_vl_moe", "smolvlm"),
+    }
+)
+"""Kinds of models for images and text whose language model is right on text alone: as it is in a
+batch, step by step, and after a prompt. PaliGemma's, for one, reads an answer in both directions.
+"""
+
+_IGNORES_PADDING = frozenset({"rwkv"})
+
+
 def auto_class(config: Any, task_type: str) -> Any:
     """Return the class that loads a model of a task.
 
     A language model inside one that sees images comes with it, where transformers has no class for
     the text alone: its blocks are those of the text (``blocks.find_blocks``).
+
+    Raises:
+        InputError: A kind of model that is not right on text alone, or in a batch.
     """
-    in_images = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if task_type == "CAUSAL_LM" and not known and type(config) in in_images:
-        return transformers.AutoModelForImageTextToText
-    return AUTO_CLASSES[task_type]
+    if task_type != "CAUSAL_LM":
+        return AUTO_CLASSES[task_type]
+    kind = config.model_type
+    if kind in _IGNORES_PADDING:
+        raise InputError(
+            f"model must be of a kind that passes over padding, got {kind}, whose answers depend "
+            "on the prompts beside it; use another model"
+        )
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AUTO_CLASSES[task_type]
+    if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AUTO_CLASSES[task_type]  # which says what it knows
+    if kind not in _TEXT_ALONE:
+        raise InputError(
+            f"model must be one that reads text alone, got {kind}, which needs images or is not "
+            "known here to be right without; use a language model, or one for images and text "
+            f"among {', '.join(sorted(_TEXT_ALONE))}"
+        )
+    return transformers.AutoModelForImageTextToText
 
 
 def from_config(config: Any, task_type: str, **options: Any) -> PreTrainedModel:

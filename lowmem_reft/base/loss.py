@@ -228,7 +228,8 @@ def find_head(base: Any) -> Head | None:
         logits = _logits_after_head(base, base.get_output_embeddings(), probe)
     except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, StopIteration):
         return None
-    same = logits.shape == probe.shape and torch.allclose(logits.float(), head.transform(probe))
+    is_alike = isinstance(logits, Tensor) and logits.shape == probe.shape
+    same = is_alike and torch.allclose(logits.float(), head.transform(probe))
     return head if same else None
 
 
@@ -241,10 +242,11 @@ def _describe_head(base: Any) -> Head | None:
         return None
     config = base.config.get_text_config()
     division = getattr(config, "logits_scaling", None)
+    factor = getattr(base, "logit_scale", getattr(config, "lm_head_multiplier", 1.0))
     return Head(
         weight=linear.weight,
         bias=linear.bias,
-        scale=1 / division if division else float(getattr(base, "logit_scale", 1.0)),
+        scale=1 / division if division else float(factor),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
 
@@ -258,7 +260,7 @@ def _logits_after_head(base: Any, linear: nn.Module, probe: Tensor) -> Tensor:
     forward = ours(base).forward_with_logits or base.forward
     try:
         base._modules[backbone_name] = _Constant(
-            BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+            BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden), backbone
         )
         base._modules[head_name] = _Constant(probe)
         with torch.no_grad():
@@ -274,9 +276,10 @@ def _logits_after_head(base: Any, linear: nn.Module, probe: Tensor) -> Tensor:
 class _Constant(nn.Module):
     """Stands in for a module and returns the same value whatever the input."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, instead_of: nn.Module | None = None) -> None:
         super().__init__()
         self.value = value
+        self.__dict__["instead_of"] = instead_of  # no child
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.value
@@ -285,6 +288,9 @@ class _Constant(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            number = getattr(self.instead_of, name, None)
+            if isinstance(number, float):  # as Falcon H1's factor of the logits
+                return number
             return self  # a part of the backbone that is called by itself, as OPT's decoder
 
 

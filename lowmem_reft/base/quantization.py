@@ -26,6 +26,12 @@ from lowmem_reft.options.values import QUANTIZED
 
 STORAGES = (*QUANTIZED, *DTYPES)
 
+_READ_AS_NUMBERS = {
+    "mamba": ("dt_proj",),
+    "gemma3n_text": ("prediction_coefs", "correction_coefs"),
+}
+"""Kind of text model to linear layers whose weights its code reads itself: never quantized."""
+
 
 def quantization_options(
     model: str | Path, config: Any, storage: str, dtype: torch.dtype, task_type: str
@@ -36,7 +42,10 @@ def quantization_options(
         # transformers guesses the last layer, which misses heads of several layers or with a bias.
         with torch.device("meta"):
             skipped = [f"^{name}" for name in head_names(from_config(config, task_type))]
+    as_numbers = _READ_AS_NUMBERS.get(getattr(config.get_text_config(), "model_type", ""))
     held = getattr(config, "quantization_config", None)
+    if held is None and as_numbers is not None:
+        skipped = [*(skipped or ["lm_head"]), *as_numbers]
     if held is not None:
         held = held.to_dict() if hasattr(held, "to_dict") else held
         if not isinstance(held, dict):

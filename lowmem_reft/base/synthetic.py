@@ -64,6 +64,8 @@ def base_on_meta(
                 continue
             if module.bias is not None:
                 module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+        quantizer.postprocess_model(base)  # which some models ask about
+        del base.config.quantization_config  # or the configuration would be of a quantized one
     guard_linear4bit(base)
     freeze(base, task_type)
     base.eval()

@@ -28,6 +28,8 @@ _PRODUCTS = ("aten::mm", "aten::bmm", "aten::linear", "aten::addmm")
 
 _POINTWISE = ("aten::add", "aten::sub", "aten::mul", "aten::div")
 
+_IN_FULL_PRECISION = ("aten::scatter", "aten::scatter_add", "aten::scatter_reduce", "aten::mean")
+
 _get_rng_state = torch.get_rng_state
 
 FLASH, EFFICIENT, MATH = "flash", "efficient", "math"
@@ -53,6 +55,9 @@ class Kernels:
         """Return what stands for ``operator`` on the meta device; None for the operator itself."""
         if operator._schema.name == "aten::_local_scalar_dense":
             return self._read_value
+        if operator is torch.ops.aten.scatter.src and _in_backward():
+            # Of a maximum's gradient: in place, but where a mode as ours looks on.
+            return torch.ops.aten.scatter_.src
         return _SUBSTITUTES.get(operator._schema.name)
 
     def workspace_bytes(self, operator: Any, args: Any) -> int:
@@ -62,6 +67,12 @@ class Kernels:
             return torch.get_num_threads() * BF16_PRODUCT_BYTES
         if self.device_type == "cpu" and name.rstrip("_") in _POINTWISE:
             return _promoted_bytes(args, in_place=name.endswith("_"))
+        if name == "aten::_safe_softmax":  # which scores are of a masked token
+            return int(args[0].numel())
+        if self.device_type == "cpu" and name.rstrip("_") in _IN_FULL_PRECISION:
+            # Sums are made in a copy in fp32 where the numbers are in 16 bit.
+            is_half = args[0].dtype in (torch.float16, torch.bfloat16)
+            return 4 * args[0].numel() if is_half else 0
         if "_scaled_dot_product_" not in name or name.endswith("_math"):
             return 0
         backward = name.endswith("_backward")
@@ -122,6 +133,11 @@ class Kernels:
         if flash and query.shape[-1] == value.shape[-1]:
             return FLASH
         return MATH if gqa else EFFICIENT
+
+
+def _in_backward() -> bool:
+    """Return whether a backward pass is running, and not the recomputation of a forward pass."""
+    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
 def num_quantized(layer: Any, *, int8: bool = True) -> int:
@@ -233,7 +249,30 @@ def _int8_mixed_scaled_mm(
     return out.to(inputs.dtype), torch.empty(0, dtype=inputs.dtype, device=inputs.device)
 
 
+def _grouped_mm(
+    inputs: Tensor,
+    weights: Tensor,
+    _offsets: Tensor | None = None,
+    _bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Multiply the tokens of each expert with its weights, in any dtype: the meta device has bf16.
+
+    Rows begin at multiples of 16 bytes.
+    """
+    num_groups = () if inputs.ndim + weights.ndim == 5 else (weights.shape[0],)
+    if inputs.ndim == weights.ndim == 2:  # the gradient of the weights: one product per expert
+        assert _offsets is not None
+        num_groups = (_offsets.shape[0],)
+    dtype = out_dtype or inputs.dtype
+    unit = 16 // dtype.itemsize
+    width = -(-weights.shape[-1] // unit) * unit
+    out = torch.empty((*num_groups, inputs.shape[-2], width), dtype=dtype, device=inputs.device)
+    return out[..., : weights.shape[-1]]
+
+
 _SUBSTITUTES: dict[str, Callable[..., Any]] = {
+    "aten::_grouped_mm": _grouped_mm,
     "bitsandbytes::gemm_4bit": _gemm_4bit,
     "bitsandbytes::int8_vectorwise_quant": _int8_vectorwise_quant,
     "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed_scaled_mm,

@@ -297,6 +297,8 @@ class Predictor:
             mask = torch.ones_like(ids)
             model(input_ids=ids, attention_mask=mask, **arguments)
             for layer in cache.layers:
+                if not isinstance(getattr(layer, "keys", None), torch.Tensor):
+                    continue  # a recurrent state, which does not grow
                 num_kept = total_len - 1
                 if isinstance(layer, DynamicSlidingWindowLayer):
                     layer.cumulative_length = num_kept

@@ -47,6 +47,8 @@ def check_target_modules(
     if storage is not None:
         check_storage(options.method, storage)
     part = find_method(options.method).fixed.get("part")
+    if not isinstance(model, str):
+        _check_blocks(options, model)
     if options.target_modules is None and part is None:
         return
     config = load_config(model) if isinstance(model, str) else copy.deepcopy(model)
@@ -56,6 +58,16 @@ def check_target_modules(
         _check_targets(options.target_modules, base)
     if part is not None:
         trained_names(base, part)
+
+
+def _check_blocks(options: MethodOptions, config: Any) -> None:
+    """Refuse to edit the blocks of Gemma 3n, which return several vectors for each token."""
+    several = getattr(config.get_text_config(), "altup_num_inputs", None)
+    if several and "intervention" in find_method(options.method).fixed:
+        raise InputError(
+            f"method must edit no hidden vectors of {config.model_type}, whose blocks return "
+            f"{several} for each token, got {options.method!r}; use lora or qlora"
+        )
 
 
 def _check_targets(target_modules: str, base: Any) -> None:
