@@ -20,6 +20,7 @@ from lowmem_reft.base.heads import head_names
 from lowmem_reft.base.ours import ours
 from lowmem_reft.base.stored import are_finite, not_whole, read_header, read_json_object, some
 from lowmem_reft.errors import InputError, is_of_the_machine
+from lowmem_reft.reft.peft_method import type_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -136,7 +137,7 @@ def _check_keys(model: Any, shapes: Mapping[str, Any], directory: Path, name: st
         if names:
             raise InputError(
                 f"{path} must have the weights that {CONFIG} beside it describes "
-                f"({config.peft_type!s}), got {what} {some(names)}: they are not of each other; "
+                f"({type_of(config)}), got {what} {some(names)}: they are not of each other; "
                 "save or download the adapter again"
             )
     base = base_of(model)
