@@ -118,8 +118,11 @@ class Checkpoint:
         return None
 
     def _short(self, name: str) -> str:
-        """Leave out the backbone's name, which checkpoints may have or not."""
-        return name.removeprefix(f"{self.empty.base_model_prefix}.")
+        """Leave out the backbone's name, which checkpoints have elsewhere or not at all.
+
+        As in ``language_model.model.layers``, which is in ``model.language_model`` when loaded.
+        """
+        return ".".join(part for part in name.split(".") if part != self.empty.base_model_prefix)
 
     def block(self, index: int) -> nn.Module:
         """Read one block.

@@ -16,6 +16,7 @@ from lowmem_reft.base.blocks import find_blocks
 from lowmem_reft.base.identity import base_digest
 from lowmem_reft.base.loading import load_base, save_base
 from lowmem_reft.base.loss import use_chunked_loss
+from lowmem_reft.base.ours import ours
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.constant import find_first_resident
@@ -297,3 +298,26 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     (directory / "model.safetensors.index.json").unlink()
     with pytest.raises(InputError, match="model must have all of its safetensors"):
         load(directory, "upper")
+
+
+def test_the_text_beside_a_vision_tower_is_read_in_parts_as_it_is_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=SIZES,
+        vision_config={**vision, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=7,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"storage": "fp32", "compute_dtype": "fp32", "device": "cpu"}
+    whole = load_base(tmp_path, **options)
+    upper = load_base(tmp_path, **options, resident="upper", first_resident=FIRST)
+    assert next(find_blocks(upper)[1][0].parameters()).is_meta
+    residency = ours(upper).residency
+    assert residency is not None
+    residency.restore()
+    ids = torch.tensor([[5, 9, 23]])
+    with torch.no_grad():
+        assert torch.equal(upper(input_ids=ids).logits, whole(input_ids=ids).logits)
