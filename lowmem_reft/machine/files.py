@@ -80,6 +80,20 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def check_writable(directory: Path, num_bytes: int = 2**20) -> None:
+    """Write a file to a directory and remove it: torch does not say why it could not write one.
+
+    Raises:
+        OSError: It cannot be written, as the disk is full or for another reason, which this names.
+    """
+    path = directory / f".{os.getpid()}.tmp"
+    try:
+        path.write_bytes(bytes(num_bytes))
+        sync(path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def sync_tree(directory: Path) -> None:
     """Have a directory and all that is in it on the disk."""
     for path in (*directory.rglob("*"), directory):

@@ -92,7 +92,8 @@ def fit(
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         check_weights(model, "after the last step", run)
         peak = _cuda_peak(device)
-        peak = {**_peak_of_a_step(trainer, collator, run.examples, reuse), **peak}
+        with _signals_waiting():
+            peak = {**_peak_of_a_step(trainer, collator, run.examples, reuse), **peak}
     if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(
             f"a checkpoint of step {trainer.state.global_step} is in {run.directory}; "
@@ -371,3 +372,17 @@ def _stopping_at_a_step(watch: _StepWatch) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _signals_waiting() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for a moment.
+
+    Where storages are counted they would mostly arrive in a finalizer, in which Python prints an
+    exception and forgets it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from lowmem_reft.machine import processes
+from lowmem_reft.machine.files import check_writable
 from lowmem_reft.reuse.mixins import ReuseTrainer
 from lowmem_reft.runs import checkpoints
 from lowmem_reft.runs.checkpoints import BEST, OWN, Checkpoint
@@ -97,6 +98,9 @@ class RunMixin(_Trainer):
         arguments.output_dir = str(Path(directory) / OWN)
         try:
             super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError:
+            check_writable(Path(directory))
+            raise
         finally:
             arguments.output_dir = directory
         # Every process has written its part once all of them have answered.

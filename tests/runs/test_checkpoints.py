@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine import files
 from lowmem_reft.machine.locks import alone
 from lowmem_reft.options import TrainOptions
 from lowmem_reft.runs import checkpoints
@@ -86,16 +87,24 @@ def test_a_run_none_of_whose_checkpoints_is_whole_begins_anew_and_says_so(
     assert adapter_of(unfinished) == whole
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on_from_it(
-    options: TrainOptions, whole: bytes, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_full_disk_is_named_and_the_run_goes_on_from_the_checkpoint_before(
+    options: TrainOptions, whole: bytes, monkeypatch: pytest.MonkeyPatch, says_so: bool
 ) -> None:
     save, num = torch.save, []
+    no_space = OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(_: Path) -> None:
+        raise no_space
 
     def full(content: object, path: str, *args: object) -> None:
         num.append(path)
         if len(num) > 5:
             Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device", path)
+            if says_so:
+                raise no_space
+            patch.setattr(files, "sync", refuse)
+            raise RuntimeError("unexpected pos 64 vs 0")  # as torch does
         save(content, path, *args)
 
     with monkeypatch.context() as patch:

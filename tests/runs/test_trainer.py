@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,27 @@ def test_rows_are_found_by_their_tokens_whatever_the_padding() -> None:
     ids, mask = torch.tensor([[0, 3], [4, 5]]), torch.tensor([[0, 1], [1, 1]])
     assert rows_of({"input_ids": ids, "attention_mask": mask}, examples) == [2, 3, 4]
     assert rows_of({"input_ids": ids}, examples) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_storages_are_counted_and_is_not_lost(number: signal.Signals) -> None:
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    counted = []
+
+    def count() -> None:
+        with fit._signals_waiting():
+            os.kill(os.getpid(), number)
+            counted.append(True)
+
+    before = signal.signal(number, end)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            count()
+    finally:
+        signal.signal(number, before)
+    assert counted
 
 
 def test_frozen_weights_are_not_looked_at(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ class Trainings:
             if more and _had_not_begun(ended, said):
                 ended, said = self.run(kind, out, **job)
             figures.counts["kills"] += ended["code"] != 0
-            if self._is_fault(ended, said, figures, str(job), (-9, -2, 130, 0)):
+            if self._is_fault(ended, said, figures, str(job), (-9, -15, -2, 130, 0)):
                 return
             more = ["--resume"]
         ended, said = self.run(kind, out, *more)
