@@ -1,4 +1,4 @@
-"""Files that are complete or absent, also if the process is killed while it writes them."""
+"""Files that are complete or absent, also if the process is killed; JSON, checked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
@@ -31,6 +32,39 @@ def write_json(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(content), indent=1, allow_nan=False)
     return write_text_whole(path, text + "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: It is none, is no UTF-8, is nested too deeply, or has an integer of thousands of
+            digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type: a number is finite, and a boolean is no number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in inner)
+    if origin is Literal:
+        return value in inner and type(value) in map(type, inner)
+    if origin in (list, dict):
+        if not isinstance(value, origin):
+            return False
+        if isinstance(value, dict):
+            return all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+        return all(fits(item, inner[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is (NoneType if hint is None else hint)
 
 
 def plain(content: object) -> Any:
