@@ -373,7 +373,7 @@ def test_a_typo_is_answered_with_options_of_the_same_subcommand(capsys):
     [
         OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300),
         NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/file/b"),
-        PermissionError(errno.EACCES, "Permission denied", "/root/x"),
+        PermissionError(errno.EACCES, "Permission denied", "/srv/x"),
     ],
 )
 def test_a_path_that_the_system_refuses_is_bad_input_and_named(error, fake_training, capsys):

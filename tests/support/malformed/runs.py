@@ -394,7 +394,7 @@ def pyreft(random: Random, world: World) -> Fault:
         replace(path, text)
     else:
         replace(path, random.choice([b"\x80\x04K\x01.", random.randbytes(99), b"PK\x03\x04"]))
-    if path.suffix == ".json" and what in ("gone", "a number of 5,000 digits"):
+    if path.suffix == ".json" and what in ("gone", "directory", "a number of 5,000 digits"):
         verdict = "any"
     output = str(world.fresh() / "out")
     argv = importing(directory, output)
