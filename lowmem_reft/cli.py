@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before the imports below: Ctrl-C is heard during t
     sys.exit(guarded())
 
 import contextlib
-import errno
 import gc
 import importlib
 import io
@@ -35,7 +34,7 @@ import tyro
 
 from lowmem_reft import __version__
 from lowmem_reft.base import import_bitsandbytes_without_compiler
-from lowmem_reft.errors import InputError, is_out_of_memory
+from lowmem_reft.errors import InputError, is_full_disk, is_out_of_memory, is_wrong_path
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import plain
 from lowmem_reft.machine.progress import show_bars
@@ -57,6 +56,7 @@ from lowmem_reft.options import (
     SweepOptions,
     TasksOptions,
     TrainOptions,
+    complaint,
     written,
 )
 
@@ -120,6 +120,9 @@ def _choice_or_nothing(info: Any) -> Any:
     )
 
 
+_MOST_CHARACTERS = 2000
+"""Of a line that is printed about an error."""
+
 _LAUNCHER_ENDS_ALL_S = 2.0
 """Within this time a launcher that sees one process fail has ended the others."""
 
@@ -161,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _reader_left()
     except InputError as error:
         return _report(arguments[0], f"error: {error}", code=2)
+    except OSError as error:  # of a path that an option names
+        return _report(arguments[0], f"error: {_wrong_path(error)}", code=2)
     command = arguments[0]
     try:
         with _sigterm_as_interrupt():
@@ -172,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _report(command, f"error: {error}", code=2)
     except Exception as error:
+        if is_wrong_path(error):
+            return _report(command, f"error: {_wrong_path(error)}", code=2)
         if processes.lost_a_process(error):
             lost = "error: another process of this run has ended"
             return _report(command, lost, _what_is_kept(options), code=1)
@@ -213,10 +220,10 @@ def _parse(arguments: list[str]) -> Options:
         return options
 
     # tyro would print what a dataclass refuses under a name of its own and wrap the message, so it
-    # speaks only when something else is wrong.
-    silence = io.StringIO()
+    # speaks only when it is asked for help.
+    box = io.StringIO()
     try:
-        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
             return parse()
     except SystemExit as left:
         error: BaseException | None = left
@@ -224,6 +231,10 @@ def _parse(arguments: list[str]) -> Options:
             if isinstance(error, InputError):
                 raise error from None
             error = error.__context__
+        name = f"lowmem-reft {arguments[0]}" if command else "lowmem-reft"
+        if left.code and (said := complaint.one_line(box.getvalue())):
+            print(f"{name}: error: {said}; see {name} --help", file=sys.stderr)
+            raise SystemExit(left.code) from None
     return parse()
 
 
@@ -368,15 +379,30 @@ def _what_is_kept(options: Options) -> str:
 def _explain(error: Exception) -> tuple[str, str]:
     """What went wrong and what to do, for a failure that is not simply bad input."""
     message = str(error) or type(error).__name__
-    lowered = message.lower()
     if is_out_of_memory(error):
         return f"error: out of memory: {message}", _OUT_OF_MEMORY_ADVICE
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in lowered:
+    if is_full_disk(error):
         return f"error: the disk is full: {message}", "free some space and run the command again"
     return (
         f"error: {type(error).__name__}: {message}",
         "set LOWMEM_REFT_DEBUG=1 in the environment for the traceback",
     )
+
+
+def _wrong_path(error: Exception) -> str:
+    """Name the path that an error of the system is about."""
+    assert isinstance(error, OSError)
+    return (
+        f"{os.fspath(error.filename)!r} must be a path that can be used here, got "
+        f"{(error.strerror or type(error).__name__).lower()!r}; check it, or choose another"
+    )
+
+
+def _shortened(line: str) -> str:
+    """Put a message on one line; texts of libraries and of users in it may be long."""
+    line = " ".join(line.split())
+    half = _MOST_CHARACTERS // 2
+    return line if len(line) <= 2 * half else f"{line[:half]} ... {line[-half:]}"
 
 
 def _report(command: str, *lines: str, code: int) -> int:
@@ -391,5 +417,6 @@ def _report(command: str, *lines: str, code: int) -> int:
     elif sys.exc_info()[0] is not None and os.environ.get("LOWMEM_REFT_DEBUG") == "1":
         traceback.print_exc()
     for line in lines:
-        print(for_stream(f"lowmem-reft {command}: {line}", sys.stderr), file=sys.stderr)
+        text = for_stream(_shortened(line), sys.stderr)
+        print(f"lowmem-reft {command}: {text}", file=sys.stderr)
     return code

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import sys
 
 
 class InputError(ValueError):
@@ -13,14 +14,16 @@ class InputError(ValueError):
 
 
 def check_counts(**counts: int | None) -> None:
-    """Refuse counts below 1; None is one that was not given.
+    """Refuse counts below 1, or of more than 63 bits; None is one that was not given.
 
     Raises:
-        InputError: One is below 1; the message names it.
+        InputError: One is; the message names it.
     """
     for name, count in counts.items():
         if count is not None and count < 1:
             raise InputError(f"{name} must be at least 1, got {count!r}; raise it")
+        if count is not None and count > sys.maxsize:
+            raise InputError(f"{name} must be at most {sys.maxsize}, got {count:.3e}; lower it")
 
 
 def check_positive(**numbers: float | None) -> None:
@@ -54,5 +57,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_of_the_machine(error: BaseException) -> bool:
     """Whether an error is of a device, its memory or its disk, whatever was read meanwhile."""
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return is_full or is_out_of_memory(error) or "CUDA error" in str(error)
+    return is_full_disk(error) or is_out_of_memory(error) or "CUDA error" in str(error)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that the disk, a quota or a limit has no room for what is written."""
+    # By their words as well: safetensors and torch raise these as errors of their own.
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = ("no space left", "quota exceeded", "file too large", "unexpected pos")
+    said = str(error).lower()
+    causes = (error.__cause__, error.__context__)
+    return (
+        getattr(error, "errno", None) in full
+        or any(word in said for word in words)
+        or any(cause is not None and is_full_disk(cause) for cause in causes)
+    )
+
+
+_OF_THE_PATH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENXIO),
+)
+
+
+def is_wrong_path(error: BaseException) -> bool:
+    """Whether the system refuses a path, which another path mends."""
+    return isinstance(error, OSError) and bool(error.filename) and error.errno in _OF_THE_PATH

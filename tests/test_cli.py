@@ -174,6 +174,7 @@ def test_wrong_arguments_exit_with_2_and_are_named(arguments, named, capsys):
     assert left.value.code == 2
     captured = capsys.readouterr()
     assert named in captured.err
+    assert captured.err.count("\n") == 1
     assert captured.out == ""
 
 
@@ -362,5 +363,72 @@ def test_a_typo_is_answered_with_options_of_the_same_subcommand(capsys):
     with pytest.raises(SystemExit):
         cli.main([*GENERATE, "--adaptr", "x"])
     said = capsys.readouterr().err
-    assert said.count("--adapter ") == 1
+    assert said.count("--adapter;") == 1
     assert "lowmem-reft generate --help" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300),
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/file/b"),
+        PermissionError(errno.EACCES, "Permission denied", "/srv/x"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_bad_input_and_named(error, fake_training, capsys):
+    fake_training(raising(error))
+    assert cli.main(TRAIN) == 2
+    said = capsys.readouterr().err
+    assert error.filename in said
+    assert said.count("\n") == 1
+
+
+def test_a_name_of_an_output_that_is_too_long_is_bad_input(capsys):
+    assert cli.main([*TRAIN[:-1], "n" * 300]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_message_of_many_lines_is_printed_on_one_and_shortened(fake_training, capsys):
+    fake_training(raising(InputError("model must be whole,\n\ngot " + "x" * 10_000 + "; mend it")))
+    assert cli.main(TRAIN) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert len(said) < 2500
+    assert said.endswith("; mend it\n")
+
+
+@pytest.mark.parametrize("words", ["No space left on device", "Disk quota exceeded"])
+def test_a_full_disk_is_called_that_whatever_library_says_it(words, fake_training, capsys):
+    def run_training(_options):
+        try:
+            raise OSError(errno.EDQUOT, words)
+        except OSError as error:
+            raise RuntimeError("could not serialize the tensors") from error
+
+    fake_training(run_training)
+    assert cli.main(TRAIN) == 1
+    assert "the disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TRAIN, "--device", "gpu"], "device must be"),
+        ([*TRAIN, "--template", "no prompt"], "template must contain"),
+        ([*TRAIN, "--answer-pattern", "("], "answer_pattern must be a regular expression"),
+        ([*TRAIN, "--answer-pattern", "a"], "answer_pattern must have a group"),
+        ([*TRAIN, "--limit", "9" * 30], "limit must be at most"),
+        ([*GENERATE, "--temperature", "1e-300"], "temperature must be 0 or at least 0.001"),
+        (["plan", "--response-len", "4096"], "response_len must be at most seq_len"),
+        (["plan", "--resident", "upper"], "reuse must be auto, prefix or trunk"),
+        (["plan", "--methods", "lora"], "methods must come with table"),
+        (["compare", "--methods", ""], "methods must name at least one"),
+        (["compare", "--metric", "zzz"], "metric must be one of"),
+        (["compare", "--extractor", "zzz"], "extractor must be one of"),
+        (["judge", "a", "b", "--command", " "], "command must be a program"),
+    ],
+)
+def test_options_that_cannot_be_right_are_refused_before_the_work(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err

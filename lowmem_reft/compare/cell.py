@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
-from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.files import fits, write_json
 from lowmem_reft.options import EvaluateOptions, TrainOptions, written
 
 Result = dict[str, Any]
@@ -58,6 +59,19 @@ EMPTY_RESULT: Result = {
 }
 """Every field of a result, in the order of the columns; what was not measured stays None."""
 
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("method", "task"), str),
+    "seed": int,
+    **dict.fromkeys(("metric", "reuse", "error", "storage", "model", "command"), str | None),
+    **dict.fromkeys(("budget", "predictions", "device", "commit", "key"), str | None),
+    **dict.fromkeys(("extra", "breakdown_bytes"), dict[str, float | None] | None),
+    "versions": dict[str, str | None] | None,
+    "config": dict[str, Any] | None,
+    "validation": list[dict[str, str | float | None]] | None,
+    "loss_history": list[list[float | None]] | None,
+}
+"""Of the fields of a result; the others are numbers, or None."""
+
 _MAX_ERROR_CHARACTERS = 500
 
 
@@ -83,6 +97,23 @@ class Cell:
     def result_path(self) -> Path:
         """The file that says that the cell is finished, or why it failed."""
         return self.directory / "result.json"
+
+
+def what_is_wrong(result: Any) -> str | None:
+    """Say what of a result from a file is not as it is written; None if all is."""
+    if not isinstance(result, dict):
+        return f"a cell must be an object, got {shortened(result)}"
+    for name, value in {**dict.fromkeys(("method", "task", "seed")), **result}.items():
+        if name in EMPTY_RESULT and not fits(value, _TYPES.get(name, float | None)):
+            return f"{name} must be {_words(name)}, got {shortened(value)}"
+    if not all({"epoch", "value"} <= line.keys() for line in result.get("validation") or ()):
+        return f"validation must have epochs and values, got {shortened(result['validation'])}"
+    return None
+
+
+def _words(name: str) -> str:
+    hint = _TYPES.get(name, "a number or null")
+    return getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
 
 
 def write_cell(cell: Cell) -> Path:

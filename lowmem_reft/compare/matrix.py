@@ -52,7 +52,8 @@ def run_comparison(
     check_comparison(options)
     every = options.matrix.methods == "all"
     chosen, embedded = options.matrix, options.is_embedded
-    methods = expand_methods(chosen.methods or default_methods(options), embedded=embedded)
+    given = default_methods(options) if chosen.methods is None else chosen.methods
+    methods = expand_methods(given, embedded=embedded)
     reference = chosen.budget_reference and expand_methods(
         chosen.budget_reference, embedded=embedded
     )

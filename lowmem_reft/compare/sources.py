@@ -20,6 +20,8 @@ from lowmem_reft.data.rows import (
     load_rows,
     rows_digest,
 )
+from lowmem_reft.data.tasks.answers import find_extractor
+from lowmem_reft.data.tasks.metrics import find_metric
 from lowmem_reft.data.tasks.registry import find_task, load_task
 from lowmem_reft.data.tasks.task import Split, Task
 from lowmem_reft.errors import InputError
@@ -61,12 +63,21 @@ def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list
     Raises:
         InputError: A task is unknown or named twice, or its files or the model are not there.
     """
+    _check_names(options.scoring)
     if options.scored.tasks is None:
         return [find_sources(options)]
     names = [name.strip() for name in options.scored.tasks.split(",")]
     if len(set(names)) < len(names):
         raise InputError(f"tasks must be different, got {options.scored.tasks!r}; drop one")
     return [_task_sources(options, name, scored) for name in names]
+
+
+def _check_names(scoring: ScoringOptions) -> None:
+    """Refuse a metric or an extractor that there is not before the first cell fails of it."""
+    for name in (scoring.metric, *filter(None, (scoring.extra_metrics or "").split(","))):
+        find_metric(name.strip())
+    if scoring.extractor is not None:
+        find_extractor(scoring.extractor)
 
 
 def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
@@ -177,7 +188,7 @@ def model_digest(model: str) -> str:
     Raises:
         InputError: There is neither such a directory nor such a model on the hub (or in its cache).
     """
-    if Path(model).is_dir():
+    if Path(model, "config.json").is_file():
         return provenance.directory_digest(model)
     try:
         config = Path(hf_hub_download(model, "config.json"))

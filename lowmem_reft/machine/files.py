@@ -1,4 +1,4 @@
-"""Files that are complete or absent, also if the process is killed while it writes them.
+"""Files that are complete or absent, also if the process is killed while it writes; JSON, checked.
 
 None is written through a link: a new file takes the place of the link.
 """
@@ -11,7 +11,8 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Literal
+from types import NoneType, UnionType
+from typing import IO, Any, Literal, Union, get_args, get_origin
 
 from lowmem_reft.errors import InputError
 
@@ -98,6 +99,39 @@ def sync_tree(directory: Path) -> None:
     """Have a directory and all that is in it on the disk."""
     for path in (*directory.rglob("*"), directory):
         sync(path)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: It is none, is no UTF-8, is nested too deeply, or has an integer of thousands of
+            digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type: a number is finite, and a boolean is no number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in inner)
+    if origin is Literal:
+        return value in inner and type(value) in map(type, inner)
+    if origin in (list, dict):
+        if not isinstance(value, origin):
+            return False
+        if isinstance(value, dict):
+            return all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+        return all(fits(item, inner[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is (NoneType if hint is None else hint)
 
 
 def plain(content: object) -> Any:

@@ -22,8 +22,10 @@ from lowmem_reft.options.values import (
     Switches,
     TaskType,
     Workers,
+    check_device,
     check_directory,
     check_seed,
+    check_template,
 )
 
 
@@ -39,6 +41,10 @@ class BaseOptions:
     """Arithmetic of the base."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
+
+    def __post_init__(self) -> None:
+        """Check the device's name."""
+        check_device(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +78,11 @@ class RowsOptions:
     prompts: PromptOptions = field(default_factory=PromptOptions)
 
     def __post_init__(self) -> None:
-        """Check the counts."""
+        """Check the counts and the template."""
         check_counts(
             max_length=self.max_length, limit=self.limit, validation_limit=self.validation_limit
         )
+        check_template(self.template)
 
     def check_source(self, **named: str | None) -> None:
         """Refuse rows from two places: a task, by the option that names it, and files of rows.
@@ -163,8 +170,9 @@ class CompareOptions(Switches):
     or the one that runs here, else a new one on this machine)."""
 
     def __post_init__(self) -> None:
-        """Check the count, and that rows come from one place."""
+        """Check the count, the directory, and that rows come from one place."""
         check_counts(workers=None if self.workers == "ray" else self.workers)
+        check_directory("output_dir", self.output_dir)
         self.rows.check_source(tasks=self.scored.tasks)
 
     @property
@@ -220,6 +228,10 @@ class JudgeOptions(Switches):
             given = "neither" if self.command is None else "both"
             raise InputError(
                 f"command or model must be given, and one of them, got {given}; name the judge"
+            )
+        if self.command is not None and not self.command.strip():
+            raise InputError(
+                f"command must be a program with its arguments, got {self.command!r}; name one"
             )
 
 

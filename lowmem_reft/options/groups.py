@@ -24,8 +24,11 @@ from lowmem_reft.options.values import (
     Tie,
     Turns,
     check_choice,
+    check_device,
     check_directory,
+    check_pattern,
     check_seed,
+    check_template,
     check_tracker,
 )
 
@@ -46,6 +49,10 @@ class ModelOptions:
     """CAUSAL_LM, or SEQ_CLS for a classification head on {"text", "label"} rows; default: the
     adapter's own, else CAUSAL_LM."""
 
+    def __post_init__(self) -> None:
+        """Check the device's name."""
+        check_device(self.device)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -65,8 +72,9 @@ class DataOptions:
     """Use only the first N rows."""
 
     def __post_init__(self) -> None:
-        """Check the counts."""
+        """Check the counts and the template."""
         check_counts(max_length=self.max_length, limit=self.limit)
+        check_template(self.template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +137,7 @@ class ScoringOptions:
     def __post_init__(self) -> None:
         """Check the count, and that there is one way to find the answer."""
         check_counts(max_new_tokens=self.max_new_tokens)
+        check_pattern(self.answer_pattern)
         if self.extractor is not None and self.answer_pattern is not None:
             raise InputError(
                 f"extractor must be left out with answer_pattern, got {self.extractor!r} and "

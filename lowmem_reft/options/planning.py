@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lowmem_reft.errors import check_counts
+from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.options.groups import MemoryOptions, MethodOptions, ModelOptions
-from lowmem_reft.options.values import ComputeDtype, Storage, Switches, TaskType
+from lowmem_reft.options.values import ComputeDtype, Storage, Switches, TaskType, check_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,11 @@ class LengthOptions:
             gradient_accumulation=self.gradient_accumulation,
             max_new_tokens=self.max_new_tokens,
         )
+        if self.response_len is not None and self.response_len > self.seq_len:
+            raise InputError(
+                f"response_len must be at most seq_len, which is {self.seq_len}, got "
+                f"{self.response_len}; it is a part of it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +76,13 @@ class StoreOptions:
     """Examples of the data set, all of --seq-len tokens, for what training could reuse."""
 
     def __post_init__(self) -> None:
-        """Check the count."""
+        """Check the count, and that a part of the base has something to train from."""
         check_counts(num_examples=self.num_examples)
+        if self.resident == "upper" and self.reuse == "off":
+            raise InputError(
+                "reuse must be auto, prefix or trunk with resident upper, got 'off'; the upper "
+                "blocks train from what is stored of the lower ones"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +93,14 @@ class TableOptions:
     """Print the longest context of models and methods on cards of 8 to 80 GB."""
     methods: str = "loreft,qlora"
     """Methods of the table."""
+
+    def __post_init__(self) -> None:
+        """Check that there is a table for the methods."""
+        if self.methods != "loreft,qlora" and not self.table:
+            raise InputError(
+                f"methods must come with table, got {self.methods!r} alone; add --table, or name "
+                "one method by --method"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +138,7 @@ class ProfileOptions(Switches):
     memory viewer go."""
     random_weights: bool = False
     """Fill the configuration's shapes with random weights instead of loading the checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Check that a directory can be there."""
+        check_directory("output_dir", self.output_dir)

@@ -22,7 +22,7 @@ from lowmem_reft.options.groups import (
     RunOptions,
     ScoringOptions,
 )
-from lowmem_reft.options.values import Switches, TaskType, check_seed
+from lowmem_reft.options.values import Switches, TaskType, check_seed, check_template
 from lowmem_reft.options.written import given
 
 
@@ -166,6 +166,10 @@ class EvaluateOptions(Switches):
             )
 
 
+LOWEST_TEMPERATURE = 0.001
+"""Below it, logits divided by the temperature are no numbers any more."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
     """How new tokens are chosen, and when there are enough."""
@@ -185,6 +189,11 @@ class DecodingOptions:
         """Check the numbers."""
         check_counts(max_new_tokens=self.max_new_tokens)
         check_not_negative(temperature=self.temperature)
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise InputError(
+                f"temperature must be 0 or at least {LOWEST_TEMPERATURE:g}, got "
+                f"{self.temperature!r}; 0 is greedy"
+            )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p!r}; 1 is off")
         if self.top_p < 1 and self.temperature == 0:
@@ -228,8 +237,9 @@ class GenerateOptions(Switches):
     """Prompts per forward pass (left-padded), of several adapters together."""
 
     def __post_init__(self) -> None:
-        """Check the counts."""
+        """Check the counts and the template."""
         check_counts(batch_size=self.batch_size, max_length=self.max_length)
+        check_template(self.template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,5 +263,6 @@ class ChatOptions:
     """Say nothing but the answers."""
 
     def __post_init__(self) -> None:
-        """Check the count."""
+        """Check the count and the template."""
         check_counts(max_length=self.max_length)
+        check_template(self.template)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -138,13 +139,61 @@ def check_tracker(name: str) -> None:
         )
 
 
-def check_directory(name: str, path: Path | None) -> None:
-    """Refuse a path at which there is a file.
+def check_device(device: str) -> None:
+    """Refuse a device that no machine has; whether this one has it is seen when it is used.
 
     Raises:
-        InputError: There is one.
+        InputError: It is not auto, cpu, cuda or cuda:N.
     """
-    if path is not None and path.exists() and not path.is_dir():
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}; use auto")
+
+
+def check_template(template: str | None) -> None:
+    """Refuse a template that leaves the prompt out.
+
+    Raises:
+        InputError: It does.
+    """
+    if template is not None and "{prompt}" not in template:
+        raise InputError(
+            f"template must contain {{prompt}}, got {template!r}; write 'Question: {{prompt}}'"
+        )
+
+
+def check_pattern(pattern: str | None) -> None:
+    """Refuse what finds no answer: no regular expression, or one without a group.
+
+    Raises:
+        InputError: It is one of these.
+    """
+    if pattern is None:
+        return
+    try:
+        has_group = re.compile(pattern).groups > 0
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(
+            f"answer_pattern must be a regular expression, got {pattern!r} ({error}); correct it"
+        ) from error
+    if not has_group:
+        raise InputError(
+            f"answer_pattern must have a group, got {pattern!r}; put the answer in parentheses"
+        )
+
+
+def check_directory(name: str, path: Path | None) -> None:
+    """Refuse a path at which there is a file, or that no directory can have.
+
+    Raises:
+        InputError: It is one of these.
+    """
+    try:
+        is_file = path is not None and path.exists() and not path.is_dir()
+    except OSError as error:  # its name is too long, or it may not be looked at
+        raise InputError(
+            f"{name} must be a directory, got {str(path)!r} ({error.strerror}); choose another"
+        ) from error
+    if is_file:
         raise InputError(f"{name} must be a directory, got the file {str(path)!r}; choose another")
 
 

@@ -9,7 +9,6 @@ own. No torch is imported here.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.files import open_itself
+from lowmem_reft.machine.files import open_itself, parse_json
 
 MANIFEST, LOCK = "manifest.json", "lock"
 _NAME = re.compile(r"[a-z][a-z_-]*-(?P<key>[0-9a-f]{24})")
@@ -65,7 +64,7 @@ def shard_path(directory: Path, shard: int) -> Path:
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return what a manifest says; None if there is none that is sound."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((directory / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return None
     is_sound = isinstance(manifest, dict) and isinstance(manifest.get("shards"), dict)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.files import write_text_whole
+from lowmem_reft.machine.files import parse_json, write_text_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,7 +103,7 @@ def _check_run(path: Path, run: dict[str, Any]) -> None:
         return
     noted = _run_file(path)
     try:
-        before = json.loads(noted.read_text(encoding="utf-8"))
+        before = parse_json(noted.read_bytes())
     except (OSError, ValueError):
         before = None
     if not isinstance(before, dict):
@@ -129,7 +129,7 @@ def _run_file(path: Path) -> Path:
 
 def _answer(line: bytes, question: dict[str, Any]) -> str | None:
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError:
         return None
     response = content.pop("response", None) if isinstance(content, dict) else None

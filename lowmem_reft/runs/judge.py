@@ -33,6 +33,7 @@ from lowmem_reft.data.tasks.converters import refusing, text_of
 from lowmem_reft.data.tasks.files import read_json
 from lowmem_reft.data.tokens import Collator, encode_choices
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import parse_json
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.options import JudgeOptions
 
@@ -302,6 +303,12 @@ def _responses(path: Path) -> list[tuple[str, str]]:
             raise InputError(
                 f"{place}: response must be a text, got {response!r}; generate the responses"
             )
+        try:
+            response.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which no judge can be shown
+            raise InputError(
+                f"{place}: response must be valid Unicode, got {error}; generate it again"
+            ) from error
         found.append((prompt, response))
     if not found:
         raise InputError(f"responses must be at least one, got none in {str(path)!r}; add them")
@@ -320,7 +327,7 @@ def _conversation(messages: Any, place: str) -> str:
 
 def _preference(line: str, number: int) -> float:
     try:
-        said = json.loads(line)
+        said = parse_json(line)
         if "probability" not in said:
             return {"first": 1.0, "tie": 0.5, "second": 0.0}[said["preferred"]]
         chance = float(said["probability"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.files import open_itself, write_json, write_whole
+from lowmem_reft.machine.files import fits, open_itself, parse_json, write_json, write_whole
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -53,3 +54,30 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 
 def test_a_device_stays_one() -> None:
     assert write_whole(Path("/dev/null"), lambda part: part.write_text("x")).is_char_device()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "{", b"\xff\xfe", ""])
+def test_what_is_no_json_is_one_kind_of_error(text: str | bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (1, float, True),
+        (True, float, False),
+        (float("nan"), float | None, False),
+        (10**400, float, True),
+        (None, float | None, True),
+        ("a", Literal["a", "b"], True),
+        (1, Literal[True], False),
+        ([1, None], list[float | None], True),
+        ([1, "x"], list[float | None], False),
+        ({"a": 1}, dict[str, float], True),
+        ({"a": []}, dict[str, float] | None, False),
+        ([], dict[str, Any], False),
+    ],
+)
+def test_values_of_json_are_of_a_type_or_not(value: Any, hint: Any, expected: bool) -> None:
+    assert fits(value, hint) is expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,8 +11,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lowmem_reft.compare.cell import Cell, Result, failed_result, read_cell
-from lowmem_reft.machine.files import open_itself, write_json
+from lowmem_reft.compare.cell import (
+    EMPTY_RESULT,
+    Cell,
+    Result,
+    failed_result,
+    read_cell,
+    what_is_wrong,
+)
+from lowmem_reft.machine.files import open_itself, parse_json, write_json
 
 CHILD_COMMAND = (sys.executable, "-m", "lowmem_reft.compare.child")
 """What runs one cell; the path of its ``cell.json`` is appended."""
@@ -77,12 +83,12 @@ def available_threads() -> int:
 
 
 def read_result(cell: Cell) -> Result | None:
-    """The content of the cell's ``result.json``; None if there is none that is complete."""
+    """The content of the cell's ``result.json``; None if there is none that is whole and sound."""
     try:
-        result = json.loads(cell.result_path.read_text(encoding="utf-8"))
+        result = parse_json(cell.result_path.read_bytes())
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) else None
+    return {**EMPTY_RESULT, **result} if what_is_wrong(result) is None else None
 
 
 def result_or_cause(cell: Cell, cause: str, wall_time_s: float) -> Result:

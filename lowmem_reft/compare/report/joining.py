@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowmem_reft.compare.cell import EMPTY_RESULT
+from lowmem_reft.compare.cell import EMPTY_RESULT, what_is_wrong
 from lowmem_reft.compare.outputs import check_report
 from lowmem_reft.compare.report import write_results
 from lowmem_reft.compare.report.console import print_table
 from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import parse_json
 from lowmem_reft.options import ReportOptions
 
 _NEEDED = ("method", "task", "seed")
@@ -81,7 +82,7 @@ def join(sources: Sequence[Path], *, relative_to: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path, source: Path) -> list[dict[str, Any]]:
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))
+        cells = parse_json(path.read_bytes())
     except OSError as error:
         raise InputError(
             f"sources must be output directories of lowmem-reft compare, got {str(source)!r} "
@@ -101,4 +102,10 @@ def _read(path: Path, source: Path) -> list[dict[str, Any]]:
             f"sources must hold a list of cells with {', '.join(_NEEDED)}, got {str(path)!r}; "
             "give results.json of lowmem-reft compare"
         )
+    for number, cell in enumerate(cells, start=1):
+        if (wrong := what_is_wrong(cell)) is not None:
+            raise InputError(
+                f"{path}, cell {number}: {wrong}; run the comparison again, which keeps its "
+                "finished cells"
+            )
     return cells

@@ -24,10 +24,10 @@ from lowmem_reft.compare.sources import Sources
 from lowmem_reft.compare.sweep.console import Told, print_trials
 from lowmem_reft.compare.sweep.rows import find_rows
 from lowmem_reft.compare.sweep.runner import Task, run_trials
-from lowmem_reft.compare.sweep.search import Search, Trial, best_of
+from lowmem_reft.compare.sweep.search import Search, Trial, best_of, read_trial
 from lowmem_reft.compare.sweep.space import Space, grid, parse_space, size
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.files import parse_json, write_json
 from lowmem_reft.machine.locks import alone
 from lowmem_reft.methods.entries import MethodSpec, parse_methods
 from lowmem_reft.options import CompareOptions, SweepOptions
@@ -161,9 +161,9 @@ def _task(
 def _read(path: Path) -> dict[str, list[Trial]]:
     """The trials that are written down, by the key of their search; unfinished ones wait again."""
     try:
-        searches = json.loads(path.read_text(encoding="utf-8"))["searches"]
+        searches = parse_json(path.read_bytes())["searches"]
         return {
-            search["key"]: [_ended_or_new(Trial(**trial)) for trial in search["trials"]]
+            search["key"]: [_ended_or_new(read_trial(trial)) for trial in search["trials"]]
             for search in searches
         }
     except FileNotFoundError:

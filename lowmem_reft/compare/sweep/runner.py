@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from lowmem_reft.compare.engines import Engine, Running, open_engine, stop
 from lowmem_reft.compare.queue import POLL_S, finished_result
 from lowmem_reft.compare.sweep.search import Search, Trial, settings_of
 from lowmem_reft.compare.sweep.space import with_settings
+from lowmem_reft.machine.files import parse_json
 from lowmem_reft.methods.entries import MethodSpec, parse_methods
 from lowmem_reft.options import Workers
 
@@ -188,5 +188,5 @@ def _epochs(cell: Cell) -> list[dict[str, Any]]:
     path = Path(cell.directory, "train", "epochs.jsonl")
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [parse_json(line) for line in lines if line.endswith(b"\n")]

@@ -13,10 +13,12 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from reprlib import repr as shortened
+from typing import Any, Literal, get_type_hints
 
 from lowmem_reft.compare.sweep.space import Choices, Range, Space, as_text
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import fits
 
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
 
@@ -50,6 +52,24 @@ class Trial:
     def ended(self) -> bool:
         """Whether there is something to learn from it; what failed is tried again."""
         return self.state in ("complete", "pruned")
+
+
+def read_trial(content: dict[str, Any]) -> Trial:
+    """Return a trial as ``sweep.json`` has it.
+
+    Raises:
+        ValueError: A value is of another type, or one is missing that the state needs.
+        TypeError: A name is unknown, or the number is missing.
+    """
+    trial = Trial(**content)
+    for name, hint in get_type_hints(Trial).items():
+        if not fits(getattr(trial, name), hint):
+            raise ValueError(f"{name} of a trial is {shortened(getattr(trial, name))}")
+    if trial.ended and (trial.drawn is None or not trial.method):
+        raise ValueError(f"trial {trial.number} has ended and no setting")
+    if trial.number < 0 or (trial.state == "complete" and trial.value is None):
+        raise ValueError(f"trial {trial.number} is complete and has no value")
+    return trial
 
 
 class Search:

@@ -10,6 +10,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import parse_json
 
 
 def read_lines(path: Path, encoding: str = "utf-8-sig") -> Iterator[tuple[str, str]]:
@@ -91,8 +92,8 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
     if text[index : index + 1] != "[":
         for place, line in read_lines(path):
             try:
-                yield place, json.loads(line)
-            except json.JSONDecodeError as error:
+                yield place, parse_json(line)
+            except ValueError as error:
                 raise _invalid(place, error) from error
         return
     decode, number, counted = json.JSONDecoder().raw_decode, 1, 0
@@ -104,6 +105,8 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
             record, index = decode(text, index)
         except json.JSONDecodeError as error:
             raise _invalid(f"{path}:{error.lineno}", error) from error
+        except (RecursionError, ValueError) as error:  # nested too deeply; a number of many digits
+            raise _invalid(f"{path}:{number}", error) from error
         yield f"{path}:{number}", record
         index = _after_space(text, index)
         if text[index : index + 1] == ",":
@@ -128,5 +131,5 @@ def _after_space(text: str, index: int) -> int:
     return index
 
 
-def _invalid(place: str, error: json.JSONDecodeError) -> InputError:
+def _invalid(place: str, error: Exception) -> InputError:
     return InputError(f"{place}: must be valid JSON ({error}); correct it or give the public file")

@@ -129,3 +129,22 @@ def test_no_source_is_bad_input(tmp_path, capsys):
     assert report("-o", tmp_path / "out") == 2
     assert "sources must name a directory" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("value", "0.5"),
+        ("value", float("nan")),
+        ("method", ["lora"]),
+        ("seed", None),
+        ("breakdown_bytes", 3),
+        ("validation", [{"epoch": 1}]),
+    ],
+)
+def test_a_cell_whose_values_are_no_values_is_refused_and_named(tmp_path, name, value):
+    cells = [{"method": "lora", "task": "t", "seed": 0}, {"method": "b", "task": "t", "seed": 0}]
+    cells[1][name] = value
+    (tmp_path / "results.json").write_text(json.dumps(cells))
+    with pytest.raises(InputError, match=f"cell 2: {name} must"):
+        join([tmp_path], relative_to=tmp_path)

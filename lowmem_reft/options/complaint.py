@@ -1,0 +1,56 @@
+"""What tyro says of a wrong command line, in one line.
+
+It draws a box of what is wrong, a rule, and below it the help of the options that are meant. In a
+log, or among the lines of many runs, nobody reads that.
+"""
+
+from __future__ import annotations
+
+import re
+
+_FLAG = re.compile(r"--[\w-]+")
+_MOST_CHARACTERS = 400
+"""Of what was given: the rest of a longer text says nothing."""
+
+
+def one_line(box: str) -> str:
+    """Return what is wrong and which flags are meant, without frame, rules and help.
+
+    Args:
+        box: All that tyro printed.
+
+    Returns:
+        One line without a full stop; empty if there is no box of the known kind.
+    """
+    # Of letters or of lines, which depends on the stream; the first line is the title.
+    lines = [line[1:-1].rstrip() for line in box.splitlines()[1:] if not line.startswith("╰")]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if line.strip(" ─-"):
+            parts[-1].append(line)
+        elif line.strip():  # a rule
+            parts.append([])
+    first, *others = [part for part in parts if part] or [[]]
+    if not first:
+        return ""
+    if first[0].strip().startswith("Missing from"):
+        return f"options must be given, got none of {', '.join(_flags(first))}"
+    said = " ".join(" ".join(first).split()).removesuffix(".")
+    if len(said) > _MOST_CHARACTERS:
+        said = f"{said[: _MOST_CHARACTERS // 2]} ... {said[-_MOST_CHARACTERS // 2 :]}"
+    meant = [part for part in others if re.search("similar|Perhaps", part[0])]
+    similar = [flag for part in meant for flag in _flags(part)]
+    unknown = [line for part in others if part[0].strip().startswith("Unrec") for line in part]
+    if unknown:
+        said += f"; {' '.join(' '.join(unknown).split())}"
+    return f"{said}; similar: {', '.join(dict.fromkeys(similar))}" if similar else said
+
+
+def _flags(lines: list[str]) -> list[str]:
+    """Return the flags of options that are listed with their help, which is indented more."""
+    listed = [re.match(r" {3,6}(\S.*)", line) for line in lines]
+    return [
+        flags[-1] if (flags := re.findall(_FLAG, match[1])) else match[1]
+        for match in listed
+        if match
+    ]
