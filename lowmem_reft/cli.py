@@ -25,6 +25,7 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(arguments[0], f"error: {_wrong_path(error)}", code=2)
     command = arguments[0]
     try:
-        with _sigterm_as_interrupt():
+        with _sigterm_as_interrupt(), _warnings_in_one_line(command):
             num_failed = _run(_COMMANDS[command], options)
     except BrokenPipeError:
         return _reader_left()
@@ -304,6 +305,20 @@ def _collector_paused() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line(command: str) -> Iterator[None]:
+    """Write warnings as errors are written, without the line of code that gave them."""
+
+    def written(message: Any, *_: Any, **__: Any) -> str:
+        return for_stream(f"lowmem-reft {command}: {_shortened(str(message))}", sys.stderr) + "\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, written
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager

@@ -76,6 +76,13 @@ def written(
     return start, [prompt[len(start) :] + text for text in rest]
 
 
+def unused_arguments(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the names of what rows give the chat template and it does not ask for."""
+    given = dict.fromkeys(name for row in rows for name in row.template_arguments)
+    template = str(tokenizer.chat_template)
+    return [name for name in given if not re.search(rf"\b{re.escape(name)}\b", template)]
+
+
 def _between(
     prompt: str, response: str, joint: Joint, row: Row, tokenizer: PreTrainedTokenizerBase
 ) -> str:

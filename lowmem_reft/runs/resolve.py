@@ -6,6 +6,7 @@ none of them works out a storage, a dtype or a configuration again.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.data.rows import as_choices, label_names, load_rows, rows_digest
+from lowmem_reft.data.texts import unused_arguments
 from lowmem_reft.data.tokens import (
     EncodedRows,
     encode_labelled,
@@ -146,6 +148,12 @@ def resolve(options: TrainOptions) -> Run:
         vocabulary_digest=vocabulary_digest(tokenizer),
         template_digest=template_digest(tokenizer) if kind == "messages" else None,
     )
+    if unused := unused_arguments(rows, tokenizer):
+        warnings.warn(
+            f"{', '.join(unused)} beside the messages of {data.data} are not used: the chat "
+            "template does not ask for them",
+            stacklevel=2,
+        )
     rows, encoded = encode_those_that_fit(
         rows, lambda some: _encode(some, tokenizer, card), long_rows=prompts.long_rows
     )

@@ -7,7 +7,6 @@ What is shown comes from the functions of training: ``data.tokens`` cuts and lab
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.rows import as_choices, label_names, read_rows
+from lowmem_reft.data.texts import unused_arguments
 from lowmem_reft.data.tokens import encode_labelled, encode_rows
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
@@ -112,7 +112,7 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
         "kind": read.rows[0].kind,
         "columns": list(read.columns),
         "ignored_columns": list(read.ignored),
-        "unused_template_arguments": _unused_arguments(rows, tokenizer),
+        "unused_template_arguments": unused_arguments(rows, tokenizer),
         "template": None if rows[0].kind in ("messages", "label", "target") else card.template,
         "max_length": card.max_length,
         "positions": options.positions,
@@ -142,13 +142,6 @@ def _end_ids(tokenizer: Any, config: Any) -> set[int]:
     """Ids that end an answer, by the tokenizer and by the base's configuration."""
     own = getattr(config.get_text_config(), "eos_token_id", None)
     return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-
-
-def _unused_arguments(rows: Sequence[Row], tokenizer: Any) -> list[str]:
-    """What rows have for the chat template, and it does not name."""
-    given = dict.fromkeys(name for row in rows for name in row.template_arguments)
-    template = str(tokenizer.chat_template)
-    return [name for name in given if not re.search(rf"\b{re.escape(name)}\b", template)]
 
 
 def _figures(seen: Sequence[_Seen], tokenizer: Any, end_ids: set[int]) -> dict[str, Any]:
