@@ -7,7 +7,6 @@ the tensors on the disk, so it is the same for every storage, compute dtype and 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from torch import nn
 from lowmem_reft.base.blocks import device_of, find_blocks
 from lowmem_reft.base.hub import local_directory, weights_among
 from lowmem_reft.machine.devices import DTYPES
+from lowmem_reft.machine.files import parse_json
 
 _NUM_SAMPLES = 8
 _SAMPLE_BYTES = 1 << 12
@@ -75,7 +75,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, str, Path, int, int]]:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError("not a safetensors file")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     for name, entry in header.items():
         if name != "__metadata__":
             start, end = (8 + length + offset for offset in entry["data_offsets"])

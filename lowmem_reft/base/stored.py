@@ -6,7 +6,6 @@ git-LFS is in its place) or is something else is told from them at once, before 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def read_json_object(path: Path, wanted: str = "a JSON object") -> dict[str, obj
         InputError: It holds something else, or cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise not_whole(path, wanted, error) from error
     if not isinstance(content, dict):

@@ -5,13 +5,12 @@ This is data alone; ``child.py`` runs it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
-from lowmem_reft.machine.files import fits, write_json
+from lowmem_reft.machine.files import fits, parse_json, write_json
 from lowmem_reft.options import EvaluateOptions, TrainOptions, written
 
 Result = dict[str, Any]
@@ -128,7 +127,7 @@ def write_cell(cell: Cell) -> Path:
 
 def read_cell(path: Path) -> Cell:
     """Read what ``write_cell`` wrote."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = parse_json(path.read_text(encoding="utf-8"))
     return Cell(
         directory=path.parent,
         train=written.build(TrainOptions, **content["train"]) if content["train"] else None,

@@ -19,7 +19,7 @@ from lowmem_reft.compare.cell import EMPTY_RESULT, Cell, Result
 from lowmem_reft.compare.engines.launch import leave_result
 from lowmem_reft.machine import provenance
 from lowmem_reft.machine.devices import device_name
-from lowmem_reft.machine.files import open_itself, write_json
+from lowmem_reft.machine.files import open_itself, parse_json, write_json
 from lowmem_reft.options import TrainOptions
 from lowmem_reft.runs.evaluate import run_evaluation
 from lowmem_reft.runs.train import run_training
@@ -61,7 +61,7 @@ def _train_once(options: TrainOptions, key: str) -> Result:
     with open_itself(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if done.is_file():
-            known = json.loads(done.read_text(encoding="utf-8"))
+            known = parse_json(done.read_text(encoding="utf-8"))
             if known["key"] == key:
                 return dict(known["result"])
             done.unlink()

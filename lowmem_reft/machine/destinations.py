@@ -7,7 +7,6 @@ be a file of the user's. A directory that the user names may be one; what is wri
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import parse_json
 
 Sources = Mapping[str, str | Path | None]
 """What is read, by the option that names it: a file, a directory, a hub id, or nothing."""
@@ -125,7 +125,7 @@ def check_directory(
 def read_or_none(path: Path) -> Any:
     """Return what a file of JSON holds; None if it is not there or holds something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
 

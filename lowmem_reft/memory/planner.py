@@ -13,6 +13,7 @@ from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.stored import in_one_line
 from lowmem_reft.base.trust import check_config
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import parse_json
 from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.kernels import num_quantized
 from lowmem_reft.memory.predict import Lengths, Predictor, Setting
@@ -185,15 +186,16 @@ def check_sizes(config: Any, model: str | Path) -> Any:
 
 def _read_config_file(path: Path) -> Any:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"model must be a config.json that can be read, got {str(path)!r}; correct the path "
             f"({error})"
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(
-            f"{path}:{error.lineno}: model must be a JSON object, got {error.msg!r}; mend the file"
+            f"{path}{line}: model must be a JSON object, got {str(error)!r}; mend the file"
         ) from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise InputError(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.files import parse_json, write_json
 from lowmem_reft.methods.trust import check_adapter_config
 from lowmem_reft.options import Joint, ModelOptions
 
@@ -81,7 +80,7 @@ def load_card(directory: Path) -> TrainingCard | None:
     if not path.is_file():
         return _card_of_config(directory)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         # What adapters were trained with before it was written.
         content.setdefault("joint", "space")
         known = {item.name for item in fields(TrainingCard)}
@@ -130,7 +129,7 @@ def _card_of_config(directory: Path) -> TrainingCard | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
         card = TrainingCard(
             base=config.get("base_model_name_or_path") or "",
             storage=config.get("base_storage"),

@@ -15,6 +15,7 @@ from typing import Any
 
 from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import parse_json
 from lowmem_reft.methods.card import TrainingCard
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def _template_in(adapter: Path) -> Any:
         if path.is_file():
             return path.read_text(encoding="utf-8")
         path = adapter / _SETTINGS
-        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        said = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return said.get("chat_template")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(

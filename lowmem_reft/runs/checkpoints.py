@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.files import sync, sync_tree
+from lowmem_reft.machine.files import parse_json, sync, sync_tree
 
 NOTE = "whole.json"
 BEST = "best.safetensors"
@@ -149,7 +149,7 @@ def _set_aside(path: Path) -> None:
 
 def _read_note(path: Path) -> dict[str, Any] | None:
     try:
-        note = json.loads((path / NOTE).read_text(encoding="utf-8"))
+        note = parse_json((path / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     is_sound = isinstance(note, dict) and {"run", "step", "files", "epochs", "losses"} <= {*note}

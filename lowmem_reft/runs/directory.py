@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem_reft.data.rows import rows_digest
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
-from lowmem_reft.machine.files import sync, sync_tree, write_text_whole
+from lowmem_reft.machine.files import parse_json, sync, sync_tree, write_text_whole
 from lowmem_reft.machine.locks import alone
 from lowmem_reft.options import written
 from lowmem_reft.runs import checkpoints
@@ -166,7 +166,7 @@ def _begun(directory: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must be JSON, got {error}; restore or delete it") from error
     if not isinstance(begun, dict) or "effective batch" not in begun:

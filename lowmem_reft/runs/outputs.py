@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_reft.machine.destinations import check_directory, check_file, read_or_none
+from lowmem_reft.machine.files import parse_json
 
 if TYPE_CHECKING:
     from lowmem_reft.options import EvaluateOptions, GenerateOptions, TrainOptions
@@ -87,7 +87,7 @@ def is_predictions(path: Path) -> bool:
 
 def _is_prediction(line: str) -> bool:
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and (

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem_reft.compare.engines.launch import LOG_FILE, cause_of_death, join_child, start_child
-from lowmem_reft.machine.files import write_json
+from lowmem_reft.machine.files import parse_json, write_json
 
 _FOLLOWED = (LOG_FILE, "train/epochs.jsonl")
 """Handed over while the cell runs: for people, and for a sweep that may stop it."""
@@ -146,7 +146,7 @@ def data_files(content: dict[str, Any]) -> list[str]:
 
 def read_content(path: Path) -> dict[str, Any]:
     """Read ``cell.json`` with paths that do not depend on the current directory."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     train, evaluate = content["train"], content["evaluate"]
     for options in filter(None, (train, evaluate)):
         model, reuse = options["model"], options["reuse"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lowmem_reft.machine.files import parse_json
 
 Key = tuple[str, int]
 """An example: name of its file with the line, and which of the lines from there it is."""
@@ -82,7 +83,7 @@ def _read_lines(path: Path) -> _Lines:
     try:
         with path.open(encoding="utf-8") as file:
             for text in file:
-                line = json.loads(text)
+                line = parse_json(text)
                 source = str(line["source"]).replace("\\", "/").rpartition("/")[2]
                 lines[source, seen[source]] = line
                 seen[source] += 1

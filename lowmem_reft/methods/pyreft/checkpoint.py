@@ -13,7 +13,6 @@ tokens of the prompt and #1 the last ones.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from lowmem_reft.base.stored import are_finite, is_pointer, not_whole, some
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.files import parse_json
 from lowmem_reft.methods.pyreft.parameters import KINDS, check_tensors, fitting_classes
 
 CONFIG = "config.json"
@@ -176,8 +176,8 @@ def _load_config(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise InputError(f"{path} must be JSON, got {error}; fetch it again") from error
     lists = ("representations", "intervention_types")
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in lists):

@@ -207,7 +207,7 @@ with open("config.json") as file:
                 act_fn={act}, dropout={config.dropout!r}, add_bias=False,
             ),
         }}
-        for layer, component, _, _, rank, *_ in json.load(file)["representations"]
+        for layer, component, _, _, rank, *_ in parse_json(file.read())["representations"]
     ]
 reft_model = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations))
 for key, intervention in reft_model.interventions.items():

@@ -25,9 +25,6 @@ CHUNKS = [
     for kind, (_, count) in KINDS.items()
     for start in range(0, count, PART)
 ]
-AWAITED = (
-    "what is read of models, adapters, rows and checkpoints is not checked as it should be yet"
-)
 
 
 def outcomes(
@@ -46,15 +43,7 @@ def outcomes(
     return wrong
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.xfail(reason=AWAITED, strict=False))
-        if kind.startswith(("models", "adapters", "data: twice", "data: prompts", "runs: --resume"))
-        else kind
-        for kind in KINDS
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_few_malformed_inputs_of_every_kind_are_refused_in_one_line(kind, world, record_property):
     wrong = outcomes(world, kind, range(2), record_property)
     assert not wrong, "\n" + "\n".join(wrong)
