@@ -212,9 +212,10 @@ def _table_sizes(base: nn.Module) -> Iterator[int]:
     Some begin behind the padding's index (RoBERTa) or at an offset (OPT).
     """
     for name, module in base.named_modules():
-        last = name.rpartition(".")[2]
+        if not _is_of_positions(name.rpartition(".")[2]):
+            continue
         weight = getattr(module, "weight", None)
-        if _is_of_positions(last) and isinstance(weight, Tensor) and weight.ndim == 2:
+        if isinstance(weight, Tensor) and weight.ndim == 2:
             padding = getattr(module, "padding_idx", None)
             offset = int(getattr(module, "offset", 0)) if padding is None else padding + 1
             yield weight.shape[0] - offset

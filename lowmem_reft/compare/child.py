@@ -21,6 +21,7 @@ from lowmem_reft.machine import provenance
 from lowmem_reft.machine.devices import device_name
 from lowmem_reft.machine.files import open_itself, parse_json, write_json
 from lowmem_reft.options import TrainOptions
+from lowmem_reft.runs.checkpoints import OWN
 from lowmem_reft.runs.evaluate import run_evaluation
 from lowmem_reft.runs.train import run_training
 
@@ -70,8 +71,8 @@ def _train_once(options: TrainOptions, key: str) -> Result:
         trained = dict(run_training(options))
         weights = Path(trained["adapter_dir"]).glob("*.safetensors")
         trained["adapter_bytes"] = sum(file.stat().st_size for file in weights)
-        for checkpoint in directory.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for made in (*directory.glob("checkpoint-*"), directory / OWN):
+            shutil.rmtree(made)
         write_json(done, {"key": key, "result": trained})
         return trained
 

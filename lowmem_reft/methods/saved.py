@@ -19,6 +19,7 @@ from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.heads import head_names
 from lowmem_reft.base.ours import ours
 from lowmem_reft.base.stored import are_finite, not_whole, read_header, read_json_object, some
+from lowmem_reft.base.trust import holding_tensors_alone
 from lowmem_reft.errors import InputError, is_of_the_machine
 from lowmem_reft.reft.peft_method import type_of
 
@@ -78,10 +79,11 @@ def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
             wrong = next((name for name in shapes if not are_finite(file.get_tensor(name))), None)
     else:
         try:
-            tensors = load_peft_weights(str(directory), device="cpu")
+            with holding_tensors_alone("adapter", path):
+                tensors = load_peft_weights(str(directory), device="cpu")
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         except Exception as error:
-            if is_of_the_machine(error):
+            if isinstance(error, InputError) or is_of_the_machine(error):
                 raise
             raise not_whole(path, "a whole file of torch.save with tensors alone", error) from error
         wrong = next((name for name, tensor in tensors.items() if not are_finite(tensor)), None)
@@ -143,7 +145,7 @@ def _check_keys(model: Any, shapes: Mapping[str, Any], directory: Path, name: st
     base = base_of(model)
     heads = head_names(base)
     if ours(base).has_new_head and not any(
-        key.removeprefix(_OF_BASE).partition(".")[0] in heads for key in shapes
+        not {*heads}.isdisjoint(key.split(".")) for key in shapes
     ):
         raise InputError(
             f"{path} must hold the head that was trained with it, as the base has none of its own, "

@@ -162,23 +162,19 @@ def check_template(template: str | None) -> None:
 
 
 def check_pattern(pattern: str | None) -> None:
-    """Refuse what finds no answer: no regular expression, or one without a group.
+    """Refuse what is no regular expression.
 
     Raises:
-        InputError: It is one of these.
+        InputError: It is none.
     """
     if pattern is None:
         return
     try:
-        has_group = re.compile(pattern).groups > 0
+        re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise InputError(
             f"answer_pattern must be a regular expression, got {pattern!r} ({error}); correct it"
         ) from error
-    if not has_group:
-        raise InputError(
-            f"answer_pattern must have a group, got {pattern!r}; put the answer in parentheses"
-        )
 
 
 def check_directory(name: str, path: Path | None) -> None:

@@ -572,7 +572,7 @@ def test_a_hub_id_that_cannot_be_had_is_asked_for_once_and_named_with_the_reason
         asked.append(name)
         raise OSError("We couldn't connect\nand much more") from cause
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", unreachable)
     monkeypatch.setattr("lowmem_reft.base.hub.cached_file", unreachable)
     for load in (load_base, load_tokenizer):
         with pytest.raises(

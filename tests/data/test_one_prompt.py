@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import encode_choices, encode_prompts, encode_rows, encode_texts
@@ -196,9 +196,10 @@ def _chat(tokenizer: Any) -> Chat:
     adapter = NamedAdapter(
         name="tuned", peft_name="default", directory=None, card=TrainingCard(base="", storage=None)
     )
-    model = SimpleNamespace(
-        config=SimpleNamespace(
-            get_text_config=lambda: SimpleNamespace(max_position_embeddings=10_000)
-        )
-    )
+    config = LlamaConfig(
+        vocab_size=100_000, hidden_size=2, intermediate_size=2, num_hidden_layers=1,
+        num_attention_heads=1, max_position_embeddings=10_000,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
     return Chat(model, tokenizer, [adapter], ChatOptions(model=ModelOptions(model="base")))

@@ -188,7 +188,7 @@ def test_a_run_writes_through_no_link(options: TrainOptions, tmp_path: Path, nam
     path, elsewhere = options.run.output_dir / name, tmp_path / "elsewhere"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
-    with pytest.raises(InputError, match="must hold no link"):
+    with pytest.raises(InputError, match=r"must (not )?hold (no )?links?"):
         run_training(options)
     assert path.is_symlink()
     assert elsewhere.exists()

@@ -143,7 +143,7 @@ def test_a_broken_pattern_is_refused() -> None:
 def test_a_pattern_that_does_not_end_on_an_answer_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lowmem_reft.runs.score._PATTERN_SECONDS", 0.1)
+    monkeypatch.setattr("lowmem_reft.data.tasks.answers._PATTERN_SECONDS", 0.1)
     with pytest.raises(InputError, match=r"answer_pattern must match within .* on an answer of 41"):
         extract_answer("a" * 40 + "!", "(a+)+$")
 

@@ -208,11 +208,12 @@ class Trainings:
         self.directory, self.flags = directory, flags
         self._num = 0
         first = [*next(iter(flags.values())), "--output-dir", str(directory / "warm"), "--quiet"]
+        self._log = (directory / "server.log").open("w")
         self._server = subprocess.Popen(
             [sys.executable, __file__, "train", *first],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(directory / "server.log").open("w"),
+            stderr=self._log,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
@@ -235,6 +236,7 @@ class Trainings:
         self._server.stdin.close()
         self._server.wait(60)
         self._server.stdout.close()
+        self._log.close()
 
     def _ask(self, **job: Any) -> dict[str, Any]:
         assert self._server.stdin is not None

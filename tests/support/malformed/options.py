@@ -49,7 +49,7 @@ SPECIAL: dict[str, tuple[str, ...]] = {
     "layers": ("-1", "9999", "1;;2", "0;0", "upper:0", "upper:2", "upper:nan", "upper:", "1..3"),
     "positions": ("f0", "l0", "f-1", "f1+f2", "l1+f1", "f1.5", "all+l1", "f", "+", "f1+", "fl"),
     "template": ("no prompt in it", "{prompt", "{other}", "{prompt} {other}", "", "{}"),
-    "answer_pattern": ("(", "[", "no group", "(a)(b", "*", "(?P<x>", ""),
+    "answer_pattern": ("(", "[", "(a)(b", "*", "(?P<x>", ""),
     "seeds": ("-1", "0,0", "1.5", "x", "0,,1", str(2**32), "9" * 5000),
     "device": ("cuda:99", "cuda:-1", "gpu", "cpu:x", "tpu", "meta", "mps", "CUDA:0", "disk"),
     "space": (
