@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.files import parse_json, write_json
+from lowmem_reft.machine.files import fits, parse_json, write_json
 from lowmem_reft.methods.trust import check_adapter_config
-from lowmem_reft.options import Joint, ModelOptions
+from lowmem_reft.options import ComputeDtype, Joint, ModelOptions, Storage, TaskType
 
 FILE_NAME = "training.json"
 
@@ -86,6 +86,8 @@ def load_card(directory: Path) -> TrainingCard | None:
         known = {item.name for item in fields(TrainingCard)}
         card = TrainingCard(**{key: value for key, value in content.items() if key in known})
         _check_types(card)
+        if not fits(card.task_type, TaskType):
+            raise TypeError(f"task_type {card.task_type!r}")
         return card
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
@@ -109,8 +111,8 @@ def _check_types(card: Any) -> None:
     names = card.label_names
     wrong = [name for name in _TEXTS if not isinstance(getattr(card, name), str)]
     wrong += [n for n in _TEXTS_OR_NONE if not isinstance(getattr(card, n), str | None)]
-    if card.joint not in get_args(Joint):
-        wrong.append("joint")
+    chosen = {"joint": Joint, "compute_dtype": ComputeDtype, "storage": Storage | None}
+    wrong += [name for name, hint in chosen.items() if not fits(getattr(card, name), hint)]
     if type(card.max_length) is not int or card.max_length < 1:
         wrong.append("max_length")
     if names is not None and not (

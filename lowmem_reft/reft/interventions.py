@@ -64,6 +64,10 @@ class _OrthonormalRows(torch.autograd.Function):
         return pulled.to(grad.dtype), None, None
 
 
+class NotOrthonormalError(InputError, FloatingPointError):
+    """A rotation has no orthonormal rows."""
+
+
 def _factorize(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Return (Q, L) for ``raw`` of shape (rank, hidden): fp64 Cholesky of the rank × rank Gram."""
     a = raw.detach().double()
@@ -73,7 +77,7 @@ def _factorize(raw: Tensor) -> tuple[Tensor, Tensor]:
     # 1e-8 of the row's length, and below 1e-6 the result would no longer be orthonormal in fp32.
     sound = (failed == 0) & (lower.diagonal() > 1e-6 * gram.diagonal().sqrt()).all()
     if not raw.is_meta and not sound:
-        raise FloatingPointError(
+        raise NotOrthonormalError(
             "the rows of the rotation are linearly dependent or not finite, so they cannot be made "
             "orthonormal; lower the learning rate or the rank"
         )
@@ -89,7 +93,7 @@ def orthonormal_rows(raw: Float[Tensor, "rank hidden"]) -> Float[Tensor, "rank h
     the backward pass is closed-form: O(hidden · rank²) both ways.
 
     Raises:
-        FloatingPointError: Rows linearly dependent or not finite.
+        NotOrthonormalError: Rows linearly dependent or not finite.
     """
     q, lower = _factorize(raw)
     out: Tensor = _OrthonormalRows.apply(raw, q, lower)  # type: ignore[no-untyped-call]

@@ -20,6 +20,7 @@ from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 
 TIES = ("tied", "sides", "positions")
+_MOST_DIGITS = 9
 GRAMMAR = "'all', 'fN' (first N), 'lN' (last N) or 'fN+lM', with N and M at least 1"
 
 _SPEC = re.compile(r"(?:f(?P<first>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<last>[1-9]\d*))?")
@@ -50,6 +51,10 @@ def parse_positions(spec: str) -> Positions:
     first, last = (match["first"], match["last"]) if match else (None, None)
     if not match or not (first or last) or bool(match["plus"]) != bool(first and last):
         raise InputError(f"positions must be {GRAMMAR}, got {spec!r}; for example 'f7+l7'")
+    if max(len(first or ""), len(last or "")) > _MOST_DIGITS:
+        raise InputError(
+            f"positions must have numbers of at most {_MOST_DIGITS} digits, got {spec!r}; lower it"
+        )
     return Positions(first=int(first or 0), last=int(last or 0))
 
 

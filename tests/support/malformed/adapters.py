@@ -76,7 +76,7 @@ def shapes(random: Random, world: World) -> Fault:
             *(("rank", 1), ("rank", 3), ("rank", 10**9), ("layers", [0]), ("layers", [0, 1, 9])),
             *(("tie", "sides"), ("positions", "f0"), ("positions", "zzz"), ("layers", [])),
             *(("peft_type", "LORA"), ("peft_type", "IA3"), ("peft_type", "ZZZ"), ("tie", "zzz")),
-            *(("component", "zzz"), ("intervention_type", "zzz"), ("act", "zzz")),
+            *(("component", "zzz"), ("intervention", "zzz"), ("act", "zzz")),
         ),
         "lora": (
             *(("r", 1), ("r", 3), ("r", 10**6), ("target_modules", ["zzz"]), ("use_dora", True)),

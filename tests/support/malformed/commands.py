@@ -104,6 +104,8 @@ def valid(world: World, command: str) -> list[str]:
         return sweep(world, output)
     if command == "plan":
         return plan(world)
+    if command == "data":
+        return ["data", str(world.rows), "--model", str(world.model), "--json", "--quiet"]
     if command == "profile":
         words = ["profile", "--model", str(world.model), "--device", "cpu", "--storage", "fp32"]
         return [*words, "--seq-len", "16", "--output-dir", str(output), "--quiet", "--json"]
