@@ -108,16 +108,34 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, *, answered: bool) -> tu
             "got none; use an instruction-tuned model or convert the rows to prompt and response"
         )
     prompt = _rendered(row, tokenizer, row.prompt_messages, add_generation_prompt=True)
+    asked = [message for message in row.prompt_messages if message["role"] == "user"]
+    _check_said(row, asked[-1:], prompt)
     if not answered:
         return prompt, []
     # White space after the end of the turn (ChatML's new line) belongs to the next turn.
     whole = _rendered(row, tokenizer, list(row.messages)).rstrip()
+    _check_said(row, row.messages[-1:], whole)
     start = prompt.rstrip(" ")
     if whole.startswith(start):
         if whole.startswith(prompt):
             return prompt, [whole[len(prompt) :]]
         return start, [whole[len(start) :]]
     return prompt, [_after_reasoning(row, tokenizer, prompt, whole)]
+
+
+def _check_said(row: Row, messages: Sequence[Any], text: str) -> None:
+    """Refuse a chat template that leaves out what a message says, as one for lists of parts does.
+
+    White space aside, and reasoning, which templates take out of an answer.
+    """
+    for message in messages:
+        content = message.get("content")
+        said = content.rpartition("</")[2].partition(">")[2] if "</" in str(content) else content
+        if isinstance(said, str) and "".join(said.split()) not in "".join(text.split()):
+            raise InputError(
+                f"{row.source}: the chat template must write what the {message['role']} says, got "
+                f"{text[-80:]!r} without {said[:40]!r}; use a template for text"
+            )
 
 
 def _rendered(

@@ -98,6 +98,16 @@ def test_a_generation_prompt_that_no_answer_follows_is_refused(opened: str) -> N
         encode_rows([_chat("The cat.")], _tokenizer(PLAIN, opened))
 
 
+def test_a_chat_template_that_leaves_out_what_is_said_is_refused() -> None:
+    tokenizer = byte_level_tokenizer(bos=False)
+    tokenizer.chat_template = (  # for content in parts, which text has none of
+        "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}"
+        "{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    with pytest.raises(InputError, match=r"chats\.jsonl:3: .* must write what the user says"):
+        encode_prompts([_chat("The cat.")], tokenizer)
+
+
 def _joined(prompt: str, response: str, joint: Any = "auto", **fields: Any) -> str:
     row = Row(source="rows.jsonl:1", prompt=prompt, response=response, **fields)
     start, (rest,) = written(
