@@ -3,6 +3,8 @@
 import errno
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -24,6 +26,34 @@ def check_counts(**counts: int | None) -> None:
             raise InputError(f"{name} must be at least 1, got {count!r}; raise it")
         if count is not None and count > sys.maxsize:
             raise InputError(f"{name} must be at most {sys.maxsize}, got {count:.3e}; lower it")
+
+
+MOST_OF_A_STEP = 10**6
+"""Examples of a step, ranks: more is a slip of the keyboard."""
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Name the option in what is refused meanwhile.
+
+    Raises:
+        InputError: Something is.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
+
+
+def check_at_most(most: float, **numbers: float | None) -> None:
+    """Refuse numbers above a bound; None is one that was not given.
+
+    Raises:
+        InputError: One is; the message names it.
+    """
+    for name, number in numbers.items():
+        if number is not None and number > most:
+            raise InputError(f"{name} must be at most {most:,}, got {number:.3e}; lower it")
 
 
 def check_positive(**numbers: float | None) -> None:

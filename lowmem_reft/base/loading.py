@@ -43,6 +43,7 @@ from lowmem_reft.base.upper import load_upper
 from lowmem_reft.base.whole import (
     check_finite,
     check_keys,
+    check_sizes,
     check_stored,
     quantized_finite,
     source_of,
@@ -176,6 +177,7 @@ def _load_whole(model: str | Path, task_type: str, **options: Any) -> PreTrained
     """
     # An interrupted download is gone on with: what is of the hub is looked at afterwards.
     stored = check_checkpoint(Path(model)) if Path(model).is_dir() else None
+    check_sizes(options["config"], stored, model)
     is_quantized = getattr(options["config"], "quantization_config", None) is not None
     with held("transformers.modeling_utils", "LOAD REPORT") as reports:
         try:

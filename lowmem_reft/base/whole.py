@@ -7,6 +7,7 @@ was asked for.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,35 @@ _OTHER_PARTS = re.compile(
 """Parts that a checkpoint may have beside what a task uses: other heads, and towers of wrappers."""
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def check_sizes(config: Any, stored: Mapping[str, Stored] | None, model: str | Path) -> None:
+    """Refuse a configuration of more layers or larger ones than a checkpoint has numbers for.
+
+    A model of such sizes is not made at all: it may take hours, or all of the memory.
+
+    Args:
+        config: The base's.
+        stored: The checkpoint's tensors; None: not known yet.
+        model: Where both are, for the message.
+
+    Raises:
+        InputError: See above.
+    """
+    if not stored:
+        return
+    text = config.get_text_config()
+    num_numbers = 2 * sum(math.prod(tensor.shape) for tensor in stored.values())  # 4-bit ones: 2
+    most = {"num_hidden_layers": len(stored)}
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim"):
+        most[name] = num_numbers
+    for name, largest in most.items():
+        size = getattr(text, name, None)
+        if isinstance(size, int) and size > largest:
+            raise InputError(
+                f"{model} must have weights for the {name} {size:,} of its config.json, got "
+                f"{len(stored)} tensors; mend config.json, or download the model again"
+            )
 
 
 def check_keys(

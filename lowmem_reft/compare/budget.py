@@ -22,7 +22,7 @@ from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.data.rows import load_rows
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, naming
 from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.entries import MethodSpec, parse_methods, write_entry
 from lowmem_reft.methods.table import find_method, given_options
@@ -70,7 +70,8 @@ def equalize(
     Raises:
         InputError: The reference cannot be trained, or something that is chosen here is given.
     """
-    (reference,) = parse_methods(options.matrix.budget_reference or specs[0].label)[:1]
+    with naming("budget_reference"):
+        (reference,) = parse_methods(options.matrix.budget_reference or specs[0].label)[:1]
     plain = written.changed(options, equal=None, budget_reference=None)
     if options.matrix.equal == "params":
         return _equal_params(plain, specs, reference, cells_of)

@@ -21,7 +21,7 @@ from lowmem_reft.compare.queue import run_cells
 from lowmem_reft.compare.report.console import Progress, print_table
 from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.compare.sources import Sources, find_all_sources
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine.locks import alone
 from lowmem_reft.methods.entries import MethodSpec, expand_methods, parse_methods
 from lowmem_reft.options import CompareOptions, written
@@ -54,9 +54,10 @@ def run_comparison(
     chosen, embedded = options.matrix, options.is_embedded
     given = default_methods(options) if chosen.methods is None else chosen.methods
     methods = expand_methods(given, embedded=embedded)
-    reference = chosen.budget_reference and expand_methods(
-        chosen.budget_reference, embedded=embedded
-    )
+    with naming("budget_reference"):
+        reference = chosen.budget_reference and expand_methods(
+            chosen.budget_reference, embedded=embedded
+        )
     options = written.changed(options, methods=methods, budget_reference=reference)
     specs, seeds = parse_methods(methods), parse_seeds(options.matrix.seeds)
     every_source = [*find_all_sources(options)]

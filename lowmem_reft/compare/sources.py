@@ -24,7 +24,7 @@ from lowmem_reft.data.tasks.answers import find_extractor
 from lowmem_reft.data.tasks.metrics import find_metric
 from lowmem_reft.data.tasks.registry import find_task, load_task
 from lowmem_reft.data.tasks.task import Split, Task
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine import provenance
 from lowmem_reft.options import CompareOptions, ScoringOptions, written
 
@@ -74,8 +74,11 @@ def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list
 
 def _check_names(scoring: ScoringOptions) -> None:
     """Refuse a metric or an extractor that there is not before the first cell fails of it."""
-    for name in (scoring.metric, *filter(None, (scoring.extra_metrics or "").split(","))):
-        find_metric(name.strip())
+    find_metric(scoring.metric)
+    if scoring.extra_metrics is not None:
+        with naming("extra_metrics"):
+            for name in scoring.extra_metrics.split(","):
+                find_metric(name.strip())
     if scoring.extractor is not None:
         find_extractor(scoring.extractor)
 
@@ -85,7 +88,10 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
 
     Training rows are drawn with a fixed seed if there is a limit: files are often sorted.
     """
-    task, trained = find_task(name), find_task(options.scored.train_task or name)
+    with naming("tasks"):
+        task = find_task(name)
+    with naming("train_task"):
+        trained = find_task(options.scored.train_task or name)
     parts: dict[str, tuple[str | None, Sequence[Row]]] = {}
     chosen: tuple[tuple[str, Task, Split, int | None], ...] = (
         ("train", trained, "train", options.rows.limit),

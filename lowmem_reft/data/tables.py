@@ -130,12 +130,16 @@ def _records(path: Path, reader: Any, num_before: int) -> Iterator[tuple[str, An
         yield where, _typed(record, where)
 
 
+_MOST_DIGITS = 4000
+"""Python makes no integers of longer texts."""
+
+
 def _typed(record: dict[str, Any], where: str) -> dict[str, Any]:
     whole = ["label"]
     if record.get("choices"):
         record["choices"] = parse_json(record["choices"], f"{where}: choices")
         whole.append("answer")
     for name in whole:
-        if _INTEGER.fullmatch(record.get(name) or ""):
+        if _INTEGER.fullmatch(record.get(name) or "") and len(record[name]) <= _MOST_DIGITS:
             record[name] = int(record[name].partition(".")[0])
     return record

@@ -108,19 +108,19 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, *, answered: bool) -> tu
             "got none; use an instruction-tuned model or convert the rows to prompt and response"
         )
     prompt = _rendered(row, tokenizer, row.prompt_messages, add_generation_prompt=True)
+    start, rest = prompt, []
+    if answered:
+        # White space after the end of the turn (ChatML's new line) belongs to the next turn.
+        whole = _rendered(row, tokenizer, list(row.messages)).rstrip()
+        if whole.startswith(prompt.rstrip(" ")):
+            start = prompt if whole.startswith(prompt) else prompt.rstrip(" ")
+            rest = [whole[len(start) :]]
+        else:
+            rest = [_after_reasoning(row, tokenizer, prompt, whole)]
+        _check_said(row, row.messages[-1:], rest[0])
     asked = [message for message in row.prompt_messages if message["role"] == "user"]
     _check_said(row, asked[-1:], prompt)
-    if not answered:
-        return prompt, []
-    # White space after the end of the turn (ChatML's new line) belongs to the next turn.
-    whole = _rendered(row, tokenizer, list(row.messages)).rstrip()
-    _check_said(row, row.messages[-1:], whole)
-    start = prompt.rstrip(" ")
-    if whole.startswith(start):
-        if whole.startswith(prompt):
-            return prompt, [whole[len(prompt) :]]
-        return start, [whole[len(start) :]]
-    return prompt, [_after_reasoning(row, tokenizer, prompt, whole)]
+    return start, rest
 
 
 def _check_said(row: Row, messages: Sequence[Any], text: str) -> None:

@@ -9,6 +9,8 @@ import errno
 import json
 import math
 import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,6 +18,7 @@ from typing import IO, Any, Literal, Union, get_args, get_origin
 
 from lowmem_reft.errors import InputError
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONGEST_NAME = 50
 """Characters of a file's name that its temporary one has, too: the system takes 255 bytes."""
 
@@ -105,13 +108,18 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: It is none, is no UTF-8, is nested too deeply, or has an integer of thousands of
-            digits.
+        ValueError: It is none, is no UTF-8, holds half of a surrogate pair, is nested too deeply,
+            or has an integer of thousands of digits.
     """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if _SURROGATE.search(text):
+        json.dumps(content, ensure_ascii=False).encode()  # half of a pair is no text
+    return content
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -130,7 +138,7 @@ def fits(value: Any, hint: Any) -> bool:
             return all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
         return all(fits(item, inner[0]) for item in value)
     if hint is float:
-        return type(value) in (int, float) and abs(value) < math.inf
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is (NoneType if hint is None else hint)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -19,8 +20,8 @@ from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.heads import head_names
 from lowmem_reft.base.ours import ours
 from lowmem_reft.base.stored import are_finite, not_whole, read_header, read_json_object, some
-from lowmem_reft.base.trust import holding_tensors_alone
 from lowmem_reft.errors import InputError, is_of_the_machine
+from lowmem_reft.machine.files import fits
 from lowmem_reft.reft.peft_method import type_of
 
 CONFIG = "adapter_config.json"
@@ -38,6 +39,12 @@ def read_config(directory: Path) -> Any:
     """
     path = directory / CONFIG
     fields = read_json_object(path, "a PEFT configuration")
+    tokens: Any = fields.get("alora_invocation_tokens")
+    if not fits(tokens, list[int] | None) or any(not 0 <= token < 2**31 for token in tokens or ()):
+        raise InputError(
+            f"{path} must have token ids as alora_invocation_tokens, got {shortened(tokens)}; save "
+            "the adapter again"
+        )
     try:
         return PeftConfig.from_pretrained(str(directory))
     except InputError as error:
@@ -79,11 +86,10 @@ def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
             wrong = next((name for name in shapes if not are_finite(file.get_tensor(name))), None)
     else:
         try:
-            with holding_tensors_alone("adapter", path):
-                tensors = load_peft_weights(str(directory), device="cpu")
+            tensors = load_peft_weights(str(directory), device="cpu")
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         except Exception as error:
-            if isinstance(error, InputError) or is_of_the_machine(error):
+            if is_of_the_machine(error):
                 raise
             raise not_whole(path, "a whole file of torch.save with tensors alone", error) from error
         wrong = next((name for name, tensor in tensors.items() if not are_finite(tensor)), None)
@@ -103,6 +109,7 @@ def put_on(model: Any, directory: Path, name: str = "default") -> Any:
             other or the base.
     """
     shapes, path = read_shapes(directory), weights_file(directory)
+    _check_sizes(directory, shapes)
     _fit_vocabulary(model, shapes, path)
     try:
         with warnings.catch_warnings():
@@ -121,6 +128,23 @@ def put_on(model: Any, directory: Path, name: str = "default") -> Any:
         ) from error
     _check_keys(model, shapes, directory, name)
     return model
+
+
+def _check_sizes(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a rank that no tensor has, before PEFT makes as many numbers.
+
+    Raises:
+        InputError: There is one.
+    """
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    fields = read_json_object(directory / CONFIG, "a PEFT configuration")
+    for name in ("r", "rank"):
+        size = fields.get(name)
+        if isinstance(size, int) and shapes and size > largest:
+            raise InputError(
+                f"{directory / CONFIG} must describe the weights beside it, got {name} {size}, "
+                "which none of their sizes is; save or download the adapter again"
+            )
 
 
 def _check_keys(model: Any, shapes: Mapping[str, Any], directory: Path, name: str) -> None:

@@ -9,7 +9,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lowmem_reft.errors import InputError, check_counts, check_not_negative, check_positive
+from lowmem_reft.errors import (
+    MOST_OF_A_STEP,
+    InputError,
+    check_at_most,
+    check_counts,
+    check_not_negative,
+    check_positive,
+)
 from lowmem_reft.options.values import (
     OPTIMIZERS,
     SCHEDULES,
@@ -198,6 +205,7 @@ class MethodOptions:
         if self.profile is not None:
             check_choice("profile", self.profile, ("fast", "balanced", "paper"))
         check_positive(alpha=self.alpha)
+        check_at_most(MOST_OF_A_STEP, rank=self.rank)
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout!r}; for example 0.05")
 
@@ -230,6 +238,7 @@ class OptimOptions:
     def __post_init__(self) -> None:
         """Check every field."""
         check_counts(batch_size=self.batch_size, gradient_accumulation=self.gradient_accumulation)
+        check_at_most(MOST_OF_A_STEP, batch_size=self.batch_size)
         check_positive(epochs=self.epochs, lr=self.lr, max_grad_norm=self.max_grad_norm)
         check_not_negative(weight_decay=self.weight_decay)
         if self.max_steps != -1 and self.max_steps < 1:
@@ -275,6 +284,7 @@ class MemoryOptions:
         """Check the counts."""
         check_counts(checkpoint_every=self.checkpoint_every, mlp_tokens=self.mlp_tokens)
         check_positive(memory_gib=self.memory_gib)
+        check_at_most(MOST_OF_A_STEP, memory_gib=self.memory_gib)
 
 
 @dataclass(frozen=True, kw_only=True)

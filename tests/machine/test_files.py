@@ -56,7 +56,9 @@ def test_a_device_stays_one() -> None:
     assert write_whole(Path("/dev/null"), lambda part: part.write_text("x")).is_char_device()
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "{", b"\xff\xfe", ""])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "9" * 5000, "{", b"\xff\xfe", "", '"\\ud800"', "[]".encode("utf-16")]
+)
 def test_what_is_no_json_is_one_kind_of_error(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_json(text)
@@ -68,7 +70,7 @@ def test_what_is_no_json_is_one_kind_of_error(text: str | bytes) -> None:
         (1, float, True),
         (True, float, False),
         (float("nan"), float | None, False),
-        (10**400, float, True),
+        (10**400, float, False),
         (None, float | None, True),
         ("a", Literal["a", "b"], True),
         (1, Literal[True], False),

@@ -26,7 +26,7 @@ from lowmem_reft.compare.sweep.rows import find_rows
 from lowmem_reft.compare.sweep.runner import Task, run_trials
 from lowmem_reft.compare.sweep.search import Search, Trial, best_of, read_trial
 from lowmem_reft.compare.sweep.space import Space, grid, parse_space, size
-from lowmem_reft.errors import InputError
+from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine.files import parse_json, write_json
 from lowmem_reft.machine.locks import alone
 from lowmem_reft.methods.entries import MethodSpec, parse_methods
@@ -58,7 +58,8 @@ def run_sweep(
         InputError: The space, the methods, the rows or the model are wrong, or Optuna is missing.
     """
     check_comparison(options)
-    specs = parse_methods(options.search.methods)
+    with naming("methods"):
+        specs = parse_methods(options.search.methods)
     spaces = parse_space(options.search.space, specs)
     sampler = choose_sampler(options, spaces)
     trials, sources, final = find_rows(options)

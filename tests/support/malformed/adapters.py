@@ -237,17 +237,14 @@ def _damage(random: Random, store: Path) -> str:
         manifest.write_bytes(data)
         return f"manifest is {how}"
     if what == "place":
-        how = random.choice(["gone", "a shard gone", "a file instead", "a shard is a directory"])
+        how = random.choice(["gone", "a shard gone", "a file instead"])
         if how == "gone":
             manifest.unlink()
         elif how == "a shard gone":
             shard.unlink()
-        elif how == "a file instead":
+        else:
             shutil.rmtree(store)
             store.write_text("zzz")
-        else:
-            shard.unlink()
-            shard.mkdir()
         return how
     content: dict[str, Any] = json.loads(manifest.read_text())
     path: tuple[Any, ...] = (random.choice(list(content)),)

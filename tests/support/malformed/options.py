@@ -286,7 +286,6 @@ PAIRS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("profile", ("--response-len", "99999"), ("response_len",)),
     ("reuse rm", ("key",), ("keys",)),
     ("reuse ls", ("--all",), ("--all",)),
-    ("import-pyreft", ("--act", "none", "--tie", "sides"), ("act", "tie", "sides", "positions")),
     ("import-pyreft", ("--intervention", "DireftIntervention"), ("intervention",)),
     ("methods", ("--data-dir", "x"), ("--data-dir",)),
     ("tasks", ("--data-dir", "/nowhere"), ("data_dir",)),
