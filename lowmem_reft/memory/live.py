@@ -180,6 +180,13 @@ class LiveMemory(TorchDispatchMode):
         if known is not None:
             self._count(known[1], -known[1].num_bytes)
 
+    def end(self) -> None:
+        """Follow no storage any more; figures stay as they are.
+
+        Otherwise each is followed until it is freed, where Python prints and forgets a signal.
+        """
+        self._blocks.clear()
+
     def reset_peak(self) -> None:
         """Forget the peak and the timeline so far."""
         self.timeline.clear()

@@ -300,6 +300,7 @@ def _peak_of_a_step(
         loss.backward()
         del loss
     model.zero_grad()
+    memory.end()
     return {
         "peak_bytes": memory.peak_bytes,
         "reserved_bytes": None,
