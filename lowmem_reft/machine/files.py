@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,6 +17,8 @@ from typing import IO, Any, Literal, Union, get_args, get_origin
 
 from lowmem_reft.errors import InputError
 
+_LARGEST = 1e100
+"""More is no measurement, and no axis of a chart is so long."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONGEST_NAME = 50
 """Characters of a file's name that its temporary one has, too: the system takes 255 bytes."""
@@ -138,7 +139,7 @@ def fits(value: Any, hint: Any) -> bool:
             return all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
         return all(fits(item, inner[0]) for item in value)
     if hint is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        return type(value) in (int, float) and abs(value) <= _LARGEST
     return type(value) is (NoneType if hint is None else hint)
 
 

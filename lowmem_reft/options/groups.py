@@ -238,7 +238,7 @@ class OptimOptions:
     def __post_init__(self) -> None:
         """Check every field."""
         check_counts(batch_size=self.batch_size, gradient_accumulation=self.gradient_accumulation)
-        check_at_most(MOST_OF_A_STEP, batch_size=self.batch_size)
+        check_at_most(MOST_OF_A_STEP, batch_size=self.batch_size, weight_decay=self.weight_decay)
         check_positive(epochs=self.epochs, lr=self.lr, max_grad_norm=self.max_grad_norm)
         check_not_negative(weight_decay=self.weight_decay)
         if self.max_steps != -1 and self.max_steps < 1:

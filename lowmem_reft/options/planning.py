@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lowmem_reft.errors import InputError, check_counts
+from lowmem_reft.errors import MOST_OF_A_STEP, InputError, check_at_most, check_counts
 from lowmem_reft.options.groups import MemoryOptions, MethodOptions, ModelOptions
 from lowmem_reft.options.values import ComputeDtype, Storage, Switches, TaskType, check_directory
 
@@ -37,6 +37,7 @@ class LengthOptions:
             gradient_accumulation=self.gradient_accumulation,
             max_new_tokens=self.max_new_tokens,
         )
+        check_at_most(MOST_OF_A_STEP, batch_size=self.batch_size)
         if self.response_len is not None and self.response_len > self.seq_len:
             raise InputError(
                 f"response_len must be at most seq_len, which is {self.seq_len}, got "

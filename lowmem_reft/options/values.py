@@ -169,6 +169,8 @@ def check_pattern(pattern: str | None) -> None:
     """
     if pattern is None:
         return
+    if not pattern:
+        raise InputError("answer_pattern must be a regular expression, got ''; leave it out")
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
