@@ -20,8 +20,7 @@ from lowmem_reft.data.rows import (
     load_rows,
     rows_digest,
 )
-from lowmem_reft.data.tasks.answers import find_extractor
-from lowmem_reft.data.tasks.metrics import find_metric
+from lowmem_reft.data.tasks.metrics import check_names
 from lowmem_reft.data.tasks.registry import find_task, load_task
 from lowmem_reft.data.tasks.task import Split, Task
 from lowmem_reft.errors import InputError, naming
@@ -63,24 +62,13 @@ def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list
     Raises:
         InputError: A task is unknown or named twice, or its files or the model are not there.
     """
-    _check_names(options.scoring)
+    check_names(options.scoring)
     if options.scored.tasks is None:
         return [find_sources(options)]
     names = [name.strip() for name in options.scored.tasks.split(",")]
     if len(set(names)) < len(names):
         raise InputError(f"tasks must be different, got {options.scored.tasks!r}; drop one")
     return [_task_sources(options, name, scored) for name in names]
-
-
-def _check_names(scoring: ScoringOptions) -> None:
-    """Refuse a metric or an extractor that there is not before the first cell fails of it."""
-    find_metric(scoring.metric)
-    if scoring.extra_metrics is not None:
-        with naming("extra_metrics"):
-            for name in scoring.extra_metrics.split(","):
-                find_metric(name.strip())
-    if scoring.extractor is not None:
-        find_extractor(scoring.extractor)
 
 
 def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:

@@ -20,7 +20,7 @@ from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.ours import ours
 from lowmem_reft.data.rows import as_choices, class_index
 from lowmem_reft.data.tasks.answers import answers_equal, extract_answer, find_extractor
-from lowmem_reft.data.tasks.metrics import compute, find_metric
+from lowmem_reft.data.tasks.metrics import check_names, compute
 from lowmem_reft.data.tokens import (
     Collator,
     EncodedRows,
@@ -31,7 +31,7 @@ from lowmem_reft.data.tokens import (
     encode_those_that_fit,
 )
 from lowmem_reft.data.turns import of_turns
-from lowmem_reft.errors import InputError, naming
+from lowmem_reft.errors import InputError
 from lowmem_reft.machine.progress import counter, progress
 from lowmem_reft.methods.likelihood import check_finite, response_log_likelihood
 from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
@@ -129,13 +129,7 @@ def check_scoring(options: ScoringOptions) -> None:
     Raises:
         InputError: See above.
     """
-    find_metric(options.metric)
-    if options.extra_metrics is not None:
-        with naming("extra_metrics"):
-            for name in options.extra_metrics.split(","):
-                find_metric(name.strip())
-    if options.extractor is not None:
-        find_extractor(options.extractor)
+    check_names(options)
     extract_answer("", options.answer_pattern)
 
 

@@ -12,12 +12,15 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lowmem_reft.data.tasks.answers import answers_equal
-from lowmem_reft.errors import InputError
+from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
+from lowmem_reft.errors import InputError, naming
+
+if TYPE_CHECKING:
+    from lowmem_reft.options import ScoringOptions
 
 
 @dataclass(frozen=True)
@@ -189,3 +192,18 @@ def _rouge_l(prediction: str, reference: str) -> float:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
+
+
+def check_names(scoring: ScoringOptions) -> None:
+    """Refuse a metric or an extractor that there is not, before the work.
+
+    Raises:
+        InputError: See above.
+    """
+    find_metric(scoring.metric)
+    if scoring.extra_metrics is not None:
+        with naming("extra_metrics"):
+            for name in scoring.extra_metrics.split(","):
+                find_metric(name.strip())
+    if scoring.extractor is not None:
+        find_extractor(scoring.extractor)
