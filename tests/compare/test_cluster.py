@@ -49,9 +49,9 @@ def run_cell(todo):
         os.kill(os.getpid(), signal.SIGKILL)
     if lr == {KILLS_WORKER}:
         os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(60)
+        time.sleep(600)
     if lr == {SLOW}:
-        time.sleep(60)
+        time.sleep(600)
     rows = Path(todo.evaluate.data.data).read_text().splitlines()
     if todo.train:
         adapter = todo.train.run.output_dir / "adapter"
@@ -213,7 +213,7 @@ def test_a_killed_worker_loses_only_its_cell_and_only_that_one_runs_again(
     errors = {result["method"]: result["error"] for result in results_of(options)}
     assert errors.pop(lost).startswith("Ray: WorkerCrashedError: ")
     assert set(errors.values()) == {None}
-    # Its process went with it: it would have slept for a minute.
+    # Its process went with it: it would have slept for ten minutes.
     assert str(fake_cell[1]) not in processes()
     before = runs_of(tmp_path)
     assert len(before) == 6
@@ -230,7 +230,7 @@ def test_a_stopped_cell_takes_its_process_with_it(options, fake_cell, cluster, t
     *_, cell = build_cells(options, specs, [0], find_sources(options))
     with open_engine("ray", child_command=fake_cell) as engine:
         run = engine.start(cell)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not runs_of(tmp_path) and time.monotonic() < deadline:
             assert not run.ended()
             time.sleep(0.05)
@@ -254,10 +254,11 @@ def test_a_sweep_follows_the_epochs_of_its_trials_and_stops_bad_ones(options, tm
         workers="ray",
         quiet=True,
     )
-    start = time.monotonic()
     answer = run_sweep(sweep, child_command=(sys.executable, str(fake_cell)))
-    assert time.monotonic() - start < 50  # the bad one would have slept for a minute
     assert (answer["num_complete"], answer["num_pruned"]) == (6, 1)
+    [search] = json.loads((sweep.output_dir / "sweep.json").read_text())["searches"]
+    # Nobody waited for its second epoch, which comes after ten minutes.
+    assert [trial["epochs"] for trial in search["trials"] if trial["state"] == "pruned"] == [[0.05]]
     assert answer["methods"] == "loreft[rank=8]"
     assert str(fake_cell) not in processes()
 
@@ -289,12 +290,12 @@ def test_an_interrupt_leaves_nothing_running(options, fake_cell, tmp_path):
     )
     slow = f"red[lr={SLOW}] 0"
     finished = options.output_dir / "cells" / "loreft-seed0" / "result.json"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (slow in runs_of(tmp_path) and finished.is_file()) and time.monotonic() < deadline:
         time.sleep(0.05)
     was_running = fake_cell[1] in processes()
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert was_running
     assert "KeyboardInterrupt" in errors
     assert "arning" not in errors
