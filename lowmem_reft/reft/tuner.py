@@ -127,11 +127,13 @@ class ReftModel(BaseTuner):
         training = model.training and torch.is_grad_enabled()
         place = self.current.selector.place(args, kwargs, training=training)
         self.current.place = place
-        if place.is_decoding and not model.training and "intervention_mask" not in kwargs:
+        is_new = place.is_decoding and not model.training and "intervention_mask" not in kwargs
+        if is_new and not self._edits_answers():
             self.current.value = {}  # without a walk over all modules
             return args, kwargs
-        refuse_casts()
-        self.restore_full_precision()
+        if not is_new:
+            refuse_casts()
+            self.restore_full_precision()
         enabled = next((layer for layer in self._layers() if not layer.disable_adapters), None)
         selection, kwargs = self.current.selector.select(
             [] if enabled is None else list(enabled.active_adapters),
@@ -150,11 +152,15 @@ class ReftModel(BaseTuner):
             self.current.place.passed(output)
         self.current.value = self.current.place = None
 
+    def _edits_answers(self) -> bool:
+        configs: Any = self.current.selector.configs
+        return any(config.where.response for config in configs.values())
+
     def _layers(self) -> Iterator[ReftLayer]:
         return (module for module in self.model.modules() if isinstance(module, ReftLayer))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the base model's ``generate``; the prompt is edited, new tokens are not."""
+        """Generate with the base model's ``generate``, whose prompt and new tokens are told apart."""
         if self.current.generate is None:
             raise AttributeError(f"{type(self.model).__name__} does not generate")
         with self.current.selector.generation(self.model, args, kwargs) as model_kwargs:
