@@ -7,8 +7,8 @@ Everything here follows from masks, never from token ids, so padding side, pad =
 BOS do not matter. The result is one integer per token: the index of the parameter set φ that edits
 it, or -1. A token has at most one intervention by construction.
 
-Source: arXiv 2404.03592, section 3 (P) and 4 (the hyperparameters p, s and tying). Every token, also
-new ones: arXiv 2402.15179 (RED), 1902.00751 (bottleneck adapters), 2308.10248 (steering vectors).
+Source: arXiv 2404.03592, section 3 (P) and 4 (the hyperparameters p, s and tying). Every token,
+new ones too: arXiv 2402.15179 (RED), 1902.00751 (bottlenecks), 2308.10248 (steering vectors).
 """
 
 from __future__ import annotations

@@ -93,10 +93,11 @@ class Selector:
         if not active and self._adapter_names is None:
             return selection, kwargs
         chosen = self._examples(active, shape_of(call)[0])
-        is_decoding = place.is_decoding and call.get("intervention_mask") is None
-        if place.problem is not None and call.get("intervention_mask") is None:
-            if not all(self.configs[name].edits_alike for name in chosen):
-                raise InputError(place.problem)
+        is_named = call.get("intervention_mask") is not None
+        is_decoding = place.is_decoding and not is_named
+        matters = not all(self.configs[name].edits_alike for name in chosen)
+        if place.problem is not None and matters and not is_named:
+            raise InputError(place.problem)
         for name, examples in chosen.items():
             config = self.configs[name]
             if is_decoding and examples is None:
@@ -240,8 +241,8 @@ def _require_one_answer(
 ) -> None:
     """Refuse several answers in one example, unless all are read after the same edits.
 
-    They are where every token is edited alike, and where the first tokens alone are edited: those of
-    the first prompt, which holds them.
+    They are where every token is edited alike, and where the first tokens alone are edited: those
+    of the first prompt, which holds them.
 
     Raises:
         InputError: See above.

@@ -28,10 +28,11 @@ from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.processes import refuse_casts
 from lowmem_reft.reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.reft.config import ReftConfig, resolve_layers
-from lowmem_reft.reft.interventions import READS_INPUT
+from lowmem_reft.reft.interventions import READS_INPUT, computed_once
 from lowmem_reft.reft.layer import HALF, NO_MERGE, CurrentSelection, ReftLayer
 from lowmem_reft.reft.loaded import check_loaded
 from lowmem_reft.reft.peft_method import NAME, PREFIX, find_best_of_named, register
+from lowmem_reft.reft.positions import Positions
 from lowmem_reft.reft.recompute import SelectionKeepingCheckpoint, keep_selection_in_recompute
 from lowmem_reft.reft.selection import Selector
 
@@ -46,6 +47,12 @@ class ReftModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         check_versions()
         note_base(config, model)
+        generates = getattr(model, "can_generate", lambda: True)()
+        if config.where == Positions(response=True) and not generates:
+            raise InputError(
+                f"positions must edit the prompt of {type(model).__name__}, which has no answers, "
+                f"got {config.positions!r}; for example 'all'"
+            )
         found = device_of(model)  # for blocks that are not there; there may be none at all
         self._device = torch.device("cpu") if found.type == "meta" else found
         existing = next((m for m in model.modules() if isinstance(m, ReftLayer)), None)
@@ -160,10 +167,13 @@ class ReftModel(BaseTuner):
         return (module for module in self.model.modules() if isinstance(module, ReftLayer))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the base model's ``generate``, whose prompt and new tokens are told apart."""
+        """Generate with the base model's ``generate``, telling its prompt from new tokens."""
         if self.current.generate is None:
             raise AttributeError(f"{type(self.model).__name__} does not generate")
-        with self.current.selector.generation(self.model, args, kwargs) as model_kwargs:
+        with (
+            self.current.selector.generation(self.model, args, kwargs) as model_kwargs,
+            computed_once(self.model),
+        ):
             return self.current.generate(*args, **model_kwargs)
 
     def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:

@@ -49,6 +49,8 @@ _MARKS = {
     "edited": ("[", "]", "cyan"),
     "supervised": ("{", "}", "green"),
     "end": ("<<", ">>", "bold magenta"),
+    "edited supervised": ("[{", "}]", "green"),
+    "edited end": ("[<<", ">>]", "bold magenta"),
 }
 """How each part is written around its tokens, and in which style."""
 
@@ -247,10 +249,11 @@ def _print(result: dict[str, Any], *, quiet: bool) -> None:
 def _marked(row: dict[str, Any]) -> Text:
     """A row with its parts marked: also without colour."""
     text = Text(f"\n{row['source']}{'' if row['fits'] else ' (does not fit)'}\n", style="")
-    kinds = ["prompt"] * len(row["ids"])
+    kinds, edited = ["prompt"] * len(row["ids"]), set(row["edited"])
     for kind in ("edited", "supervised", "end"):
         for index in row[kind]:
-            kinds[index] = kind
+            both = kind != "edited" and index in edited
+            kinds[index] = f"edited {kind}" if both else kind
     start = 0
     while start < len(kinds):
         stop = start

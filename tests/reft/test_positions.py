@@ -26,7 +26,11 @@ SPECS_AND_TIES = [
     ("all", "tied"),
     ("every", "tied"),
     ("every", "sides"),
-    *((spec, tie) for spec in (*SPECS, "response", "l1+response", "f3+l3+response") for tie in TIES),
+    *(
+        (spec, tie)
+        for spec in (*SPECS, "response", "l1+response", "f3+l3+response")
+        for tie in TIES
+    ),
 ]
 
 

@@ -141,8 +141,8 @@ def _check_expressible(config: Any) -> None:
         )
     if config.where.response:
         raise InputError(
-            f"positions must be of the prompt to be exported, got {config.positions!r}: pyreft edits "
-            "what it reads first and no new token, so the answers would be those of another "
+            f"positions must be of the prompt to be exported, got {config.positions!r}: pyreft "
+            "edits what it reads first and no new token, so the answers would be those of another "
             "adapter; train with --positions all"
         )
     if config.tie == "positions":
