@@ -36,6 +36,7 @@ from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.methods.table import find_method
 from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
+from lowmem_reft.reft.interventions import computed_once
 from lowmem_reft.reuse.batch import Stacked, aligned, run_stacked
 from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape
@@ -290,7 +291,7 @@ class Predictor:
         total_len = prompt_len + lengths.max_new_tokens
         memory, kernels = self._count(batch_size > 1)
         ids = torch.zeros(batch_size, prompt_len, dtype=torch.long)
-        with kernels.imitated(), memory, torch.no_grad():
+        with kernels.imitated(), memory, torch.no_grad(), computed_once(self.model):
             base = base_of(self.model)
             cache = DynamicCache(config=base.config)
             arguments = {**with_cache(base, cache), "logits_to_keep": 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Bool, Int
@@ -15,7 +15,13 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.options.values import check_choice
 from lowmem_reft.reft.interventions import ACTIVATIONS, READS_INPUT, intervention_options
 from lowmem_reft.reft.peft_method import NAME, peft_type
-from lowmem_reft.reft.positions import assign_groups, num_groups, parse_positions
+from lowmem_reft.reft.positions import (
+    EVERY,
+    Positions,
+    assign_groups,
+    num_groups,
+    parse_positions,
+)
 
 COMPONENTS = ("block_output", "mlp_output", "attention_output")
 LAYERS_GRAMMAR = "'all', 0-based indices such as '8;12;16' or [8, 12, 16], or 'upper:0.5'"
@@ -38,9 +44,11 @@ class ReftConfig(PeftConfig):
     layers: str | list[int] = "all"
     """L: "all", 0-based block indices ("8;12;16" or a list), or "upper:F" for the upper share F."""
     positions: str = "f7+l7"
-    """P: prompt tokens that are edited: "f7+l7", "f3", "l1" or "all"."""
+    """P: prompt tokens that are edited: "f7+l7", "f3", "l1" or "all"; with "+response" those of the
+    answer too; "response" alone, or "every" token."""
     tie: str = "tied"
-    """One φ per layer ("tied"), one per side ("sides") or one per position ("positions")."""
+    """One φ per layer ("tied"), one per side ("sides") or one per position ("positions"); sides are
+    the prompt's start, its end and the answer."""
     component: str = "block_output"
     """Hidden vector that is edited: "block_output", "mlp_output" or "attention_output"."""
     act: str | None = None
@@ -68,6 +76,8 @@ class ReftConfig(PeftConfig):
         if self.init is None:
             self.init = "paper" if self.act else "identity"
         _ = self.num_groups  # which checks positions and tie
+        if parse_positions(self.positions) == parse_positions(EVERY):
+            self.positions = EVERY  # one word for it, so that adapters can be compared by it
         check_layers(self.layers)
         if not isinstance(self.layers, str):
             self.layers = list(self.layers)  # a range or a tuple would not come back from the file
@@ -92,15 +102,41 @@ class ReftConfig(PeftConfig):
             )
 
     @property
+    def where(self) -> Positions:
+        """What ``positions`` says; only a causal language model has answers.
+
+        Raises:
+            InputError: The grammar is broken, or nothing is left to edit.
+        """
+        positions = parse_positions(self.positions)
+        if self.task_type in (None, "CAUSAL_LM") or not positions.response:
+            return positions
+        positions = replace(positions, response=False)
+        if positions == Positions():
+            raise InputError(
+                f"positions must edit the prompt with task_type {self.task_type}, which has no "
+                f"answers, got {self.positions!r}; for example 'all'"
+            )
+        return positions
+
+    @property
     def num_groups(self) -> int:
         """How many φ a layer has: 1, one per side, or one per position."""
-        return num_groups(parse_positions(self.positions), self.tie)
+        return num_groups(self.where, self.tie)
+
+    @property
+    def edits_alike(self) -> bool:
+        """Whether one φ edits every token, so that it does not matter what is prompt or answer."""
+        return self.where.prompt and self.where.response and self.tie == "tied"
 
     def groups(
-        self, prompt: Bool[Tensor, "batch seq"], segments: Int[Tensor, "batch seq"] | None = None
+        self,
+        prompt: Bool[Tensor, "batch seq"],
+        segments: Int[Tensor, "batch seq"] | None = None,
+        attended: Bool[Tensor, "batch seq"] | None = None,
     ) -> Int[Tensor, "batch seq"]:
         """Return for each token the index of the φ that edits it, or -1; see ``assign_groups``."""
-        return assign_groups(parse_positions(self.positions), self.tie, prompt, segments)
+        return assign_groups(self.where, self.tie, prompt, segments, attended)
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that interventions may read, for ``build_intervention``."""

@@ -19,7 +19,8 @@ and in ``test_interventions.py`` what the change is, in float64. A whole one is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -117,8 +118,11 @@ class Rotation(nn.Module):
     r"""R: ``rank`` orthonormal rows, a function of an unconstrained parameter of the same shape.
 
     While training, the factorization runs once per optimizer step and is shared by every forward
-    pass until then.
+    pass until then; ``computed_once`` shares R among the passes of a generation.
     """
+
+    shared: list[Tensor] | None = None
+    """R, once it was computed; None where every pass computes its own."""
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__()
@@ -147,12 +151,17 @@ class Rotation(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the factorization out of copies and pickles."""
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "shared": None}
 
     def forward(self) -> Float[Tensor, "rank hidden"]:
         """Return R, with RRᵀ = I to fp32 rounding."""
         if not self.training:
-            return orthonormal_rows(self.raw)  # nothing tells whether `raw.data` was written to
+            # Nothing tells whether `raw.data` was written to.
+            if self.shared is None or torch.is_grad_enabled():
+                return orthonormal_rows(self.raw)
+            if not self.shared:
+                self.shared.append(orthonormal_rows(self.raw))
+            return self.shared[0]
         key = self._stamp()
         if self._cache is None or self._cache[0] != key:
             # The values are kept so that no later ones can come to lie at the same address.
@@ -160,6 +169,22 @@ class Rotation(nn.Module):
         factors = self._cache[2]
         out: Tensor = _OrthonormalRows.apply(self.raw, *factors)  # type: ignore[no-untyped-call]
         return out
+
+
+@contextmanager
+def computed_once(model: nn.Module) -> Iterator[None]:
+    """Compute each R of a model once for as long as the context lasts, in which nothing is written.
+
+    A new token costs less than the factorizations that it would take.
+    """
+    rotations = [module for module in model.modules() if isinstance(module, Rotation)]
+    for rotation in rotations:
+        rotation.shared = []
+    try:
+        yield
+    finally:
+        for rotation in rotations:
+            rotation.shared = None
 
 
 class LearnedSource(nn.Module):
@@ -328,7 +353,7 @@ class LearnedSteering(nn.Module):
 class Bottleneck(nn.Module):
     r"""Series bottleneck adapter, arXiv 1902.00751: h + W_up f(W_down h + c) + b; default f: relu.
 
-    Meant for ``mlp_output`` or ``attention_output`` and ``positions="all"``; starts with W_up = 0
+    Meant for ``mlp_output`` or ``attention_output`` and ``positions="every"``; starts with W_up = 0
     and b = 0. As ``parallel_bottleneck`` (arXiv 2110.04366) it is given x, which goes into the
     sub-layer that h comes out of: h + W_up f(W_down x + c) + b.
     """

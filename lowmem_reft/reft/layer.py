@@ -19,7 +19,7 @@ from lowmem_reft.machine.processes import shards_model
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.interventions import READS_INPUT, build_intervention
 from lowmem_reft.reft.past import Place
-from lowmem_reft.reft.selection import Selection, Selector
+from lowmem_reft.reft.selection import Selection, Selector, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self,
         hidden: Tensor,
         phi: nn.Module,
-        index: tuple[Tensor, Tensor],
+        index: Tokens,
         dropout: float,
         source: Tensor | None = None,
     ) -> Tensor:
@@ -156,12 +156,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
         φ reads them, or the vectors at the same places in ``source`` if there is one.
         """
-        num_tokens = index[0].numel()
+        num_all = hidden.shape[0] * hidden.shape[1]
+        num_tokens = num_all if index is None else index[0].numel()
         if num_tokens == 0 and not (self.training and shards_model()):
             return hidden  # else φ gets a gradient of 0: each process has to reduce the same ones
         apply = partial(_edit_vectors, phi=phi, dropout=dropout if self.training else 0.0)
         tensors = (hidden,) if source is None else (hidden, source)
-        if num_tokens == hidden.shape[0] * hidden.shape[1]:  # all of them: nothing to gather
+        if index is None or num_tokens == num_all:  # nothing to gather
             return _in_chunks(apply, *(part.flatten(0, 1) for part in tensors)).view_as(hidden)
         rows, columns = (part.to(hidden.device) for part in index)
         new = _in_chunks(apply, *(part[rows, columns] for part in tensors))
@@ -245,7 +246,8 @@ def _edit_vectors(
     """
     kind = vectors.device.type
     # Autocast would take the products to 16 bit; the meta device has none.
-    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+    is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if is_cast else nullcontext():
         exact = vectors.to(_dtype_of(phi))
         change = phi(exact if source is None else source.to(exact.dtype))
         if dropout:

@@ -1,9 +1,11 @@
 """From the arguments of a forward pass to the tokens that each adapter edits.
 
-Training: the prompt is what is attended and not supervised before the first supervised token.
-Generation: the prompt is everything attended at prefill; decode steps are left alone.
+Training: the prompt is what is attended and not supervised before the first supervised token, and
+what is attended after it is the answer.
+Generation: the prompt is everything attended at prefill, and what decode steps read is the answer.
 Other tasks: every attended token is prompt. ``prompt_mask`` says instead which tokens are prompt;
-``intervention_mask`` says which tokens are edited and overrides all of it.
+``intervention_mask`` says which tokens are edited and overrides all of it. In a ``generate`` it
+overrides what is edited of the prompt, and new tokens are edited if the positions have a response.
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ from lowmem_reft.reft.positions import (
     find_prompt,
     has_later_prompt,
     packed_segments,
-    parse_positions,
 )
 
 OWN_ARGUMENTS = ("prompt_mask", "intervention_mask")
 
-# For each adapter, for each of its φ: the batch and sequence indices of the tokens that φ edits.
-Selection = dict[str, list[tuple[Tensor, Tensor]]]
+# Batch and sequence indices of tokens; None: all of them, so that nothing has to be gathered.
+Tokens = tuple[Tensor, Tensor] | None
+# For each adapter, for each of its φ: the tokens that φ edits.
+Selection = dict[str, list[Tokens]]
+_NOWHERE = (torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long))
 
 
 class Selector:
@@ -88,13 +92,18 @@ class Selector:
         selection: Selection = {}
         if not active and self._adapter_names is None:
             return selection, kwargs
-        if call.get("intervention_mask") is None:
-            if place.problem is not None:
-                raise InputError(place.problem)
-            if place.is_decoding:
-                return selection, kwargs
-        for name, examples in self._examples(active, shape_of(call)[0]).items():
+        chosen = self._examples(active, shape_of(call)[0])
+        is_named = call.get("intervention_mask") is not None
+        is_decoding = place.is_decoding and not is_named
+        matters = not all(self.configs[name].edits_alike for name in chosen)
+        if place.problem is not None and matters and not is_named:
+            raise InputError(place.problem)
+        for name, examples in chosen.items():
             config = self.configs[name]
+            if is_decoding and examples is None:
+                if config.where.response:
+                    selection[name] = [*[_NOWHERE] * (config.num_groups - 1), None]
+                continue
             groups = self._groups(config, call, place, training=training)
             if examples is not None:
                 groups = torch.where(examples[:, None].to(groups.device), groups, -1)
@@ -164,6 +173,10 @@ class Selector:
         """Return (batch, length): the index of the φ that edits each token, or -1."""
         batch, length = shape_of(call)
         branch, explicit = place.branch, call.get("intervention_mask")
+        # What comes after the prompt in a generation.
+        new = config.num_groups - 1 if config.where.response else -1
+        if place.is_decoding and explicit is None:
+            return torch.full((batch, length), new)
         if branch is not None and branch.mask is not None and explicit is None:
             groups = (
                 config.groups(branch.mask.bool())
@@ -172,7 +185,7 @@ class Selector:
             )
             groups = groups.repeat_interleave(batch // groups.shape[0], 0)
             groups = groups[:, place.past : place.past + length]
-            return torch.nn.functional.pad(groups, (0, length - groups.shape[1]), value=-1)
+            return torch.nn.functional.pad(groups, (0, length - groups.shape[1]), value=new)
         if explicit is not None:
             return _explicit_groups(explicit, config, (batch, length))
         mask = _attended(call, batch, length)
@@ -180,11 +193,11 @@ class Selector:
         prompt = call.get("prompt_mask")
         if prompt is not None:
             _check_shape("prompt_mask", prompt, (batch, length))
-            attended = mask.bool() & prompt.to(mask.device).bool()
-            return config.groups(attended, segments)
+            attended = mask.bool()
+            return config.groups(attended & prompt.to(mask.device).bool(), segments, attended)
         causal = config.task_type == "CAUSAL_LM" or (config.task_type is None and self.is_causal)
         labels = call.get("labels") if causal else None
-        if causal and labels is None and training:
+        if causal and labels is None and training and not config.edits_alike:
             raise InputError(
                 "labels must be given in training, because the prompt is what they do not "
                 "supervise; pass labels or prompt_mask to the model (a trainer that takes the "
@@ -194,15 +207,18 @@ class Selector:
         if labels is not None:
             _require_one_answer(config, prompt, mask, labels, segments)
             if training:
-                self._require_prompt(prompt, call)
-        return config.groups(prompt, segments)
+                self._require_prompt(config, prompt, call)
+        return config.groups(prompt, segments, mask.bool())
 
-    def _require_prompt(self, prompt: Tensor, call: dict[str, Any]) -> None:
-        """Say that a batch has no prompt, so that nothing in it is edited.
+    def _require_prompt(self, config: ReftConfig, prompt: Tensor, call: dict[str, Any]) -> None:
+        """Say that a batch has no prompt, so that nothing of one is edited.
 
         Raises:
             InputError: It is the first batch, so the data are likely all like it.
         """
+        where = config.where
+        if config.edits_alike or not (where.prompt or where.first or where.last):
+            return  # a text without a prompt is edited like any
         starts = call.get("position_ids")
         if starts is not None and starts.ndim == 2 and call.get("attention_mask") is None:
             # Collators without padding mask each sample's first label, which nothing predicts.
@@ -210,12 +226,13 @@ class Selector:
         if bool(prompt.any()):
             self._had_prompt = True
         elif self._had_prompt:
-            warnings.warn("a batch has no prompt, so nothing in it is edited", stacklevel=2)
+            warnings.warn("a batch has no prompt, so nothing of one is edited", stacklevel=2)
         else:
             raise InputError(
                 "labels must leave a prompt unsupervised (-100), got a batch in which all is "
-                "supervised; ReFT edits the prompt, so nothing would be trained: give prompt and "
-                "completion, or messages with assistant_only_loss=True, or pass intervention_mask"
+                f"supervised; positions {config.positions!r} edit the prompt, so there is nothing "
+                "to train there: give prompt and completion, or messages with "
+                "assistant_only_loss=True, edit 'every' token, or pass intervention_mask"
             )
 
 
@@ -224,21 +241,23 @@ def _require_one_answer(
 ) -> None:
     """Refuse several answers in one example, unless all are read after the same edits.
 
-    They are where the first tokens alone are edited: those of the first prompt, which holds them.
+    They are where every token is edited alike, and where the first tokens alone are edited: those
+    of the first prompt, which holds them.
 
     Raises:
         InputError: See above.
     """
-    if not has_later_prompt(mask, labels, segments):
+    if config.edits_alike or not has_later_prompt(mask, labels, segments):
         return
-    positions = parse_positions(config.positions)
-    is_first_only = not positions.every and not positions.last
-    if is_first_only and segments is None and bool((prompt.sum(1) >= positions.first).all()):
+    where = config.where
+    is_first_only = where.first and not where.last and not where.response
+    if is_first_only and segments is None and bool((prompt.sum(1) >= where.first).all()):
         return
     raise InputError(
         "labels must supervise one answer in an example, got several with prompts between them: "
         f"positions {config.positions!r} edit other tokens for each answer; split conversations "
-        "with lowmem_reft.data.split_turns (train --turns all does it), or pass intervention_mask "
+        "with lowmem_reft.data.split_turns (train --turns all does it), edit 'every' token with "
+        "tie='tied', or pass intervention_mask "
         "(samples packed into a row need position_ids that start again at 0, as TRL's "
         "packing_strategy 'bfd' gives and 'wrapped' does not)"
     )

@@ -28,10 +28,11 @@ from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.processes import refuse_casts
 from lowmem_reft.reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.reft.config import ReftConfig, resolve_layers
-from lowmem_reft.reft.interventions import READS_INPUT
+from lowmem_reft.reft.interventions import READS_INPUT, computed_once
 from lowmem_reft.reft.layer import HALF, NO_MERGE, CurrentSelection, ReftLayer
 from lowmem_reft.reft.loaded import check_loaded
 from lowmem_reft.reft.peft_method import NAME, PREFIX, find_best_of_named, register
+from lowmem_reft.reft.positions import Positions
 from lowmem_reft.reft.recompute import SelectionKeepingCheckpoint, keep_selection_in_recompute
 from lowmem_reft.reft.selection import Selector
 
@@ -46,6 +47,12 @@ class ReftModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         check_versions()
         note_base(config, model)
+        generates = getattr(model, "can_generate", lambda: True)()
+        if config.where == Positions(response=True) and not generates:
+            raise InputError(
+                f"positions must edit the prompt of {type(model).__name__}, which has no answers, "
+                f"got {config.positions!r}; for example 'all'"
+            )
         found = device_of(model)  # for blocks that are not there; there may be none at all
         self._device = torch.device("cpu") if found.type == "meta" else found
         existing = next((m for m in model.modules() if isinstance(m, ReftLayer)), None)
@@ -127,11 +134,13 @@ class ReftModel(BaseTuner):
         training = model.training and torch.is_grad_enabled()
         place = self.current.selector.place(args, kwargs, training=training)
         self.current.place = place
-        if place.is_decoding and not model.training and "intervention_mask" not in kwargs:
+        is_new = place.is_decoding and not model.training and "intervention_mask" not in kwargs
+        if is_new and not self._edits_answers():
             self.current.value = {}  # without a walk over all modules
             return args, kwargs
-        refuse_casts()
-        self.restore_full_precision()
+        if not is_new:
+            refuse_casts()
+            self.restore_full_precision()
         enabled = next((layer for layer in self._layers() if not layer.disable_adapters), None)
         selection, kwargs = self.current.selector.select(
             [] if enabled is None else list(enabled.active_adapters),
@@ -150,14 +159,20 @@ class ReftModel(BaseTuner):
             self.current.place.passed(output)
         self.current.value = self.current.place = None
 
+    def _edits_answers(self) -> bool:
+        return any(config.where.response for config in self.current.selector.configs.values())
+
     def _layers(self) -> Iterator[ReftLayer]:
         return (module for module in self.model.modules() if isinstance(module, ReftLayer))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the base model's ``generate``; the prompt is edited, new tokens are not."""
+        """Generate with the base model's ``generate``, telling its prompt from new tokens."""
         if self.current.generate is None:
             raise AttributeError(f"{type(self.model).__name__} does not generate")
-        with self.current.selector.generation(self.model, args, kwargs) as model_kwargs:
+        with (
+            self.current.selector.generation(self.model, args, kwargs) as model_kwargs,
+            computed_once(self.model),
+        ):
             return self.current.generate(*args, **model_kwargs)
 
     def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
@@ -273,12 +288,18 @@ class ReftModel(BaseTuner):
         return named
 
 
+def reft_configs(model: nn.Module) -> list[ReftConfig]:
+    """Return the configurations of the ReFT adapters on a model; there may be none."""
+    layer = next((module for module in model.modules() if isinstance(module, ReftLayer)), None)
+    return [] if layer is None else list(layer.current.selector.configs.values())
+
+
 def prompt_arguments(model: Any, labels: Tensor) -> dict[str, Tensor]:
     """Return what to pass to ``model`` so that it knows the prompt although labels are not passed.
 
     A model without ReFT needs nothing. Labels are (batch, seq), -100 where not supervised.
     """
-    if not any(isinstance(module, ReftLayer) for module in model.modules()):
+    if not reft_configs(model):
         return {}
     return {"prompt_mask": ((labels != IGNORED_LABEL).cumsum(1) == 0).long()}
 

@@ -26,7 +26,6 @@ from lowmem_reft.machine.progress import counter
 from lowmem_reft.memory.live import peak_rss_bytes, track
 from lowmem_reft.memory.step import optimizer_tensors
 from lowmem_reft.reft.config import ReftConfig
-from lowmem_reft.reft.positions import num_groups, parse_positions
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.finite import check_weights
 from lowmem_reft.runs.tracking import RunArguments
@@ -194,7 +193,7 @@ def _edits_in_every_batch(config: Any, examples: Sequence[dict[str, Any]]) -> bo
     """
     if not isinstance(config, ReftConfig):
         return False
-    needed = num_groups(parse_positions(config.positions), config.tie)  # a token for each
+    needed = config.num_groups - config.where.response  # a token for each; an answer always has one
     return all(_num_prompt_tokens(example) >= needed for example in examples)
 
 

@@ -1,7 +1,7 @@
 """``lowmem-reft data``: rows as the tokens that training takes, and figures of all of them.
 
 What is shown comes from the functions of training: ``data.tokens`` cuts and labels, and
-``reft.positions`` says which prompt tokens are edited.
+``reft.positions`` says which tokens are edited.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.card import merge_card
 from lowmem_reft.options import ModelOptions
-from lowmem_reft.reft.positions import assign_groups, find_prompt, parse_positions
+from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.positions import find_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from lowmem_reft.data.rows import Row
     from lowmem_reft.data.tokens import EncodedRows
     from lowmem_reft.options import ShowOptions
-    from lowmem_reft.reft.positions import Positions
 
     Encode = Callable[[Sequence[Row], int], EncodedRows]
 
@@ -49,6 +49,8 @@ _MARKS = {
     "edited": ("[", "]", "cyan"),
     "supervised": ("{", "}", "green"),
     "end": ("<<", ">>", "bold magenta"),
+    "edited supervised": ("[{", "}]", "green"),
+    "edited end": ("[<<", ">>]", "bold magenta"),
 }
 """How each part is written around its tokens, and in which style."""
 
@@ -81,7 +83,7 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
     Raises:
         InputError: An option, the file, a row or the model is wrong.
     """
-    data, positions = options.data, parse_positions(options.positions)
+    data, edit = options.data, ReftConfig(task_type=options.task_type, positions=options.positions)
     model = ModelOptions(model=options.model, task_type=options.task_type)
     card = merge_card(
         None,
@@ -117,7 +119,7 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
         "max_length": card.max_length,
         "positions": options.positions,
         **_figures(seen, tokenizer, end_ids),
-        "rows": [_shown(each, tokenizer, positions, end_ids) for each in seen[: options.num]],
+        "rows": [_shown(each, tokenizer, edit, end_ids) for each in seen[: options.num]],
     }
     if not options.json:
         _print(result, quiet=options.quiet)
@@ -190,14 +192,14 @@ def _spread(sizes: list[int]) -> dict[str, int]:
     }
 
 
-def _shown(each: _Seen, tokenizer: Any, positions: Positions, end_ids: set[int]) -> dict[str, Any]:
+def _shown(each: _Seen, tokenizer: Any, edit: ReftConfig, end_ids: set[int]) -> dict[str, Any]:
     """One row's tokens, and which of them are what; as far as it goes if it does not fit."""
     example = each.trained or each.whole
     ids, labels = example["input_ids"], example["labels"]
     mask = torch.ones((1, len(ids)), dtype=torch.long)
     is_labelled = isinstance(labels, list)
     prompt = find_prompt(mask, torch.tensor([labels]) if is_labelled else None)
-    edited = assign_groups(positions, "tied", prompt)[0] >= 0
+    edited = edit.groups(prompt, attended=mask.bool())[0] >= 0
     supervised = [i for i, label in enumerate(labels if is_labelled else []) if label >= 0]
     shown = {
         "source": each.row.source,
@@ -247,10 +249,11 @@ def _print(result: dict[str, Any], *, quiet: bool) -> None:
 def _marked(row: dict[str, Any]) -> Text:
     """A row with its parts marked: also without colour."""
     text = Text(f"\n{row['source']}{'' if row['fits'] else ' (does not fit)'}\n", style="")
-    kinds = ["prompt"] * len(row["ids"])
+    kinds, edited = ["prompt"] * len(row["ids"]), set(row["edited"])
     for kind in ("edited", "supervised", "end"):
         for index in row[kind]:
-            kinds[index] = kind
+            both = kind != "edited" and index in edited
+            kinds[index] = f"edited {kind}" if both else kind
     start = 0
     while start < len(kinds):
         stop = start

@@ -278,6 +278,10 @@ def test_a_part_that_edits_nothing_has_a_gradient_only_where_processes_must_redu
         ("l3", "positions", 2, False),
         ("f2+l2", "positions", 3, False),
         ("all", "tied", 1, True),
+        ("every", "sides", 1, True),
+        ("f1+l7+response", "sides", 2, True),
+        ("f1+l7+response", "sides", 1, False),
+        ("response", "positions", 1, True),
     ],
 )
 def test_processes_need_not_look_for_unused_parameters_if_every_prompt_is_long_enough(
@@ -290,10 +294,10 @@ def test_processes_need_not_look_for_unused_parameters_if_every_prompt_is_long_e
         {"input_ids": [5] * len(labels), "labels": labels},
     ]
     assert _edits_in_every_batch(config, examples) == is_sure
-    # What the rule rests on: the shortest prompt alone has a token for each intervention or not.
-    groups = assign_groups(
-        parse_positions(positions), tie, torch.ones(1, num_prompt_tokens, dtype=torch.bool)
-    )
+    # What the rule rests on: the shortest example alone has a token for each intervention or not.
+    attended = torch.ones(1, num_prompt_tokens + 1, dtype=torch.bool)
+    prompt = torch.arange(num_prompt_tokens + 1)[None] < num_prompt_tokens
+    groups = assign_groups(parse_positions(positions), tie, prompt, attended=attended)
     wanted = num_groups(parse_positions(positions), tie)
     assert ({*groups[0].tolist()} >= {*range(wanted)}) == is_sure
 

@@ -65,6 +65,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 METHODS = {
     "f7+l7": MethodOptions(method="loreft", positions="f7+l7"),
     "all": MethodOptions(method="loreft", positions="all"),
+    "l1+response": MethodOptions(method="loreft", positions="l1+response"),
+    "red": MethodOptions(method="red", positions="every"),
     "qlora": MethodOptions(method="qlora"),
 }
 
@@ -139,6 +141,10 @@ CASES = [
     case("llama nf4 fp32 all 4x128", mlp_tokens=16),
     case("llama nf4 fp32 all ckpt 4x128", mlp_tokens=50),
     case("llama bf16 bf16 qlora ckpt 1x512"),
+    case("llama nf4 bf16 l1+response ckpt 4x128"),
+    case("gpt2 nf4 fp32 l1+response 1x512"),
+    case("llama nf4 fp32 red 1x512"),
+    case("gemma2 nf4 bf16 red ckpt 4x128"),
     case("gpt2 int8 bf16 f7+l7 ckpt 1x512"),
     case("llama nf4 fp32 f7+l7 ckpt 1x512", offload_activations=True, embedding_on_host=True),
 ]
@@ -504,6 +510,8 @@ def test_an_optimizer_that_is_not_known_is_refused() -> None:
         ("llama", "nf4", "fp32", "l1", "1", (1, 512), "prefix", "all"),
         ("llama", "nf4", "bf16", "l1", "2", (4, 128), "prefix", "upper"),
         ("gpt2", "nf4", "fp32", "l1", "2", (4, 128), "prefix", "all"),
+        ("llama", "nf4", "fp32", "response", "2", (4, 128), "prefix", "all"),
+        ("llama", "nf4", "bf16", "every", "upper:0.5", (4, 128), "trunk", "upper"),
         ("llama", "int8", "fp32", "all", "upper:0.5", (4, 128), "trunk", "upper"),
         ("gemma2", "nf4", "bf16", "all", "upper:0.5", (4, 128), "trunk", "all"),
         ("llama", "nf4", "fp32", "qlora", "3", (4, 128), "trunk", "upper"),

@@ -447,6 +447,7 @@ def test_exported_files_are_like_those_that_pyreft_itself_writes(name: str, tmp_
     ("config", "message"),
     [
         (ReftConfig(tie="positions", positions="f1+l1"), "tie must be tied or sides"),
+        (ReftConfig(positions="every"), "positions must be of the prompt .* --positions all"),
         (ReftConfig(intervention="red"), "intervention must be one that pyreft has, got 'red'"),
         (ReftConfig(intervention="bottleneck", component="mlp_output"), "one that pyreft has"),
         (LoraConfig(target_modules=["q_proj"]), "must hold a ReFT adapter, got one of LORA; "),

@@ -13,6 +13,7 @@ from lowmem_reft.reft.positions import (
     Positions,
     assign_groups,
     find_prompt,
+    find_response,
     has_later_prompt,
     num_groups,
     packed_segments,
@@ -21,7 +22,16 @@ from lowmem_reft.reft.positions import (
 
 SPECS = ("f1", "f3", "l1", "l4", "f3+l3", "f1+l5", "f7+l7")
 TIES = ("tied", "sides", "positions")
-SPECS_AND_TIES = [("all", "tied"), *((spec, tie) for spec in SPECS for tie in TIES)]
+SPECS_AND_TIES = [
+    ("all", "tied"),
+    ("every", "tied"),
+    ("every", "sides"),
+    *(
+        (spec, tie)
+        for spec in (*SPECS, "response", "l1+response", "f3+l3+response")
+        for tie in TIES
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +43,21 @@ def test_a_position_spec_is_parsed(spec: str, first: int, last: int) -> None:
 
 
 def test_all_means_every_prompt_token() -> None:
-    assert parse_positions("all") == Positions(every=True)
+    assert parse_positions("all") == Positions(prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("response", Positions(response=True)),
+        ("l1+response", Positions(last=1, response=True)),
+        ("f3+l2+response", Positions(first=3, last=2, response=True)),
+        ("all+response", Positions(prompt=True, response=True)),
+        (" every ", Positions(prompt=True, response=True)),
+    ],
+)
+def test_the_answer_is_a_part_of_its_own(spec: str, expected: Positions) -> None:
+    assert parse_positions(spec) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,13 +82,23 @@ def test_all_means_every_prompt_token() -> None:
         "f03",
         "first3",
         "all+l1",
+        "all+l1+response",
+        "response+response",
+        "response+l1",
+        "+response",
+        "l1+",
+        "l1++response",
+        "every+response",
+        "every+l1",
+        "answer",
+        "all+answer",
         "3",
         None,
         7,
     ],
 )
 def test_a_wrong_position_spec_is_refused_with_the_grammar(spec: object) -> None:
-    with pytest.raises(InputError, match=r"'all', 'fN' \(first N\), 'lN' \(last N\) or 'fN\+lM'"):
+    with pytest.raises(InputError, match=r"'all', 'fN' \(first N\), .* 'response' or 'every'"):
         parse_positions(spec)  # type: ignore[arg-type]
 
 
@@ -78,6 +112,12 @@ def test_a_wrong_position_spec_is_refused_with_the_grammar(spec: object) -> None
         ("l2", "sides", 1),
         ("f3+l2", "positions", 5),
         ("l2", "positions", 2),
+        ("every", "tied", 1),
+        ("every", "sides", 2),
+        ("response", "sides", 1),
+        ("response", "positions", 1),
+        ("f3+l2+response", "sides", 3),
+        ("f3+l2+response", "positions", 6),
     ],
 )
 def test_the_number_of_parameter_sets(spec: str, tie: str, count: int) -> None:
@@ -90,6 +130,11 @@ def test_all_positions_can_only_be_tied(tie: str) -> None:
         num_groups(parse_positions("all"), tie)
 
 
+def test_each_token_of_a_whole_prompt_cannot_have_its_own_parameters() -> None:
+    with pytest.raises(InputError, match="tie must be 'tied' or 'sides' with positions='every'"):
+        num_groups(parse_positions("all+response"), "positions")
+
+
 def test_an_unknown_tie_is_refused() -> None:
     with pytest.raises(InputError, match="tie must be one of tied, sides, positions, got 'loose'"):
         num_groups(parse_positions("f1"), "loose")
@@ -100,8 +145,11 @@ def test_an_unknown_tie_is_refused() -> None:
 
 def groups_of_one_prompt(spec: str, tie: str, length: int) -> list[int]:
     """Return the index of the φ of each of ``length`` prompt tokens, or -1."""
-    if spec == "all":
+    if spec in ("all", "every"):
         return [0] * length
+    spec = spec.removesuffix("response").removesuffix("+")
+    if not spec:
+        return [-1] * length
     numbers = {
         side: int(number) for side, number in [(part[0], part[1:]) for part in spec.split("+")]
     }
@@ -122,6 +170,14 @@ def groups_of_one_prompt(spec: str, tie: str, length: int) -> list[int]:
         group = {"tied": 0, "sides": 1 if first else 0, "positions": first + last - 1 - index}[tie]
         result[length - 1 - index] = group
     return result
+
+
+def group_of_a_response(spec: str, tie: str) -> int:
+    """Return the index of the φ of each token of an answer, or -1."""
+    if "response" not in spec and spec != "every":
+        return -1
+    numbers = [int(part[1:]) for part in spec.split("+") if part[0] in "fl"]
+    return {"tied": 0, "sides": len(numbers) + (spec == "every"), "positions": sum(numbers)}[tie]
 
 
 def test_the_sides_of_a_short_prompt_are_disjoint_and_cover_it() -> None:
@@ -153,9 +209,12 @@ def test_groups_equal_the_reference_for_prompts_of_every_length(
     rng = random.Random(f"{spec} {tie} {padding}")
     rows = [random_row(rng, 17, padding) for _ in range(60)]
     mask, labels = torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
-    found = assign_groups(parse_positions(spec), tie, find_prompt(mask, labels))
-    for row, (_, _, places) in enumerate(rows):
-        expected = [-1] * 17
+    found = assign_groups(
+        parse_positions(spec), tie, find_prompt(mask, labels), attended=mask.bool()
+    )
+    response = group_of_a_response(spec, tie)
+    for row, (_, own, places) in enumerate(rows):
+        expected = [-1 if label < 0 else response for label in own]
         for place, group in zip(places, groups_of_one_prompt(spec, tie, len(places)), strict=True):
             expected[place] = group
         assert found[row].tolist() == expected
@@ -171,13 +230,27 @@ def test_groups_of_packed_samples_equal_the_reference(spec: str, tie: str) -> No
             mask += [1] * (num_prompt + num_response)
             labels += [-100] * num_prompt + [5] * num_response
             position_ids += range(num_prompt + num_response)
-            expected += groups_of_one_prompt(spec, tie, num_prompt) + [-1] * num_response
+            expected += groups_of_one_prompt(spec, tie, num_prompt)
+            expected += [group_of_a_response(spec, tie)] * num_response
         mask, labels = [*mask, 0, 0], [*labels, -100, -100]
         position_ids, expected = [*position_ids, 0, 0], [*expected, -1, -1]
         attended = torch.tensor([mask])
         segments = packed_segments(torch.tensor([position_ids]), attended)
         prompt = find_prompt(attended, torch.tensor([labels]), segments)
-        assert assign_groups(parse_positions(spec), tie, prompt, segments).tolist() == [expected]
+        found = assign_groups(parse_positions(spec), tie, prompt, segments, attended.bool())
+        assert found.tolist() == [expected]
+
+
+def test_the_answer_is_what_follows_a_prompt_unsupervised_or_not() -> None:
+    attended = torch.tensor([[0, 1, 1, 1, 1, 1, 0]]).bool()
+    prompt = torch.tensor([[0, 0, 1, 1, 0, 0, 0]]).bool()
+    response = find_response(attended, prompt)  # and not what comes before a prompt
+    assert response.tolist() == [[False, False, False, False, True, True, False]]
+
+
+def test_a_text_without_a_prompt_is_an_answer() -> None:
+    attended = torch.tensor([[0, 1, 1], [1, 1, 0]]).bool()
+    assert torch.equal(find_response(attended, torch.zeros_like(attended)), attended)
 
 
 @pytest.mark.parametrize("spec", ["f2+l2", "l1", "f3", "all"])

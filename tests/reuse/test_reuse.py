@@ -38,10 +38,12 @@ from tiny_models import (
     stacked,
 )
 
+ON_THE_SUFFIX = ("l1", "l2", "response", "l1+response")
+
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["l1", "l2", "f2+l2", "all", "lora"])
+@pytest.mark.parametrize("method", [*ON_THE_SUFFIX, "f2+l2", "all", "every", "lora"])
 def test_losses_and_gradients_are_those_of_the_plain_step(
     tmp_path: Path, architecture: str, method: str
 ) -> None:
@@ -50,10 +52,21 @@ def test_losses_and_gradients_are_those_of_the_plain_step(
     )
     examples = make_examples()
     reuse = Reuse(model, examples, tmp_path)
-    suffix_only = method in ("l1", "l2") and architecture != "gemma2"
+    suffix_only = method in ON_THE_SUFFIX and architecture != "gemma2"
     assert reuse.mode == ("prefix" if suffix_only else "trunk")
     assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
     assert prove(reuse, [3, 1], stacked([examples[3], examples[1]])) <= 1e-5
+
+
+def test_all_but_the_answer_is_constant_where_nothing_else_is_edited() -> None:
+    examples = make_examples()
+    before = [example["labels"].count(-100) - 1 for example in examples]  # the last token predicts
+    for positions in ("response", "l1+response"):
+        constant = find_constant(make_model(peft_config=reft(positions)), examples, prefix=True)
+        assert constant.first_edited == before
+    for positions in ("every", "f1+response"):
+        constant = find_constant(make_model(peft_config=reft(positions)), examples, prefix=True)
+        assert constant.first_edited == [0] * len(examples)
 
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -159,7 +172,7 @@ def test_examples_that_begin_alike_share_what_is_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["l1", "all", "lora"])
+@pytest.mark.parametrize("method", ["l1", "all", "l1+response", "every", "lora"])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_scores_are_those_of_the_plain_pass(tmp_path: Path, architecture: str, method: str) -> None:
     model = make_model(

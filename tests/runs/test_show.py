@@ -57,6 +57,22 @@ def test_the_tokens_and_parts_are_those_of_training(data: Path, tiny_llama_dir: 
         assert shown["end"] == [len(example["input_ids"]) - 1]
 
 
+def test_edited_tokens_of_the_answer_are_marked_too(
+    data: Path, tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = _show(data, tiny_llama_dir, positions="l1+response", json=True, num=1)["rows"][0]
+    assert shown["edited"] == [shown["prompt"][-1], *shown["supervised"]]
+    capsys.readouterr()
+    _show(data, tiny_llama_dir, positions="l1+response", num=1)
+    line = capsys.readouterr().out.splitlines()[3]
+    assert line.endswith("[?] [{·good}] [<<</s>>>] ")
+
+
+def test_a_classifier_has_no_answer_to_edit(data: Path, tiny_llama_dir: Path) -> None:
+    with pytest.raises(InputError, match=r"positions must edit the prompt with task_type SEQ_CLS"):
+        _show(data, tiny_llama_dir, positions="response", task_type="SEQ_CLS")
+
+
 def test_figures_are_of_all_rows(data: Path, tiny_llama_dir: Path) -> None:
     whole = _show(data, tiny_llama_dir, json=True, num=0)
     lengths = whole["lengths"]

@@ -139,6 +139,12 @@ def _check_expressible(config: Any) -> None:
             f"intervention must be one that pyreft has, got {config.intervention!r}; those are "
             f"{', '.join(_CLASSES)}"
         )
+    if config.where.response:
+        raise InputError(
+            f"positions must be of the prompt to be exported, got {config.positions!r}: pyreft "
+            "edits what it reads first and no new token, so the answers would be those of another "
+            "adapter; train with --positions all"
+        )
     if config.tie == "positions":
         raise InputError(
             "tie must be tied or sides, got 'positions': pyreft has one intervention per side of "

@@ -59,7 +59,7 @@ def export_notes(config: ReftConfig) -> list[str]:
     ]
     if config.dropout:
         notes.append("pyreft's dropout falls on the whole edited vector, not on the edit alone")
-    if positions.every:
+    if positions.prompt:
         notes.append("pyreft has no word for all positions: list every token of the prompt")
     if positions.last:
         notes.append(
