@@ -59,7 +59,8 @@ def run_comparison(
             chosen.budget_reference, embedded=embedded
         )
     options = written.changed(options, methods=methods, budget_reference=reference)
-    specs, seeds = parse_methods(methods), parse_seeds(options.matrix.seeds)
+    specs = parse_methods(methods, with_equal=True)
+    seeds = parse_seeds(options.matrix.seeds)
     every_source = [*find_all_sources(options)]
     with alone(options.output_dir, options.output_dir / ".lock"):
         cells = [
@@ -95,7 +96,7 @@ def _cells_of_task(
     child_command: Sequence[str],
 ) -> list[Cell]:
     """The cells of one task, with equal budgets if they are asked for."""
-    if options.matrix.equal is None:
+    if options.matrix.equal is None and not any(spec.equal for spec in specs):
         return build_cells(options, specs, seeds, sources)
     from lowmem_reft.compare.budget import equalize  # torch, which nothing else here needs
 

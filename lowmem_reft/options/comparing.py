@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -129,24 +130,27 @@ class MatrixOptions:
     """What is put side by side, with which budgets and seeds."""
 
     methods: str | None = None
-    """Comma-separated names, with overrides in brackets: loreft[rank=8,positions=l1].
-    Default: loreft,loreft[storage=bf16],lora,qlora; all: the whole table of methods. With the tiny
-    model that the package ships, names alone take the settings that suit it."""
+    """Comma-separated names, with overrides in brackets: loreft[rank=8,positions=l1];
+    qlora[equal=params] alone gets as many trained parameters as --budget-reference. Default:
+    loreft,loreft[storage=bf16],lora,qlora; all: the whole table of methods. With the tiny model
+    that the package ships, names alone take the settings that suit it."""
     equal: Literal["params", "memory", "time"] | None = None
     """Give every method what the reference gets: params: as many trained parameters (by its rank,
     virtual tokens or layers); memory: no more predicted memory (by splitting the batch and saving
     memory as --memory-gib does); time: as many steps as take as long, by a short timed run each."""
     budget_reference: str | None = None
-    """Method that sets the budget of --equal, written as in --methods; default: the first."""
+    """Method that sets the budget of --equal or [equal=params], written as in --methods; default:
+    the first that is not equalized itself."""
     seeds: str = "0"
     """Comma-separated seeds."""
 
     def __post_init__(self) -> None:
         """Check that a reference has something to be one for."""
-        if self.budget_reference is not None and self.equal is None:
+        has_equal = self.equal is not None or re.search(r"\bequal\s*=", self.methods or "")
+        if self.budget_reference is not None and not has_equal:
             raise InputError(
                 f"budget_reference must come with equal, got {self.budget_reference!r} alone; add "
-                "--equal params, memory or time"
+                "--equal params, memory or time, or equal=params to an entry"
             )
 
 
