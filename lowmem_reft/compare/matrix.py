@@ -25,6 +25,7 @@ from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine.locks import alone
 from lowmem_reft.methods.entries import MethodSpec, expand_methods, parse_methods
 from lowmem_reft.options import CompareOptions, written
+from lowmem_reft.options.values import parse_seeds
 
 DEFAULT_METHODS = "loreft,loreft[storage=bf16],lora,qlora"
 EMBEDDED_METHODS = (
@@ -125,17 +126,3 @@ def is_refused(result: Result) -> bool:
 def default_methods(options: CompareOptions) -> str:
     """The methods when none are named; the tiny model wants higher learning rates."""
     return EMBEDDED_METHODS if options.is_embedded else DEFAULT_METHODS
-
-
-def parse_seeds(text: str) -> list[int]:
-    """``"0,1,2"`` as numbers.
-
-    Raises:
-        InputError: Something is no number, or is there twice, or there is nothing.
-    """
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
-        raise InputError(
-            f"seeds must be different non-negative integers, got {text!r}; write for example 0,1,2"
-        )
-    return [int(word) for word in words]

@@ -115,10 +115,14 @@ class ScoredOptions:
     all of --tasks."""
     eval_limit: int | None = None
     """Score only the first N evaluation rows."""
+    few_shot: int | None = None
+    """Score the base with N solved training rows before each prompt too, beside the base as it is:
+    a row for each storage and seed, which draws them (never validation or test rows; of rows with
+    choices each answer alike). Where they do not fit in --max-length, the first are left out."""
 
     def __post_init__(self) -> None:
-        """Check the count, and that there is something to score."""
-        check_counts(eval_limit=self.eval_limit)
+        """Check the counts, and that there is something to score."""
+        check_counts(eval_limit=self.eval_limit, few_shot=self.few_shot)
         if self.train_task is not None and self.tasks is None:
             raise InputError(
                 f"train_task must come with tasks, got {self.train_task!r} alone; add --tasks"
@@ -178,6 +182,11 @@ class CompareOptions(Switches):
         check_counts(workers=None if self.workers == "ray" else self.workers)
         check_directory("output_dir", self.output_dir)
         self.rows.check_source(tasks=self.scored.tasks)
+        if self.scored.few_shot is not None and self.base.task_type == "SEQ_CLS":
+            raise InputError(
+                f"few_shot must be left out with task_type SEQ_CLS, got {self.scored.few_shot!r}: "
+                "a classification head reads no solved examples"
+            )
 
     @property
     def is_embedded(self) -> bool:
