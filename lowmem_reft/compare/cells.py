@@ -32,26 +32,31 @@ from lowmem_reft.options import (
 from lowmem_reft.options.values import QUANTIZED
 
 _NOT_OF_A_CELL = {
-    *("methods", "seeds", "equal", "budget_reference"),
+    *("methods", "seeds", "equal", "budget_reference", "lr_search"),
     *("output_dir", "workers", "json", "quiet"),
 }
 """Options that a cell's command does not repeat, or says in another way."""
 
 
 def build_cells(
-    options: CompareOptions, specs: Sequence[MethodSpec], seeds: Sequence[int], sources: Sources
+    options: CompareOptions,
+    specs: Sequence[MethodSpec],
+    seeds: Sequence[int],
+    sources: Sources,
+    *,
+    folder: str = "cells",
 ) -> list[Cell]:
     """The untuned base once per storage, then every method with every seed, on one task.
 
     With ``--few-shot``, the base with examples before its prompts stands between them, for every
     storage and seed: each seed draws its own. A base under an untrained classification head says
-    nothing, so it has no row there.
+    nothing, so it has no row there. The cells are in ``folder`` of the output directory.
 
     Raises:
         InputError: Two methods are the same, or would share a directory.
     """
-    maker = _Maker(options, sources)
-    of_storage = {spec.storage: spec.label for spec in reversed(specs)}
+    maker = _Maker(options, sources, folder)
+    of_storage = {spec.storage: spec.entry for spec in reversed(specs)}
     storages = list(dict.fromkeys(spec.storage for spec in specs))
     cells = []
     if options.base.task_type == "CAUSAL_LM":
@@ -80,6 +85,7 @@ class _Maker:
 
     options: CompareOptions
     sources: Sources
+    folder: str
 
     def base(self, storage: Any, method: str, shown_by: int | None = None) -> Cell:
         """The untuned base; ``method`` is one that has it stored so, for the command.
@@ -98,8 +104,9 @@ class _Maker:
         options, sources = self.options, self.sources
         directory = self._directory(spec.label, seed)
         training = directory / "train"
-        if options.scored.train_task is not None:  # one adapter for all tasks
-            training = options.output_dir / "trained" / directory.name
+        # One adapter for all tasks, and for the trial that has found its learning rate.
+        if options.scored.train_task is not None or options.matrix.lr_search is not None:
+            training = self._directory(spec.entry, seed, folder="trained")
         evaluate = self._evaluate(spec.storage, directory, adapter=training / "adapter")
         optim = replace(options.optim, **spec.optim_overrides)
         train = TrainOptions(
@@ -124,12 +131,14 @@ class _Maker:
             reuse=replace(evaluate.reuse, dequantize_upper=options.reuse.dequantize_upper),
             run=RunOptions(output_dir=training, seed=seed, quiet=True),
         )
-        return self._cell(spec.label, seed, directory, train, evaluate, spec.label)
+        return self._cell(spec.label, seed, directory, train, evaluate, spec.entry)
 
-    def _directory(self, label: str, seed: int) -> Path:
+    def _directory(self, label: str, seed: int, folder: str | None = None) -> Path:
         slug = re.sub(r"[^A-Za-z0-9.+=]+", "-", label).strip("-")
-        folder = "" if self.options.scored.tasks is None else self.sources.task
-        return self.options.output_dir / "cells" / folder / f"{slug}-seed{seed}"
+        task = "" if self.options.scored.tasks is None else self.sources.task
+        if folder == "trained" and self.options.scored.train_task is not None:
+            task = ""
+        return self.options.output_dir / (folder or self.folder) / task / f"{slug}-seed{seed}"
 
     def _evaluate(
         self,

@@ -86,6 +86,15 @@ def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list
     return [_task_sources(options, name, scored) for name in names]
 
 
+def with_embedded_rows(options: CompareOptions) -> CompareOptions:
+    """Name the rows that the package ships, validation rows among them, where none are named."""
+    if options.scored.tasks is not None or options.rows.data is not None:
+        return options
+    train, test = map(str, embedded.task_files())
+    validation = str(embedded.validation_file())
+    return written.changed(options, data=train, eval_data=test, validation_data=validation)
+
+
 def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
     """The rows of a named task, written below ``output_dir/data`` for every cell to read.
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import replace
 from itertools import zip_longest
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.data.texts import written
 from lowmem_reft.data.tokens import encode_all_choices, encode_rows
@@ -95,7 +95,8 @@ def with_examples(
         InputError: An example is among the rows, or of another kind than they are.
     """
     _check(rows, examples)
-    gap, how = separator(examples), {"template": template, "joint": joint}
+    gap = separator(examples)
+    how: dict[str, Any] = {"template": template, "joint": joint}
     texts = []
     for example in [] if rows[0].messages else examples:
         prompt, (rest,) = written(example, tokenizer, responses=[example.response or ""], **how)
@@ -124,7 +125,7 @@ def with_examples(
     return found, counts
 
 
-def _sizes(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, **how: str) -> list[int]:
+def _sizes(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, **how: Any) -> list[int]:
     """Tokens of each row with its longest choice, or its response."""
     if rows[0].choices:
         by_row = encode_all_choices(rows, tokenizer, max_length=sys.maxsize, **how)

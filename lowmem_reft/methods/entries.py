@@ -26,7 +26,9 @@ class MethodSpec:
     """A method with overrides, as one entry of ``--methods``."""
 
     label: str
-    """The entry as it was written."""
+    """What its rows are called: the entry, unless its learning rate was searched for."""
+    entry: str
+    """As it is written in ``--methods``."""
     name: str
     """Key of ``METHODS``."""
     storage: Storage
@@ -69,11 +71,24 @@ def _entries(text: str) -> list[str]:
 
 def with_overrides(spec: MethodSpec, overrides: Mapping[str, Any]) -> MethodSpec:
     """Return a method with further overrides, and the entry of ``--methods`` that says so."""
+    (found,) = parse_methods(_more(spec, overrides))
+    return found
+
+
+def with_searched_rate(spec: MethodSpec, rate: float) -> MethodSpec:
+    """Return a method with a rate that was searched; its rows are called the same whatever it is.
+
+    On another task it may be another one.
+    """
+    return replace(with_overrides(spec, {"lr": rate}), label=_more(spec, {"lr": "searched"}))
+
+
+def _more(spec: MethodSpec, overrides: Mapping[str, Any]) -> str:
+    """Write the entry of a method with further overrides."""
     items = {**given_options(spec.options), **spec.optim_overrides, **overrides}
     if spec.storage != find_method(spec.name).storage:
         items["storage"] = spec.storage
-    (found,) = parse_methods(write_entry(spec.name, items))
-    return found
+    return write_entry(spec.name, items)
 
 
 def parse_methods(text: str, *, with_equal: bool = False) -> list[MethodSpec]:
@@ -133,6 +148,7 @@ def _parse_method(entry: str, with_equal: bool) -> MethodSpec:
     check_storage(match["name"], storage)
     return MethodSpec(
         label=entry,
+        entry=entry,
         name=match["name"],
         storage=storage,
         options=options,

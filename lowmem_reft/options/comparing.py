@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,15 +148,40 @@ class MatrixOptions:
     the first that is not equalized itself."""
     seeds: str = "0"
     """Comma-separated seeds."""
+    lr_search: str | None = None
+    """Choose each method's learning rate first: comma-separated multiples, for example 0.3,1,3, of
+    --lr or of its own. Each is trained with the first seed and scored on validation rows; the best
+    is taken for all seeds. An entry with a rate in its brackets keeps it."""
 
     def __post_init__(self) -> None:
-        """Check that a reference has something to be one for."""
+        """Check the multiples, and that a reference has something to be one for."""
+        self.lr_multiples  # noqa: B018 - which checks them
         has_equal = self.equal is not None or re.search(r"\bequal\s*=", self.methods or "")
         if self.budget_reference is not None and not has_equal:
             raise InputError(
                 f"budget_reference must come with equal, got {self.budget_reference!r} alone; add "
                 "--equal params, memory or time, or equal=params to an entry"
             )
+
+    @property
+    def lr_multiples(self) -> list[float]:
+        """The multiples of ``lr_search``; none without it.
+
+        Raises:
+            InputError: They are not two or more different positive numbers.
+        """
+        words = [] if self.lr_search is None else self.lr_search.split(",")
+        try:
+            found = [float(word) for word in words]
+        except ValueError:
+            found = [math.nan]
+        is_right = all(0 < each < math.inf for each in found) and len(set(found)) == len(words)
+        if self.lr_search is not None and (len(found) < 2 or not is_right):
+            raise InputError(
+                "lr_search must be two or more different positive numbers, got "
+                f"{self.lr_search!r}; write for example 0.3,1,3"
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

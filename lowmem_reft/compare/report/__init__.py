@@ -15,7 +15,7 @@ from lowmem_reft.machine.files import write_json, write_text_whole, write_whole
 
 _NESTED = (
     *("config", "versions", "loss_history", "validation", "breakdown_bytes", "extra"),
-    *("few_shot", "examples"),
+    *("few_shot", "examples", "lr_search"),
 )
 
 CSV_FIELDS = tuple(name for name in EMPTY_RESULT if name not in _NESTED)
