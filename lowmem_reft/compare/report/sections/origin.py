@@ -17,9 +17,7 @@ def render(comparison: Comparison) -> Section:
         if version
     }
     shown = {
-        f"{result['method']}, seed {result['seed']}, shows": ", ".join(
-            map(_name, result["examples"])
-        )
+        f"{result['method']}, seed {result['seed']}, shows": _names(result["examples"])
         for result in comparison.results
         if result.get("examples")
     }
