@@ -113,6 +113,8 @@ def _cells(
     options: CompareOptions, trials: Sequence[MethodSpec], seed: int, sources: Sources
 ) -> list[Cell]:
     """The cells of trials: the validation rows stand in the place of the test rows."""
+    assert sources.validation is not None
+    assert sources.validation_digest is not None
     on_validation = replace(
         sources,
         # One search for all tasks that one training serves.

@@ -80,7 +80,10 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     rows = rows_to_score(rows, tokenizer, card, _settings(options, None), options.prompts, limits)
     few_shot, stop = None, None
     if options.prompts.examples is not None:
-        rows, few_shot, stop = _with_examples(rows, options.prompts.examples, tokenizer, card)
+        by_choice = rows[0].choices and options.scoring.scoring != "generation"
+        room = limits.room(new=0 if by_choice else options.scoring.max_new_tokens)
+        fitting = replace(card, max_length=min(card.max_length, room or card.max_length))
+        rows, few_shot, stop = _with_examples(rows, options.prompts.examples, tokenizer, fitting)
     scores = _load_and_score(options, adapter, card, rows, tokenizer, stop=stop)
     if scores.reuse is None and options.reuse.reuse in ("prefix", "trunk"):
         logger.warning(

@@ -135,6 +135,21 @@ def test_prompts_with_fewer_examples_are_counted_and_said(
     assert said in caplog.text
 
 
+@pytest.mark.parametrize("scoring", ["likelihood", "generation"])
+def test_examples_that_the_base_has_no_positions_for_are_dropped_too(
+    options: EvaluateOptions, tmp_path: Path, scoring: Any
+) -> None:
+    long = [{**row, "prompt": f"{row['prompt']} {'fox ' * 60}"} for row in RATED]  # of 256 tokens
+    own = {
+        "data": DataOptions(data=write(tmp_path / "a.jsonl", long[:3])),
+        "prompts": ScoredPromptOptions(examples=write(tmp_path / "b.jsonl", long[3:])),
+    }
+    asked = ScoringOptions(scoring=scoring, max_new_tokens=4)
+    found = run_evaluation(changed(options, scoring=asked, **own))["few_shot"]
+    assert found["num_short"] == 3
+    assert found["fewest"] < 2
+
+
 @pytest.mark.parametrize(
     ("new", "message"),
     [
