@@ -217,7 +217,7 @@ def test_what_diverges_is_worst_and_a_method_that_always_does_keeps_its_rate_and
     assert not any(trial["chosen"] for trial in lost["lr_search"])
     assert lost["config"]["optim"]["lr"] == METHODS["qlora"].lr
     said = capsys.readouterr().err
-    assert "loreft[lr=9e-05]: learning rate: 9e-05 of 0.0009, 0.9, 9e-05; the lowest that" in said
+    assert "loreft[lr=9e-05]: learning rate: 9e-05 of 0.0009, 0.9, 9e-05; best at the low" in said
     assert "failed at 0.9" in said
     assert "qlora: learning rate: none of 0.0002, 0.2, 2e-05; every trial failed" in said
     assert "lora[lr=1e-3]: learning rate: 0.001; not searched, as the entry names it" in said

@@ -13,6 +13,14 @@ def chosen(trials: Trials) -> dict[str, Any] | None:
     return next((trial for trial in trials if trial["chosen"]), None)
 
 
+def at_edge(trials: Trials) -> str | None:
+    """The end of the range at which the best rate is: ``lowest`` or ``highest``; None if inside."""
+    best, rates = chosen(trials), [trial["lr"] for trial in trials]
+    if best is None or len(trials) == 1 or min(rates) < best["lr"] < max(rates):
+        return None
+    return "lowest" if best["lr"] == min(rates) else "highest"
+
+
 def in_words(trials: Trials) -> str:
     """The rate that was taken, among which, and what to make of it."""
     best = chosen(trials)
@@ -24,14 +32,10 @@ def in_words(trials: Trials) -> str:
 
 def remark(trials: Trials) -> str:
     """What is to be said of the choice; empty if nothing is."""
-    best, rates = chosen(trials), [trial["lr"] for trial in trials]
     if len(trials) == 1:
         return "not searched, as the entry names it"
+    if chosen(trials) is None:
+        return "every trial failed, so it keeps its own"
+    words = [f"best at the {end} rate tried"] if (end := at_edge(trials)) else []
     failed = [f"{trial['lr']:g}" for trial in trials if trial.get("error") is not None]
-    words = [f"failed at {', '.join(failed)}"] if failed else []
-    if best is None:
-        words = ["every trial failed, so it keeps its own"]
-    elif best["lr"] in (min(rates), max(rates)):
-        end = "lowest" if best["lr"] == min(rates) else "highest"
-        words.insert(0, f"the {end} that was tried: the best may lie beyond it")
-    return "; ".join(words)
+    return "; ".join(words + ([f"failed at {', '.join(failed)}"] if failed else []))

@@ -12,7 +12,7 @@ from lowmem_reft.compare.report.comparison import Comparison
 from lowmem_reft.compare.report.figures import new_figure
 from lowmem_reft.compare.report.html import Chart, Column, Section, charts, html, shown, table
 from lowmem_reft.compare.report.labels import Label, label_ends
-from lowmem_reft.compare.report.rates import Trials, chosen, remark
+from lowmem_reft.compare.report.rates import Trials, at_edge, chosen, remark
 from lowmem_reft.compare.report.sections.curves import named_methods
 from lowmem_reft.compare.report.table import METHOD
 from lowmem_reft.machine.pages import INK
@@ -40,7 +40,7 @@ def render(comparison: Comparison) -> Section | None:
             title = f"Validation value, {task}" if len(found) > 1 else "Validation value"
             name = f"learning_rates-{number}" if number else "learning_rates"
             drawn[name] = Chart(title, draw(comparison, task, curves))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"task": task, "method": method, "trials": trials}
         for task, of_method in found.items()
         for method, trials in of_method.items()
@@ -49,10 +49,18 @@ def render(comparison: Comparison) -> Section | None:
         *shown([METHOD, *comparison.task_column]),
         Column("learning rate", lambda row: _rate(row["trials"])),
         Column("validation %", lambda row: _value(row["trials"])),
-        Column("tried", lambda row: html.text(_tried(row["trials"])), "text"),
         Column("remark", lambda row: html.text(remark(row["trials"])), "text"),
+        Column("tried", lambda row: html.text(_tried(row["trials"])), "text"),
     ]
-    parts = [charts(drawn)] if drawn else []
+    at_edges = dict.fromkeys(
+        comparison.names[row["method"]] for row in rows if at_edge(row["trials"])
+    )
+    parts = []
+    if at_edges:
+        words = "Best at the edge of what was tried, so that a better rate may lie beyond it"
+        parts.append(html.paragraph(f"{words}: {', '.join(at_edges)}."))
+    if drawn:
+        parts.append(charts(drawn))
     parts += [table(columns, rows, many="rows"), html.note(_NOTE)]
     title = "Learning rates"
     return Section(name="learning-rates", title=title, parts=parts, charts=drawn)
