@@ -1,5 +1,7 @@
 """``compare --equal``: every method gets what one of them, the reference, gets.
 
+An entry with ``equal=params`` in its brackets gets it alone, beside others at their own sizes.
+
 - params: as many trained parameters, as nearly as the option goes that sets a method's size (rank,
   virtual tokens, or the number of upper layers). A method without such an option keeps its own.
 - memory: no more predicted memory than the reference needs as it is given. The batch is split into
@@ -24,8 +26,8 @@ from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.data.rows import load_rows
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.methods.attach import attach
-from lowmem_reft.methods.entries import MethodSpec, parse_methods, write_entry
-from lowmem_reft.methods.table import find_method, given_options
+from lowmem_reft.methods.entries import MethodSpec, parse_methods, with_overrides
+from lowmem_reft.methods.table import find_method
 from lowmem_reft.options import (
     CompareOptions,
     HeldOutOptions,
@@ -70,14 +72,33 @@ def equalize(
     Raises:
         InputError: The reference cannot be trained, or something that is chosen here is given.
     """
-    with naming("budget_reference"):
-        (reference,) = parse_methods(options.matrix.budget_reference or specs[0].label)[:1]
+    kind = options.matrix.equal
+    reference = _reference(options, specs)
     plain = written.changed(options, equal=None, budget_reference=None)
-    if options.matrix.equal == "params":
-        return _equal_params(plain, specs, reference, cells_of)
-    if options.matrix.equal == "memory":
+    if kind in ("params", None):
+        return _equal_params(plain, specs, reference, cells_of, all_methods=kind is not None)
+    if kind == "memory":
         return _equal_memory(plain, specs, reference, cells_of)
     return _equal_time(plain, specs, reference, cells_of, run)
+
+
+def _reference(options: CompareOptions, specs: Sequence[MethodSpec]) -> MethodSpec:
+    """The method that sets the budget; the first one with a size of its own if none is named."""
+    of_its_own = [spec for spec in specs if spec.equal is None]
+    if options.matrix.equal is not None and len(of_its_own) < len(specs):
+        raise InputError(
+            f"methods must have no equal of their own with equal={options.matrix.equal}, got "
+            f"{options.matrix.methods!r}; leave out one of the two"
+        )
+    if options.matrix.budget_reference is not None:
+        with naming("budget_reference"):
+            return parse_methods(options.matrix.budget_reference)[0]
+    if not of_its_own:
+        raise InputError(
+            f"budget_reference must be given where every entry has equal, got "
+            f"{options.matrix.methods!r}; for example --budget-reference loreft"
+        )
+    return of_its_own[0]
 
 
 def _train_options(options: CompareOptions, spec: MethodSpec, cells_of: CellsOf) -> TrainOptions:
@@ -143,14 +164,29 @@ def nearest_size(count: Callable[[int], int], target: int, *, most: int) -> int:
 
 
 def _equal_params(
-    options: CompareOptions, specs: Sequence[MethodSpec], reference: MethodSpec, cells_of: CellsOf
+    options: CompareOptions,
+    specs: Sequence[MethodSpec],
+    reference: MethodSpec,
+    cells_of: CellsOf,
+    *,
+    all_methods: bool,
 ) -> Equalized:
+    """Equalize all methods, or those whose entries ask for it."""
     model = _train_options(options, reference, cells_of).model.model
     counter = ParameterCounter(load_config(model), options.base.task_type)
     target = counter(reference.options)
     chosen, notes = [], {}
     for spec in specs:
+        if not all_methods and spec.equal is None:
+            chosen.append(spec)
+            continue
+        entry, spec = spec.label, with_overrides(spec, {}) if spec.equal else spec
         spec, note = _of_equal_size(spec, reference, target, counter)
+        if not all_methods and any(spec.label == other.label for other in (*chosen, *specs)):
+            raise InputError(
+                f"methods must be different, got {entry!r}, which at the size of "
+                f"{reference.label!r} is {spec.label!r}, and that one too; drop one of the two"
+            )
         chosen.append(spec)
         notes[spec.label] = note
     return Equalized(options=options, specs=chosen, notes=notes)
@@ -180,15 +216,6 @@ def _of_equal_size(
     if size_option is None and count != target:
         note += f"; nothing sets the size of {spec.name}, which keeps its own"
     return found, note
-
-
-def with_overrides(spec: MethodSpec, overrides: dict[str, Any]) -> MethodSpec:
-    """Return a method with further overrides, and the entry of ``--methods`` that says so."""
-    items = {**given_options(spec.options), **spec.optim_overrides, **overrides}
-    if spec.storage != find_method(spec.name).storage:
-        items["storage"] = spec.storage
-    (found,) = parse_methods(write_entry(spec.name, items))
-    return found
 
 
 # Memory.

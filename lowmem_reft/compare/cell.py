@@ -43,6 +43,9 @@ EMPTY_RESULT: Result = {
     "num_steps": None,
     "train_time_s": None,
     "wall_time_s": None,
+    "few_shot": None,
+    "examples": None,
+    "lr_search": None,
     "error": None,
     "storage": None,
     "model": None,
@@ -65,6 +68,9 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("budget", "predictions", "device", "commit", "key"), str | None),
     **dict.fromkeys(("extra", "breakdown_bytes"), dict[str, float | None] | None),
     "versions": dict[str, str | None] | None,
+    "few_shot": dict[str, Any] | None,
+    "examples": list[str] | None,
+    "lr_search": list[dict[str, str | float | bool | None]] | None,
     "config": dict[str, Any] | None,
     "validation": list[dict[str, str | float | None]] | None,
     "loss_history": list[list[float | None]] | None,
@@ -107,6 +113,8 @@ def what_is_wrong(result: Any) -> str | None:
             return f"{name} must be {_words(name)}, got {shortened(value)}"
     if not all({"epoch", "value"} <= line.keys() for line in result.get("validation") or ()):
         return f"validation must have epochs and values, got {shortened(result['validation'])}"
+    if not all({"lr", "value", "chosen"} <= line.keys() for line in result.get("lr_search") or ()):
+        return f"lr_search must have lr, value and chosen, got {shortened(result['lr_search'])}"
     return None
 
 

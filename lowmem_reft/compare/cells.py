@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_reft.compare.cell import Cell
-from lowmem_reft.compare.sources import Sources
+from lowmem_reft.compare.sources import Examples, Sources
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import MethodSpec, resolve_learning_rate
 from lowmem_reft.methods.table import find_method, given_options
@@ -25,35 +25,45 @@ from lowmem_reft.options import (
     ModelOptions,
     ReuseOptions,
     RunOptions,
+    ScoredPromptOptions,
     TrainOptions,
     written,
 )
 from lowmem_reft.options.values import QUANTIZED
 
 _NOT_OF_A_CELL = {
-    *("methods", "seeds", "equal", "budget_reference"),
+    *("methods", "seeds", "equal", "budget_reference", "lr_search"),
     *("output_dir", "workers", "json", "quiet"),
 }
 """Options that a cell's command does not repeat, or says in another way."""
 
 
 def build_cells(
-    options: CompareOptions, specs: Sequence[MethodSpec], seeds: Sequence[int], sources: Sources
+    options: CompareOptions,
+    specs: Sequence[MethodSpec],
+    seeds: Sequence[int],
+    sources: Sources,
+    *,
+    folder: str = "cells",
 ) -> list[Cell]:
     """The untuned base once per storage, then every method with every seed, on one task.
 
-    A base under an untrained classification head says nothing, so it has no row there.
+    With ``--few-shot``, the base with examples before its prompts stands between them, for every
+    storage and seed: each seed draws its own. A base under an untrained classification head says
+    nothing, so it has no row there. The cells are in ``folder`` of the output directory.
 
     Raises:
         InputError: Two methods are the same, or would share a directory.
     """
-    maker = _Maker(options, sources)
-    storages = {spec.storage: spec.label for spec in reversed(specs)}
-    cells = [
-        maker.base(storage, storages[storage])
-        for storage in dict.fromkeys(spec.storage for spec in specs)
-        if options.base.task_type == "CAUSAL_LM"
-    ]
+    maker = _Maker(options, sources, folder)
+    of_storage = {spec.storage: spec.entry for spec in reversed(specs)}
+    storages = list(dict.fromkeys(spec.storage for spec in specs))
+    cells = []
+    if options.base.task_type == "CAUSAL_LM":
+        cells = [maker.base(storage, of_storage[storage]) for storage in storages]
+        if sources.examples:
+            shown = [(storage, seed) for storage in storages for seed in seeds]
+            cells += [maker.base(storage, of_storage[storage], seed) for storage, seed in shown]
     cells += [maker.tuned(spec, seed) for spec in specs for seed in seeds]
     if len({cell.directory for cell in cells}) < len(cells):
         raise InputError(
@@ -75,21 +85,28 @@ class _Maker:
 
     options: CompareOptions
     sources: Sources
+    folder: str
 
-    def base(self, storage: Any, method: str) -> Cell:
-        """The untuned base; ``method`` is one that has it stored so, for the command."""
-        label = f"base[storage={storage}]"
-        directory = self._directory(label, 0)
-        evaluate = self._evaluate(storage, directory, adapter=None)
+    def base(self, storage: Any, method: str, shown_by: int | None = None) -> Cell:
+        """The untuned base; ``method`` is one that has it stored so, for the command.
+
+        ``shown_by`` is the seed that drew the examples before its prompts.
+        """
+        examples = None if shown_by is None else self.sources.examples[shown_by]
+        shots = "" if examples is None else f"shots={len(examples.rows)},"
+        label, seed = f"base[{shots}storage={storage}]", shown_by or 0
+        directory = self._directory(label, seed)
+        evaluate = self._evaluate(storage, directory, adapter=None, examples=examples)
         evaluate = replace(evaluate, reuse=ReuseOptions(reuse="off"))
-        return self._cell(label, 0, directory, None, evaluate, method)
+        return self._cell(label, seed, directory, None, evaluate, method, examples)
 
     def tuned(self, spec: MethodSpec, seed: int) -> Cell:
         options, sources = self.options, self.sources
         directory = self._directory(spec.label, seed)
         training = directory / "train"
-        if options.scored.train_task is not None:  # one adapter for all tasks
-            training = options.output_dir / "trained" / directory.name
+        # One adapter for all tasks, and for the trial that has found its learning rate.
+        if options.scored.train_task is not None or options.matrix.lr_search is not None:
+            training = self._directory(spec.entry, seed, folder="trained")
         evaluate = self._evaluate(spec.storage, directory, adapter=training / "adapter")
         optim = replace(options.optim, **spec.optim_overrides)
         train = TrainOptions(
@@ -114,14 +131,22 @@ class _Maker:
             reuse=replace(evaluate.reuse, dequantize_upper=options.reuse.dequantize_upper),
             run=RunOptions(output_dir=training, seed=seed, quiet=True),
         )
-        return self._cell(spec.label, seed, directory, train, evaluate, spec.label)
+        return self._cell(spec.label, seed, directory, train, evaluate, spec.entry)
 
-    def _directory(self, label: str, seed: int) -> Path:
+    def _directory(self, label: str, seed: int, folder: str | None = None) -> Path:
         slug = re.sub(r"[^A-Za-z0-9.+=]+", "-", label).strip("-")
-        folder = "" if self.options.scored.tasks is None else self.sources.task
-        return self.options.output_dir / "cells" / folder / f"{slug}-seed{seed}"
+        task = "" if self.options.scored.tasks is None else self.sources.task
+        if folder == "trained" and self.options.scored.train_task is not None:
+            task = ""
+        return self.options.output_dir / (folder or self.folder) / task / f"{slug}-seed{seed}"
 
-    def _evaluate(self, storage: Any, directory: Path, adapter: Path | None) -> EvaluateOptions:
+    def _evaluate(
+        self,
+        storage: Any,
+        directory: Path,
+        adapter: Path | None,
+        examples: Examples | None = None,
+    ) -> EvaluateOptions:
         options, sources = self.options, self.sources
         # 16- and 32-bit weights are computed in their own dtype.
         dtype = options.base.compute_dtype if storage in QUANTIZED else "auto"
@@ -140,7 +165,10 @@ class _Maker:
                 max_length=options.rows.max_length,
                 limit=options.scored.eval_limit,
             ),
-            prompts=options.rows.prompts,
+            prompts=ScoredPromptOptions(
+                **written.values(options.rows.prompts),
+                examples=None if examples is None else examples.path,
+            ),
             adapter=adapter,
             scoring=sources.scoring,
             # Cells share their stores: another seed or rank on the same layers builds nothing.
@@ -161,11 +189,18 @@ class _Maker:
         train: TrainOptions | None,
         evaluate: EvaluateOptions,
         method: str,
+        examples: Examples | None = None,
     ) -> Cell:
         """Put a cell together with what is known before it runs; ``method`` is for its command."""
         sources, named = self.sources, self.options.scored.tasks is not None
-        options = written.changed(self.options, tasks=sources.task if named else None)
+        options = written.changed(
+            self.options,
+            tasks=sources.task if named else None,
+            few_shot=None if examples is None else self.options.scored.few_shot,
+        )
         config = _config(sources, seed, train, evaluate)
+        if examples is not None:
+            config["prompts"]["examples"] = examples.digest
         record = {
             "method": label,
             "task": sources.task,
@@ -174,6 +209,7 @@ class _Maker:
             "model": sources.model_name,
             "command": command_line(options, method, seed),
             "predictions": os.path.relpath(evaluate.predictions or "", options.output_dir),
+            "examples": None if examples is None else list(examples.rows),
             "config": config,
             "key": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         }

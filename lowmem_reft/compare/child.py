@@ -44,6 +44,7 @@ def run_cell(cell: Cell) -> Result:
         "value": scored["value"],
         "extra": scored.get("extra"),
         "loss": scored.get("loss"),
+        "few_shot": scored.get("few_shot"),
         "num_examples": scored["num_examples"],
         "wall_time_s": time.perf_counter() - start,
         "device": device_name(cell.evaluate.model.device),

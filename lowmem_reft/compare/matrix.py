@@ -10,27 +10,35 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lowmem_reft.compare import report
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.cells import build_cells
 from lowmem_reft.compare.engines.launch import CHILD_COMMAND
+from lowmem_reft.compare.lr_search import check_search, search_rates
 from lowmem_reft.compare.outputs import check_comparison
 from lowmem_reft.compare.queue import run_cells
 from lowmem_reft.compare.report.console import Progress, print_table
+from lowmem_reft.compare.report.rates import in_words
 from lowmem_reft.compare.report.table import aggregate
-from lowmem_reft.compare.sources import Sources, find_all_sources
+from lowmem_reft.compare.sources import Sources, find_all_sources, with_embedded_rows
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine.locks import alone
 from lowmem_reft.methods.entries import MethodSpec, expand_methods, parse_methods
-from lowmem_reft.options import CompareOptions, written
+from lowmem_reft.options import CompareOptions, Workers, written
+from lowmem_reft.options.values import parse_seeds
 
 DEFAULT_METHODS = "loreft,loreft[storage=bf16],lora,qlora"
 EMBEDDED_METHODS = (
     "loreft[rank=8,lr=4e-3],loreft[rank=8,lr=4e-3,storage=bf16],lora[rank=8,lr=2e-3],"
     "qlora[rank=8,lr=2e-3]"
 )
+
+
+_REASONS = ("budget", "lr_search")
+"""Fields of a result that say why its settings were chosen."""
 
 
 def run_comparison(
@@ -59,18 +67,25 @@ def run_comparison(
             chosen.budget_reference, embedded=embedded
         )
     options = written.changed(options, methods=methods, budget_reference=reference)
-    specs, seeds = parse_methods(methods), parse_seeds(options.matrix.seeds)
+    specs = parse_methods(methods, with_equal=True)
+    # What suits the tiny model is no choice of the user's.
+    as_given = parse_methods(expand_methods(given, embedded=False), with_equal=True)
+    fixed = [chosen.methods is not None and "lr" in spec.optim_overrides for spec in as_given]
+    if chosen.lr_search is not None:
+        options = with_embedded_rows(options)
     every_source = [*find_all_sources(options)]
+    runner = _Runner(options, child_command)
     with alone(options.output_dir, options.output_dir / ".lock"):
         cells = [
             cell
             for sources in every_source
-            for cell in _cells_of_task(options, specs, seeds, sources, child_command)
+            for cell in _cells_of_task(options, specs, fixed, sources, runner)
         ]
-        with Progress(len(cells), quiet=options.quiet) as progress:
-            results = run_cells(
-                cells, observer=progress, workers=options.workers, child_command=child_command
-            )
+        results = [
+            # A cell that had finished before may have been chosen for another reason.
+            {**result, **{name: cell.record[name] for name in _REASONS if name in cell.record}}
+            for cell, result in zip(cells, runner.run(cells, options.workers), strict=True)
+        ]
         files = report.write_results(results, options.output_dir)
     rows = aggregate(results)
     if not options.quiet:
@@ -87,32 +102,65 @@ def run_comparison(
     }
 
 
+class _Runner:
+    """Runs cells with a bar."""
+
+    def __init__(self, options: CompareOptions, child_command: Sequence[str]) -> None:
+        self._options, self._command = options, child_command
+        self._trials: dict[Path, Result] = {}
+
+    def run(self, cells: Sequence[Cell], workers: Workers = 1) -> list[Result]:
+        with Progress(len(cells), quiet=self._options.quiet) as progress:
+            return run_cells(cells, observer=progress, workers=workers, child_command=self._command)
+
+    def try_out(self, cells: Sequence[Cell]) -> list[Result]:
+        """Run trials, each once for all tasks: one that failed is not tried again for the next."""
+        new = [cell for cell in cells if cell.directory not in self._trials]
+        results = self.run(new, self._options.workers) if new else []
+        self._trials |= {cell.directory: result for cell, result in zip(new, results, strict=True)}
+        return [self._trials[cell.directory] for cell in cells]
+
+    def say(self, label: str, words: str) -> None:
+        if not self._options.quiet:
+            print(f"{label}: {words}", file=sys.stderr)
+
+
 def _cells_of_task(
     options: CompareOptions,
     specs: Sequence[MethodSpec],
-    seeds: Sequence[int],
+    fixed: Sequence[bool],
     sources: Sources,
-    child_command: Sequence[str],
+    runner: _Runner,
 ) -> list[Cell]:
-    """The cells of one task, with equal budgets if they are asked for."""
-    if options.matrix.equal is None:
-        return build_cells(options, specs, seeds, sources)
-    from lowmem_reft.compare.budget import equalize  # torch, which nothing else here needs
+    """The cells of one task, with equal budgets and searched rates if they are asked for."""
+    seeds = parse_seeds(options.matrix.seeds)
+    reasons: list[dict[str, Any]] = [{} for _ in specs]
+    if options.matrix.lr_search is not None:
+        check_search(options, fixed, sources)
+    if options.matrix.equal is not None or any(spec.equal for spec in specs):
+        from lowmem_reft.compare.budget import equalize  # torch, which nothing else here needs
 
-    def cells_of(chosen: CompareOptions, own: Sequence[MethodSpec]) -> list[Cell]:
-        return build_cells(chosen, own, seeds[:1], sources)
+        def cells_of(chosen: CompareOptions, own: Sequence[MethodSpec]) -> list[Cell]:
+            return build_cells(chosen, own, seeds[:1], sources)
 
-    def run(timed: Sequence[Cell]) -> list[Result]:
-        with Progress(len(timed), quiet=options.quiet) as progress:
-            return run_cells(timed, observer=progress, child_command=child_command)
-
-    equal = equalize(options, specs, cells_of=cells_of, run=run)
-    if not options.quiet:
+        equal = equalize(options, specs, cells_of=cells_of, run=runner.run)
+        options, specs = equal.options, equal.specs
+        for spec, reason in zip(specs, reasons, strict=True):
+            reason["budget"] = equal.notes.get(spec.label)
         for label, note in equal.notes.items():
-            print(f"{label}: {note}", file=sys.stderr)
-    cells = build_cells(equal.options, equal.specs, seeds, sources)
+            runner.say(label, note)
+    if options.matrix.lr_search is not None:
+        found = search_rates(
+            options, specs, fixed=fixed, seed=seeds[0], sources=sources, run=runner.try_out
+        )
+        specs = [each.spec for each in found]
+        for each, reason in zip(found, reasons, strict=True):
+            reason["lr_search"] = each.trials
+            runner.say(each.spec.entry, f"learning rate: {in_words(each.trials)}")
+    of_method = {spec.label: reason for spec, reason in zip(specs, reasons, strict=True)}
+    cells = build_cells(options, specs, seeds, sources)
     for cell in cells:
-        cell.record["budget"] = equal.notes.get(cell.record["method"])
+        cell.record.update(of_method.get(cell.record["method"], {}))
     return cells
 
 
@@ -124,17 +172,3 @@ def is_refused(result: Result) -> bool:
 def default_methods(options: CompareOptions) -> str:
     """The methods when none are named; the tiny model wants higher learning rates."""
     return EMBEDDED_METHODS if options.is_embedded else DEFAULT_METHODS
-
-
-def parse_seeds(text: str) -> list[int]:
-    """``"0,1,2"`` as numbers.
-
-    Raises:
-        InputError: Something is no number, or is there twice, or there is nothing.
-    """
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
-        raise InputError(
-            f"seeds must be different non-negative integers, got {text!r}; write for example 0,1,2"
-        )
-    return [int(word) for word in words]

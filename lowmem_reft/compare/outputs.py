@@ -15,7 +15,7 @@ _REPORT = (
     *("results.json", "results.csv", "report.html"),
     *("accuracy_vs_*.png", "memory_breakdown.png", "loss_curves*.png", "layers_x_positions*.png"),
 )
-_ROWS = ("data/", "rows/", "cells/", "reuse/")
+_ROWS = ("data/", "rows/", "cells/", "reuse/", "trained/", "lr-search/")
 
 
 def check_comparison(options: CompareOptions | SweepOptions) -> None:

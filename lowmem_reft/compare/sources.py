@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download
 
 from lowmem_reft.compare.outputs import keep_rows
 from lowmem_reft.data import embedded
+from lowmem_reft.data.few_shot import draw_examples
 from lowmem_reft.data.rows import (
     Row,
     as_choices,
@@ -26,6 +27,18 @@ from lowmem_reft.data.tasks.task import Split, Task
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine import provenance
 from lowmem_reft.options import CompareOptions, ScoringOptions, written
+from lowmem_reft.options.values import parse_seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Training rows that are put before the prompts of a base, solved."""
+
+    path: str
+    """The file of these rows."""
+    digest: str
+    rows: tuple[str, ...]
+    """Where each was read: file and line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +62,8 @@ class Sources:
     """How the rows to evaluate on are scored."""
     train_scoring: ScoringOptions = field(default_factory=ScoringOptions)
     """How the validation rows are scored."""
+    examples: dict[int, Examples] = field(default_factory=dict)
+    """By the seed that drew them; empty without ``--few-shot``."""
 
 
 def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list[Sources]:
@@ -69,6 +84,15 @@ def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list
     if len(set(names)) < len(names):
         raise InputError(f"tasks must be different, got {options.scored.tasks!r}; drop one")
     return [_task_sources(options, name, scored) for name in names]
+
+
+def with_embedded_rows(options: CompareOptions) -> CompareOptions:
+    """Name the rows that the package ships, validation rows among them, where none are named."""
+    if options.scored.tasks is not None or options.rows.data is not None:
+        return options
+    train, test = map(str, embedded.task_files())
+    validation = str(embedded.validation_file())
+    return written.changed(options, data=train, eval_data=test, validation_data=validation)
 
 
 def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
@@ -116,9 +140,28 @@ def _sources(
         model=model,
         model_name=options.base.model or "embedded-llama",
         model_digest=model_digest(model),
+        examples=_draw_examples(options, {part: rows for part, (_, rows) in parts.items()}, own),
         **named,
         **own,
     )
+
+
+def _draw_examples(
+    options: CompareOptions, parts: dict[str, Sequence[Row]], own: dict[str, Any]
+) -> dict[int, Examples]:
+    """Training rows to show, drawn by each seed and written below ``output_dir/data``."""
+    num, found = options.scored.few_shot, {}
+    if num is None:
+        return {}
+    held_out = [*parts.get("validation", []), *parts["evaluate"]]
+    folder = "data" if options.scored.tasks is None else f"data/{own['task']}"
+    for seed in parse_seeds(options.matrix.seeds):
+        trained = parts["train"][: options.rows.limit]
+        rows = draw_examples(trained, num, seed=seed, without=held_out)
+        path = keep_rows(options, f"{folder}/{num}-shown-seed{seed}.jsonl", rows)
+        sources = tuple(row.source for row in rows)
+        found[seed] = Examples(path=str(path), digest=rows_digest(rows), rows=sources)
+    return found
 
 
 def _scoring(options: CompareOptions, task: Task) -> ScoringOptions:

@@ -26,6 +26,8 @@ class Row:
     """The prompt without template, or the text of a row with ``text``; empty for chats."""
     text_pair: str | None = None
     """The second text of a sentence pair."""
+    before: str = ""
+    """What stands before the prompt as its template writes it: solved examples."""
     messages: tuple[dict[str, Any], ...] = ()
     """The whole chat, the response included."""
     template_arguments: dict[str, Any] = field(default_factory=dict)

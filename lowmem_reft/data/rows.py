@@ -221,8 +221,8 @@ def rows_digest(rows: Sequence[Row]) -> str:
     for row in rows:
         content = asdict(replace(row, source=""))
         # Rows without these hash as they did before there were such columns.
-        for name in ("text_pair", "target", "template_arguments"):
-            if content[name] in (None, {}):
+        for name in ("text_pair", "before", "target", "template_arguments"):
+            if content[name] in (None, "", {}):
                 del content[name]
         digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()

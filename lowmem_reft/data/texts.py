@@ -70,7 +70,7 @@ def written(
                 f"template must contain {{prompt}}, got {template!r}; write 'Question: {{prompt}}'"
             )
         # Not str.format: prompts and templates hold other braces.
-        prompt = template.replace("{prompt}", row.prompt)
+        prompt = row.before + template.replace("{prompt}", row.prompt)
         rest = [_between(prompt, text, joint, row, tokenizer) + text for text in responses]
     start = prompt.rstrip(" ")
     return start, [prompt[len(start) :] + text for text in rest]

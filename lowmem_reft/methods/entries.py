@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.table import METHODS, check_options, check_storage, find_method
+from lowmem_reft.methods.table import (
+    METHODS,
+    check_options,
+    check_storage,
+    find_method,
+    given_options,
+)
 from lowmem_reft.options import MethodOptions, OptimOptions, Storage, written
 
 _OWN, _OPTIM = written.types(MethodOptions), written.types(OptimOptions)
@@ -20,7 +26,9 @@ class MethodSpec:
     """A method with overrides, as one entry of ``--methods``."""
 
     label: str
-    """The entry as it was written."""
+    """What its rows are called: the entry, unless its learning rate was searched for."""
+    entry: str
+    """As it is written in ``--methods``."""
     name: str
     """Key of ``METHODS``."""
     storage: Storage
@@ -29,23 +37,26 @@ class MethodSpec:
     """The method's own options."""
     optim_overrides: dict[str, Any]
     """Fields of ``OptimOptions`` that this entry overrides."""
+    equal: Literal["params"] | None = None
+    """Of which the entry is to have as many as the reference of a comparison has."""
 
 
 def expand_methods(text: str, *, embedded: bool) -> str:
     """Return what ``--methods`` was given with ``all`` as every method of the table.
 
-    On the ``embedded`` base, the tiny model that the package ships, names without overrides get
-    those that suit it.
+    On the ``embedded`` base, the tiny model that the package ships, names without overrides (but
+    ``equal``) get those that suit it.
     """
     entries = list(METHODS) if text.strip() == "all" else _entries(text)
-    if embedded:
-        entries = [
-            f"{entry}[{METHODS[entry].embedded}]"
-            if entry in METHODS and METHODS[entry].embedded
-            else entry
-            for entry in entries
-        ]
-    return ",".join(entries)
+    return ",".join(map(_suited, entries) if embedded else entries)
+
+
+def _suited(entry: str) -> str:
+    name, bracket, rest = entry.partition("[")
+    suiting = METHODS[name].embedded if name in METHODS else ""
+    if not suiting or (bracket and rest != "equal=params]"):
+        return entry
+    return f"{name}[{suiting}{',' + rest if bracket else ']'}"
 
 
 def write_entry(name: str, overrides: Mapping[str, Any]) -> str:
@@ -58,11 +69,33 @@ def _entries(text: str) -> list[str]:
     return [entry.strip() for entry in re.split(r",(?![^\[]*\])", text) if entry.strip()]
 
 
-def parse_methods(text: str) -> list[MethodSpec]:
+def with_overrides(spec: MethodSpec, overrides: Mapping[str, Any]) -> MethodSpec:
+    """Return a method with further overrides, and the entry of ``--methods`` that says so."""
+    (found,) = parse_methods(_more(spec, overrides))
+    return found
+
+
+def with_searched_rate(spec: MethodSpec, rate: float) -> MethodSpec:
+    """Return a method with a rate that was searched; its rows are called the same whatever it is.
+
+    On another task it may be another one.
+    """
+    return replace(with_overrides(spec, {"lr": rate}), label=_more(spec, {"lr": "searched"}))
+
+
+def _more(spec: MethodSpec, overrides: Mapping[str, Any]) -> str:
+    """Write the entry of a method with further overrides."""
+    items = {**given_options(spec.options), **spec.optim_overrides, **overrides}
+    if spec.storage != find_method(spec.name).storage:
+        items["storage"] = spec.storage
+    return write_entry(spec.name, items)
+
+
+def parse_methods(text: str, *, with_equal: bool = False) -> list[MethodSpec]:
     """Parse ``"loreft[rank=8,positions=f7+l7],qlora[lr=1e-3]"``.
 
     Overrides are fields of ``MethodOptions`` (``r`` is short for ``rank``) or ``OptimOptions``, or
-    ``storage``.
+    ``storage``; and, for those who know a reference (``with_equal``), ``equal=params``.
 
     Raises:
         InputError: Unknown method or override, a value of the wrong type, or two equal entries.
@@ -75,10 +108,10 @@ def parse_methods(text: str) -> list[MethodSpec]:
     repeated = {entry for entry in entries if entries.count(entry) > 1}
     if repeated:
         raise InputError(f"methods must be different, got {', '.join(repeated)} twice; drop one")
-    return [_parse_method(entry) for entry in entries]
+    return [_parse_method(entry, with_equal) for entry in entries]
 
 
-def _parse_method(entry: str) -> MethodSpec:
+def _parse_method(entry: str, with_equal: bool) -> MethodSpec:
     match = re.fullmatch(r"(?P<name>[^\[\]]+)(?:\[(?P<overrides>[^\[\]]*)\])?", entry)
     if match is None:
         raise InputError(
@@ -88,6 +121,7 @@ def _parse_method(entry: str) -> MethodSpec:
     own: dict[str, Any] = {}
     optim: dict[str, Any] = {}
     storage: Any = method.storage
+    equal: Literal["params"] | None = None
     for item in filter(None, (part.strip() for part in (match["overrides"] or "").split(","))):
         key, equals, value = item.partition("=")
         key = {"r": "rank"}.get(key.strip(), key.strip().replace("-", "_"))
@@ -102,8 +136,10 @@ def _parse_method(entry: str) -> MethodSpec:
             own[key] = _convert(_OWN[key], key, value.strip(), entry)
         elif equals and key in _OPTIM:
             optim[key] = _convert(_OPTIM[key], key, value.strip(), entry)
+        elif with_equal and (key, value.strip()) == ("equal", "params"):
+            equal = "params"
         else:
-            known = sorted({*_OWN, *_OPTIM, "storage"})
+            known = sorted({*_OWN, *_OPTIM, "storage", *(["equal=params"] if with_equal else [])})
             raise InputError(
                 f"overrides of {entry!r} must be among {', '.join(known)}, got {item!r}; mend it"
             )
@@ -111,7 +147,13 @@ def _parse_method(entry: str) -> MethodSpec:
     check_options(options)
     check_storage(match["name"], storage)
     return MethodSpec(
-        label=entry, name=match["name"], storage=storage, options=options, optim_overrides=optim
+        label=entry,
+        entry=entry,
+        name=match["name"],
+        storage=storage,
+        options=options,
+        optim_overrides=optim,
+        equal=equal,
     )
 
 

@@ -45,6 +45,7 @@ from lowmem_reft.options.running import EvaluateOptions as EvaluateOptions
 from lowmem_reft.options.running import GenerateOptions as GenerateOptions
 from lowmem_reft.options.running import HarnessOptions as HarnessOptions
 from lowmem_reft.options.running import ScoredDataOptions as ScoredDataOptions
+from lowmem_reft.options.running import ScoredPromptOptions as ScoredPromptOptions
 from lowmem_reft.options.running import ShownDataOptions as ShownDataOptions
 from lowmem_reft.options.running import ShowOptions as ShowOptions
 from lowmem_reft.options.running import TrainOptions as TrainOptions

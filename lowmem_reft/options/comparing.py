@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -114,10 +116,14 @@ class ScoredOptions:
     all of --tasks."""
     eval_limit: int | None = None
     """Score only the first N evaluation rows."""
+    few_shot: int | None = None
+    """Score the base with N solved training rows before each prompt too, beside the base as it is:
+    a row for each storage and seed, which draws them (never validation or test rows; of rows with
+    choices each answer alike). Where they do not fit in --max-length, the first are left out."""
 
     def __post_init__(self) -> None:
-        """Check the count, and that there is something to score."""
-        check_counts(eval_limit=self.eval_limit)
+        """Check the counts, and that there is something to score."""
+        check_counts(eval_limit=self.eval_limit, few_shot=self.few_shot)
         if self.train_task is not None and self.tasks is None:
             raise InputError(
                 f"train_task must come with tasks, got {self.train_task!r} alone; add --tasks"
@@ -129,25 +135,53 @@ class MatrixOptions:
     """What is put side by side, with which budgets and seeds."""
 
     methods: str | None = None
-    """Comma-separated names, with overrides in brackets: loreft[rank=8,positions=l1].
-    Default: loreft,loreft[storage=bf16],lora,qlora; all: the whole table of methods. With the tiny
-    model that the package ships, names alone take the settings that suit it."""
+    """Comma-separated names, with overrides in brackets: loreft[rank=8,positions=l1];
+    qlora[equal=params] alone gets as many trained parameters as --budget-reference. Default:
+    loreft,loreft[storage=bf16],lora,qlora; all: the whole table of methods. With the tiny model
+    that the package ships, names alone take the settings that suit it."""
     equal: Literal["params", "memory", "time"] | None = None
     """Give every method what the reference gets: params: as many trained parameters (by its rank,
     virtual tokens or layers); memory: no more predicted memory (by splitting the batch and saving
     memory as --memory-gib does); time: as many steps as take as long, by a short timed run each."""
     budget_reference: str | None = None
-    """Method that sets the budget of --equal, written as in --methods; default: the first."""
+    """Method that sets the budget of --equal or [equal=params], written as in --methods; default:
+    the first that is not equalized itself."""
     seeds: str = "0"
     """Comma-separated seeds."""
+    lr_search: str | None = None
+    """Choose each method's learning rate first: comma-separated multiples, for example 0.3,1,3, of
+    --lr or of its own. Each is trained with the first seed and scored on validation rows; the best
+    is taken for all seeds. An entry with a rate in its brackets keeps it."""
 
     def __post_init__(self) -> None:
-        """Check that a reference has something to be one for."""
-        if self.budget_reference is not None and self.equal is None:
+        """Check the multiples, and that a reference has something to be one for."""
+        self.lr_multiples  # noqa: B018 - which checks them
+        has_equal = self.equal is not None or re.search(r"\bequal\s*=", self.methods or "")
+        if self.budget_reference is not None and not has_equal:
             raise InputError(
                 f"budget_reference must come with equal, got {self.budget_reference!r} alone; add "
-                "--equal params, memory or time"
+                "--equal params, memory or time, or equal=params to an entry"
             )
+
+    @property
+    def lr_multiples(self) -> list[float]:
+        """The multiples of ``lr_search``; none without it.
+
+        Raises:
+            InputError: They are not two or more different positive numbers.
+        """
+        words = [] if self.lr_search is None else self.lr_search.split(",")
+        try:
+            found = [float(word) for word in words]
+        except ValueError:
+            found = [math.nan]
+        is_right = all(0 < each < math.inf for each in found) and len(set(found)) == len(words)
+        if self.lr_search is not None and (len(found) < 2 or not is_right):
+            raise InputError(
+                "lr_search must be two or more different positive numbers, got "
+                f"{self.lr_search!r}; write for example 0.3,1,3"
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +208,11 @@ class CompareOptions(Switches):
         check_counts(workers=None if self.workers == "ray" else self.workers)
         check_directory("output_dir", self.output_dir)
         self.rows.check_source(tasks=self.scored.tasks)
+        if self.scored.few_shot is not None and self.base.task_type == "SEQ_CLS":
+            raise InputError(
+                f"few_shot must be left out with task_type SEQ_CLS, got {self.scored.few_shot!r}: "
+                "a classification head reads no solved examples"
+            )
 
     @property
     def is_embedded(self) -> bool:

@@ -83,6 +83,17 @@ class ScoredDataOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredPromptOptions(PromptOptions):
+    """How rows become prompts, and what is put before these."""
+
+    examples: str | None = None
+    """Rows like those of --data that are put before each prompt as solved examples, in their order:
+    all of this file. They are written as in training; of chats they are earlier turns. Where they
+    do not fit in --max-length, the first are left out and the prompts counted. Not with
+    --adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HarnessOptions:
     """What EleutherAI's lm-eval scores (pip install 'lowmem-reft[eval]')."""
 
@@ -124,7 +135,7 @@ class EvaluateOptions(Switches):
 
     model: ModelOptions
     data: DataOptions = field(default_factory=ScoredDataOptions)
-    prompts: PromptOptions = field(default_factory=PromptOptions)
+    prompts: ScoredPromptOptions = field(default_factory=ScoredPromptOptions)
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     adapter: Path | None = None
     """Adapter directory; without it the base itself is scored."""
@@ -145,6 +156,16 @@ class EvaluateOptions(Switches):
             raise InputError(
                 f"data must be given, or lm_eval, and not both, got {self.data.data!r} and "
                 f"{tasks!r}; for example --data test.jsonl"
+            )
+        if self.prompts.examples is not None and self.adapter is not None:
+            raise InputError(
+                f"examples must be left out with adapter, got {self.prompts.examples!r}: it was "
+                "trained on prompts without any; score the base with them"
+            )
+        if self.prompts.examples is not None and self.model.task_type == "SEQ_CLS":
+            raise InputError(
+                f"examples must be left out with task_type SEQ_CLS, got {self.prompts.examples!r}: "
+                "a classification head reads no solved examples"
             )
         if tasks:
             self._check_nothing_is_ignored()

@@ -203,3 +203,17 @@ def check_seed(seed: int) -> None:
     """
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must be from 0 to {2**32 - 1}, got {seed!r}; for example 0")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"0,1,2"`` as numbers.
+
+    Raises:
+        InputError: Something is no number, or is there twice, or there is nothing.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
+        raise InputError(
+            f"seeds must be different non-negative integers, got {text!r}; write for example 0,1,2"
+        )
+    return [int(word) for word in words]

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.ours import ours
-from lowmem_reft.data.rows import label_names, load_rows
-from lowmem_reft.errors import is_out_of_memory
+from lowmem_reft.data.few_shot import separator, with_examples
+from lowmem_reft.data.rows import as_choices, label_names, load_rows
+from lowmem_reft.errors import is_out_of_memory, naming
 from lowmem_reft.machine.files import write_text_whole
 from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
 from lowmem_reft.methods.loading import load_adapted
@@ -41,10 +42,12 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     Returns:
         ``metric``, ``value``, ``accuracy`` (the share of right answers), ``extra`` (of
         ``extra_metrics``, by name), ``num_examples``, ``storage``,
-        ``num_cut_prompts``, where known ``loss`` and, where stored constants were used, ``reuse``,
-        ``store_bytes`` and ``build_time_s``. Where the adapter was trained on another storage also
-        ``trained_storage``, ``value_trained_storage``, ``accuracy_trained_storage`` and
-        ``loss_trained_storage``. With ``--lm-eval`` see ``harness.run_harness``.
+        ``num_cut_prompts``, where known ``loss``, with ``--examples`` ``few_shot`` (the rows
+        ``shown``, the prompts ``num_short`` of some of them and the ``fewest`` that one has) and,
+        where stored constants were used, ``reuse``, ``store_bytes`` and ``build_time_s``. Where the
+        adapter was trained on another storage also ``trained_storage``, ``value_trained_storage``,
+        ``accuracy_trained_storage`` and ``loss_trained_storage``. With ``--lm-eval`` see
+        ``harness.run_harness``.
 
     Raises:
         InputError: An option, a file or a row is wrong.
@@ -75,7 +78,13 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     tokenizer = tokenizer_for(options.model.model, adapter, card, config=config)
     limits = Limits.of(config, tokenizer, task_type=card.task_type)
     rows = rows_to_score(rows, tokenizer, card, _settings(options, None), options.prompts, limits)
-    scores = _load_and_score(options, adapter, card, rows, tokenizer)
+    few_shot, stop = None, None
+    if options.prompts.examples is not None:
+        by_choice = rows[0].choices and options.scoring.scoring != "generation"
+        room = limits.room(new=0 if by_choice else options.scoring.max_new_tokens)
+        fitting = replace(card, max_length=min(card.max_length, room or card.max_length))
+        rows, few_shot, stop = _with_examples(rows, options.prompts.examples, tokenizer, fitting)
+    scores = _load_and_score(options, adapter, card, rows, tokenizer, stop=stop)
     if scores.reuse is None and options.reuse.reuse in ("prefix", "trunk"):
         logger.warning(
             "reuse %s has no effect: it needs --reuse-dir, an adapter and rows with choices",
@@ -85,11 +94,33 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         lines = (json.dumps(line) + "\n" for line in _prediction_lines(rows, scores, card))
         write_text_whole(options.predictions, "".join(lines))
     summary = scores.summary() | {"storage": card.storage}
+    if few_shot is not None:
+        summary["few_shot"] = few_shot
     differs = trained is not None and trained.storage not in (None, card.storage)
     if trained is not None and differs and not options.only_given_storage:
         own = replace(card, storage=trained.storage, compute_dtype=trained.compute_dtype)
         summary |= _score_as_trained(options, adapter, own, rows, tokenizer)
     return summary
+
+
+def _with_examples(
+    rows: Sequence[Row], path: str, tokenizer: Any, card: TrainingCard
+) -> tuple[list[Row], dict[str, Any], str | None]:
+    """The rows with the examples of a file before them, what was shown, and where answers end."""
+    with naming("examples"):
+        examples = as_choices(load_rows(path), card.label_names)
+    rows = as_choices(rows, card.label_names)
+    rows, counts = with_examples(rows, examples, tokenizer, **card.prompts)
+    num_short = sum(count < len(examples) for count in counts)
+    if num_short:
+        logger.warning(
+            "%s of %s prompts have fewer than the %s examples before them, one %s: max_length %s "
+            "has no room for more",
+            *(num_short, len(rows), len(examples), min(counts), card.max_length),
+        )
+    shown = [example.source for example in examples]
+    found = {"shown": shown, "num_short": num_short, "fewest": min(counts)}
+    return rows, found, None if rows[0].messages else separator(examples)
 
 
 def _score_as_trained(
@@ -123,6 +154,7 @@ def _load_and_score(
     card: TrainingCard,
     rows: Sequence[Row],
     tokenizer: Any,
+    stop: str | None = None,
 ) -> Scores:
     model, _ = load_adapted(
         options.model, adapter, card, resident=options.reuse.resident, tokenizer=tokenizer
@@ -137,7 +169,8 @@ def _load_and_score(
         directory = options.reuse.reuse_dir
         if directory is None and options.reuse.resident == "upper":
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        return score(model, tokenizer, rows, card, _settings(options, directory))
+        settings = replace(_settings(options, directory), stop=stop)
+        return score(model, tokenizer, rows, card, settings)
 
 
 def _settings(options: EvaluateOptions, reuse_dir: Path | None) -> ScoringSettings:

@@ -165,14 +165,16 @@ def generate_batches(
     *,
     batch_size: int,
     max_new_tokens: int,
+    stop: str | None = None,
     chats: bool = False,
     quiet: bool = True,
 ) -> Iterator[str]:
     """Continue prompts greedily, batch by batch, in their order: see ``continue_prompts``.
 
-    ``chats`` tells whether a chat template wrote them.
+    ``stop`` is a text at which an answer ends; ``chats`` tells whether a chat template wrote them.
     """
-    decoding = DecodingOptions(max_new_tokens=max_new_tokens)
+    stops = () if stop is None else (stop,)
+    decoding = DecodingOptions(max_new_tokens=max_new_tokens, stop=stops)
     ends = end_ids(tokenizer, chats=chats)
     for start in progress(range(0, len(prompts), batch_size), "generating", quiet=quiet):
         part = prompts[start : start + batch_size]

@@ -61,6 +61,8 @@ class ScoringSettings(ScoringOptions):
     """What may be computed once, and how much it may take on the disk."""
     reuse_dir: Path | None = None
     """Where that is kept; None computes everything anew."""
+    stop: str | None = None
+    """Text at which a generated answer ends: what parts the examples before the prompts."""
 
     def answer_in(self, text: str) -> str | None:
         """Return the answer that a text gives; None if it gives none."""
@@ -345,6 +347,7 @@ class _Scoring:
                 [example["input_ids"] for example in encoded.examples],
                 batch_size=settings.batch_size,
                 max_new_tokens=settings.max_new_tokens,
+                stop=settings.stop,
                 chats=bool(self.rows[0].messages),
                 quiet=settings.quiet,
             )

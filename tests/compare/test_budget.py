@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lowmem_reft as lr
 from lowmem_reft import cli
@@ -21,7 +22,6 @@ from lowmem_reft.compare.budget import (
     equalize,
     nearest_size,
     num_steps,
-    with_overrides,
 )
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.cells import build_cells
@@ -30,7 +30,7 @@ from lowmem_reft.compare.matrix import run_comparison
 from lowmem_reft.compare.sources import find_sources
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import attach
-from lowmem_reft.methods.entries import parse_methods
+from lowmem_reft.methods.entries import expand_methods, parse_methods, with_overrides
 from lowmem_reft.methods.table import METHODS
 from lowmem_reft.options import CompareOptions, MemoryOptions, MethodOptions, OptimOptions
 from lowmem_reft.options.written import build, changed
@@ -66,7 +66,8 @@ def equalized(
     options: CompareOptions, methods: str, run: Callable[..., list[Result]] = no_run, **chosen: Any
 ) -> tuple[Equalized, list[Cell]]:
     """Return what is chosen for methods, and the cells that come of it."""
-    options, specs = changed(options, **chosen), parse_methods(methods)
+    specs = parse_methods(methods, with_equal=True)
+    options = changed(options, methods=methods, **chosen)
     sources = find_sources(options)
 
     def cells_of(own: CompareOptions, some: Sequence[Any]) -> list[Cell]:
@@ -117,6 +118,97 @@ def test_what_has_no_size_or_cannot_be_trained_keeps_its_own_and_says_so(
     assert "nothing sets the size of ia3, which keeps its own" in equal.notes["ia3"]
     assert equal.notes["bitfit"].startswith("not equalized: method must not be bitfit")
     assert [cell.record["method"] for cell in cells] == [spec.label for spec in equal.specs]
+
+
+def test_an_entry_alone_gets_the_references_parameters_beside_the_same_method_at_its_own(
+    options: CompareOptions,
+) -> None:
+    methods = "qlora,qlora[equal=params,lr=1e-3],loreft[rank=40],ia3[equal=params]"
+    equal, cells = equalized(options, methods, budget_reference="loreft[rank=40]")
+    labels = [spec.label for spec in equal.specs]
+    rank = equal.specs[1].options.rank
+    assert labels == ["qlora", f"qlora[lr=0.001,rank={rank}]", "loreft[rank=40]", "ia3"]
+    assert list(equal.notes) == [labels[1], "ia3"]
+    assert all(spec.equal is None for spec in equal.specs)
+    # Two ranks times a low-rank map and a bias for every block; LoRA on the shapes of each layer.
+    base = lr.load_base(options.base.model, storage="fp32", device="cpu")
+    linear = [m for m in base.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    per_rank = sum(sum(module.weight.shape) for module in linear)
+    target = len(base.model.layers) * (2 * 64 * 40 + 40)
+    assert rank is not None
+    assert rank > 1
+    assert rank == min(range(1, 64), key=lambda size: abs(size * per_rank - target))
+    assert equal.notes[labels[1]] == f"equal params: {rank * per_rank:,} of {target:,}"
+    assert [cell.record["method"] for cell in cells] == labels
+
+
+def test_the_reference_of_such_an_entry_is_the_first_other_one(options: CompareOptions) -> None:
+    equal, _ = equalized(options, "prefix[equal=params],loreft[rank=8],qlora")
+    assert [spec.label for spec in equal.specs] == [
+        "prefix[num_virtual_tokens=16]",
+        "loreft[rank=8]",
+        "qlora",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("methods", "chosen", "message"),
+    [
+        ("loreft[equal=params]", {}, "budget_reference must be given where every entry has equal"),
+        ("loreft,qlora[equal=params]", {"equal": "time"}, "methods must have no equal of their ow"),
+        (
+            "loreft[rank=8],loreft[equal=params,rank=2]",
+            {},
+            r"methods must be different, got 'loreft\[equal=params,rank=2\]', which at the size of "
+            r"'loreft\[rank=8\]' is 'loreft\[rank=8\]', and that one too; drop one",
+        ),
+        ("ia3,ia3[equal=params]", {}, "methods must be different"),
+        ("loreft,qlora[equal=memory]", {}, "overrides of .* must be among .*equal=params.* got"),
+        (
+            "qlora[equal=params]",
+            {"budget_reference": "loreft[equal=params]"},
+            "budget_reference: overrides of",
+        ),
+    ],
+)
+def test_a_budget_of_one_entry_that_contradicts_another_is_refused(
+    options: CompareOptions, methods: str, chosen: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        equalized(options, methods, **chosen)
+
+
+def test_only_a_comparison_knows_a_reference() -> None:
+    with pytest.raises(InputError, match=r"overrides of .* must be among"):
+        parse_methods("qlora[equal=params]")
+
+
+def test_the_tiny_model_suits_an_entry_with_a_budget_of_its_own_too() -> None:
+    given = "qlora,qlora[equal=params],qlora[equal=params,lr=1]"
+    suited = "qlora[rank=8,lr=2e-3],qlora[rank=8,lr=2e-3,equal=params],qlora[equal=params,lr=1]"
+    assert expand_methods(given, embedded=True) == suited
+
+
+@pytest.mark.filterwarnings("ignore:the trained weights are torch.bfloat16")
+def test_ranks_from_1_to_64_full_training_and_others_are_entries_beside_each_other(
+    options: CompareOptions,
+) -> None:
+    loras = "lora[rank=1],lora[rank=8],lora[rank=64,storage=nf4],qdora[rank=2]"
+    methods = f"{loras},full[lr=1e-3],full[storage=bf16],ia3,prefix[num_virtual_tokens=3]"
+    small = changed(options, optim=OptimOptions(max_steps=1, batch_size=2), limit=2, eval_limit=2)
+    _, cells = equalized(small, methods)
+    counts = {}
+    for cell in cells:
+        assert cell.train is not None
+        assert cell.evaluate.model.storage == cell.record["storage"]
+        result = run_cell(cell)
+        assert (result["error"], result["num_steps"], result["num_examples"]) == (None, 1, 2)
+        counts[result["method"]] = result["num_trainable_params"]
+    assert counts["lora[rank=8]"] == 8 * counts["lora[rank=1]"]
+    assert counts["lora[rank=64,storage=nf4]"] == 64 * counts["lora[rank=1]"]
+    base = lr.load_base(options.base.model, storage="fp32", device="cpu")
+    every = sum(parameter.numel() for parameter in base.parameters())
+    assert counts["full[lr=1e-3]"] == counts["full[storage=bf16]"] == every
 
 
 def test_what_is_chosen_is_in_the_configuration_and_in_the_command_of_the_row(

@@ -23,7 +23,7 @@ from lowmem_reft.compare import report
 from lowmem_reft.compare.cell import EMPTY_RESULT, read_cell, write_cell
 from lowmem_reft.compare.cells import build_cells, command_line
 from lowmem_reft.compare.child import run_cell
-from lowmem_reft.compare.matrix import parse_seeds, run_comparison
+from lowmem_reft.compare.matrix import run_comparison
 from lowmem_reft.compare.sources import Sources, find_sources, task_name
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.locks import alone
@@ -36,6 +36,7 @@ from lowmem_reft.options import (
     ReuseOptions,
     ScoringOptions,
 )
+from lowmem_reft.options.values import parse_seeds
 from lowmem_reft.options.written import build, changed
 
 ROOT = Path(__file__).parents[2]

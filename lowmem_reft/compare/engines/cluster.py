@@ -4,7 +4,7 @@ The model of a cell must be on every node under the same name (a hub id, or a di
 same path), and this package in the same version. Rows are sent along, and everything that a cell
 writes comes back, so that no file system is shared. What several cells share is looked for under
 the driver's paths, and made again on each node that has none: stores of ``--reuse``, and the
-adapters of ``--train-task``.
+adapters of ``--train-task`` and ``--lr-search``.
 """
 
 from __future__ import annotations

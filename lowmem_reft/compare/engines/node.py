@@ -137,6 +137,7 @@ def data_files(content: dict[str, Any]) -> list[str]:
     held_out = train.get("held_out") or {}
     named = [
         evaluate["data"]["data"],
+        evaluate["prompts"].get("examples"),
         (train.get("data") or {}).get("data"),
         held_out.get("eval_data"),
         held_out.get("validation_data"),

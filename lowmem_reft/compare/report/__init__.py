@@ -13,11 +13,12 @@ from typing import Any
 from lowmem_reft.compare.cell import EMPTY_RESULT
 from lowmem_reft.machine.files import write_json, write_text_whole, write_whole
 
-CSV_FIELDS = tuple(
-    name
-    for name in EMPTY_RESULT
-    if name not in ("config", "versions", "loss_history", "validation", "breakdown_bytes", "extra")
+_NESTED = (
+    *("config", "versions", "loss_history", "validation", "breakdown_bytes", "extra"),
+    *("few_shot", "examples", "lr_search"),
 )
+
+CSV_FIELDS = tuple(name for name in EMPTY_RESULT if name not in _NESTED)
 """Columns of results.csv: every field of a result that is one value."""
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uFF1D\uFF0B\uFF0D\uFF20]")

@@ -116,6 +116,11 @@ class Comparison:
         return list(dict.fromkeys(row.method for row in self.rows if row.num_trainable_params))
 
     @cached_property
+    def prompted(self) -> list[str]:
+        """The bases with examples before their prompts, in the order in which they first occur."""
+        return list(dict.fromkeys(r["method"] for r in self.results if r.get("examples")))
+
+    @cached_property
     def styles(self) -> dict[str, Style]:
         """Colour and marker of every method that trains something."""
         return method_styles(self.tuned)
@@ -127,11 +132,12 @@ class Comparison:
 
     @cached_property
     def significance(self) -> dict[str, Significance]:
-        """By task: every tuned method with answers against the reference, if that has some."""
+        """By task: what is tuned or prompted, and has answers, against the reference, if it has."""
         found = {}
         for task, answers in self.answers.items():
             if self.reference in answers.methods:
-                others = [m for m in self.tuned if m in answers.methods and m != self.reference]
+                some = [m for m in (*self.tuned, *self.prompted) if m in answers.methods]
+                others = [method for method in some if method != self.reference]
                 compared = compare_with(answers, self.reference, others)
                 if compared is not None:
                     found[task] = compared

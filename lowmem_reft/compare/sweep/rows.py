@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowmem_reft.compare.outputs import keep_rows
-from lowmem_reft.compare.sources import Sources, find_all_sources
-from lowmem_reft.data import embedded
+from lowmem_reft.compare.sources import Sources, find_all_sources, with_embedded_rows
 from lowmem_reft.data.rows import holdout, load_rows
 from lowmem_reft.options import CompareOptions, ScoredOptions, SweepOptions, written
 
@@ -54,9 +53,7 @@ def _with_rows(options: SweepOptions) -> CompareOptions:
     if options.task is not None or (given.validation_data and given.eval_data):
         return comparison
     if given.data is None:
-        train, test = map(str, embedded.task_files())
-        validation = str(embedded.validation_file())
-        return written.changed(comparison, data=train, eval_data=test, validation_data=validation)
+        return with_embedded_rows(comparison)
     rows = load_rows(given.data, split=given.split)
     parts: dict[str, str] = {}
     for name in ("eval_data", "validation_data"):

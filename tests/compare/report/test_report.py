@@ -28,7 +28,9 @@ from lowmem_reft.compare.report.sections import (
     frontier,
     heatmap,
     memory,
+    origin,
     ranking,
+    rates,
     runs,
 )
 from lowmem_reft.compare.report.table import aggregate, columns, markdown, over_tasks
@@ -246,6 +248,8 @@ def page(tmp_path_factory):
     for layers, positions in itertools.product(("all", HOSTILE), ("f1", "l1")):
         config = {"method": {"layers": layers, "positions": positions}}
         cells.append(result(f"red[{layers},{positions}]", config=config))
+    cells.append(result(f"lora[{HOSTILE}]", lr_search=searched(0.5, None, chosen=1)))
+    cells.append(result("base[shots=1]", examples=[HOSTILE], num_trainable_params=0))
     return write_report(cells, tmp_path).read_text(encoding="utf-8")
 
 
@@ -429,6 +433,97 @@ def test_no_name_in_a_chart_covers_another(num_methods):
         if name != "loss_curves":
             assert len(boxes) >= num_methods
             assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes.values())
+
+
+def searched(*values, chosen=None, **errors):
+    """Trials at 1e-4, 2e-4, ... with these values."""
+    return [
+        {"method": f"m[lr={i}e-4]", "lr": i * 1e-4, "value": value, "loss": 1.0,
+         "error": None if value is not None else "FloatingPointError: " + HOSTILE,
+         "chosen": i == chosen}
+        for i, value in enumerate(values, start=1)
+    ]  # fmt: skip
+
+
+def test_searched_rates_are_drawn_and_their_edges_and_failures_said():
+    cells = [
+        base(),
+        result("loreft[lr=searched]", lr_search=searched(0.5, 0.7, 0.9, chosen=3)),
+        result("qlora[lr=searched]", lr_search=searched(0.5, 0.75, None, chosen=2)),
+        result("lora", lr_search=searched(None, None)),
+        result("red[lr=2e-4]", lr_search=[{**searched(None)[0], "error": None, "chosen": True}]),
+    ]
+    section = rates.render(compared(cells))
+    text = plain(section.body)
+    assert "a better rate may lie beyond it: loreft." in text
+    assert "0.0003 90.0 best at the highest rate tried 0.0001: 50.0, 0.0002: 70.0, 0.0003" in text
+    assert "0.0002 75.0 failed at 0.0003 0.0001: 50.0, 0.0002: 75.0, 0.0003: failed" in text
+    assert "every trial failed, so it keeps its own 0.0001: failed, 0.0002: failed" in text
+    assert "not searched, as the entry names it" in text
+    [axes] = section.charts["learning_rates"].figure.axes
+    assert axes.get_xscale() == "log"
+    lines = [line for line in axes.lines if line.get_linestyle() != "None"]
+    assert [line.get_xdata().tolist() for line in lines] == [
+        pytest.approx([1e-4, 2e-4, 3e-4]),
+        pytest.approx([1e-4, 2e-4]),
+    ]
+    rings = [line.get_xydata().tolist() for line in axes.lines if line.get_linestyle() == "None"]
+    assert rings == [[pytest.approx([3e-4, 90])], [pytest.approx([2e-4, 75])]]
+    assert rates.render(compared([base(), result()])) is None
+
+
+def test_rates_of_several_tasks_have_a_chart_each():
+    cells = [
+        result("lora[lr=searched]", task=task, lr_search=searched(0.5, 0.7, chosen=chosen))
+        for task, chosen in (("boolq", 1), ("piqa", 2))
+    ]
+    section = rates.render(compared(cells))
+    assert [chart.title for chart in section.charts.values()] == [
+        "Validation value, boolq",
+        "Validation value, piqa",
+    ]
+
+
+def test_the_base_with_examples_is_compared_and_says_what_it_was_shown(tmp_path):
+    shown = {
+        "few_shot": {"num_short": 3, "fewest": 1, "shown": []},
+        "examples": ["/data/me/train.jsonl:4", "/data/me/train.jsonl:7"],
+        "num_trainable_params": 0,
+        "num_examples": 40,
+    }
+    right = [True] * 30 + [False] * 10
+    cells = [
+        answered(tmp_path, base(), [False] * 40),
+        *(
+            answered(tmp_path, result("base[shots=2,storage=nf4]", seed, **shown), right)
+            for seed in (0, 1)
+        ),
+        answered(tmp_path, result("qlora"), [True] * 40),
+    ]
+    comparison = Comparison.read(cells, tmp_path)
+    found = comparison.significance["trec"]
+    assert list(found.differences) == ["base[shots=2,storage=nf4]"]
+    assert found.differences["base[shots=2,storage=nf4]"].value == pytest.approx(-0.25)
+    assert found.differences["base[shots=2,storage=nf4]"].is_clear
+    text = plain(ranking.render(comparison).body)
+    assert "the base, untrained, with 2 solved training rows before each prompt" in text
+    assert "6 of 80 prompts have fewer, for want of room in --max-length" in text
+    assert comparison.summary.startswith("1 method ")
+    assert "seed 1, shows train.jsonl:4, train.jsonl:7" in plain(origin.render(comparison).body)
+    assert "/data/me" not in origin.render(comparison).body
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        ({"loreft": [0], "qlora": [0]}, "One seed: nothing here says how far another one would"),
+        ({"loreft": [0, 1], "qlora": [0, 1]}, "told by its ±: trust no difference that is smaller"),
+        ({"loreft": [0, 1], "qlora": [0]}, "smaller. With fewer than 2 seeds: qlora (1)."),
+    ],
+)
+def test_what_seeds_tell_is_said(seeds, said):
+    cells = [result(method, seed) for method, some in seeds.items() for seed in some]
+    assert said in plain(ranking.render(compared([base(), *cells])).body)
 
 
 def test_loss_curves_are_means_over_seeds():

@@ -110,6 +110,26 @@ def test_seeds_are_averaged_and_may_differ_in_number():
     assert difference.value == pytest.approx((0.75 + 0.5) / 2 - 0.25)
 
 
+def test_a_method_that_lacks_seeds_is_the_mean_over_those_that_it_has():
+    # The interval is the same as if each of its seeds had been there twice.
+    generator = np.random.default_rng(5)
+    a, b, c, d = (generator.random((4, 50)) < 0.6).astype(int).tolist()
+    few = compare_with(task(x=[a, b], y=[c, d]), "y", ["x"]).differences["x"]
+    many = compare_with(task(x=[a, b, a, b], y=[c, d]), "y", ["x"]).differences["x"]
+    assert (few.value, few.low, few.high, few.p) == pytest.approx(
+        (many.value, many.low, many.high, many.p)
+    )
+
+
+def test_what_wins_as_often_as_it_loses_is_not_told_apart():
+    # d* is symmetric, so that as many draws are on either side; draws at 0 count on both.
+    ours, theirs = [1] * 10 + [0] * 10 + [1] * 20, [0] * 10 + [1] * 10 + [1] * 20
+    difference = compare_with(task(a=[ours], b=[theirs]), "b", ["a"]).differences["a"]
+    assert difference.value == 0
+    assert difference.p > 0.9
+    assert difference.low == pytest.approx(-difference.high, abs=0.03)
+
+
 def test_the_same_seed_gives_the_same_result_and_swapping_turns_the_sign():
     references, rows = random_classes(3)
     answers = task(references=references, a=rows[:2], b=rows[2:])

@@ -21,6 +21,7 @@ from lowmem_reft.compare.report.sections import (
     memory,
     origin,
     ranking,
+    rates,
     runs,
 )
 
@@ -28,6 +29,7 @@ SECTIONS: tuple[Callable[[Comparison], Section | None], ...] = (
     ranking.render,
     frontier.render,
     curves.render,
+    rates.render,
     examples.render,
     memory.render,
     heatmap.render,

@@ -36,7 +36,7 @@ def render(comparison: Comparison) -> Section | None:
     found: dict[str, Chart] = {}
     is_cut = False
     for number, (tasks, curves) in enumerate(groups):
-        named = _named(comparison, tasks[0], curves)
+        named = named_methods(comparison, tasks[0], curves)
         is_cut |= len(named) < len(curves)
         title = "Mean over seeds" if len(groups) == 1 else ", ".join(tasks)
         figure = draw(curves, comparison.styles, named)
@@ -48,8 +48,8 @@ def render(comparison: Comparison) -> Section | None:
     return Section(name="curves", title="Training loss", parts=parts, charts=found)
 
 
-def _named(comparison: Comparison, task: str, methods: Iterable[str]) -> dict[str, str]:
-    """The methods that are named in a chart, and how."""
+def named_methods(comparison: Comparison, task: str, methods: Iterable[str]) -> dict[str, str]:
+    """The methods that are named in a chart, and how: the best and the reference."""
     rows = ranked(comparison.rows_of(task))
     places = {row.method: i for i, row in enumerate(rows, 1) if row.method in methods}
     best = [method for method in places if method != comparison.reference]

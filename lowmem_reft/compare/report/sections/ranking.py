@@ -76,6 +76,35 @@ def _overview(comparison: Comparison) -> list[Markup]:
     return parts
 
 
+def _of_seeds(comparison: Comparison) -> str:
+    """What can be said of other seeds, by how many there are of what is trained."""
+    tuned = [row for row in comparison.rows if row.method in comparison.tuned and row.num_seeds]
+    most = max((row.num_seeds for row in tuned), default=0)
+    if most == 1:
+        return (
+            "One seed: nothing here says how far another one would move a value; --seeds 0,1,2 "
+            "would."
+        )
+    fewer = {comparison.names[row.method]: row.num_seeds for row in tuned if row.num_seeds < most}
+    words = "How far seeds move a value is told by its ±: trust no difference that is smaller."
+    listed = ", ".join(f"{name} ({number})" for name, number in fewer.items())
+    return words + (f" With fewer than {most} seeds: {listed}." if fewer else "") if most else ""
+
+
+def _of_examples(comparison: Comparison, method: str) -> str:
+    """What was put before the prompts of a base."""
+    cells = [result for result in comparison.results if result["method"] == method]
+    words = (
+        f"{method}: the base, untrained, with {len(cells[0]['examples'])} solved training rows "
+        "before each prompt, which each seed draws."
+    )
+    short = sum((cell.get("few_shot") or {}).get("num_short", 0) for cell in cells)
+    if short:
+        scored = sum(cell["num_examples"] or 0 for cell in cells)
+        words += f" {short:,} of {scored:,} prompts have fewer, for want of room in --max-length."
+    return words
+
+
 def _of_mean(means: dict[str, Summary], cell: Callable[[Any], Markup], method: str) -> Markup:
     return cell(means.get(method))
 
@@ -165,10 +194,12 @@ def _notes(comparison: Comparison) -> list[str]:
             "several methods. Differences are in points; interval and p are of a paired bootstrap "
             f"over the test examples ({draws:,} draws, both methods on the same ones, the mean "
             "over seeds on each). They say how far the difference would move with other examples "
-            "of this kind. Other seeds move it too: for those look at the ±, and do not trust a "
-            "difference that is smaller."
+            "of this kind. Other seeds move it too."
         )
-    elif comparison.reference and len(comparison.tuned) > 1:
+    if seeds := _of_seeds(comparison):
+        notes.append(seeds)
+    notes += [_of_examples(comparison, method) for method in comparison.prompted]
+    if not found and comparison.reference and len(comparison.tuned) > 1:
         notes.append(
             "No significance: the runs left no predictions from which the metric could be computed."
         )
