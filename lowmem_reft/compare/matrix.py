@@ -19,6 +19,7 @@ from lowmem_reft.compare.engines.launch import CHILD_COMMAND
 from lowmem_reft.compare.outputs import check_comparison
 from lowmem_reft.compare.queue import run_cells
 from lowmem_reft.compare.report.console import Progress, print_table
+from lowmem_reft.compare.report.relative import relate
 from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.compare.sources import Sources, find_all_sources
 from lowmem_reft.errors import InputError, naming
@@ -71,6 +72,7 @@ def run_comparison(
             results = run_cells(
                 cells, observer=progress, workers=options.workers, child_command=child_command
             )
+        results = relate(results)
         files = report.write_results(results, options.output_dir)
     rows = aggregate(results)
     if not options.quiet:

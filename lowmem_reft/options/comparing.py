@@ -10,6 +10,7 @@ import tyro
 
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.options.groups import (
+    ForgettingOptions,
     MemoryOptions,
     OptimOptions,
     PromptOptions,
@@ -114,6 +115,7 @@ class ScoredOptions:
     all of --tasks."""
     eval_limit: int | None = None
     """Score only the first N evaluation rows."""
+    forgetting: ForgettingOptions = field(default_factory=ForgettingOptions)
 
     def __post_init__(self) -> None:
         """Check the count, and that there is something to score."""
@@ -174,6 +176,7 @@ class CompareOptions(Switches):
         check_counts(workers=None if self.workers == "ray" else self.workers)
         check_directory("output_dir", self.output_dir)
         self.rows.check_source(tasks=self.scored.tasks)
+        self.scored.forgetting.check_task(self.base.task_type)
 
     @property
     def is_embedded(self) -> bool:

@@ -57,7 +57,10 @@ def check_evaluation(options: EvaluateOptions) -> None:
         check_file(
             "predictions",
             options.predictions,
-            sources={"data": options.data.data or None},
+            sources={
+                "data": options.data.data or None,
+                "forgetting": options.beside.forgetting,
+            },
             is_ours=is_predictions,
         )
     _check_stores(options.reuse.reuse_dir)

@@ -17,7 +17,10 @@ from lowmem_reft.compare.report.table import Summary, columns
 from lowmem_reft.machine.terminal import harmless
 
 _WIDE = 120
-_LEFT_OUT_WHERE_NARROW = ("loss", "trainable_percent", "reserved_bytes", "rss_bytes")
+_LEFT_OUT = ("steps_to_reference", "tokens_to_reference")
+_LEFT_OUT_WHERE_NARROW = (
+    *("loss", "trainable_percent", "reserved_bytes", "rss_bytes", "time_to_reference_s"),
+)
 
 
 class Progress:
@@ -71,12 +74,13 @@ class Progress:
 def print_table(rows: Sequence[Summary], console: Console | None = None) -> None:
     """Print the rows; what failed follows below, with the reason.
 
-    Columns that matter less are left out where the terminal is narrow; all are in the files.
+    Columns that matter less are left out, more of them where the terminal is narrow; all are in the
+    files and on the page.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal:
         console.width = _WIDE
-    left_out = () if console.width >= _WIDE else _LEFT_OUT_WHERE_NARROW
+    left_out = _LEFT_OUT if console.width >= _WIDE else (*_LEFT_OUT, *_LEFT_OUT_WHERE_NARROW)
     shown = [column for column in columns(rows) if column.field not in left_out]
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
