@@ -13,13 +13,8 @@ from lowmem_reft.options import CompareOptions, SweepOptions
 
 _REPORT = (
     *("results.json", "results.csv", "report.html"),
-    *(
-        "accuracy_vs_*.png",
-        "validation_vs_*.png",
-        "memory_breakdown.png",
-        "loss_curves*.png",
-        "layers_x_positions*.png",
-    ),
+    *("accuracy_vs_*.png", "validation_vs_*.png", "memory_breakdown.png", "loss_curves*.png"),
+    "layers_x_positions*.png",
 )
 _ROWS = ("data/", "rows/", "cells/", "reuse/")
 

@@ -42,7 +42,7 @@ class Spent:
         self.num_real = self.num_real + mask.sum().detach()
 
     def of_all(self) -> dict[str, float | None]:
-        """Return ``train_time_s``, ``num_computed_tokens`` and ``num_real_tokens`` of the whole run.
+        """Return ``train_time_s``, ``num_computed_tokens`` and ``num_real_tokens`` of the run.
 
         Tokens are those of all processes, every one of which has to ask; the time is the first
         one's. None: not known.

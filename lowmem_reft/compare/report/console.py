@@ -19,7 +19,8 @@ from lowmem_reft.machine.terminal import harmless
 _WIDE = 120
 _LEFT_OUT = ("steps_to_reference", "tokens_to_reference")
 _LEFT_OUT_WHERE_NARROW = (
-    *("loss", "trainable_percent", "reserved_bytes", "rss_bytes", "time_to_reference_s"),
+    *("loss", "trainable_percent", "reserved_bytes", "rss_bytes", "tokens_per_s"),
+    "time_to_reference_s",
 )
 
 
