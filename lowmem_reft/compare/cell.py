@@ -111,9 +111,15 @@ def what_is_wrong(result: Any) -> str | None:
     for name, value in {**dict.fromkeys(("method", "task", "seed")), **result}.items():
         if name in EMPTY_RESULT and not fits(value, _TYPES.get(name, float | None)):
             return f"{name} must be {_words(name)}, got {shortened(value)}"
-    if not all({"epoch", "value"} <= line.keys() for line in result.get("validation") or ()):
+    if not all(map(_is_epoch, result.get("validation") or ())):
         return f"validation must have epochs and values, got {shortened(result['validation'])}"
     return None
+
+
+def _is_epoch(line: dict[str, Any]) -> bool:
+    numbers = [value for name, value in line.items() if name != "metric"]
+    known = fits(line.get("epoch"), float) and "value" in line
+    return known and all(fits(number, float | None) for number in numbers)
 
 
 def _words(name: str) -> str:

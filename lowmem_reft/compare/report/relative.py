@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -49,8 +50,8 @@ def _is_base(result: Result) -> bool:
 
 
 def _text_of(result: Result) -> tuple[Any, ...]:
-    text = (result.get("config") or {}).get("forgetting") or {}
-    return result["task"], result.get("storage"), text.get("text"), text.get("limit")
+    text = json.dumps((result.get("config") or {}).get("forgetting"), sort_keys=True)
+    return result["task"], result.get("storage"), text
 
 
 def _epochs(result: Result) -> list[tuple[float, dict[str, Any]]]:

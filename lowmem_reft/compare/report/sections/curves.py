@@ -58,16 +58,16 @@ def render(comparison: Comparison) -> Section | None:
         named = _named(comparison, tasks[0], curves)
         is_cut |= len(named) < len(curves)
         suffix = f"-{number}" if number else ""
-        where = "mean over seeds" if len(groups) == 1 else ", ".join(tasks)
+        where = "" if len(groups) == 1 else f", {', '.join(tasks)}"
         figure = draw(curves, comparison.styles, named)
-        found[f"loss_curves{suffix}"] = Chart(f"Training loss, {where}", figure)
+        found[f"loss_curves{suffix}"] = Chart(f"Training loss{where}", figure)
         results = [r for r in comparison.results if r["task"] == tasks[0]]
         for axis in _SPENT:
             scores = mean_scores(results, axis.field)
             if scores:
                 is_scored = True
                 figure = draw_scores(comparison, tasks[0], scores, axis.label, named)
-                title = f"Validation against {axis.title}, {where}"
+                title = f"Validation against {axis.title}{where}"
                 found[f"validation_vs_{axis.name}{suffix}"] = Chart(title, figure)
     parts = [charts(found)]
     if is_scored:
@@ -81,8 +81,8 @@ def render(comparison: Comparison) -> Section | None:
 
 _EXPLANATION = (
     "Validation: a point per epoch, at what the training had spent by then (time without loading, "
-    "scoring and building stores). Dotted: the best of the reference, which sets what the columns "
-    "to reference are about."
+    "scoring and building stores), means over seeds. Dotted: the best of the reference, which the "
+    "columns to reference in All measurements are about."
 )
 
 
