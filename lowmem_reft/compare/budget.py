@@ -286,7 +286,9 @@ def _step_times(
 ) -> dict[str, float | str]:
     """Return each method's median seconds per step, or why it has none, from short runs."""
     short = written.changed(
-        options, output_dir=options.output_dir / "timing", eval_limit=1, validation_limit=1
+        options,
+        output_dir=options.output_dir / "timing",
+        **{"eval_limit": 1, "validation_limit": 1, "forgetting": None},
     )
     cells: dict[str, Cell] = {}
     for spec in specs:

@@ -39,6 +39,12 @@ EMPTY_RESULT: Result = {
     "validation": None,
     "train_loss": None,
     "loss": None,
+    "general_loss": None,
+    "forgetting": None,
+    "reference_value": None,
+    "time_to_reference_s": None,
+    "steps_to_reference": None,
+    "tokens_to_reference": None,
     "num_examples": None,
     "num_steps": None,
     "train_time_s": None,
@@ -111,11 +117,17 @@ def what_is_wrong(result: Any) -> str | None:
     for name, value in {**dict.fromkeys(("method", "task", "seed")), **result}.items():
         if name in EMPTY_RESULT and not fits(value, _TYPES.get(name, float | None)):
             return f"{name} must be {_words(name)}, got {shortened(value)}"
-    if not all({"epoch", "value"} <= line.keys() for line in result.get("validation") or ()):
+    if not all(map(_is_epoch, result.get("validation") or ())):
         return f"validation must have epochs and values, got {shortened(result['validation'])}"
     if not all({"lr", "value", "chosen"} <= line.keys() for line in result.get("lr_search") or ()):
         return f"lr_search must have lr, value and chosen, got {shortened(result['lr_search'])}"
     return None
+
+
+def _is_epoch(line: dict[str, Any]) -> bool:
+    numbers = [value for name, value in line.items() if name != "metric"]
+    known = fits(line.get("epoch"), float) and "value" in line
+    return known and all(fits(number, float | None) for number in numbers)
 
 
 def _words(name: str) -> str:

@@ -18,6 +18,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import MethodSpec, resolve_learning_rate
 from lowmem_reft.methods.table import find_method, given_options
 from lowmem_reft.options import (
+    BesideOptions,
     CompareOptions,
     DataOptions,
     EvaluateOptions,
@@ -171,6 +172,7 @@ class _Maker:
             ),
             adapter=adapter,
             scoring=sources.scoring,
+            beside=BesideOptions(**vars(options.scored.forgetting)),
             # Cells share their stores: another seed or rank on the same layers builds nothing.
             reuse=replace(
                 options.reuse,
@@ -231,6 +233,9 @@ def _config(
     }
     if prompts := written.given(evaluate.prompts):
         config["prompts"] = prompts
+    if evaluate.beside.forgetting is not None:
+        limit = evaluate.beside.forgetting_limit
+        config["forgetting"] = {"text": sources.forgetting_digest, "limit": limit}
     if train is None:
         return config
     method = find_method(train.method.method)

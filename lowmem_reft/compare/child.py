@@ -45,6 +45,7 @@ def run_cell(cell: Cell) -> Result:
         "extra": scored.get("extra"),
         "loss": scored.get("loss"),
         "few_shot": scored.get("few_shot"),
+        "general_loss": scored.get("general_loss"),
         "num_examples": scored["num_examples"],
         "wall_time_s": time.perf_counter() - start,
         "device": device_name(cell.evaluate.model.device),
@@ -83,7 +84,7 @@ def _training_key(cell: Cell) -> str:
     config = {
         name: value
         for name, value in cell.record["config"].items()
-        if name not in ("eval_data", "scoring")
+        if name not in ("eval_data", "scoring", "forgetting")
     }
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 

@@ -22,6 +22,7 @@ from lowmem_reft.compare.outputs import check_comparison
 from lowmem_reft.compare.queue import run_cells
 from lowmem_reft.compare.report.console import Progress, print_table
 from lowmem_reft.compare.report.rates import in_words
+from lowmem_reft.compare.report.relative import relate
 from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.compare.sources import Sources, find_all_sources, with_embedded_rows
 from lowmem_reft.errors import InputError, naming
@@ -86,6 +87,7 @@ def run_comparison(
             {**result, **{name: cell.record[name] for name in _REASONS if name in cell.record}}
             for cell, result in zip(cells, runner.run(cells, options.workers), strict=True)
         ]
+        results = relate(results)
         files = report.write_results(results, options.output_dir)
     rows = aggregate(results)
     if not options.quiet:

@@ -13,7 +13,8 @@ from lowmem_reft.options import CompareOptions, SweepOptions
 
 _REPORT = (
     *("results.json", "results.csv", "report.html"),
-    *("accuracy_vs_*.png", "memory_breakdown.png", "loss_curves*.png", "layers_x_positions*.png"),
+    *("accuracy_vs_*.png", "validation_vs_*.png", "memory_breakdown.png", "loss_curves*.png"),
+    "layers_x_positions*.png",
 )
 _ROWS = ("data/", "rows/", "cells/", "reuse/", "trained/", "lr-search/")
 
@@ -74,7 +75,11 @@ def _holds_others(directory: Path) -> bool:
 
 
 def _read(options: CompareOptions | SweepOptions) -> dict[str, str | None]:
-    return {name: getattr(options.rows, name) for name in ("data", "validation_data", "eval_data")}
+    names = ("data", "validation_data", "eval_data")
+    read: dict[str, str | None] = {name: getattr(options.rows, name) for name in names}
+    if isinstance(options, CompareOptions):
+        read["forgetting"] = options.scored.forgetting.forgetting
+    return read
 
 
 def _holds_results(directory: Path) -> bool:

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from lowmem_reft.compare.outputs import keep_rows
 from lowmem_reft.data import embedded
 from lowmem_reft.data.few_shot import draw_examples
+from lowmem_reft.data.general import general_digest, read_general
 from lowmem_reft.data.rows import (
     Row,
     as_choices,
@@ -64,6 +65,8 @@ class Sources:
     """How the validation rows are scored."""
     examples: dict[int, Examples] = field(default_factory=dict)
     """By the seed that drew them; empty without ``--few-shot``."""
+    forgetting_digest: str | None = None
+    """Of the general text, if there is one."""
 
 
 def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list[Sources]:
@@ -134,6 +137,7 @@ def _sources(
 ) -> Sources:
     """The sources of parts, each the path or id of its rows, and the rows."""
     model = options.base.model or str(embedded.model_dir())
+    text = options.scored.forgetting.forgetting
     named: dict[str, Any] = {part: path for part, (path, _) in parts.items()}
     named |= {f"{part}_digest": rows_digest(rows) for part, (_, rows) in parts.items()}
     return Sources(
@@ -141,6 +145,7 @@ def _sources(
         model_name=options.base.model or "embedded-llama",
         model_digest=model_digest(model),
         examples=_draw_examples(options, {part: rows for part, (_, rows) in parts.items()}, own),
+        forgetting_digest=None if text is None else general_digest(read_general(text)),
         **named,
         **own,
     )

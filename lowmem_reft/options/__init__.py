@@ -24,6 +24,7 @@ from lowmem_reft.options.files import ReuseListOptions as ReuseListOptions
 from lowmem_reft.options.files import ReuseRemoveOptions as ReuseRemoveOptions
 from lowmem_reft.options.groups import DataOptions as DataOptions
 from lowmem_reft.options.groups import EditOptions as EditOptions
+from lowmem_reft.options.groups import ForgettingOptions as ForgettingOptions
 from lowmem_reft.options.groups import HeldOutOptions as HeldOutOptions
 from lowmem_reft.options.groups import MemoryOptions as MemoryOptions
 from lowmem_reft.options.groups import MethodOptions as MethodOptions
@@ -39,6 +40,7 @@ from lowmem_reft.options.planning import ProfileOptions as ProfileOptions
 from lowmem_reft.options.planning import ShapeOptions as ShapeOptions
 from lowmem_reft.options.planning import StoreOptions as StoreOptions
 from lowmem_reft.options.planning import TableOptions as TableOptions
+from lowmem_reft.options.running import BesideOptions as BesideOptions
 from lowmem_reft.options.running import ChatOptions as ChatOptions
 from lowmem_reft.options.running import DecodingOptions as DecodingOptions
 from lowmem_reft.options.running import EvaluateOptions as EvaluateOptions

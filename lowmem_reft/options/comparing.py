@@ -12,6 +12,7 @@ import tyro
 
 from lowmem_reft.errors import InputError, check_counts
 from lowmem_reft.options.groups import (
+    ForgettingOptions,
     MemoryOptions,
     OptimOptions,
     PromptOptions,
@@ -120,6 +121,7 @@ class ScoredOptions:
     """Score the base with N solved training rows before each prompt too, beside the base as it is:
     a row for each storage and seed, which draws them (never validation or test rows; of rows with
     choices each answer alike). Where they do not fit in --max-length, the first are left out."""
+    forgetting: ForgettingOptions = field(default_factory=ForgettingOptions)
 
     def __post_init__(self) -> None:
         """Check the counts, and that there is something to score."""
@@ -213,6 +215,7 @@ class CompareOptions(Switches):
                 f"few_shot must be left out with task_type SEQ_CLS, got {self.scored.few_shot!r}: "
                 "a classification head reads no solved examples"
             )
+        self.scored.forgetting.check_task(self.base.task_type)
 
     @property
     def is_embedded(self) -> bool:

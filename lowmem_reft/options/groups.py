@@ -124,6 +124,34 @@ class HeldOutOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForgettingOptions:
+    """General text, to see what a training costs beside its task."""
+
+    forgetting: str | None = None
+    """Held-out general text: a .txt file, or rows with a text column. It is cut into windows of 256
+    tokens, and the loss of their second halves after their first (nats per token) is measured; how
+    much an adapter raises it over the base's is what was forgotten."""
+    forgetting_limit: int = 64
+    """Windows of that text that are scored, from its beginning."""
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        check_counts(forgetting_limit=self.forgetting_limit)
+
+    def check_task(self, task_type: str | None) -> None:
+        """Refuse the text for a classifier, under whose head no token has a likelihood.
+
+        Raises:
+            InputError: It is one.
+        """
+        if self.forgetting is not None and task_type == "SEQ_CLS":
+            raise InputError(
+                f"forgetting must be left out with task_type SEQ_CLS, got {self.forgetting!r}: a "
+                "classification head gives no token a likelihood; leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
     """How answers are found and scored."""
 

@@ -12,6 +12,7 @@ import tyro
 from lowmem_reft.errors import InputError, check_counts, check_not_negative
 from lowmem_reft.options.groups import (
     DataOptions,
+    ForgettingOptions,
     HeldOutOptions,
     MemoryOptions,
     MethodOptions,
@@ -130,6 +131,14 @@ class HarnessOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BesideOptions(ForgettingOptions):
+    """What is scored beside the rows: general text, and a base stored as in the training."""
+
+    only_given_storage: bool = False
+    """Where --storage is not that of the training: score on it alone, not on both in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(Switches):
     """Score a base with or without an adapter: accuracy by choice likelihood or by generation."""
 
@@ -139,8 +148,7 @@ class EvaluateOptions(Switches):
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     adapter: Path | None = None
     """Adapter directory; without it the base itself is scored."""
-    only_given_storage: bool = False
-    """Where --storage is not that of the training: score on it alone, not on both in turn."""
+    beside: BesideOptions = field(default_factory=BesideOptions)
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
     batch_size: int = 16
     """Sequences per forward pass."""
@@ -177,8 +185,7 @@ class EvaluateOptions(Switches):
     def _check_nothing_is_ignored(self) -> None:
         """Refuse what the harness decides itself."""
         ignored = given(self.data) | given(self.prompts) | given(self.scoring) | given(self.reuse)
-        if self.only_given_storage:
-            ignored["only_given_storage"] = True
+        ignored |= given(self.beside)
         ignored = {name: ignored[name] for name in ignored if name not in ("data", "limit")}
         if ignored:
             raise InputError(

@@ -39,7 +39,7 @@ class Checkpoint:
     directory: Path
     """Where it is."""
     note: dict[str, Any]
-    """What ``whole.json`` says: run, step, max_steps, epochs, losses, files."""
+    """What ``whole.json`` says: run, step, max_steps, epochs, losses, spent, files."""
 
     @property
     def step(self) -> int:

@@ -21,6 +21,7 @@ from lowmem_reft.machine.files import write_text_whole
 from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
 from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.methods.tokenizers import tokenizer_for
+from lowmem_reft.runs.forgetting import Windows, general_loss, windows_to_score
 from lowmem_reft.runs.outputs import check_evaluation
 from lowmem_reft.runs.score import Scores, ScoringSettings, check_scoring, rows_to_score, score
 
@@ -43,9 +44,10 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         ``metric``, ``value``, ``accuracy`` (the share of right answers), ``extra`` (of
         ``extra_metrics``, by name), ``num_examples``, ``storage``,
         ``num_cut_prompts``, where known ``loss``, with ``--examples`` ``few_shot`` (the rows
-        ``shown``, the prompts ``num_short`` of some of them and the ``fewest`` that one has) and,
-        where stored constants were used, ``reuse``, ``store_bytes`` and ``build_time_s``. Where the
-        adapter was trained on another storage also ``trained_storage``, ``value_trained_storage``,
+        ``shown``, the prompts ``num_short`` of some of them and the ``fewest`` that one has), with
+        ``--forgetting`` ``general_loss`` (see ``forgetting.general_loss``) and, where stored
+        constants were used, ``reuse``, ``store_bytes`` and ``build_time_s``. Where the adapter was
+        trained on another storage also ``trained_storage``, ``value_trained_storage``,
         ``accuracy_trained_storage`` and ``loss_trained_storage``. With ``--lm-eval`` see
         ``harness.run_harness``.
 
@@ -84,7 +86,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         room = limits.room(new=0 if by_choice else options.scoring.max_new_tokens)
         fitting = replace(card, max_length=min(card.max_length, room or card.max_length))
         rows, few_shot, stop = _with_examples(rows, options.prompts.examples, tokenizer, fitting)
-    scores = _load_and_score(options, adapter, card, rows, tokenizer, stop=stop)
+    windows = windows_to_score(options.beside, tokenizer, limits, task_type=card.task_type)
+    scores = _load_and_score(options, adapter, card, rows, tokenizer, windows=windows, stop=stop)
     if scores.reuse is None and options.reuse.reuse in ("prefix", "trunk"):
         logger.warning(
             "reuse %s has no effect: it needs --reuse-dir, an adapter and rows with choices",
@@ -97,7 +100,7 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     if few_shot is not None:
         summary["few_shot"] = few_shot
     differs = trained is not None and trained.storage not in (None, card.storage)
-    if trained is not None and differs and not options.only_given_storage:
+    if trained is not None and differs and not options.beside.only_given_storage:
         own = replace(card, storage=trained.storage, compute_dtype=trained.compute_dtype)
         summary |= _score_as_trained(options, adapter, own, rows, tokenizer)
     return summary
@@ -154,8 +157,11 @@ def _load_and_score(
     card: TrainingCard,
     rows: Sequence[Row],
     tokenizer: Any,
+    *,
+    windows: Windows | None = None,
     stop: str | None = None,
 ) -> Scores:
+    """Load the model that the card says and score it on rows and, if given, on general text."""
     model, _ = load_adapted(
         options.model, adapter, card, resident=options.reuse.resident, tokenizer=tokenizer
     )
@@ -170,7 +176,18 @@ def _load_and_score(
         if directory is None and options.reuse.resident == "upper":
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         settings = replace(_settings(options, directory), stop=stop)
-        return score(model, tokenizer, rows, card, settings)
+        scores = score(model, tokenizer, rows, card, settings)
+    if not windows:
+        return scores
+    loss = general_loss(
+        model,
+        tokenizer,
+        windows,
+        batch_size=options.batch_size,
+        source=str(options.beside.forgetting),
+        quiet=options.quiet,
+    )
+    return replace(scores, general_loss=loss)
 
 
 def _settings(options: EvaluateOptions, reuse_dir: Path | None) -> ScoringSettings:

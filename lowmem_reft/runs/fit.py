@@ -25,9 +25,11 @@ from lowmem_reft.machine import processes
 from lowmem_reft.machine.progress import counter
 from lowmem_reft.memory.live import peak_rss_bytes, track
 from lowmem_reft.memory.step import optimizer_tensors
+from lowmem_reft.methods.virtual_tokens import embeds_virtual_tokens, num_virtual_tokens
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.finite import check_weights
+from lowmem_reft.runs.spent import Spent
 from lowmem_reft.runs.tracking import RunArguments
 from lowmem_reft.runs.trainer import ReusingRunTrainer, RunTrainer
 
@@ -71,7 +73,9 @@ def fit(
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
     device = device_of(model)
-    watch = _StepWatch(device)
+    virtual = num_virtual_tokens(model) if embeds_virtual_tokens(model) else 0
+    spent = Spent.since(begun, num_virtual=virtual)
+    watch = _StepWatch(device, spent)
     trainable, total = model.get_nb_trainable_parameters()  # of the base before it is sharded
     _say_effective_batch(run)
     collator = Collator(run.tokenizer)
@@ -79,7 +83,9 @@ def fit(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     callbacks: list[TrainerCallback] = [watch] if best is None else [watch, best]
-    parts = {"run": run, "run_id": run_id, "begun": begun, "best": best}
+    if best is not None:
+        best.spent = spent
+    parts = {"run": run, "run_id": run_id, "begun": begun, "best": best, "spent": spent}
     trainer = _build_trainer(model, collator, reuse, callbacks, parts)
     trackers.hold(trainer)
     checkpoint = None if begun is None else str(begun.directory)
@@ -258,7 +264,7 @@ def _speed(watch: _StepWatch, run: Run) -> dict[str, Any]:
         "effective_batch": per_step,
         "step_time_s": step_time,
         "tokens_per_s": tokens_of_a_step / step_time if step_time else None,
-        "train_time_s": watch.total_s,
+        "train_time_s": watch.spent.time_s,
     }
 
 
@@ -325,8 +331,8 @@ class _StepWatch(TrainerCallback):
     """Times optimizer steps; stops the run at the end of a step after Ctrl-C."""
 
     device: torch.device
+    spent: Spent
     interrupted: bool = False
-    total_s: float = 0.0
     _started: float = 0.0
     _steps: list[float] = field(default_factory=list)
 
@@ -339,7 +345,7 @@ class _StepWatch(TrainerCallback):
         """Stop the clock and, after Ctrl-C, the run."""
         self._synchronize()
         self._steps.append(time.perf_counter() - self._started)
-        self.total_s += self._steps[-1]
+        self.spent.time_s += self._steps[-1]
         # All processes stop after the same step, whichever heard of it first.
         self.interrupted = processes.any_of(self.interrupted)
         if self.interrupted:

@@ -57,7 +57,11 @@ def check_evaluation(options: EvaluateOptions) -> None:
         check_file(
             "predictions",
             options.predictions,
-            sources={"data": options.data.data or None, "examples": options.prompts.examples},
+            sources={
+                "data": options.data.data or None,
+                "examples": options.prompts.examples,
+                "forgetting": options.beside.forgetting,
+            },
             is_ours=is_predictions,
         )
     _check_stores(options.reuse.reuse_dir)

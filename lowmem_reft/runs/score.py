@@ -93,6 +93,8 @@ class Scores:
     """Comma-separated further ones."""
     reuse: Reuse | None = None
     """What scored the rows from stored constants, if something did."""
+    general_loss: float | None = None
+    """Mean negative log-likelihood per token of general text, see ``forgetting.general_loss``."""
 
     @property
     def value(self) -> float:
@@ -105,7 +107,7 @@ class Scores:
         return compute(metric, self.predictions, self.references)
 
     def summary(self) -> dict[str, Any]:
-        """Return ``metric``, ``value``, ``accuracy``, ``num_examples`` and, if known, ``loss``."""
+        """Return ``metric``, ``value``, ``accuracy``, ``num_examples`` and what else is known."""
         summary: dict[str, Any] = {
             "metric": self.metric,
             "value": self.value,
@@ -118,6 +120,8 @@ class Scores:
             summary["extra"] = {name: self._computed(name) for name in names}
         if self.losses:
             summary["loss"] = sum(self.losses) / len(self.losses)
+        if self.general_loss is not None:
+            summary["general_loss"] = self.general_loss
         if self.reuse is not None:
             summary["reuse"] = self.reuse.mode
             summary["store_bytes"] = self.reuse.layout.total_bytes

@@ -22,6 +22,7 @@ from lowmem_reft.runs.finite import check_weights, not_finite, rows_of
 
 if TYPE_CHECKING:
     from lowmem_reft.runs.resolve import Run
+    from lowmem_reft.runs.spent import Spent
     from lowmem_reft.runs.validation import BestEpoch
 
     _Trainer = Trainer
@@ -37,6 +38,7 @@ class RunMixin(_Trainer):
         run_id: Which run a checkpoint is of.
         begun: Where it goes on from; None begins.
         best: Whose epochs and weights a checkpoint holds.
+        spent: Counts the tokens; a checkpoint holds what was spent before it.
     """
 
     def __init__(
@@ -46,16 +48,18 @@ class RunMixin(_Trainer):
         run_id: str,
         begun: Checkpoint | None,
         best: BestEpoch | None,
+        spent: Spent,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._of_run, self._run_id, self._best = run, run_id, best
+        self._of_run, self._run_id, self._best, self._spent = run, run_id, best, spent
         self._batches: list[dict[str, Any]] = []
         if begun is not None:
             self.add_callback(_GoOn(self, begun, quiet=run.options.run.quiet))
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run one batch and remember it until the step ends; see ``transformers.Trainer``."""
+        self._spent.count(inputs)
         self._batches.append({**inputs})
         return super().training_step(model, inputs, *args, **kwargs)
 
@@ -105,11 +109,14 @@ class RunMixin(_Trainer):
             arguments.output_dir = directory
         # Every process has written its part once all of them have answered.
         losses = processes.everyones([float(self._tr_loss), float(self._total_loss_scalar)])
+        spent = self._spent.of_all()
         if processes.is_main():
-            self._put_in_place(Path(directory), losses)
+            self._put_in_place(Path(directory), losses, spent)
         processes.wait()
 
-    def _put_in_place(self, directory: Path, losses: list[list[float]]) -> None:
+    def _put_in_place(
+        self, directory: Path, losses: list[list[float]], spent: dict[str, float | None]
+    ) -> None:
         step = self.state.global_step
         made = directory / OWN / f"checkpoint-{step}"
         note = {
@@ -118,6 +125,7 @@ class RunMixin(_Trainer):
             "max_steps": self.state.max_steps,
             "losses": losses,
             "since": self._globalstep_last_logged,
+            "spent": spent,
             "epochs": [] if self._best is None else self._best.epochs,
         }
         if note["epochs"]:

@@ -1,8 +1,9 @@
 """The best epoch: scores validation rows after each and keeps the weights of the best one.
 
-``epochs.jsonl`` in the run's directory has a line per epoch, for whoever looks on;
-``best.safetensors`` holds what was trainable after the best one. A run that goes on takes both from
-its checkpoint instead, so that neither can be ahead of it.
+``epochs.jsonl`` in the run's directory has a line per epoch, for whoever looks on: its score, and
+what the training had spent by then (optimizer steps, their seconds, tokens with padding and
+without). ``best.safetensors`` holds what was trainable after the best one. A run that goes on takes
+both from its checkpoint instead, so that neither can be ahead of it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import TrainerCallback
 from lowmem_reft.machine.files import write_text_whole, write_whole
 from lowmem_reft.machine.processes import agree, is_main, set_trained_values, trained_values
 from lowmem_reft.runs.checkpoints import BEST, EPOCHS_FILE, Checkpoint
+from lowmem_reft.runs.spent import Spent
 
 
 class BestEpoch(TrainerCallback):
@@ -46,6 +48,8 @@ class BestEpoch(TrainerCallback):
         """
         self._model, self._score, self._directory = model, score, directory
         self.epochs: list[dict[str, Any]] = [] if begun is None else [*begun.note["epochs"]]
+        self.spent = Spent()
+        """What the training has spent; ``fit`` gives the one that counts."""
         if not is_main():
             return
         if self.epochs and begun is not None:
@@ -81,6 +85,7 @@ class BestEpoch(TrainerCallback):
         with _same_draws():
             summary = agree(self._score())
         line = {"epoch": epoch, **{name: summary.get(name) for name in ("metric", "value", "loss")}}
+        line |= {"num_steps": state.global_step, **self.spent.of_all()}
         self.epochs = [*self.epochs, line]
         values = trained_values(self._model) if self.best is line else {}
         if is_main():

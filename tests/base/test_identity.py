@@ -21,7 +21,7 @@ from lowmem_reft.base.identity import checkpoint_digest, storage_of
 from lowmem_reft.base.loading import load_base
 from lowmem_reft.methods.card import TrainingCard, load_card
 from lowmem_reft.methods.several import find_adapters, load_together
-from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
+from lowmem_reft.options import BesideOptions, DataOptions, EvaluateOptions, ModelOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.lora_reft import LoraReftConfig
 from lowmem_reft.runs import evaluate
@@ -390,7 +390,9 @@ def test_evaluate_warns_of_another_storage_and_scores_on_both(
     assert both["accuracy_trained_storage"] == own["accuracy"]
     assert both["loss_trained_storage"] == pytest.approx(own["loss"])
     assert both["loss"] != own["loss"]
-    alone = run_evaluation(replace(evaluation, model=model, only_given_storage=True))
+    alone = run_evaluation(
+        replace(evaluation, model=model, beside=BesideOptions(only_given_storage=True))
+    )
     assert alone["loss"] == both["loss"]
     assert "accuracy_trained_storage" not in alone
 
@@ -411,7 +413,7 @@ def test_a_score_is_not_lost_if_the_storage_of_the_training_does_not_fit(
     evaluation = replace(evaluation, model=replace(evaluation.model, storage="fp32"))
     result = run_evaluation(evaluation)
     assert "not scored on nf4: out of memory" in caplog.text
-    alone = run_evaluation(replace(evaluation, only_given_storage=True))
+    alone = run_evaluation(replace(evaluation, beside=BesideOptions(only_given_storage=True)))
     assert result == alone | {"trained_storage": "nf4"}
 
 

@@ -22,7 +22,8 @@ from lowmem_reft.cli import main
 from lowmem_reft.compare import report
 from lowmem_reft.compare.cell import EMPTY_RESULT, read_cell, write_cell
 from lowmem_reft.compare.cells import build_cells, command_line
-from lowmem_reft.compare.child import run_cell
+from lowmem_reft.compare.child import _training_key, run_cell
+from lowmem_reft.compare.engines.node import data_files, read_content
 from lowmem_reft.compare.matrix import run_comparison
 from lowmem_reft.compare.sources import Sources, find_sources, task_name
 from lowmem_reft.errors import InputError
@@ -316,6 +317,36 @@ def test_the_keys_of_cells_stay_so_that_finished_ones_are_found(tmp_path):
     ]
 
 
+def test_general_text_is_scored_by_every_cell_and_is_part_of_its_key(options, tmp_path):
+    text = tmp_path / "wiki.txt"
+    text.write_text("once upon a time " * 50)
+    methods = parse_methods("loreft")
+    plain = build_cells(options, methods, [0], find_sources(options))
+    keys = [[cell.record["key"] for cell in plain]]
+    for content, limit in (("once upon a time ", 64), ("another text ", 64), ("another text ", 8)):
+        text.write_text(content * 50)
+        asked = changed(options, forgetting=str(text), forgetting_limit=limit)
+        cells = build_cells(asked, methods, [0], find_sources(asked))
+        keys.append([cell.record["key"] for cell in cells])
+        assert {cell.evaluate.beside.forgetting for cell in cells} == {str(text)}
+        assert {_training_key(cell) for cell in cells[1:]} == {_training_key(plain[1])}
+        assert data_files(read_content(write_cell(cells[0]))).count(str(text)) == 1
+    assert f"--forgetting {text} --forgetting-limit 8" in cells[1].record["command"]
+    assert len({tuple(each) for each in keys}) == len({key for each in keys for key in each}) / 2
+
+
+def test_forgetting_is_in_the_results_of_the_comparison_and_not_in_its_cells(options, tmp_path):
+    text = tmp_path / "wiki.txt"
+    text.write_text("once upon a time " * 50)
+    fake = tmp_path / "fake.py"
+    known = "todo.evaluate.beside.forgetting and 2.0 + 0.5 * (todo.train is not None)"
+    fake.write_text(FAKE_CELL.replace("num_examples=4", f"num_examples=4, general_loss={known}"))
+    asked = changed(options, methods="loreft", forgetting=str(text))
+    answer = run_comparison(asked, child_command=(sys.executable, str(fake)))
+    assert [result["forgetting"] for result in results_of(options)] == [0, 0.5]
+    assert [row["forgetting"] for row in answer["rows"]] == [0, 0.5]
+
+
 def test_a_cell_file_without_groups_of_the_methods_options_is_read(options):
     cell = build_cells(options, parse_methods("loreft[act=relu]"), [3], find_sources(options))[-1]
     path = write_cell(cell)
@@ -389,6 +420,7 @@ def test_the_command_line_names_what_is_not_the_default():
         ({"data": None}, "eval_data must come with data"),
         ({"model": "/no/such/model"}, "model must be a directory or a hub id"),
         ({"data": "missing.jsonl"}, "missing.jsonl"),
+        ({"forgetting": "gone.txt"}, "forgetting must be an existing file, got 'gone.txt'"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(options, fake_cell, change, message):

@@ -15,11 +15,13 @@ from lowmem_reft.options import (
     OPTIMIZERS,
     SCHEDULES,
     TRACKERS,
+    BaseOptions,
     ChatOptions,
     CompareOptions,
     DataOptions,
     DecodingOptions,
     EvaluateOptions,
+    ForgettingOptions,
     GenerateOptions,
     HeldOutOptions,
     MethodOptions,
@@ -80,6 +82,7 @@ NAN, INFINITY = float("nan"), float("inf")
         (CompareOptions, "workers", [0]),
         (RowsOptions, "max_length", [0]),
         (ScoredOptions, "eval_limit", [0]),
+        (ForgettingOptions, "forgetting_limit", [0, -1]),
     ],
 )
 def test_a_value_that_breaks_its_rule_is_refused_and_named(
@@ -97,6 +100,12 @@ def test_values_at_the_edge_of_their_rule_are_taken() -> None:
     GenerateOptions(model=ModelOptions(model="m"), max_length=1)
     DecodingOptions(temperature=0.0, top_p=1.0)
     DecodingOptions(temperature=0.1, top_p=0.01, stop=("\n",))
+
+
+def test_no_general_text_is_scored_under_a_classification_head() -> None:
+    scored = ScoredOptions(forgetting=ForgettingOptions(forgetting="wiki.txt"))
+    with pytest.raises(InputError, match="forgetting must be left out with task_type SEQ_CLS, got"):
+        CompareOptions(base=BaseOptions(task_type="SEQ_CLS"), scored=scored)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -26,6 +26,7 @@ from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.options import (
+    BesideOptions,
     DataOptions,
     EvaluateOptions,
     HarnessOptions,
@@ -401,7 +402,8 @@ def test_options_that_contradict_each_other_are_refused(tasks: Path) -> None:
         ({"scoring": ScoringOptions(metric="f1", max_new_tokens=8)}, "metric, max_new_tokens"),
         ({"reuse": ReuseOptions(resident="upper")}, "resident"),
         ({"reuse": ReuseOptions(reuse_dir=Path("r"), dequantize_upper="on")}, "reuse_dir, dequan"),
-        ({"only_given_storage": True}, "only_given_storage"),
+        ({"beside": BesideOptions(only_given_storage=True)}, "only_given_storage"),
+        ({"beside": BesideOptions(forgetting="wiki.txt")}, "forgetting"),
     ],
 )
 def test_what_the_harness_would_ignore_is_refused(ignored: dict[str, Any], named: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import (
@@ -171,3 +172,46 @@ def test_a_wrong_validation_file_is_refused_before_the_training(options: TrainOp
     with pytest.raises(InputError, match=r"nowhere\.jsonl"):
         run_training(replace(options, held_out=held_out))
     assert not options.run.output_dir.exists()
+
+
+def test_each_epoch_says_what_the_training_had_spent(
+    options: TrainOptions, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    rows = [json.loads(line) for line in Path(options.data.data).read_text().splitlines()]
+    rows[0]["prompt"] += " is the film good or bad?" * 3  # so that there is padding
+    Path(options.data.data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [f"{row['prompt']} {row['choices'][row['answer']]}" for row in rows]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    padded = 6 * (max(lengths) + max(lengths[1:]))  # one of two batches of six has the long row
+    for method, virtual in (("loreft", 0), ("prompt", 20), ("prefix", 0)):
+        chosen = MethodOptions(method=method)
+        result = run_training(replace(options, method=chosen))
+        lines = result["validation"]
+        assert [line["num_steps"] for line in lines] == [2, 4, 6]
+        assert [line["num_real_tokens"] for line in lines] == [sum(lengths) * n for n in (1, 2, 3)]
+        for number, line in enumerate(lines, start=1):
+            assert line["num_computed_tokens"] == number * (padded + 12 * virtual)
+        times = [line["train_time_s"] for line in lines]
+        assert 0 < times[0] < times[1] < times[2] == result["train_time_s"]
+    written = (options.run.output_dir / "epochs.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == lines
+
+
+def test_what_was_spent_counts_on_in_a_run_that_goes_on(options: TrainOptions) -> None:
+    first = replace(options, optim=replace(options.optim, epochs=1))
+    before = run_training(first)["validation"][0]
+    for known in (True, False):
+        epochs = 2 if known else 3
+        longer = replace(options, optim=replace(options.optim, epochs=epochs))
+        after = run_training(with_run(longer, resume=True))["validation"]
+        assert after[0] == before
+        assert after[1]["num_real_tokens"] == 2 * before["num_real_tokens"]
+        assert after[1]["train_time_s"] > before["train_time_s"]
+        # As a checkpoint of before has it, which says nothing of it.
+        note = next(options.run.output_dir.glob("checkpoint-*/whole.json"))
+        content = json.loads(note.read_text())
+        del content["spent"]
+        note.write_text(json.dumps(content))
+    assert after[2]["num_steps"] == 6
+    assert (after[2]["num_computed_tokens"], after[2]["train_time_s"]) == (None, None)

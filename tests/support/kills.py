@@ -305,8 +305,10 @@ class Trainings:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """Return what a run ended in: the adapter's bytes, its epochs and its losses."""
+    """Return what a run ended in: the adapter's bytes, its epochs and its losses, but no times."""
     result = json.loads((out / "result.json").read_text())
+    for line in result.get("validation") or ():
+        del line["train_time_s"]
     files = ("adapter_model.safetensors", "adapter_config.json")
     return {
         "adapter": [(out / "adapter" / name).read_bytes() for name in files],

@@ -132,7 +132,7 @@ def _new_parts(directory: Path, name: str, handed_over: dict[str, int]) -> Itera
 
 
 def data_files(content: dict[str, Any]) -> list[str]:
-    """The files of rows that a cell's options name; ids of data sets are no files."""
+    """The files of rows and text that a cell's options name; ids of data sets are no files."""
     train, evaluate = content["train"] or {}, content["evaluate"]
     held_out = train.get("held_out") or {}
     named = [
@@ -141,6 +141,7 @@ def data_files(content: dict[str, Any]) -> list[str]:
         (train.get("data") or {}).get("data"),
         held_out.get("eval_data"),
         held_out.get("validation_data"),
+        (evaluate.get("beside") or {}).get("forgetting"),
     ]
     return sorted({path for path in named if path and Path(path).is_file()})
 

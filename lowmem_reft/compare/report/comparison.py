@@ -10,13 +10,12 @@ from typing import Any
 
 from lowmem_reft.compare.report.answers import TaskAnswers, read_answers
 from lowmem_reft.compare.report.figures import Style, method_styles
-from lowmem_reft.compare.report.names import head, short_names
+from lowmem_reft.compare.report.names import find_reference, head, short_names
 from lowmem_reft.compare.report.significance import Significance, compare_with
 from lowmem_reft.compare.report.table import TASK, Measure, Summary, aggregate, over_tasks
 
 MAX_NAME = 24
 """Characters of a method's name in a chart."""
-_REFERENCE = "qlora"
 _MAX_TASKS_IN_TITLE = 5
 
 
@@ -128,7 +127,7 @@ class Comparison:
     @cached_property
     def reference(self) -> str | None:
         """What the others are compared with: the first qlora, or the first that was tuned."""
-        return next((m for m in self.tuned if head(m) == _REFERENCE), next(iter(self.tuned), None))
+        return find_reference(self.tuned)
 
     @cached_property
     def significance(self) -> dict[str, Significance]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowmem_reft.compare.cell import Cell, Result
-from lowmem_reft.compare.report.table import Summary, columns
+from lowmem_reft.compare.report.table import Measure, Summary, columns
 from lowmem_reft.machine.terminal import harmless
 
 _WIDE = 120
-_LEFT_OUT_WHERE_NARROW = ("loss", "trainable_percent", "reserved_bytes", "rss_bytes")
+_LEAST_FIRST = (
+    *("tokens_to_reference", "steps_to_reference", "trainable_percent", "rss_bytes"),
+    *("reserved_bytes", "loss", "tokens_per_s", "build_time_s", "time_to_reference_s"),
+)
+"""Columns that are left out, in this order, where the terminal is narrow."""
+_TEXT_WIDTH = 16
+"""Names are folded to this before a column is left out."""
 
 
 class Progress:
@@ -71,26 +78,40 @@ class Progress:
 def print_table(rows: Sequence[Summary], console: Console | None = None) -> None:
     """Print the rows; what failed follows below, with the reason.
 
-    Columns that matter less are left out where the terminal is narrow; all are in the files.
+    Columns that matter least are left out until the rest fits; all are in the files and on the
+    page.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal:
         console.width = _WIDE
-    left_out = () if console.width >= _WIDE else _LEFT_OUT_WHERE_NARROW
-    shown = [column for column in columns(rows) if column.field not in left_out]
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for column in shown:
-        if column.kind == "text":
-            table.add_column(column.title, overflow="fold", min_width=10)
-        else:
-            table.add_column(column.title.replace(" ", "\n"), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(escape(harmless(column.text(row))) for column in shown))
-    console.print(table)
+    shown = columns(rows)
+    endless = console.options.update(width=sys.maxsize)
+    for name in _LEAST_FIRST:
+        narrowest = _table(shown, rows, text_width=_TEXT_WIDTH)
+        if console.measure(narrowest, options=endless).minimum <= console.width:
+            break
+        shown = [column for column in shown if column.field != name]
+    console.print(_table(shown, rows))
     for row in rows:
         for error in row.errors:
             line = harmless(f"{row.method} {error}")
             console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(
+    shown: Sequence[Measure], rows: Sequence[Summary], *, text_width: int | None = None
+) -> Table:
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for column in shown:
+        if column.kind == "text":
+            table.add_column(column.title, overflow="fold", min_width=10, max_width=text_width)
+        else:
+            width = max(len(column.text(row)) for row in rows)
+            title = column.title.replace(" ", "\n")
+            table.add_column(title, justify="right", no_wrap=True, min_width=width)
+    for row in rows:
+        table.add_row(*(escape(harmless(column.text(row))) for column in shown))
+    return table
 
 
 def _outcome(cell: Cell, result: dict[str, Any], skipped: bool) -> str:

@@ -14,6 +14,7 @@ from lowmem_reft.compare.cell import EMPTY_RESULT, what_is_wrong
 from lowmem_reft.compare.outputs import check_report
 from lowmem_reft.compare.report import write_results
 from lowmem_reft.compare.report.console import print_table
+from lowmem_reft.compare.report.relative import relate
 from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import parse_json
@@ -36,7 +37,7 @@ def run_report(options: ReportOptions) -> dict[str, Any]:
         InputError: A source holds no results.
     """
     check_report(options.output_dir)
-    results = join(options.sources, relative_to=options.output_dir)
+    results = relate(join(options.sources, relative_to=options.output_dir))
     written = write_results(results, options.output_dir, texts=not options.hide_texts)
     rows = aggregate(results)
     if not options.quiet:

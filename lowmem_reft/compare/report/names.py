@@ -5,10 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+_REFERENCE = "qlora"
+
 
 def head(method: str) -> str:
     """The method's name without its settings: ``"qlora"`` of ``"qlora[rank=8]"``."""
     return method.partition("[")[0]
+
+
+def find_reference(methods: Iterable[str]) -> str | None:
+    """What the others are compared with: the first qlora, or the first of all that were tuned."""
+    tuned = list(methods)
+    return next((method for method in tuned if head(method) == _REFERENCE), next(iter(tuned), None))
 
 
 def short_names(methods: Iterable[str]) -> dict[str, str]:

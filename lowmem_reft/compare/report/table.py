@@ -40,6 +40,15 @@ class Summary:
     build_time_s: float | None
     """Longest over the seeds: others find the store that the first one built. None without one."""
     tokens_per_s: float | None
+    forgetting: float | None
+    """Rise of the loss on general text over the base's, nats per token; mean over the seeds."""
+    reference_value: float | None
+    """The validation score that the reference reaches; None where there is nothing to compare."""
+    time_to_reference_s: float | None
+    """Until that score was reached; the median over the seeds, as are the next two, where a seed
+    that never reached it took longer than all. None: not reached."""
+    steps_to_reference: float | None
+    tokens_to_reference: float | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class Measure:
         if self.field == "value" and item["error"] is not None:
             return "failed"
         if number is None:
+            if self.field in TO_REFERENCE and _REACHED.value(item) is not None:
+                return "not reached"
             return "failed" if self.field == "value_mean" and item.errors else "–"
         text = f"{number:,.{self.digits}f}"
         if self.field == "value_mean" and item.value_sd is not None:
@@ -91,7 +102,13 @@ _MEASURES = (
     Measure("train s", "train_time_s", 1.0, 1),
     Measure("build s", "build_time_s", 1.0, 1),
     Measure("tokens/s", "tokens_per_s"),
+    Measure("forgetting", "forgetting", 1.0, 3),
+    Measure("s to reference", "time_to_reference_s", 1.0, 1),
+    Measure("steps to reference", "steps_to_reference"),
+    Measure("tokens to reference", "tokens_to_reference"),
 )
+TO_REFERENCE = ("time_to_reference_s", "steps_to_reference", "tokens_to_reference")
+_REACHED = Measure("", "reference_value")
 _LARGEST = ("num_trainable_params", "adapter_bytes", "peak_bytes", "reserved_bytes", "rss_bytes")
 _MEANS = (
     "loss",
@@ -100,6 +117,8 @@ _MEANS = (
     "train_time_s",
     "wall_time_s",
     "tokens_per_s",
+    "forgetting",
+    "reference_value",
 )
 
 
@@ -168,8 +187,9 @@ def _mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     metrics = {cell["metric"] for cell in cells}
     mean = {**cells[0], "task": "all tasks"}
     mean["metric"] = metrics.pop() if len(metrics) == 1 else "mean"
-    for name in ("value", *_MEANS, *_LARGEST, "build_time_s"):
-        merge = statistics.fmean if name in ("value", *_MEANS) else max
+    averaged = ("value", *_MEANS, *TO_REFERENCE)
+    for name in (*averaged, *_LARGEST, "build_time_s"):
+        merge = statistics.fmean if name in averaged else max
         found = [cell[name] for cell in cells if cell.get(name) is not None]
         mean[name] = merge(found) if len(found) == len(cells) else None
     return mean
@@ -186,10 +206,17 @@ def _summary(method: str, task: str, cells: Sequence[dict[str, Any]]) -> Summary
         values = (cell.get(name) for cell in finished)
         return [v for v in values if v is not None and math.isfinite(v)]
 
+    def median(name: str) -> float | None:
+        reached = numbers(name)
+        never = len(numbers("reference_value")) - len(reached)
+        found = statistics.median([*reached, *[math.inf] * never]) if reached else math.inf
+        return found if math.isfinite(found) else None
+
     values = numbers("value")
     merged: dict[str, Any] = {
         **{name: statistics.fmean(found) if (found := numbers(name)) else None for name in _MEANS},
         **{name: int(max(found)) if (found := numbers(name)) else None for name in _LARGEST},
+        **{name: median(name) for name in TO_REFERENCE},
     }
     return Summary(
         method=method,

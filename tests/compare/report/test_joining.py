@@ -140,6 +140,8 @@ def test_no_source_is_bad_input(tmp_path, capsys):
         ("seed", None),
         ("breakdown_bytes", 3),
         ("validation", [{"epoch": 1}]),
+        ("validation", [{"epoch": None, "value": 0.5}]),
+        ("validation", [{"epoch": 1, "value": 0.5, "train_time_s": "2"}]),
     ],
 )
 def test_a_cell_whose_values_are_no_values_is_refused_and_named(tmp_path, name, value):

@@ -1,4 +1,4 @@
-"""Quality against cost: parameters, peak memory and time, with the methods that nothing beats."""
+"""Quality against cost: parameters, memory, time and forgetting, with what nothing beats."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ class Cost(NamedTuple):
     unit: float = 1.0
 
     def of(self, row: Summary) -> float:
-        """The cost in the axis' unit; 0 where it was not measured."""
-        return (getattr(row, self.field) or 0) / self.unit
+        """The cost in the axis' unit."""
+        return float(getattr(row, self.field)) / self.unit
+
+    def is_known(self, row: Summary) -> bool:
+        """Whether it was measured of a method that trains something."""
+        return bool(row.num_trainable_params) and getattr(row, self.field) is not None
 
 
 _PARAMETERS = Cost(
@@ -48,6 +52,12 @@ _WALL_TIME = Cost(
     "time of the run",
     "time of the run, loading and scoring included, s",
     "wall_time_s",
+)
+_FORGETTING = Cost(
+    "forgetting",
+    "forgetting",
+    "rise of the loss on general text, nats per token",
+    "forgetting",
 )
 
 
@@ -82,8 +92,8 @@ def draw(comparison: Comparison, rows: Sequence[Summary]) -> dict[str, Chart]:
             f"{str(metric).capitalize()} against {cost.title}",
             _scatter(comparison, scored, cost, f"{metric}, %"),
         )
-        for cost in (_PARAMETERS, _MEMORY, time)
-        if any(row.num_trainable_params and cost.of(row) for row in scored)
+        for cost in (_PARAMETERS, _MEMORY, time, _FORGETTING)
+        if any(map(cost.is_known, scored))
     }
 
 
@@ -118,13 +128,15 @@ def _explanation(comparison: Comparison) -> str:
     is_long = any(len(comparison.names[method]) > MAX_NAME for method in comparison.tuned)
     if is_long or len(comparison.tuned) > _MAX_NAMES:
         words += " Numbers: the place in the ranking above."
+    if any(row.forgetting is not None for row in comparison.rows):
+        words += " Left of 0 on the axis of forgetting, general text has become likelier."
     return words
 
 
 def _scatter(comparison: Comparison, rows: Sequence[Summary], cost: Cost, y_label: str) -> Figure:
     figure, axes = new_figure()
     places = {row.method: i for i, row in enumerate(ranked(rows), 1)}
-    points = [row for row in rows if row.num_trainable_params and cost.of(row)]
+    points = [row for row in rows if cost.is_known(row)]
     front = _draw_points(comparison, axes, points, cost)
     labels = []
     for row in points:
@@ -143,7 +155,7 @@ def _scatter(comparison: Comparison, rows: Sequence[Summary], cost: Cost, y_labe
         else:
             apart.append(f"{name}\N{NO-BREAK SPACE}{y:.1f}\N{NO-BREAK SPACE}%")
     axes.set_ylabel(y_label)
-    _scale_x(axes, [cost.of(row) for row in points])
+    _scale_x(axes, cost, [cost.of(row) for row in points])
     axes.set_xlabel(cost.label)
     if apart:
         outside = textwrap.fill("outside the chart: " + ", ".join(apart), 56)
@@ -183,9 +195,9 @@ def _limits(points: Sequence[Label]) -> tuple[float, float]:
     return max(low - margin, min(low, 0.0) - 1.5), min(high + margin, 101.5)
 
 
-def _scale_x(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic where the largest is more than eight times the smallest."""
-    if max(values) > 8 * min(values):
+def _scale_x(axes: Axes, cost: Cost, values: Sequence[float]) -> None:
+    """Logarithmic where the largest is more than eight times the smallest; not of what may be 0."""
+    if 0 < 8 * min(values) < max(values) and cost is not _FORGETTING:
         axes.set_xscale("log")
         few_decades = max(values) < 300 * min(values)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))

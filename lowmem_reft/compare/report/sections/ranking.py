@@ -15,8 +15,10 @@ from lowmem_reft.compare.report.table import Measure, Summary, measured
 
 _COSTS = (
     Measure("trainable", "num_trainable_params"),
+    Measure("adapter KiB", "adapter_bytes", 2**-10, 1),
     Measure("peak MiB", "peak_bytes", 2**-20, 1),
     Measure("train s", "train_time_s"),
+    Measure("forgetting", "forgetting", 1.0, 3),
 )
 
 
