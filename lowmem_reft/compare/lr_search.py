@@ -18,8 +18,12 @@ from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.cells import build_cells
 from lowmem_reft.compare.sources import Sources
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.entries import MethodSpec, with_overrides, with_searched_rate
-from lowmem_reft.methods.table import find_method
+from lowmem_reft.methods.entries import (
+    MethodSpec,
+    resolve_learning_rate,
+    with_overrides,
+    with_searched_rate,
+)
 from lowmem_reft.options import CompareOptions, written
 
 FOLDER = "lr-search"
@@ -78,7 +82,7 @@ def search_rates(
         run: Runs cells and returns their results.
     """
     rates = [
-        _rates(spec, options) if is_searched else []
+        _rates(spec, options, sources) if is_searched else []
         for spec, is_searched in zip(specs, (not each for each in fixed), strict=True)
     ]
     trials = [
@@ -94,18 +98,20 @@ def search_rates(
         if best is not None:
             best["chosen"], spec = True, with_searched_rate(spec, best["lr"])
         if not tried:
-            tried = [_untried(spec, options)]
+            tried = [_untried(spec, options, sources)]
         found.append(Searched(spec=spec, trials=tried))
     return found
 
 
-def _own_rate(spec: MethodSpec, options: CompareOptions) -> float:
-    own = spec.optim_overrides.get("lr") or options.optim.lr or find_method(spec.name).lr
-    return float(own)
+def _own_rate(spec: MethodSpec, options: CompareOptions, sources: Sources) -> float:
+    optim = replace(options.optim, **spec.optim_overrides)
+    own = resolve_learning_rate(spec.options, optim, sources.hidden_size).lr
+    assert own is not None
+    return own
 
 
-def _rates(spec: MethodSpec, options: CompareOptions) -> list[float]:
-    own = _own_rate(spec, options)
+def _rates(spec: MethodSpec, options: CompareOptions, sources: Sources) -> list[float]:
+    own = _own_rate(spec, options, sources)
     return [float(f"{multiple * own:.3g}") for multiple in options.matrix.lr_multiples]
 
 
@@ -146,8 +152,8 @@ def _trial(rate: float, result: Result) -> dict[str, Any]:
     return {**known, "lr": rate, "error": error, "chosen": False}
 
 
-def _untried(spec: MethodSpec, options: CompareOptions) -> dict[str, Any]:
-    known = {"method": spec.entry, "lr": _own_rate(spec, options), "chosen": True}
+def _untried(spec: MethodSpec, options: CompareOptions, sources: Sources) -> dict[str, Any]:
+    known = {"method": spec.entry, "lr": _own_rate(spec, options, sources), "chosen": True}
     return {**known, **dict.fromkeys(("value", "loss", "error"))}
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from lowmem_reft.base.hub import load_config
 from lowmem_reft.compare.outputs import keep_rows
 from lowmem_reft.data import embedded
 from lowmem_reft.data.few_shot import draw_examples
@@ -67,6 +69,11 @@ class Sources:
     """By the seed that drew them; empty without ``--few-shot``."""
     forgetting_digest: str | None = None
     """Of the general text, if there is one."""
+
+    @cached_property
+    def hidden_size(self) -> int:
+        """Width of the model's hidden vectors."""
+        return int(load_config(self.model).get_text_config().hidden_size)
 
 
 def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list[Sources]:

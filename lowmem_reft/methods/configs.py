@@ -17,7 +17,7 @@ from peft import (
 )
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.table import PROFILES, Method, check_options, find_method, given_options
+from lowmem_reft.methods.table import Method, all_options, check_options, find_method
 from lowmem_reft.methods.weights import WeightsConfig
 from lowmem_reft.options import MethodOptions
 from lowmem_reft.reft.config import ReftConfig, resolve_layers
@@ -54,12 +54,9 @@ def build_peft_config(
     """
     method = find_method(options.method)
     check_options(options)
-    user = given_options(options)
-    profile = PROFILES.get(user.pop("profile", ""), {})
-    profile = {key: value for key, value in profile.items() if key in method.options}
     request = Request(
         method=method,
-        given={**method.defaults, **profile, **user},
+        given=all_options(options),
         task_type=task_type,
         num_layers=num_layers,
     )

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.table import (
     METHODS,
+    RANK,
+    all_options,
     check_options,
     check_storage,
     find_method,
@@ -171,6 +173,11 @@ def _convert(kind: Any, key: str, value: str, entry: str) -> Any:
     return value
 
 
-def resolve_learning_rate(options: MethodOptions, optim: OptimOptions) -> OptimOptions:
-    """Fill in the method's own learning rate where none is given."""
-    return replace(optim, lr=find_method(options.method).lr) if optim.lr is None else optim
+def resolve_learning_rate(
+    options: MethodOptions, optim: OptimOptions, hidden_size: int
+) -> OptimOptions:
+    """Fill in the method's own learning rate, for a base of ``hidden_size``, where none is given."""
+    if optim.lr is not None:
+        return optim
+    rank = all_options(options).get("rank", RANK)  # rates that ask for it have one
+    return replace(optim, lr=find_method(options.method).rate(hidden_size, rank))

@@ -17,6 +17,9 @@ Family = Literal["reft", "lora", "lora_reft", "ia3", "ln_tuning", "virtual_token
 
 PAPER = "arXiv 2404.03592"
 
+WIDTH = 4096
+RANK = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -27,7 +30,12 @@ class Method:
     storage: Storage = "nf4"
     """How the base is stored unless the user says otherwise."""
     lr: float
-    """Peak learning rate unless the user says otherwise."""
+    """Peak learning rate unless the user says otherwise, on a base of ``WIDTH`` (7B to 8B models)
+    and at rank ``RANK``."""
+    lr_by_width: float = 0.0
+    """Power of WIDTH / hidden size in the rate for another base; see ``Method.rate``."""
+    lr_by_rank: float = 0.0
+    """Power of RANK / rank in the rate at another rank."""
     about: str
     """One line for people."""
     source: str
@@ -53,9 +61,23 @@ class Method:
     allows_quantized: bool = True
     """False: it trains every weight, and integers take no gradient."""
 
+    def rate(self, hidden_size: int, rank: int) -> float:
+        r"""Return the peak learning rate at a size: lr · (WIDTH / hidden)^a · (RANK / rank)^b.
+
+        A step of Adam moves each entry of a matrix by about the rate, whatever the gradient's
+        length. For W of rank × hidden numbers, Wh then moves by up to rate · √(hidden · rank)
+        lengths of h: what is the same on every base is this product, hence a = b = 1/2 for edits
+        that read h through W. LoRA's product BA has both sides: a = 1 and, divided by the rank,
+        b = 0. What was measured is in benchmarks/LOG.md (2026-11-29).
+        """
+        by_width, by_rank = WIDTH / hidden_size, RANK / rank
+        rate = self.lr * by_width**self.lr_by_width * by_rank**self.lr_by_rank
+        return float(f"{rate:.2g}")
+
 
 _WHERE = ("profile", "layers", "positions", "tie", "component", "dropout")
 _SOURCE = ("rank", "act", "init")
+_RANK = {"rank": 4}
 _WIDTH = ("rank", "act")
 _EVERY = {"positions": "every"}  # new tokens too, as in their papers
 _MLPS = {**_EVERY, "component": "mlp_output", "rank": 8}
@@ -63,12 +85,18 @@ _DORA: dict[str, Any] = {"use_dora": True}
 
 # Name, options that it reads beside where it edits, defaults, overrides, and what it is.
 _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
-    ("loreft", _SOURCE, {}, "rank=8,lr=4e-3", "low-rank linear subspace ReFT on a 4-bit base"),
-    ("noreft", _SOURCE, {}, "rank=8,lr=4e-3", "LoReFT without the orthonormal constraint"),
-    ("direft", _SOURCE, {}, "rank=8,lr=4e-3", "the paper's DiReFT: no constraint, no subtraction"),
-    ("orthogonal_direft", _SOURCE, {}, "rank=8,lr=4e-3", "DiReFT with orthonormal rows"),
-    ("consreft", ("rank",), {}, "rank=8,lr=4e-3", "sets the subspace to a learned constant"),
-    ("lobireft", ("rank",), {}, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
+    ("loreft", _SOURCE, _RANK, "rank=8,lr=4e-3", "low-rank linear subspace ReFT on a 4-bit base"),
+    ("noreft", _SOURCE, _RANK, "rank=8,lr=4e-3", "LoReFT without the orthonormal constraint"),
+    (
+        "direft",
+        _SOURCE,
+        _RANK,
+        "rank=8,lr=4e-3",
+        "the paper's DiReFT: no constraint, no subtraction",
+    ),
+    ("orthogonal_direft", _SOURCE, _RANK, "rank=8,lr=4e-3", "DiReFT with orthonormal rows"),
+    ("consreft", ("rank",), _RANK, "rank=8,lr=4e-3", "sets the subspace to a learned constant"),
+    ("lobireft", ("rank",), _RANK, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
     ("red", (), _EVERY, "lr=1e-2", "learned scale and bias of hidden vectors"),
     ("steering", ("alpha",), _EVERY, "lr=1e-1", "a learned steering vector of full rank"),
     ("bottleneck", _WIDTH, _MLPS, "lr=1e-2", "series bottleneck adapters after the MLPs"),
@@ -80,6 +108,8 @@ _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
         "parallel bottleneck adapters beside the MLPs",
     ),
 )
+_BY_SIZE: dict[str, Any] = {"lr": 1.1e-3, "lr_by_width": 0.5, "lr_by_rank": 0.5}
+_RATES = dict.fromkeys(("loreft", "noreft", "direft", "orthogonal_direft"), _BY_SIZE)
 _OTHER_PAPERS = {
     "red": "arXiv 2402.15179",
     "steering": "arXiv 2308.10248; learned: arXiv 2406.00045",
@@ -113,7 +143,7 @@ METHODS: dict[str, Method] = {
     **{
         name: Method(
             family="reft",
-            lr=9e-4,
+            **_RATES.get(name, {"lr": 9e-4}),
             about=about,
             source=_OTHER_PAPERS.get(name, PAPER),
             options=(*options, *_WHERE),
@@ -129,6 +159,7 @@ METHODS: dict[str, Method] = {
             family="lora",
             storage=storage,
             lr=2e-4,
+            lr_by_width=1.0,
             about=about,
             source=source,
             options=("rank", "layers", "dropout", "alpha", "target_modules"),
@@ -246,6 +277,14 @@ def given_options(options: MethodOptions) -> dict[str, Any]:
     """Return the options that the user has set, without the method's name."""
     items = written.values(options).items()
     return {name: value for name, value in items if value is not None and name != "method"}
+
+
+def all_options(options: MethodOptions) -> dict[str, Any]:
+    """Return the method's defaults with those of the profile and of the user over them."""
+    method, user = find_method(options.method), given_options(options)
+    profile = PROFILES.get(user.pop("profile", ""), {})
+    profile = {key: value for key, value in profile.items() if key in method.options}
+    return {**method.defaults, **profile, **user}
 
 
 def check_options(options: MethodOptions) -> None:

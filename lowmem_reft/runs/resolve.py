@@ -81,7 +81,8 @@ class Run:
     @property
     def optim(self) -> OptimOptions:
         """How it is optimized: with the method's own learning rate where none is given."""
-        return resolve_learning_rate(self.options.method, self.options.optim)
+        width = self.config.get_text_config().hidden_size
+        return resolve_learning_rate(self.options.method, self.options.optim, width)
 
     @property
     def directory(self) -> Path:
