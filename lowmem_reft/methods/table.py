@@ -57,8 +57,8 @@ class Method:
 _WHERE = ("profile", "layers", "positions", "tie", "component", "dropout")
 _SOURCE = ("rank", "act", "init")
 _WIDTH = ("rank", "act")
-_ALL = {"positions": "all"}
-_MLPS = {"positions": "all", "component": "mlp_output", "rank": 8}
+_EVERY = {"positions": "every"}  # new tokens too, as in their papers
+_MLPS = {**_EVERY, "component": "mlp_output", "rank": 8}
 _DORA: dict[str, Any] = {"use_dora": True}
 
 # Name, options that it reads beside where it edits, defaults, overrides, and what it is.
@@ -69,11 +69,11 @@ _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
     ("orthogonal_direft", _SOURCE, {}, "rank=8,lr=4e-3", "DiReFT with orthonormal rows"),
     ("consreft", ("rank",), {}, "rank=8,lr=4e-3", "sets the subspace to a learned constant"),
     ("lobireft", ("rank",), {}, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
-    ("red", (), _ALL, "lr=1e-2", "learned scale and bias of hidden vectors"),
+    ("red", (), _EVERY, "lr=1e-2", "learned scale and bias of hidden vectors"),
     (
         "steering",
         ("alpha",),
-        _ALL,
+        _EVERY,
         "positions=l1,lr=1e-1",
         "a learned steering vector of full rank",
     ),
