@@ -197,7 +197,7 @@ class Selector:
             return config.groups(attended & prompt.to(mask.device).bool(), segments, attended)
         causal = config.task_type == "CAUSAL_LM" or (config.task_type is None and self.is_causal)
         labels = call.get("labels") if causal else None
-        if causal and labels is None and training:
+        if causal and labels is None and training and not config.edits_alike:
             raise InputError(
                 "labels must be given in training, because the prompt is what they do not "
                 "supervise; pass labels or prompt_mask to the model (a trainer that takes the "

@@ -160,8 +160,7 @@ class ReftModel(BaseTuner):
         self.current.value = self.current.place = None
 
     def _edits_answers(self) -> bool:
-        configs: Any = self.current.selector.configs
-        return any(config.where.response for config in configs.values())
+        return any(config.where.response for config in self.current.selector.configs.values())
 
     def _layers(self) -> Iterator[ReftLayer]:
         return (module for module in self.model.modules() if isinstance(module, ReftLayer))
@@ -289,12 +288,18 @@ class ReftModel(BaseTuner):
         return named
 
 
+def reft_configs(model: nn.Module) -> list[ReftConfig]:
+    """Return the configurations of the ReFT adapters on a model; there may be none."""
+    layer = next((module for module in model.modules() if isinstance(module, ReftLayer)), None)
+    return [] if layer is None else list(layer.current.selector.configs.values())
+
+
 def prompt_arguments(model: Any, labels: Tensor) -> dict[str, Tensor]:
     """Return what to pass to ``model`` so that it knows the prompt although labels are not passed.
 
     A model without ReFT needs nothing. Labels are (batch, seq), -100 where not supervised.
     """
-    if not any(isinstance(module, ReftLayer) for module in model.modules()):
+    if not reft_configs(model):
         return {}
     return {"prompt_mask": ((labels != IGNORED_LABEL).cumsum(1) == 0).long()}
 

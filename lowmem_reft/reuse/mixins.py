@@ -24,6 +24,7 @@ from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.errors import InputError
 from lowmem_reft.options import ReuseOptions
 from lowmem_reft.reft.positions import find_prompt, has_later_prompt, packed_segments
+from lowmem_reft.reft.tuner import reft_configs
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.reuse.reuse import Reuse
 
@@ -46,7 +47,8 @@ class PromptMixin(_Trainer):
             labels, mask = inputs["labels"], inputs.get("attention_mask")
             mask = torch.ones_like(labels) if mask is None else mask
             segments = packed_segments(inputs.get("position_ids"), mask)
-            if has_later_prompt(mask, labels, segments):
+            is_alike = all(config.edits_alike for config in reft_configs(model))
+            if has_later_prompt(mask, labels, segments) and not is_alike:
                 raise InputError(
                     "labels must supervise one answer in an example where a trainer takes them "
                     "out, got several with prompts between them; split conversations with "

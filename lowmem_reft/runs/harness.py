@@ -42,8 +42,7 @@ from lowmem_reft.methods.virtual_tokens import (
     num_virtual_tokens,
     with_virtual_tokens,
 )
-from lowmem_reft.reft.layer import ReftLayer
-from lowmem_reft.reft.tuner import prompt_arguments
+from lowmem_reft.reft.tuner import prompt_arguments, reft_configs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -264,8 +263,8 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         return logits[:, -num_scored:]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Return log-likelihoods of whole texts: they have no prompt, and nothing is edited."""
-        if any(isinstance(module, ReftLayer) for module in self.model.modules()):
+        """Return log-likelihoods of whole texts: they have no prompt, and are edited as answers."""
+        if not all(config.where.response for config in reft_configs(self.model)):
             logger.warning(
                 "tasks that score whole texts have no prompt, so the adapter edits nothing there"
             )

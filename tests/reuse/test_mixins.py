@@ -128,14 +128,14 @@ def sft(
     )
 
 
-def dpo(base: Any, tokenizer: Any, directory: Path, **fields: Any) -> Any:
+def dpo(base: Any, tokenizer: Any, directory: Path, *, config: Any = None, **fields: Any) -> Any:
     return trl.DPOTrainer(
         base,
         args=arguments_of(trl.DPOConfig, directory, **fields),
         train_dataset=Dataset.from_list(PREFERENCES),
         eval_dataset=Dataset.from_list(PREFERENCES),
         processing_class=tokenizer,
-        peft_config=reft(),
+        peft_config=config or reft(),
     )
 
 
@@ -391,7 +391,7 @@ def test_each_answer_of_a_conversation_is_trained_after_its_own_prompt(
     assert call["edited"] == expected
 
 
-@pytest.mark.parametrize("positions", ["f2+l2", "all", "f99", "f2"])
+@pytest.mark.parametrize("positions", ["f2+l2", "all", "f99", "f2", "every", "response"])
 def test_conversations_with_several_answers_need_edits_that_are_the_same_for_all(
     base: Any, tokenizer: Any, tmp_path: Path, edited: list[dict[str, Any]], positions: str
 ) -> None:
@@ -400,12 +400,45 @@ def test_conversations_with_several_answers_need_edits_that_are_the_same_for_all
     trainer = sft(
         base, tokenizer, tmp_path, rows=rows, config=config, max_steps=1, assistant_only_loss=True
     )
-    if positions != "f2":
+    if positions not in ("f2", "every"):
         with pytest.raises(InputError, match=r"must supervise one answer.*split_turns"):
             trainer.train()
         return
     trainer.train()
-    assert edited[-1]["edited"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    if positions == "f2":
+        assert edited[-1]["edited"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    else:
+        assert edited[-1]["edited"] == attended(edited[-1])
+
+
+def attended(call: dict[str, Any]) -> list[tuple[int, int]]:
+    return [(row, column) for row, column in call["attention_mask"].nonzero().tolist()]
+
+
+def test_what_edits_every_token_trains_on_text_and_on_what_is_packed_anyhow(
+    tiny_llama_dir: Path, tokenizer: Any, tmp_path: Path, edited: list[dict[str, Any]]
+) -> None:
+    text = [{"text": "once upon a time"}, {"text": "there was a little cat."}]
+    for fields in (
+        {"rows": text},
+        {"packing": True, "packing_strategy": "wrapped", "max_length": 64},
+    ):
+        edited.clear()
+        config = reft(positions="every")
+        sft(nf4(tiny_llama_dir), tokenizer, tmp_path, config=config, max_steps=1, **fields).train()
+        (call,) = edited
+        mask = torch.ones_like(call["input_ids"])
+        assert call["edited"] == attended({"attention_mask": mask, **call})
+
+
+def test_dpo_edits_every_token_of_each_answer(
+    tiny_llama_dir: Path, tokenizer: Any, tmp_path: Path, edited: list[dict[str, Any]]
+) -> None:
+    config = reft(positions="every")
+    dpo(nf4(tiny_llama_dir), tokenizer, tmp_path, config=config, max_steps=1).train()
+    policy, reference = edited
+    assert policy["edited"] == attended(policy)
+    assert reference["edited"] == []
 
 
 def test_packed_samples_are_edited_and_trained_like_single_ones(

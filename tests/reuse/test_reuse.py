@@ -38,7 +38,6 @@ from tiny_models import (
     stacked,
 )
 
-
 ON_THE_SUFFIX = ("l1", "l2", "response", "l1+response")
 
 
