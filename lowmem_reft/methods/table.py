@@ -70,13 +70,7 @@ _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
     ("consreft", ("rank",), {}, "rank=8,lr=4e-3", "sets the subspace to a learned constant"),
     ("lobireft", ("rank",), {}, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
     ("red", (), _EVERY, "lr=1e-2", "learned scale and bias of hidden vectors"),
-    (
-        "steering",
-        ("alpha",),
-        _EVERY,
-        "positions=l1,lr=1e-1",
-        "a learned steering vector of full rank",
-    ),
+    ("steering", ("alpha",), _EVERY, "lr=1e-1", "a learned steering vector of full rank"),
     ("bottleneck", _WIDTH, _MLPS, "lr=1e-2", "series bottleneck adapters after the MLPs"),
     (
         "parallel_bottleneck",

@@ -157,7 +157,8 @@ class EditOptions:
     """How a ReFT intervention edits."""
 
     tie: Tie | None = None
-    """One set of parameters for all positions of a layer, one per side, or one per position."""
+    """One set of parameters for all positions of a layer, one per side (start, end, answer), or one
+    per position and one for the answer."""
     component: Component | None = None
     """Where in the block the edit is made."""
     act: str | None = None
@@ -181,7 +182,8 @@ class MethodOptions:
     layers: str | None = None
     """Blocks that are touched: all, "8;12;16" (0-based) or upper:0.5 (the upper half)."""
     positions: str | None = None
-    """Prompt tokens that are edited: f7+l7, f3, l1 or all."""
+    """Prompt tokens that are edited: f7+l7, f3, l1 or all; l1+response: the answer's as well;
+    response: those alone; every: all+response."""
     edit: EditOptions = field(default_factory=EditOptions)
     dropout: float | None = None
     """Dropout on the edit (ReFT) or on the update's input (LoRA)."""

@@ -64,7 +64,7 @@ class ShowOptions(Switches):
     task_type: TaskType = "CAUSAL_LM"
     """CAUSAL_LM, or SEQ_CLS for a classification head on {"text", "label"} rows."""
     positions: str = "f7+l7"
-    """Prompt tokens that are edited: f7+l7, f3, l1 or all."""
+    """Tokens that are edited: f7+l7, f3, l1 or all of the prompt, response, l1+response, every."""
     num: int = 5
     """Rows to show; the figures are those of all."""
 

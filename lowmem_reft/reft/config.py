@@ -15,7 +15,13 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.options.values import check_choice
 from lowmem_reft.reft.interventions import ACTIVATIONS, READS_INPUT, intervention_options
 from lowmem_reft.reft.peft_method import NAME, peft_type
-from lowmem_reft.reft.positions import Positions, assign_groups, num_groups, parse_positions
+from lowmem_reft.reft.positions import (
+    EVERY,
+    Positions,
+    assign_groups,
+    num_groups,
+    parse_positions,
+)
 
 COMPONENTS = ("block_output", "mlp_output", "attention_output")
 LAYERS_GRAMMAR = "'all', 0-based indices such as '8;12;16' or [8, 12, 16], or 'upper:0.5'"
@@ -70,6 +76,8 @@ class ReftConfig(PeftConfig):
         if self.init is None:
             self.init = "paper" if self.act else "identity"
         _ = self.num_groups  # which checks positions and tie
+        if parse_positions(self.positions) == parse_positions(EVERY):
+            self.positions = EVERY  # one word for it, so that adapters can be compared by it
         check_layers(self.layers)
         if not isinstance(self.layers, str):
             self.layers = list(self.layers)  # a range or a tuple would not come back from the file

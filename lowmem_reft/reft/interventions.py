@@ -353,7 +353,7 @@ class LearnedSteering(nn.Module):
 class Bottleneck(nn.Module):
     r"""Series bottleneck adapter, arXiv 1902.00751: h + W_up f(W_down h + c) + b; default f: relu.
 
-    Meant for ``mlp_output`` or ``attention_output`` and ``positions="all"``; starts with W_up = 0
+    Meant for ``mlp_output`` or ``attention_output`` and ``positions="every"``; starts with W_up = 0
     and b = 0. As ``parallel_bottleneck`` (arXiv 2110.04366) it is given x, which goes into the
     sub-layer that h comes out of: h + W_up f(W_down x + c) + b.
     """

@@ -246,7 +246,8 @@ def _edit_vectors(
     """
     kind = vectors.device.type
     # Autocast would take the products to 16 bit; the meta device has none.
-    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+    is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if is_cast else nullcontext():
         exact = vectors.to(_dtype_of(phi))
         change = phi(exact if source is None else source.to(exact.dtype))
         if dropout:

@@ -211,6 +211,18 @@ def test_an_edit_of_another_form_is_not_summed_but_stacked_and_mixed(
     assert not any(torch.allclose(logits(model), each, atol=1e-4) for each in alone.values())
 
 
+def test_a_sum_edits_the_answer_as_its_parts_do(base: Any) -> None:
+    model = adapt(base, reft(positions="every"), reft(positions="all+response"))
+    model.add_weighted_adapter(["one", "two"], [0.5, -1.0], "sum")
+    assert model.peft_config["sum"].positions == "every"
+    edits = {}
+    for name in (*NAMES, "sum"):
+        model.set_adapter(name)
+        edits[name] = edit_at(model, 1)
+    expected = 0.5 * edits["one"] - edits["two"]
+    torch.testing.assert_close(edits["sum"], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -172,6 +172,19 @@ def begun(options: TrainOptions) -> TrainOptions:
     return with_run(options, resume=True)
 
 
+def test_a_run_is_not_resumed_under_defaults_that_have_changed_since(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    red = MethodOptions(method="red")
+    options = replace(options, method=red, optim=replace(options.optim, max_steps=2))
+    saved = run_training(with_run(options, save_steps=1))["adapter_dir"]
+    assert json.loads((Path(saved) / "adapter_config.json").read_text())["positions"] == "every"
+    begun = options.run.output_dir / "run.json"
+    begun.write_text(begun.read_text().replace('"positions": "every"', '"positions": null'))
+    with pytest.raises(InputError, match="positions 'every' instead of not given"):
+        run_training(with_run(options, resume=True))
+
+
 def test_other_settings_than_those_of_the_checkpoint_are_refused_and_named(
     begun: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
