@@ -267,7 +267,7 @@ def test_the_methods_are_listed_as_json_at_once_and_without_torch() -> None:
         assert {"family", "about", "storage", "lr", "options", "defaults"} <= set(method)
     by_name = {method["name"]: method for method in listed}
     assert by_name["prefix"]["options"] == ["num_virtual_tokens"]
-    assert by_name["red"]["defaults"] == {"positions": "all"}
+    assert by_name["red"]["defaults"] == {"positions": "every"}
 
 
 def test_the_methods_are_listed_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
