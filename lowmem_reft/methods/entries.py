@@ -176,7 +176,7 @@ def _convert(kind: Any, key: str, value: str, entry: str) -> Any:
 def resolve_learning_rate(
     options: MethodOptions, optim: OptimOptions, hidden_size: int
 ) -> OptimOptions:
-    """Fill in the method's own learning rate, for a base of ``hidden_size``, where none is given."""
+    """Fill in the method's own learning rate on a base of ``hidden_size`` where none is given."""
     if optim.lr is not None:
         return optim
     rank = all_options(options).get("rank", RANK)  # rates that ask for it have one

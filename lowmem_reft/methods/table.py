@@ -77,7 +77,6 @@ class Method:
 
 _WHERE = ("profile", "layers", "positions", "tie", "component", "dropout")
 _SOURCE = ("rank", "act", "init")
-_RANK = {"rank": 4}
 _WIDTH = ("rank", "act")
 _EVERY = {"positions": "every"}  # new tokens too, as in their papers
 _MLPS = {**_EVERY, "component": "mlp_output", "rank": 8}
@@ -85,18 +84,12 @@ _DORA: dict[str, Any] = {"use_dora": True}
 
 # Name, options that it reads beside where it edits, defaults, overrides, and what it is.
 _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
-    ("loreft", _SOURCE, _RANK, "rank=8,lr=4e-3", "low-rank linear subspace ReFT on a 4-bit base"),
-    ("noreft", _SOURCE, _RANK, "rank=8,lr=4e-3", "LoReFT without the orthonormal constraint"),
-    (
-        "direft",
-        _SOURCE,
-        _RANK,
-        "rank=8,lr=4e-3",
-        "the paper's DiReFT: no constraint, no subtraction",
-    ),
-    ("orthogonal_direft", _SOURCE, _RANK, "rank=8,lr=4e-3", "DiReFT with orthonormal rows"),
-    ("consreft", ("rank",), _RANK, "rank=8,lr=4e-3", "sets the subspace to a learned constant"),
-    ("lobireft", ("rank",), _RANK, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
+    ("loreft", _SOURCE, {}, "rank=8,lr=4e-3", "low-rank linear subspace ReFT on a 4-bit base"),
+    ("noreft", _SOURCE, {}, "rank=8,lr=4e-3", "LoReFT without the orthonormal constraint"),
+    ("direft", _SOURCE, {}, "rank=8,lr=4e-3", "the paper's DiReFT: no constraint, no subtraction"),
+    ("orthogonal_direft", _SOURCE, {}, "rank=8,lr=4e-3", "DiReFT with orthonormal rows"),
+    ("consreft", ("rank",), {}, "rank=8,lr=4e-3", "sets the subspace to a learned constant"),
+    ("lobireft", ("rank",), {}, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
     ("red", (), _EVERY, "lr=1e-2", "learned scale and bias of hidden vectors"),
     ("steering", ("alpha",), _EVERY, "lr=1e-1", "a learned steering vector of full rank"),
     ("bottleneck", _WIDTH, _MLPS, "lr=1e-2", "series bottleneck adapters after the MLPs"),
@@ -149,7 +142,7 @@ METHODS: dict[str, Method] = {
             options=(*options, *_WHERE),
             size="rank" if "rank" in options else "layers",
             fixed={"intervention": name},
-            defaults=defaults,
+            defaults={**({"rank": 4} if "rank" in options else {}), **defaults},
             embedded=embedded,
         )
         for name, options, defaults, embedded, about in _REFT

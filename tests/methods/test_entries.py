@@ -101,8 +101,34 @@ def test_options_that_an_intervention_does_not_read_are_refused() -> None:
 
 def test_the_learning_rate_is_the_methods_own_unless_given() -> None:
     options = MethodOptions(method="qlora")
-    assert resolve_learning_rate(options, OptimOptions()).lr == find_method("qlora").lr
-    assert resolve_learning_rate(options, OptimOptions(lr=0.5)).lr == 0.5
+    assert resolve_learning_rate(options, OptimOptions(), 4096).lr == find_method("qlora").lr
+    assert resolve_learning_rate(options, OptimOptions(lr=0.5), 4096).lr == 0.5
+
+
+@pytest.mark.parametrize(("hidden_size", "rank"), [(64, 1), (576, 4), (576, 8), (4096, 32)])
+def test_a_step_at_the_default_rate_moves_an_edit_as_far_on_every_base(
+    hidden_size: int, rank: int
+) -> None:
+    options = MethodOptions(method="loreft", rank=rank)
+    rate = resolve_learning_rate(options, OptimOptions(), hidden_size).lr
+    assert rate is not None
+    # Adam's first step: every entry by the rate, in the direction that moves Wh the most.
+    hidden = torch.rand(hidden_size, dtype=torch.float64) + 0.5
+    moved = (rate * torch.ones(rank, hidden_size, dtype=torch.float64)) @ hidden
+    assert float(moved.norm() / hidden.norm()) == pytest.approx(0.19, rel=0.06)
+
+
+def test_the_rank_of_a_profile_counts_for_the_default_rate() -> None:
+    rates = [
+        resolve_learning_rate(options, OptimOptions(), 256).lr
+        for options in (
+            MethodOptions(profile="fast"),
+            MethodOptions(rank=16),
+            MethodOptions(profile="fast", rank=4),
+            MethodOptions(),
+        )
+    ]
+    assert rates[0] == rates[1] != rates[2] == rates[3]
 
 
 def attach_lora(
@@ -267,7 +293,7 @@ def test_the_methods_are_listed_as_json_at_once_and_without_torch() -> None:
         assert {"family", "about", "storage", "lr", "options", "defaults"} <= set(method)
     by_name = {method["name"]: method for method in listed}
     assert by_name["prefix"]["options"] == ["num_virtual_tokens"]
-    assert by_name["red"]["defaults"] == {"positions": "all"}
+    assert by_name["red"]["defaults"] == {"positions": "every"}
 
 
 def test_the_methods_are_listed_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
