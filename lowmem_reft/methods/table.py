@@ -67,8 +67,8 @@ class Method:
         A step of Adam moves each entry of a matrix by about the rate, whatever the gradient's
         length. For W of rank × hidden numbers, Wh then moves by up to rate · √(hidden · rank)
         lengths of h: what is the same on every base is this product, hence a = b = 1/2 for edits
-        that read h through W. LoRA's product BA has both sides: a = 1 and, divided by the rank,
-        b = 0. What was measured is in benchmarks/LOG.md (2026-11-29).
+        that read h through W, and a = 1/2, b = 0 for LoRA, whose update is divided by the rank.
+        What was measured is in benchmarks/LOG.md (2026-11-29).
         """
         by_width, by_rank = WIDTH / hidden_size, RANK / rank
         rate = self.lr * by_width**self.lr_by_width * by_rank**self.lr_by_rank
@@ -151,8 +151,8 @@ METHODS: dict[str, Method] = {
         name: Method(
             family="lora",
             storage=storage,
-            lr=2e-4,
-            lr_by_width=1.0,
+            lr=3e-4,
+            lr_by_width=0.5,
             about=about,
             source=source,
             options=("rank", "layers", "dropout", "alpha", "target_modules"),
