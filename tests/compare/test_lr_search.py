@@ -20,6 +20,7 @@ from lowmem_reft import cli
 from lowmem_reft.compare import queue, report
 from lowmem_reft.compare.cell import EMPTY_RESULT, Cell, Result, write_cell
 from lowmem_reft.compare.cells import build_cells
+from lowmem_reft.compare.child import run_cell
 from lowmem_reft.compare.engines import processes
 from lowmem_reft.compare.engines.launch import leave_result, result_or_cause
 from lowmem_reft.compare.lr_search import search_rates
@@ -168,6 +169,24 @@ def test_what_was_trained_in_the_search_is_where_the_row_looks_for_it(
 def _slug(result: dict[str, Any]) -> str:
     (best,) = (trial for trial in result["lr_search"] if trial["chosen"])
     return f"{best['method'].replace('[', '-').rstrip(']')}-seed1"
+
+
+def test_a_row_takes_over_the_adapter_of_its_trial_and_a_changed_training_does_not(
+    options: CompareOptions, tiny_llama_dir: Path
+) -> None:
+    short = changed(options, model=str(tiny_llama_dir), max_steps=1, device="cpu")
+    specs, results = parse_methods("loreft[lr=1e-3]"), []
+    for folder, own in (
+        ("lr-search", short),
+        ("cells", short),
+        ("cells", changed(short, max_steps=2)),
+    ):
+        cell = build_cells(own, specs, [1], find_sources(own), folder=folder)[-1]
+        results.append(run_cell(cell))
+    trial, row, other = results
+    assert trial["train_time_s"] == row["train_time_s"]
+    assert [each["num_steps"] for each in results] == [1, 1, 2]
+    assert other["train_time_s"] != row["train_time_s"]
 
 
 def test_the_command_of_a_row_has_the_rate_and_gives_the_same_cell(
