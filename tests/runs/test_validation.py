@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine import processes
 from lowmem_reft.options import (
     DataOptions,
     EvaluateOptions,
@@ -23,6 +24,7 @@ from lowmem_reft.options import (
 from lowmem_reft.runs import fit, train
 from lowmem_reft.runs.evaluate import run_evaluation
 from lowmem_reft.runs.score import Scores
+from lowmem_reft.runs.spent import Spent
 from lowmem_reft.runs.train import run_training
 
 ROWS = [
@@ -215,3 +217,12 @@ def test_what_was_spent_counts_on_in_a_run_that_goes_on(options: TrainOptions) -
         note.write_text(json.dumps(content))
     assert after[2]["num_steps"] == 6
     assert (after[2]["num_computed_tokens"], after[2]["train_time_s"]) == (None, None)
+
+
+def test_tokens_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = Spent(num_virtual=2)
+    spent.count({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
+    spent.time_s = 1.5
+    monkeypatch.setattr(processes, "everyones", lambda own: [own, [9.0, 30, 20]])
+    wanted = {"train_time_s": 1.5, "num_computed_tokens": 6 + 4 + 30, "num_real_tokens": 5 + 20}
+    assert spent.of_all() == wanted
