@@ -71,6 +71,13 @@ _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
     ("lobireft", ("rank",), {}, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
     ("red", (), _ALL, "lr=1e-2", "learned scale and bias of hidden vectors"),
     (
+        "red_loreft",
+        _SOURCE,
+        _ALL,
+        "rank=4,lr=4e-3",
+        "LoReFT with a learned scale and bias beside it",
+    ),
+    (
         "steering",
         ("alpha",),
         _ALL,
@@ -88,6 +95,7 @@ _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
 )
 _OTHER_PAPERS = {
     "red": "arXiv 2402.15179",
+    "red_loreft": "arXiv 2402.15179 and 2404.03592",
     "steering": "arXiv 2308.10248; learned: arXiv 2406.00045",
     "bottleneck": "arXiv 1902.00751",
     "parallel_bottleneck": "arXiv 2110.04366",
