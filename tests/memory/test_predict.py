@@ -65,6 +65,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 METHODS = {
     "f7+l7": MethodOptions(method="loreft", positions="f7+l7"),
     "all": MethodOptions(method="loreft", positions="all"),
+    "red_loreft": MethodOptions(method="red_loreft"),
     "qlora": MethodOptions(method="qlora"),
 }
 
@@ -117,6 +118,8 @@ def case(words: str, **memory: Any) -> Case:
 CASES = [
     case("llama nf4 fp32 f7+l7 1x512"),
     case("llama nf4 bf16 all ckpt 4x128"),
+    case("llama nf4 bf16 red_loreft ckpt 4x128"),
+    case("gemma2 nf4 fp32 red_loreft 1x512"),
     case("llama fp32 fp32 qlora ckpt 1x512"),
     case("llama int8 fp32 qlora 4x128"),
     case("llama int8 fp32 f7+l7 ckpt 4x128"),
