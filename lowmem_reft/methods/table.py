@@ -91,6 +91,13 @@ _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
     ("consreft", ("rank",), {}, "rank=8,lr=4e-3", "sets the subspace to a learned constant"),
     ("lobireft", ("rank",), {}, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
     ("red", (), _EVERY, "lr=1e-2", "learned scale and bias of hidden vectors"),
+    (
+        "red_loreft",
+        _SOURCE,
+        _EVERY,
+        "rank=4,lr=4e-3",
+        "LoReFT with a learned scale and bias beside it",
+    ),
     ("steering", ("alpha",), _EVERY, "lr=1e-1", "a learned steering vector of full rank"),
     ("bottleneck", _WIDTH, _MLPS, "lr=1e-2", "series bottleneck adapters after the MLPs"),
     (
@@ -101,10 +108,13 @@ _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
         "parallel bottleneck adapters beside the MLPs",
     ),
 )
-_BY_SIZE: dict[str, Any] = {"lr": 1.1e-3, "lr_by_width": 0.5, "lr_by_rank": 0.5}
-_RATES = dict.fromkeys(("loreft", "noreft", "direft", "orthogonal_direft"), _BY_SIZE)
+_BY_SIZE: dict[str, Any] = {"lr": 9e-4, "lr_by_width": 0.5, "lr_by_rank": 0.5}
+_RATES = dict.fromkeys(
+    ("loreft", "noreft", "direft", "orthogonal_direft", "red_loreft"), _BY_SIZE
+)
 _OTHER_PAPERS = {
     "red": "arXiv 2402.15179",
+    "red_loreft": "arXiv 2402.15179 and 2404.03592",
     "steering": "arXiv 2308.10248; learned: arXiv 2406.00045",
     "bottleneck": "arXiv 1902.00751",
     "parallel_bottleneck": "arXiv 2110.04366",

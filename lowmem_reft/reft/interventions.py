@@ -319,6 +319,27 @@ class Red(nn.Module):
         return (self.scale - 1) * hidden + self.bias
 
 
+class RedLoReft(nn.Module):
+    r"""RED and LoReFT of the same h: s ⊙ h + c + Rᵀ(f(Wh + b) − Rh), from s = 1, c = 0, RRᵀ = I.
+
+    A full diagonal beside a low rank, for 2 · hidden parameters: one rank of LoReFT.
+    """
+
+    options: ClassVar[tuple[str, ...]] = LoReft.options
+
+    def __init__(
+        self, hidden_size: int, *, rank: int, act: str | None = None, init: Init = "identity"
+    ) -> None:
+        super().__init__()
+        self.red = Red(hidden_size)
+        self.loreft = LoReft(hidden_size, rank=rank, act=act, init=init)
+
+    def forward(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """Return (s − 1) ⊙ h + c + Rᵀ(f(Wh + b) − Rh)."""
+        change: Tensor = self.red(hidden) + self.loreft(hidden)
+        return change
+
+
 class SteeringVector(nn.Module):
     r"""Fixed steering vector: h + αv. ``vector`` is a buffer: saved, fixed, zero until set."""
 
@@ -402,6 +423,7 @@ INTERVENTIONS: dict[str, type[nn.Module]] = {
     "consreft": ConsReft,
     "lobireft": LobiReft,
     "red": Red,
+    "red_loreft": RedLoReft,
     "fixed_steering": SteeringVector,
     "steering": LearnedSteering,
     "bottleneck": Bottleneck,

@@ -67,6 +67,7 @@ METHODS = {
     "all": MethodOptions(method="loreft", positions="all"),
     "l1+response": MethodOptions(method="loreft", positions="l1+response"),
     "red": MethodOptions(method="red", positions="every"),
+    "red_loreft": MethodOptions(method="red_loreft"),
     "qlora": MethodOptions(method="qlora"),
 }
 
@@ -119,6 +120,8 @@ def case(words: str, **memory: Any) -> Case:
 CASES = [
     case("llama nf4 fp32 f7+l7 1x512"),
     case("llama nf4 bf16 all ckpt 4x128"),
+    case("llama nf4 bf16 red_loreft ckpt 4x128"),
+    case("gemma2 nf4 fp32 red_loreft 1x512"),
     case("llama fp32 fp32 qlora ckpt 1x512"),
     case("llama int8 fp32 qlora 4x128"),
     case("llama int8 fp32 f7+l7 ckpt 4x128"),

@@ -56,7 +56,7 @@ RATES = dict.fromkeys(("prompt", "prefix", "steering", "lobireft", "ia3"), 0.1)
 IN_PLACE = [name for name, method in METHODS.items() if method.family == "weights"]
 # One of each kind: what is trained beside the base.
 KINDS = ("loreft", "red", "steering", "parallel_bottleneck", "qlora", "qdora", "lora_reft", "ia3")
-KINDS += ("ln_tuning", "prefix", "prompt", "p_tuning")
+KINDS += ("red_loreft", "ln_tuning", "prefix", "prompt", "p_tuning")
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to False:UserWarning"  # PEFT says so of LoRA on a GPT-2

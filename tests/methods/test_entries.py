@@ -115,7 +115,7 @@ def test_a_step_at_the_default_rate_moves_an_edit_as_far_on_every_base(
     # Adam's first step: every entry by the rate, in the direction that moves Wh the most.
     hidden = torch.rand(hidden_size, dtype=torch.float64) + 0.5
     moved = (rate * torch.ones(rank, hidden_size, dtype=torch.float64)) @ hidden
-    assert float(moved.norm() / hidden.norm()) == pytest.approx(0.19, rel=0.06)
+    assert float(moved.norm() / hidden.norm()) == pytest.approx(0.16, rel=0.08)
 
 
 def test_the_rank_of_a_profile_counts_for_the_default_rate() -> None:

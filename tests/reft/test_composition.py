@@ -45,6 +45,7 @@ WITH_ACTIVATION: list[dict[str, Any]] = [
 ]
 NOT_SUMMABLE: list[dict[str, Any]] = [
     {"intervention": "red"},
+    {"intervention": "red_loreft"},
     {"intervention": "bottleneck", "component": "mlp_output"},
     {"intervention": "parallel_bottleneck", "component": "mlp_output"},
     {"intervention": "loreft", "act": "relu"},

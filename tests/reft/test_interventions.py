@@ -27,7 +27,7 @@ from lowmem_reft.reft.interventions import (
 
 HIDDEN, RANK, TOKENS = 24, 3, 7
 ORTHONORMAL = ("loreft", "orthogonal_direft", "consreft", "lobireft")
-WITH_ACT = ("loreft", "noreft", "direft", "orthogonal_direft", "bottleneck")
+WITH_ACT = ("loreft", "noreft", "direft", "orthogonal_direft", "red_loreft", "bottleneck")
 ACTS = {
     "relu": lambda x: x.clamp(min=0),
     "tanh": torch.tanh,
@@ -52,10 +52,11 @@ def randomized(name: str, **fields: Any) -> nn.Module:
 def equation(name: str, phi: Any, h: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
     """Φ(h) − h as the table of the paper has it, in float64; R, W, b, ... as in the equations."""
     p = {key: value.detach().double() for key, value in phi.state_dict().items()}
-    r = gram_schmidt(p["rotation.raw"]) if "rotation.raw" in p else torch.empty(0)
+    part = "loreft." if "loreft.rotation.raw" in p else ""
+    r = gram_schmidt(p[f"{part}rotation.raw"]) if f"{part}rotation.raw" in p else torch.empty(0)
 
     def source() -> Tensor:
-        return act(h @ p["source.weight"].T + p["source.bias"])
+        return act(h @ p[f"{part}source.weight"].T + p[f"{part}source.bias"])
 
     changes: dict[str, Callable[[], Tensor]] = {
         "loreft": lambda: (source() - h @ r.T) @ r,
@@ -65,6 +66,7 @@ def equation(name: str, phi: Any, h: Tensor, act: Callable[[Tensor], Tensor]) ->
         "consreft": lambda: (p["bias"] - h @ r.T) @ r,
         "lobireft": lambda: (p["bias"] @ r).expand_as(h),
         "red": lambda: p["scale"] * h + p["bias"] - h,
+        "red_loreft": lambda: p["red.scale"] * h + p["red.bias"] - h + (source() - h @ r.T) @ r,
         "fixed_steering": lambda: (0.5 * p["vector"]).expand_as(h),
         "steering": lambda: (0.5 * p["vector"]).expand_as(h),
         "bottleneck": lambda: (
@@ -155,6 +157,7 @@ def test_the_edit_lies_in_the_row_space(name: str) -> None:
         "orthogonal_direft",
         "lobireft",
         "red",
+        "red_loreft",
         "fixed_steering",
         "steering",
         "bottleneck",
@@ -165,24 +168,24 @@ def test_the_identity_start_changes_nothing_at_all(name: str) -> None:
     assert torch.equal(phi(10 * torch.randn(TOKENS, HIDDEN)), torch.zeros(TOKENS, HIDDEN))
 
 
-@pytest.mark.parametrize("name", ["loreft", "noreft", "direft", "orthogonal_direft"])
+@pytest.mark.parametrize("name", ["loreft", "noreft", "direft", "orthogonal_direft", "red_loreft"])
 def test_the_papers_start_is_an_edit(name: str) -> None:
     phi = build_intervention(name, HIDDEN, rank=RANK, init="paper")
     assert phi(torch.randn(TOKENS, HIDDEN)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["loreft", "noreft"])
+@pytest.mark.parametrize("name", ["loreft", "noreft", "red_loreft"])
 def test_a_non_linear_source_has_no_identity_start(name: str) -> None:
     with pytest.raises(InputError, match="init must be 'paper'"):
         build_intervention(name, HIDDEN, rank=RANK, act="relu", init="identity")
 
 
 @pytest.mark.parametrize("name", INTERVENTIONS)
-def test_parameters_are_fp32_and_smaller_than_two_matrices_of_rank_rows(name: str) -> None:
+def test_parameters_are_fp32_and_few_more_than_two_matrices_of_rank_rows(name: str) -> None:
     phi = build_intervention(name, HIDDEN, rank=RANK)
     tensors = [*phi.parameters(), *phi.buffers()]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
-    assert sum(tensor.numel() for tensor in tensors) <= 2 * RANK * HIDDEN + RANK + HIDDEN
+    assert sum(tensor.numel() for tensor in tensors) <= 2 * (RANK + 1) * HIDDEN + RANK
 
 
 @pytest.mark.parametrize("rank", [0, HIDDEN + 1])

@@ -105,6 +105,7 @@ SAVED: list[dict[str, Any]] = [
     {"positions": "f2+l2", "tie": "positions", "layers": "1;3", "component": "mlp_output"},
     {"act": "relu", "positions": "l3", "tie": "sides", "layers": "upper:0.5"},
     {"intervention": "red", "positions": "all", "component": "attention_output", "dropout": 0.1},
+    {"intervention": "red_loreft", "positions": "l2", "tie": "positions"},
     {"intervention": "fixed_steering", "alpha": 0.3},
     {"intervention": "bottleneck", "positions": "all", "act": "gelu"},
 ]
