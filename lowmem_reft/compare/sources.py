@@ -74,7 +74,7 @@ def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list
 def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
     """The rows of a named task, written below ``output_dir/data`` for every cell to read.
 
-    Training rows are drawn with a fixed seed if there is a limit: files are often sorted.
+    Rows are drawn with a fixed seed where there is a limit: files are often sorted by class.
     """
     with naming("tasks"):
         task = find_task(name)
@@ -90,18 +90,18 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
         rows = load_task(
             of.name, split, data_dir=options.rows.data_dir, task_type=options.base.task_type
         )
-        if split == "train" and limit is not None and limit < len(rows):
+        if limit is not None and limit < len(rows):
             rows = random.Random(0).sample(rows, limit)
         name = f"data/{of.name}/{split}.jsonl"
-        parts[part] = str(keep_rows(options, name, rows[:limit])), rows[:limit]
+        parts[part] = str(keep_rows(options, name, rows)), rows
     return _sources(
         options,
         parts,
         task=task.name,
         template=options.rows.template or task.template,
         train_template=options.rows.template or trained.template,
-        scoring=_scoring(options, task),
-        train_scoring=_scoring(options, trained),
+        scoring=_scoring(options, task, trained),
+        train_scoring=_scoring(options, trained, trained),
     )
 
 
@@ -121,14 +121,14 @@ def _sources(
     )
 
 
-def _scoring(options: CompareOptions, task: Task) -> ScoringOptions:
-    """The task's own way to score, but for what the user says."""
+def _scoring(options: CompareOptions, task: Task, trained: Task) -> ScoringOptions:
+    """The task's own way to score, but for what the user says; answers are as long as trained."""
     own = {
         "scoring": task.scoring,
         "metric": task.metric,
         "extra_metrics": ",".join(task.extra_metrics) or None,
         "extractor": task.answer,
-        "max_new_tokens": task.max_new_tokens,
+        "max_new_tokens": max(task.max_new_tokens, trained.max_new_tokens),
     }
     return ScoringOptions(**{**own, **written.given(options.scoring)})
 

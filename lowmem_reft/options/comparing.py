@@ -74,7 +74,7 @@ class RowsOptions:
     limit: int | None = None
     """Use only the first N training rows (of a task: N rows drawn with a fixed seed)."""
     validation_limit: int | None = None
-    """Choose by the first N validation rows only."""
+    """Choose by the first N validation rows only (of a task: N drawn with a fixed seed)."""
     prompts: PromptOptions = field(default_factory=PromptOptions)
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class ScoredOptions:
     """Train on this task's rows (commonsense170k, math10k, ...): each adapter once, to be scored on
     all of --tasks."""
     eval_limit: int | None = None
-    """Score only the first N evaluation rows."""
+    """Score only the first N evaluation rows (of a task: N drawn with a fixed seed)."""
 
     def __post_init__(self) -> None:
         """Check the count, and that there is something to score."""
