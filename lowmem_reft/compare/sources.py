@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from lowmem_reft.data.rows import (
     load_rows,
     rows_digest,
 )
-from lowmem_reft.data.tasks.metrics import check_names
+from lowmem_reft.data.tasks.metrics import check_names, with_metric
 from lowmem_reft.data.tasks.registry import find_task, load_task
 from lowmem_reft.data.tasks.task import Split, Task
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine import provenance
 from lowmem_reft.options import CompareOptions, ScoringOptions, written
+
+_BY_ACCURACY = ScoringOptions(metric="accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,9 @@ class Sources:
     task: str
     template: str | None = None
     train_template: str | None = None
-    scoring: ScoringOptions = field(default_factory=ScoringOptions)
-    """How the rows to evaluate on are scored."""
-    train_scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    scoring: ScoringOptions = _BY_ACCURACY
+    """How the rows to evaluate on are scored. A metric is named: it is part of a cell's key."""
+    train_scoring: ScoringOptions = _BY_ACCURACY
     """How the validation rows are scored."""
 
 
@@ -124,7 +126,8 @@ def _sources(
 def _scoring(options: CompareOptions, task: Task, trained: Task) -> ScoringOptions:
     """The task's own way to score, but for what the user says; answers are as long as trained."""
     own = {
-        "scoring": task.scoring,
+        # An instruction's text is generated if another metric asks for it.
+        "scoring": "auto" if task.metric == "loss" else task.scoring,
         "metric": task.metric,
         "extra_metrics": ",".join(task.extra_metrics) or None,
         "extractor": task.answer,
@@ -171,8 +174,8 @@ def find_sources(options: CompareOptions) -> Sources:
         task=task_name(given.data) if given.data else "embedded-task",
         template=given.template,
         train_template=given.template,
-        scoring=options.scoring,
-        train_scoring=options.scoring,
+        scoring=with_metric(options.scoring, rows["eval"]),
+        train_scoring=with_metric(options.scoring, rows.get("validation", rows["eval"])),
     )
 
 

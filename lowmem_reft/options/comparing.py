@@ -252,8 +252,8 @@ class SearchOptions:
     """grid: every setting; random; tpe: near those that were good; auto: grid without --trials,
     else tpe."""
     prune: Literal["median", "none"] = "median"
-    """median: stop a trial whose best epoch so far is below the median of the others after as many
-    epochs, once five are complete."""
+    """median: stop a trial whose best epoch so far is worse than the median of the others after as
+    many epochs, once five are complete."""
     seed: int = 0
     """Seed of the draws and of every training."""
 
