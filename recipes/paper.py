@@ -1,4 +1,4 @@
-"""What the recipes of the ReFT paper's tables share: options, and the paper's rows beside ours.
+"""What the recipes of the ReFT paper's tables share: settings, and the paper's rows beside ours.
 
 The paper is Wu et al. 2024, https://arxiv.org/abs/2404.03592. Its rows stand in the recipe of each
 table; those of other papers are marked there as quoted.
@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,15 @@ from lowmem_reft.compare import run_comparison
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods import parse_methods
 from lowmem_reft.methods.entries import write_entry
-from lowmem_reft.options import CompareOptions, MemoryOptions, Storage, Workers, written
+from lowmem_reft.options import (
+    CompareOptions,
+    MemoryOptions,
+    OptimOptions,
+    ScoringOptions,
+    Storage,
+    Workers,
+    written,
+)
 
 _WIDE = 150
 AnyConfig = TypeVar("AnyConfig")
@@ -36,12 +44,15 @@ class PaperConfig:
 
     model: str
     """Hub id or directory of the base."""
+    small: bool = False
+    """The table at the size of a base of 20 to 200 million parameters: a few hundred rows, short
+    prompts, few epochs and one seed, for minutes on a processor."""
     data_dir: Path | None = None
     """Directory with the public files (see lowmem-reft tasks); default: their hub ids."""
     methods: str | None = None
     """Methods as compare --methods takes them; default: the recipe's own."""
-    seeds: str = "42,43,44"
-    """Comma-separated; default: the paper's."""
+    seeds: str | None = None
+    """Comma-separated; default: the paper's, or one with --small."""
     epochs: float | None = None
     """Passes over the data; default: the methods' own."""
     storage: Storage | None = None
@@ -54,6 +65,42 @@ class PaperConfig:
     """Cells that run at the same time, or ray."""
     output_dir: Path = Path("paper-results")
     """Cells, results and report; finished cells there are not run again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a table is repeated with where the user says nothing else."""
+
+    methods: str
+    """As compare --methods takes them."""
+    tasks: str
+    """Sets to score."""
+    train_task: str | None = None
+    """One training for all of them; None trains on each."""
+    seeds: str = "42,43,44"
+    """The paper's, unless they are others."""
+    num_train: int | None = None
+    """Rows to train on; None takes all, as for the next two."""
+    num_validation: int | None = None
+    """Rows to choose the epoch by."""
+    num_scored: int | None = None
+    """Test rows."""
+    max_length: int = 512
+    """Tokens of prompt and response."""
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    """How rows are scored."""
+    optim: OptimOptions
+    """Of the methods that bring no settings of their own."""
+
+    def note(self, paper: str) -> str:
+        """Say that the rows below are of another base and size than the paper's, if they are."""
+        if self.num_train is None:
+            return paper
+        return (
+            f"{paper} --small: another base, {self.num_train} rows to train on, "
+            f"{self.optim.epochs:g} epochs, {self.num_scored} test rows and one seed; what the "
+            "paper's rows are of is many times as large, so that only the columns compare."
+        )
 
 
 def run_recipe(
@@ -69,36 +116,39 @@ def run_recipe(
     print(json.dumps(result, indent=2))
 
 
-def compare(
-    config: PaperConfig, *, methods: str, num_validation: int | None, **changes: Any
-) -> dict[str, Any]:
+def compare(config: PaperConfig, setting: Setting, **changes: Any) -> dict[str, Any]:
     """Run a recipe's comparison.
 
     Args:
         config: What the user chose.
-        methods: The recipe's methods, unless the user names others.
-        num_validation: Rows to choose the epoch by; None takes all.
+        setting: The recipe's own, where the user chose nothing.
         changes: What the experiment sets of ``CompareOptions``, by the names of its flags.
 
     Raises:
         InputError: An option, a method, the model or a file is wrong.
     """
-    limits = [number for number in (num_validation, config.limit) if number is not None]
+    sizes = (setting.num_train, setting.num_validation, setting.num_scored)
+    limits = [_smaller(size, config.limit) for size in sizes]
     options: dict[str, Any] = {
         "model": config.model,
         "data_dir": config.data_dir,
         "methods": with_overrides(
-            config.methods or methods, epochs=config.epochs, storage=config.storage
+            config.methods or setting.methods, epochs=config.epochs, storage=config.storage
         ),
-        "seeds": config.seeds,
-        "limit": config.limit,
-        "validation_limit": min(limits, default=None),
-        "eval_limit": config.limit,
+        "seeds": config.seeds or setting.seeds,
+        **dict(zip(("limit", "validation_limit", "eval_limit"), limits, strict=True)),
+        "max_length": setting.max_length,
+        "scoring": setting.scoring,
+        "optim": setting.optim,
         "memory": MemoryOptions(memory_gib=config.memory_gib),
         "workers": config.workers,
         "output_dir": config.output_dir,
     }
     return run_comparison(written.build(CompareOptions, **{**options, **changes}))
+
+
+def _smaller(size: int | None, limit: int | None) -> int | None:
+    return min((number for number in (size, limit) if number is not None), default=None)
 
 
 def with_overrides(methods: str, **values: object) -> str:

@@ -7,6 +7,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,6 +82,13 @@ def data_dir(tmp_path: Path) -> Path:
             }
             for n in range(40)
         ],
+        **{
+            f"mawps/{part}set.json": [
+                {"original_text": f"{part} {n} and 2 ?", "equation": f"x={n}+2", "ans": n + 2.0}
+                for n in range(6)
+            ]
+            for part in ("train", "valid", "test")
+        },
         "SVAMP/test.json": [
             {"instruction": f"what is {n} and 9?", "answer": f"{n + 9}.0"} for n in range(4)
         ],
@@ -132,6 +140,13 @@ def tiny_roberta_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFact
     return directory
 
 
+def brief(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Let a recipe generate four tokens."""
+    scoring = replace(recipe.SETTING.scoring, max_new_tokens=4)
+    setting = replace(recipe.SETTING, scoring=scoring, **changes)
+    monkeypatch.setattr(recipe, "SETTING", setting)
+
+
 def test_the_rows_of_the_paper_add_up_to_their_means(recipe: Recipe) -> None:
     for name in TABLES:
         for row in recipe(name).PAPER:
@@ -150,7 +165,7 @@ def test_commonsense_trains_once_on_the_mix_and_shows_the_papers_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     commonsense = recipe("commonsense")
-    monkeypatch.setattr(commonsense, "MAX_NEW_TOKENS", 4)
+    brief(commonsense, monkeypatch)
     result = commonsense.main(
         commonsense.Config(
             model=str(tiny_llama_dir),
@@ -189,7 +204,7 @@ def test_arithmetic_says_that_loreft_loses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arithmetic = recipe("arithmetic")
-    monkeypatch.setattr(arithmetic, "MAX_NEW_TOKENS", 4)
+    brief(arithmetic, monkeypatch)
     result = arithmetic.main(
         arithmetic.Config(
             model=str(tiny_llama_dir),
@@ -219,8 +234,7 @@ def test_instruct_keeps_win_rates_apart_from_what_it_measures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     instruct = recipe("instruct")
-    monkeypatch.setattr(instruct, "MAX_NEW_TOKENS", 4)
-    monkeypatch.setattr(instruct, "MAX_LENGTH", 200)
+    brief(instruct, monkeypatch, max_length=200)
     result = instruct.main(
         instruct.Config(
             model=str(tiny_llama_dir),
@@ -277,6 +291,50 @@ def test_glue_takes_the_settings_of_the_set_and_counts_the_head_apart(
     )
     shown = capsys.readouterr().err
     for words in ("84.2", "79.0", "88.2", "not counted above: rte 1,122"):
+        assert words in shown
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize(
+    ("name", "options", "task", "metric"),
+    [
+        ("commonsense", {"tasks": "boolq"}, "boolq", "accuracy"),
+        ("arithmetic", {"tasks": "mawps"}, "mawps", "accuracy"),
+        ("instruct", {}, "ultrafeedback1k", "loss"),
+        ("glue", {"tasks": "rte"}, "rte", "accuracy"),
+    ],
+)
+def test_a_small_base_gets_small_settings_and_is_told_apart_from_the_papers(
+    recipe: Recipe,
+    tiny_llama_dir: Path,
+    tiny_roberta_dir: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    options: dict[str, Any],
+    task: str,
+    metric: str,
+) -> None:
+    module = recipe(name)
+    # The tiny models have four layers, and few positions.
+    methods = module.SMALL.methods.replace("3;9;18;24", "1;3")
+    changes = {"methods": methods, "max_length": 120 if name == "glue" else 200}
+    monkeypatch.setattr(module, "SMALL", replace(module.SMALL, **changes))
+    model = tiny_roberta_dir if name == "glue" else tiny_llama_dir
+    common = {"model": str(model), "data_dir": data_dir, "storage": "fp32", "limit": 4}
+    out = {"output_dir": tmp_path / "out", "small": True}
+    result = module.main(module.Config(**common, **out, **options))
+    rows = result["rows"]
+    assert {(row["task"], row["metric"], row["num_seeds"]) for row in rows} == {(task, metric, 1)}
+    assert [row["method"].partition("[")[0] for row in rows][-2:] == [
+        "loreft",
+        "lora" if name == "glue" else "qlora",
+    ]
+    assert not any(row["errors"] for row in rows)
+    shown = " ".join(capsys.readouterr().err.split())  # long lines are folded
+    for words in ("paper", "measured here", "--small: another base", "one seed"):
         assert words in shown
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.cells import build_cells
 from lowmem_reft.compare.sources import Sources
+from lowmem_reft.data.tasks.metrics import gain
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import (
     MethodSpec,
@@ -37,8 +38,9 @@ class Searched:
     spec: MethodSpec
     """As it was given, if it names its rate or every trial failed."""
     trials: list[dict[str, Any]]
-    """``lr_search`` of its results: ``method`` (the trial's entry), ``lr``, ``value``, ``loss``,
-    ``error``, and whether it is ``chosen``. Of a method that names its rate, that one alone."""
+    """``lr_search`` of its results: ``method`` (the trial's entry), ``lr``, ``metric``, ``value``,
+    ``loss``, ``error``, and whether it is ``chosen``. Of a method that names its rate, that one
+    alone."""
 
 
 def check_search(options: CompareOptions, fixed: Sequence[bool], sources: Sources) -> None:
@@ -148,13 +150,13 @@ def _trial(rate: float, result: Result) -> dict[str, Any]:
     error = result["error"]
     if error is None and result["value"] is None:
         error = f"{result['metric']} is not a number"
-    known = {name: result[name] for name in ("method", "value", "loss")}
+    known = {name: result[name] for name in ("method", "metric", "value", "loss")}
     return {**known, "lr": rate, "error": error, "chosen": False}
 
 
 def _untried(spec: MethodSpec, options: CompareOptions, sources: Sources) -> dict[str, Any]:
     known = {"method": spec.entry, "lr": _own_rate(spec, options, sources), "chosen": True}
-    return {**known, **dict.fromkeys(("value", "loss", "error"))}
+    return {**known, **dict.fromkeys(("metric", "value", "loss", "error"))}
 
 
 def _ended(trial: dict[str, Any]) -> bool:
@@ -162,4 +164,5 @@ def _ended(trial: dict[str, Any]) -> bool:
 
 
 def _rank(trial: dict[str, Any]) -> tuple[float, float]:
-    return trial["value"], -(math.inf if trial["loss"] is None else trial["loss"])
+    loss = math.inf if trial["loss"] is None else trial["loss"]
+    return gain(trial["metric"], trial["value"]), -loss

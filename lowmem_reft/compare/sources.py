@@ -24,7 +24,7 @@ from lowmem_reft.data.rows import (
     load_rows,
     rows_digest,
 )
-from lowmem_reft.data.tasks.metrics import check_names
+from lowmem_reft.data.tasks.metrics import check_names, with_metric
 from lowmem_reft.data.tasks.registry import find_task, load_task
 from lowmem_reft.data.tasks.task import Split, Task
 from lowmem_reft.errors import InputError, naming
@@ -44,6 +44,9 @@ class Examples:
     """Where each was read: file and line."""
 
 
+_BY_ACCURACY = ScoringOptions(metric="accuracy")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sources:
     """What the cells of one task read: the model and the rows, by path or id and by digest."""
@@ -61,9 +64,9 @@ class Sources:
     task: str
     template: str | None = None
     train_template: str | None = None
-    scoring: ScoringOptions = field(default_factory=ScoringOptions)
-    """How the rows to evaluate on are scored."""
-    train_scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    scoring: ScoringOptions = _BY_ACCURACY
+    """How the rows to evaluate on are scored. A metric is named: it is part of a cell's key."""
+    train_scoring: ScoringOptions = _BY_ACCURACY
     """How the validation rows are scored."""
     examples: dict[int, Examples] = field(default_factory=dict)
     """By the seed that drew them; empty without ``--few-shot``."""
@@ -108,7 +111,7 @@ def with_embedded_rows(options: CompareOptions) -> CompareOptions:
 def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
     """The rows of a named task, written below ``output_dir/data`` for every cell to read.
 
-    Training rows are drawn with a fixed seed if there is a limit: files are often sorted.
+    Rows are drawn with a fixed seed where there is a limit: files are often sorted by class.
     """
     with naming("tasks"):
         task = find_task(name)
@@ -124,18 +127,18 @@ def _task_sources(options: CompareOptions, name: str, scored: Split) -> Sources:
         rows = load_task(
             of.name, split, data_dir=options.rows.data_dir, task_type=options.base.task_type
         )
-        if split == "train" and limit is not None and limit < len(rows):
+        if limit is not None and limit < len(rows):
             rows = random.Random(0).sample(rows, limit)
         name = f"data/{of.name}/{split}.jsonl"
-        parts[part] = str(keep_rows(options, name, rows[:limit])), rows[:limit]
+        parts[part] = str(keep_rows(options, name, rows)), rows
     return _sources(
         options,
         parts,
         task=task.name,
         template=options.rows.template or task.template,
         train_template=options.rows.template or trained.template,
-        scoring=_scoring(options, task),
-        train_scoring=_scoring(options, trained),
+        scoring=_scoring(options, task, trained),
+        train_scoring=_scoring(options, trained, trained),
     )
 
 
@@ -176,14 +179,15 @@ def _draw_examples(
     return found
 
 
-def _scoring(options: CompareOptions, task: Task) -> ScoringOptions:
-    """The task's own way to score, but for what the user says."""
+def _scoring(options: CompareOptions, task: Task, trained: Task) -> ScoringOptions:
+    """The task's own way to score, but for what the user says; answers are as long as trained."""
     own = {
-        "scoring": task.scoring,
+        # An instruction's text is generated if another metric asks for it.
+        "scoring": "auto" if task.metric == "loss" else task.scoring,
         "metric": task.metric,
         "extra_metrics": ",".join(task.extra_metrics) or None,
         "extractor": task.answer,
-        "max_new_tokens": task.max_new_tokens,
+        "max_new_tokens": max(task.max_new_tokens, trained.max_new_tokens),
     }
     return ScoringOptions(**{**own, **written.given(options.scoring)})
 
@@ -226,8 +230,8 @@ def find_sources(options: CompareOptions) -> Sources:
         task=task_name(given.data) if given.data else "embedded-task",
         template=given.template,
         train_template=given.template,
-        scoring=options.scoring,
-        train_scoring=options.scoring,
+        scoring=with_metric(options.scoring, rows["eval"]),
+        train_scoring=with_metric(options.scoring, rows.get("validation", rows["eval"])),
     )
 
 

@@ -109,9 +109,7 @@ _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
     ),
 )
 _BY_SIZE: dict[str, Any] = {"lr": 9e-4, "lr_by_width": 0.5, "lr_by_rank": 0.5}
-_RATES = dict.fromkeys(
-    ("loreft", "noreft", "direft", "orthogonal_direft", "red_loreft"), _BY_SIZE
-)
+_RATES = dict.fromkeys(("loreft", "noreft", "direft", "orthogonal_direft", "red_loreft"), _BY_SIZE)
 _OTHER_PAPERS = {
     "red": "arXiv 2402.15179",
     "red_loreft": "arXiv 2402.15179 and 2404.03592",

@@ -77,7 +77,7 @@ class RowsOptions:
     limit: int | None = None
     """Use only the first N training rows (of a task: N rows drawn with a fixed seed)."""
     validation_limit: int | None = None
-    """Choose by the first N validation rows only."""
+    """Choose by the first N validation rows only (of a task: N drawn with a fixed seed)."""
     prompts: PromptOptions = field(default_factory=PromptOptions)
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class ScoredOptions:
     """Train on this task's rows (commonsense170k, math10k, ...): each adapter once, to be scored on
     all of --tasks."""
     eval_limit: int | None = None
-    """Score only the first N evaluation rows."""
+    """Score only the first N evaluation rows (of a task: N drawn with a fixed seed)."""
     few_shot: int | None = None
     """Score the base with N solved training rows before each prompt too, beside the base as it is:
     a row for each storage and seed, which draws them (never validation or test rows; of rows with
@@ -294,8 +294,8 @@ class SearchOptions:
     """grid: every setting; random; tpe: near those that were good; auto: grid without --trials,
     else tpe."""
     prune: Literal["median", "none"] = "median"
-    """median: stop a trial whose best epoch so far is below the median of the others after as many
-    epochs, once five are complete."""
+    """median: stop a trial whose best epoch so far is worse than the median of the others after as
+    many epochs, once five are complete."""
     seed: int = 0
     """Seed of the draws and of every training."""
 

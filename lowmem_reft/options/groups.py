@@ -157,9 +157,11 @@ class ScoringOptions:
 
     scoring: Scoring = "auto"
     """likelihood of each choice, or generation and answer extraction; auto: likelihood where rows
-    have choices."""
-    metric: str = "accuracy"
-    """accuracy, f1, matthews, pearson, spearman or another that lowmem-reft tasks names."""
+    have choices, or where the loss is all that is asked for."""
+    metric: str | None = None
+    """What is scored and chosen by: accuracy, f1, matthews, pearson, spearman, loss (per supervised
+    token; the lower one is better) or another that lowmem-reft tasks names. Default: accuracy; loss
+    where responses have no choices and no answer is looked for in generated text."""
     extra_metrics: str | None = None
     """Comma-separated metrics that are reported beside it."""
     extractor: str | None = None

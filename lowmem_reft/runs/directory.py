@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.data.rows import rows_digest
+from lowmem_reft.data.tasks.metrics import with_metric
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import parse_json, sync, sync_tree, write_text_whole
@@ -243,7 +244,7 @@ def _settings(run: Run, validation: Sequence[Row]) -> dict[str, Any]:
         "validation_data": f"rows {rows_digest(validation)}" if validation else None,
     }
     if validation:
-        settings |= asdict(run.options.scoring)
+        settings |= asdict(with_metric(run.options.scoring, validation))
     return settings
 
 

@@ -23,7 +23,8 @@ from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.methods.tokenizers import tokenizer_for
 from lowmem_reft.runs.forgetting import Windows, general_loss, windows_to_score
 from lowmem_reft.runs.outputs import check_evaluation
-from lowmem_reft.runs.score import Scores, ScoringSettings, check_scoring, rows_to_score, score
+from lowmem_reft.runs.score import ScoringSettings, check_scoring, rows_to_score, score
+from lowmem_reft.runs.scores import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,11 +42,12 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     adapter's training card, so that scoring matches training.
 
     Returns:
-        ``metric``, ``value``, ``accuracy`` (the share of right answers), ``extra`` (of
-        ``extra_metrics``, by name), ``num_examples``, ``storage``,
-        ``num_cut_prompts``, where known ``loss``, with ``--examples`` ``few_shot`` (the rows
-        ``shown``, the prompts ``num_short`` of some of them and the ``fewest`` that one has), with
-        ``--forgetting`` ``general_loss`` (see ``forgetting.general_loss``) and, where stored
+        ``metric``, ``value``, ``accuracy`` (the share of right answers, where these were asked
+        for), ``extra`` (of ``extra_metrics``, by name), ``num_examples``, ``storage``,
+        ``num_cut_prompts``, where known ``loss`` (see ``Scores.summary``), with ``--examples``
+        ``few_shot`` (the rows ``shown``, the prompts ``num_short`` of some of them and the
+        ``fewest`` that one has), with ``--forgetting`` ``general_loss`` (see
+        ``forgetting.general_loss``) and, where stored
         constants were used, ``reuse``, ``store_bytes`` and ``build_time_s``. Where the adapter was
         trained on another storage also ``trained_storage``, ``value_trained_storage``,
         ``accuracy_trained_storage`` and ``loss_trained_storage``. With ``--lm-eval`` see
@@ -90,7 +92,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     scores = _load_and_score(options, adapter, card, rows, tokenizer, windows=windows, stop=stop)
     if scores.reuse is None and options.reuse.reuse in ("prefix", "trunk"):
         logger.warning(
-            "reuse %s has no effect: it needs --reuse-dir, an adapter and rows with choices",
+            "reuse %s has no effect: it needs --reuse-dir, an adapter and rows that are not "
+            "generated for",
             options.reuse.reuse,
         )
     if options.predictions is not None:
@@ -204,9 +207,12 @@ def _prediction_lines(
     rows: Sequence[Row], scores: Scores, card: TrainingCard
 ) -> Iterator[dict[str, Any]]:
     """What is written per example: where it is from, what was asked, answered and right."""
-    texts: Sequence[str | None] = scores.texts or [None] * len(rows)
-    for row, prediction, reference, correct, text in zip(
-        rows, scores.predictions, scores.references, scores.correct, texts, strict=True
+    nothing = [None] * len(rows)
+    found = (scores.predictions, scores.references)
+    known = (scores.correct or nothing, scores.texts or nothing)
+    losses = list(zip(scores.losses, scores.num_tokens, strict=True)) or nothing
+    for row, prediction, reference, correct, text, loss in zip(
+        rows, *found, *known, losses, strict=True
     ):
         line = {
             "source": row.source,
@@ -220,4 +226,6 @@ def _prediction_lines(
             line["prediction_text"], line["reference_text"] = names[prediction], names[reference]
         elif text is not None:
             line["prediction_text"], line["reference_text"] = text, row.response
+        if loss is not None:
+            line["loss"], line["num_tokens"] = loss[0] / loss[1], loss[1]
         yield line

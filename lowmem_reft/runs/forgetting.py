@@ -57,10 +57,11 @@ def general_loss(
 
     The adapter of ``model`` acts as it does at inference, where the first half would be the prompt
     and the second half what comes next: ReFT edits its positions of the prompt (``f7+l7``: the
-    first and the last seven tokens of the first half) and no scored token, virtual tokens stand
-    before the prompt, and LoRA and all others that change weights act on every token. So an edit of
-    the prompt reaches the scored tokens through attention alone, more those that follow at once
-    than later ones: the figure is that of a continuation as long as half a window.
+    first and the last seven tokens of the first half), and scored tokens only if they have a
+    ``response``; virtual tokens stand before the prompt, and LoRA and all others that change
+    weights act on every token. An edit of the prompt reaches the scored tokens through attention
+    alone, more those that follow at once than later ones: the figure is that of a continuation as
+    long as half a window.
 
     Args:
         model: Causal, with or without an adapter.

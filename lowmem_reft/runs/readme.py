@@ -165,10 +165,10 @@ def _scores(result: dict[str, Any]) -> list[tuple[str, Any]]:
     if "eval" in result:
         score = result["eval"]
         rows.append((f"test {score['metric']}", f"{score['value']:.4g}"))
-        if score["metric"] != "accuracy":
+        if score["metric"] != "accuracy" and "accuracy" in score:
             rows.append(("test accuracy", f"{score['accuracy']:.4g}"))
         rows.append(("test rows", score["num_examples"]))
-        if "loss" in score:
+        if score["metric"] != "loss" and "loss" in score:
             rows.append(("test loss", f"{score['loss']:.4g}"))
     return rows
 

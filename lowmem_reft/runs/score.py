@@ -1,10 +1,12 @@
-"""Scoring: by the likelihood of choices, a classification head, or generated answers.
+"""Scoring: by the likelihood of choices, a classification head, generated answers, or the loss.
 
-Each way gives a prediction per example; the metric (``metrics.py``) makes one number of them.
+Each way but the last gives a prediction per example, of which the metric (``metrics.py``) makes one
+number. Each gives the loss of what is right, per supervised token, as the training counts it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,7 @@ from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.ours import ours
 from lowmem_reft.data.rows import as_choices, class_index
 from lowmem_reft.data.tasks.answers import answers_equal, extract_answer, find_extractor
-from lowmem_reft.data.tasks.metrics import check_names, compute
+from lowmem_reft.data.tasks.metrics import check_names, with_metric
 from lowmem_reft.data.tokens import (
     Collator,
     EncodedRows,
@@ -38,6 +40,7 @@ from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
 from lowmem_reft.options import PromptOptions, ReuseOptions, ScoringOptions
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.generate import generate_batches
+from lowmem_reft.runs.scores import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,6 +50,11 @@ if TYPE_CHECKING:
     from lowmem_reft.data.rows import Row
     from lowmem_reft.methods.card import TrainingCard
     from lowmem_reft.reuse.reuse import Reuse
+
+logger = logging.getLogger(__name__)
+
+_OF_A_REFERENCE = ("loss", "overlap")
+"""Metrics that need the loss: without a right answer, the reference's likelihood says more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,69 +72,17 @@ class ScoringSettings(ScoringOptions):
     stop: str | None = None
     """Text at which a generated answer ends: what parts the examples before the prompts."""
 
+    @property
+    def metrics(self) -> set[str]:
+        """All that are wanted; none is named as long as it depends on the rows."""
+        names = [self.metric or "", *(self.extra_metrics or "").split(",")]
+        return {name.strip() for name in names} - {""}
+
     def answer_in(self, text: str) -> str | None:
         """Return the answer that a text gives; None if it gives none."""
         if self.extractor is not None:
             return find_extractor(self.extractor)(text)
         return extract_answer(text, self.answer_pattern)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Per-example outcomes of one evaluation."""
-
-    predictions: list[Any]
-    """What was answered: the index of a choice or class, a number, or the extracted text."""
-    references: list[Any]
-    """What is right, in the same form."""
-    correct: list[bool]
-    """Whether each example was answered rightly."""
-    losses: list[float] = field(default_factory=list)
-    """Mean negative log-likelihood per token of the right answer (or class), where it is known."""
-    num_cut_prompts: int = 0
-    """Prompts that were cut from the left to fit."""
-    texts: list[str] = field(default_factory=list)
-    """What was generated, where answers were."""
-    metric: str = "accuracy"
-    """What ``value`` is; a name in ``tasks.metrics.METRICS``."""
-    extra_metrics: str | None = None
-    """Comma-separated further ones."""
-    reuse: Reuse | None = None
-    """What scored the rows from stored constants, if something did."""
-    general_loss: float | None = None
-    """Mean negative log-likelihood per token of general text, see ``forgetting.general_loss``."""
-
-    @property
-    def value(self) -> float:
-        """The metric over all examples: a share (accuracy, f1, ...) or a correlation."""
-        return self._computed(self.metric)
-
-    def _computed(self, metric: str) -> float:
-        if metric == "accuracy":
-            return sum(self.correct) / len(self.correct)
-        return compute(metric, self.predictions, self.references)
-
-    def summary(self) -> dict[str, Any]:
-        """Return ``metric``, ``value``, ``accuracy``, ``num_examples`` and what else is known."""
-        summary: dict[str, Any] = {
-            "metric": self.metric,
-            "value": self.value,
-            "accuracy": self._computed("accuracy"),
-            "num_examples": len(self.correct),
-            "num_cut_prompts": self.num_cut_prompts,
-        }
-        if self.extra_metrics is not None:
-            names = map(str.strip, self.extra_metrics.split(","))
-            summary["extra"] = {name: self._computed(name) for name in names}
-        if self.losses:
-            summary["loss"] = sum(self.losses) / len(self.losses)
-        if self.general_loss is not None:
-            summary["general_loss"] = self.general_loss
-        if self.reuse is not None:
-            summary["reuse"] = self.reuse.mode
-            summary["store_bytes"] = self.reuse.layout.total_bytes
-            summary["build_time_s"] = self.reuse.build_time_s
-        return summary
 
 
 def check_scoring(options: ScoringOptions) -> None:
@@ -181,18 +137,19 @@ def rows_to_score(
     check_rows(rows, card)
     if not rows:
         return rows
+    settings = with_metric(settings, rows)
 
     def encoded(some: Sequence[Row]) -> _Scoring:
         if card.task_type != "SEQ_CLS":
             some = as_choices(some, card.label_names)
-        scoring = _Scoring(None, tokenizer, some, card, settings)
-        if scoring.way == "generated" and settings.metric == "overlap":
-            encode_rows(some, tokenizer, **card.prompts)  # the reference is scored, too
-        scoring.encoded  # noqa: B018 - which is kept
+        scoring = _Scoring(None, tokenizer, some, card, settings, limits, num_virtual)
+        scoring.encoded, scoring.responses  # noqa: B018 - which are kept
         return scoring
 
     kept, scoring = encode_those_that_fit(rows, encoded, long_rows=prompts.long_rows)
-    scoring.check(limits, num_virtual)
+    scoring.check()
+    if isinstance(scoring.responses, InputError):
+        logger.warning("the loss is not computed: %s", scoring.responses)
     return kept
 
 
@@ -205,24 +162,28 @@ def score(
 ) -> Scores:
     """Score a loaded model on rows; see ``evaluate.run_evaluation``.
 
-    A base of which only upper blocks are resident is scored from stored constants where rows have
-    choices; otherwise its lower blocks are read again for every forward pass.
+    A base of which only upper blocks are resident is scored from stored constants where nothing is
+    generated; otherwise its lower blocks are read again for every forward pass.
     """
-    settings = settings or ScoringSettings()
+    settings = with_metric(settings or ScoringSettings(), rows)
     model.eval()
     residency = ours(base_of(model)).residency
     if card.task_type != "SEQ_CLS":
         rows = as_choices(rows, card.label_names)
-    scoring = _Scoring(model, tokenizer, rows, card, settings)
     limits = Limits.of(model, tokenizer, task_type=card.task_type)
-    scoring.check(limits, num_virtual_tokens(model))
+    num_virtual = num_virtual_tokens(model)
+    scoring = _Scoring(model, tokenizer, rows, card, settings, limits, num_virtual)
+    scoring.check()
     with nullcontext() if residency is None else residency.streaming():
         if scoring.way == "classes":
             scores = scoring.of_classes()
         elif scoring.way == "choices":
             scores = scoring.of_choices()
+        elif scoring.way == "responses":
+            scores = scoring.of_responses()
         else:
             scores = scoring.of_generated()
+    assert settings.metric is not None
     return replace(scores, metric=settings.metric, extra_metrics=settings.extra_metrics)
 
 
@@ -235,14 +196,18 @@ class _Scoring:
     rows: Sequence[Row]
     card: TrainingCard
     settings: ScoringSettings
+    limits: Limits
+    num_virtual: int
 
     @property
-    def way(self) -> Literal["classes", "choices", "generated"]:
+    def way(self) -> Literal["classes", "choices", "responses", "generated"]:
         """Return how these rows are scored."""
         if self.card.task_type == "SEQ_CLS":
             return "classes"
-        chosen = self.settings.scoring
-        by_likelihood = chosen == "likelihood" or (chosen == "auto" and self.rows[0].choices)
+        chosen, has_choices = self.settings.scoring, bool(self.rows[0].choices)
+        if chosen != "generation" and not has_choices and self.settings.metrics == {"loss"}:
+            return "responses"
+        by_likelihood = chosen == "likelihood" or (chosen == "auto" and has_choices)
         return "choices" if by_likelihood else "generated"
 
     @cached_property
@@ -251,6 +216,8 @@ class _Scoring:
         rows, tokenizer, card = self.rows, self.tokenizer, self.card
         if self.way == "choices":
             return encode_all_choices(rows, tokenizer, **card.prompts)
+        if self.way == "responses":
+            return [encode_rows(rows, tokenizer, **card.prompts)]
         if self.way == "generated":
             return [
                 encode_prompts(rows, tokenizer, template=card.template, max_length=card.max_length)
@@ -261,7 +228,24 @@ class _Scoring:
             )
         ]
 
-    def check(self, limits: Limits, num_virtual: int) -> None:
+    @cached_property
+    def responses(self) -> EncodedRows | InputError | None:
+        """Of rows that are generated for: the tokens that training would supervise, for the loss.
+
+        What keeps them from being scored is returned where no metric needs them.
+        """
+        if self.way != "generated":
+            return None
+        try:
+            encoded = encode_rows(self.rows, self.tokenizer, **self.card.prompts)
+            self._check([row.source for row in self.rows], [encoded], new=0)
+        except InputError as error:
+            if self.settings.metrics.intersection(_OF_A_REFERENCE):
+                raise
+            return error
+        return encoded
+
+    def check(self) -> None:
         """Refuse rows whose tokens the base has no place for.
 
         Raises:
@@ -271,9 +255,12 @@ class _Scoring:
         if self.way == "choices":
             counted = zip(sources, self.encoded, strict=True)
             sources = [source for source, encoded in counted for _ in encoded.examples]
-        ids = [example["input_ids"] for encoded in self.encoded for example in encoded.examples]
         new = self.settings.max_new_tokens if self.way == "generated" else 0
-        limits.check(sources, ids, virtual=num_virtual, new=new)
+        self._check(sources, self.encoded, new=new)
+
+    def _check(self, sources: list[str], every: Sequence[EncodedRows], *, new: int) -> None:
+        ids = [example["input_ids"] for encoded in every for example in encoded.examples]
+        self.limits.check(sources, ids, virtual=self.num_virtual, new=new)
 
     @torch.no_grad()
     def of_choices(self) -> Scores:
@@ -297,7 +284,8 @@ class _Scoring:
             correct=[a == r for a, r in zip(answers, right, strict=True)],
             predictions=predictions,
             references=references,
-            losses=[-total / count for total, count in of_right],
+            losses=[-total for total, _ in of_right],
+            num_tokens=[count for _, count in of_right],
             num_cut_prompts=sum(by_choice.num_cut_prompts for by_choice in encoded),
             reuse=reuse,
         )
@@ -329,12 +317,27 @@ class _Scoring:
             predictions=predictions,
             references=references,
             losses=losses,
+            num_tokens=[1] * len(losses),
             num_cut_prompts=encoded.num_cut_prompts,
+        )
+
+    def of_responses(self) -> Scores:
+        """Generate nothing: the likelihood of the right responses is all that is asked for."""
+        (encoded,) = self.encoded
+        reuse, losses, num_tokens = self._losses(encoded, reused=True)
+        nothing = [None] * len(losses)
+        return Scores(
+            predictions=nothing,
+            references=nothing,
+            losses=losses,
+            num_tokens=num_tokens,
+            num_cut_prompts=encoded.num_cut_prompts,
+            reuse=reuse,
         )
 
     def of_generated(self) -> Scores:
         """Generate greedily, extract the answer and compare it with the one in the response."""
-        settings, card = self.settings, self.card
+        settings = self.settings
         references = [settings.answer_in(row.response or "") for row in self.rows]
         for row, answer in zip(self.rows, references, strict=True):
             if answer is None:
@@ -356,14 +359,9 @@ class _Scoring:
                 quiet=settings.quiet,
             )
         )
-        losses: list[float] = []
-        if settings.metric == "overlap":
-            # No right answer but a reference: its likelihood says more.
-            own = encode_rows(self.rows, self.tokenizer, **card.prompts).examples
-            scored = self._likelihoods(own, reused=False)[1]
-            for row, (total, _) in zip(self.rows, scored, strict=True):
-                check_finite([total], row.source)
-            losses = [-total / count for total, count in scored]
+        losses, num_tokens = list[float](), list[int]()
+        if isinstance(self.responses, EncodedRows):
+            _, losses, num_tokens = self._losses(self.responses, reused=False)
         predictions = [settings.answer_in(text) for text in texts]
         pairs = zip(predictions, references, strict=True)
         return Scores(
@@ -372,6 +370,7 @@ class _Scoring:
             references=references,
             texts=texts,
             losses=losses,
+            num_tokens=num_tokens,
             num_cut_prompts=encoded.num_cut_prompts,
         )
 
@@ -380,6 +379,15 @@ class _Scoring:
         size = self.settings.batch_size
         for start in progress(range(0, number, size), "scoring", quiet=self.settings.quiet):
             yield range(start, min(start + size, number))
+
+    def _losses(
+        self, encoded: EncodedRows, *, reused: bool
+    ) -> tuple[Reuse | None, list[float], list[int]]:
+        """Return the summed loss of each row's response, its tokens, and what scored them."""
+        reuse, found = self._likelihoods(encoded.examples, reused=reused)
+        for row, (total, _) in zip(self.rows, found, strict=True):
+            check_finite([total], row.source)
+        return reuse, [-total for total, _ in found], [count for _, count in found]
 
     def _likelihoods(
         self, examples: list[dict[str, Any]], *, reused: bool

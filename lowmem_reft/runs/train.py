@@ -48,7 +48,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         process), ``loss_history`` ([step, loss] pairs), ``num_cut_prompts``, ``reuse`` (the mode
         used), ``store_bytes``, ``build_time_s``, ``versions``; with
         ``validation_data`` ``validation`` (a score per epoch), ``best_epoch``, whose weights the
-        adapter has, and ``validation_value``; with ``eval_data`` ``eval_accuracy`` and ``eval``.
+        adapter has, and ``validation_value``; with ``eval_data`` ``eval`` and ``eval_accuracy``
+        (None where nothing but the loss was asked for).
 
     Raises:
         InputError: An option, a file or a row is wrong.
@@ -94,7 +95,7 @@ def _train(
         _record(run, result)
         if held_out and (processes.is_main() or processes.shards_model()):
             result["eval"] = scored(held_out, "eval_data")
-            result["eval_accuracy"] = result["eval"]["accuracy"]
+            result["eval_accuracy"] = result["eval"].get("accuracy")
             _record(run, result)
         trackers.log(result)
     return result

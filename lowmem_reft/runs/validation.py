@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from lowmem_reft.data.tasks.metrics import gain
 from lowmem_reft.machine.files import write_text_whole, write_whole
 from lowmem_reft.machine.processes import agree, is_main, set_trained_values, trained_values
 from lowmem_reft.runs.checkpoints import BEST, EPOCHS_FILE, Checkpoint
@@ -32,7 +33,7 @@ from lowmem_reft.runs.spent import Spent
 class BestEpoch(TrainerCallback):
     """Scores the model after every epoch; ``restore`` puts the weights of the best one back.
 
-    The higher metric is better; of two equal ones the one with the lower loss, then the earlier.
+    The better value counts; of two equal ones the one with the lower loss, then the earlier.
     """
 
     def __init__(
@@ -114,8 +115,9 @@ class BestEpoch(TrainerCallback):
 
 def _rank(line: dict[str, Any]) -> tuple[float, float, float]:
     value, loss = (line[name] for name in ("value", "loss"))
-    if value is None or math.isnan(value):  # the correlation with answers that are all the same
-        value = float("-inf")
+    # The correlation with answers that are all the same is no number.
+    known = value is not None and not math.isnan(value)
+    value = gain(line.get("metric"), value) if known else float("-inf")
     return value, float("-inf") if loss is None else -loss, -line["epoch"]
 
 

@@ -228,6 +228,36 @@ def test_a_grid_is_tried_for_every_method_and_the_best_of_each_named(options, fa
     assert (first["state"], first["num_trainable_params"]) == ("complete", 4)
 
 
+def test_of_losses_the_lowest_is_the_best_and_the_high_ones_are_stopped():
+    trials = [
+        Trial(number=n, state="complete", metric="loss", value=value)
+        for n, value in enumerate((2.0, 0.5, 1.0))
+    ]
+    assert best_of(trials).number == 1
+    [space] = spaces("rank=2,4,8")
+    search = Search(
+        space, sampler="random", seed=0, prune=True, metric="loss", num_startup_trials=1
+    )
+    stopped = []
+    for number, value in enumerate((1.0, 0.5, 2.0)):
+        trial = Trial(number=number, metric="loss")
+        search.draw(number)
+        stopped.append(search.report(trial, value))
+        trial.state, trial.value = "pruned" if stopped[-1] else "complete", value
+        search.end(trial)
+    assert stopped == [False, False, True]
+
+
+def test_a_sweep_of_losses_ends_at_the_lowest_one(options, fake_cell):
+    path = Path(fake_cell[1])
+    path.write_text(path.read_text().replace('metric="accuracy"', 'metric="loss"'))
+    options = changed(options, scoring=ScoringOptions(metric="loss"))
+    answer = run_sweep(options, child_command=fake_cell)
+    values = [trial["value"] for trial in trials_of(options)]
+    assert answer["metric"] == "loss"
+    assert [row["value"] for row in answer["best"]] == [min(values)]
+
+
 def test_the_command_scores_the_best_settings_on_the_test_rows(options, fake_cell):
     options = changed(
         options,

@@ -105,6 +105,43 @@ def test_a_limit_draws_the_same_rows_every_time(options: CompareOptions) -> None
     assert rows != order[:5]
 
 
+@pytest.mark.parametrize("limit", ["limit", "validation_limit", "eval_limit"])
+def test_a_limit_takes_every_class_of_a_sorted_file(options: CompareOptions, limit: str) -> None:
+    assert options.rows.data_dir is not None
+    for name, count in (("TREC.train", 600), ("TREC.test", 60)):
+        lines = [f"{LABELS[3 * n // count]} where is {name} fox {n} ?\n" for n in range(count)]
+        (options.rows.data_dir / "trec" / name).write_text("".join(lines))
+    (sources,) = find_all_sources(changed(options, **{limit: 15}))
+    part = {"limit": "train", "validation_limit": "validation", "eval_limit": "evaluate"}[limit]
+    path = Path(getattr(sources, part))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 15
+    assert len({row["answer"] for row in rows}) == 3
+
+
+def test_what_is_trained_on_long_answers_may_write_long_ones(
+    options: CompareOptions, tmp_path: Path
+) -> None:
+    rows = [
+        {"original_text": f"what is {n} and 2 ?", "equation": f"x={n}+2", "ans": n + 2.0}
+        for n in range(40)
+    ]
+    for name, part in (("train", rows[:20]), ("valid", rows[20:30]), ("test", rows[30:])):
+        path = tmp_path / f"public/mawps/{name}set.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(part))
+    mix = [
+        {"instruction": f"{n} and 9?", "output": f"It is {n + 9}.", "answer": f"{n + 9}.0"}
+        for n in range(40)
+    ]
+    (tmp_path / "public/math_10k.json").write_text(json.dumps(mix))
+    own, other = (
+        find_all_sources(changed(options, tasks="mawps", train_task=train))[0].scoring
+        for train in ("mawps", "math10k")
+    )
+    assert (own.extractor, own.max_new_tokens, other.max_new_tokens) == ("number", 96, 512)
+
+
 def test_one_training_serves_all_tasks(options: CompareOptions) -> None:
     shared = changed(options, tasks="boolq,openbookqa", train_task="boolq")
     _, first, _, second = cells_of(shared)

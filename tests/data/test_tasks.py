@@ -29,7 +29,9 @@ from lowmem_reft.errors import InputError
 
 NUM_TRAIN, NUM_OTHER = 40, 10
 SPLITS = ("train", "validation", "test")
-WITH_CLASSES = [name for name, task in TASKS.items() if task.scoring == "likelihood"]
+WITH_CLASSES = [
+    name for name, task in TASKS.items() if task.scoring == "likelihood" and task.metric != "loss"
+]
 
 
 def choice_record(i: int, labels: str = "answer1/answer2/answer3") -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lowmem_reft.options import (
     ModelOptions,
     OptimOptions,
     RunOptions,
+    ScoringOptions,
     TrainOptions,
 )
 from lowmem_reft.runs import fit, train
@@ -108,6 +110,45 @@ def test_of_equal_epochs_the_first_is_kept(
 ) -> None:
     scores_of([0.5, 0.5, 0.5], monkeypatch)
     assert run_training(options)["best_epoch"] == 1
+
+
+TEXTS = [
+    {"prompt": f"say {word}:", "response": f"the {word} dog jumps over the lazy {word}"}
+    for word in ("quick", "brown", "little", "good", "bad", "two")
+]
+
+
+def of_texts(options: TrainOptions, tmp_path: Path, **scoring: Any) -> TrainOptions:
+    """The run on free text, at a rate that makes the second epoch better than the first."""
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    return replace(
+        options,
+        data=DataOptions(data=str(rows)),
+        held_out=HeldOutOptions(validation_data=str(rows)),
+        scoring=ScoringOptions(max_new_tokens=4, **scoring),
+        optim=replace(options.optim, epochs=2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("scoring", "metric"),
+    [
+        ({}, "loss"),
+        ({"metric": "loss"}, "loss"),
+        ({"scoring": "generation"}, "accuracy"),
+        ({"metric": "exact_match"}, "exact_match"),
+    ],
+)
+def test_of_free_text_the_epoch_with_the_lowest_loss_is_kept(
+    options: TrainOptions, tmp_path: Path, scoring: dict, metric: str
+) -> None:
+    result = run_training(of_texts(options, tmp_path, **scoring))
+    first, second = result["validation"]
+    assert second["loss"] < first["loss"]
+    assert first["metric"] == metric
+    assert first["value"] == (first["loss"] if metric == "loss" else 0)
+    assert result["best_epoch"] == 2
 
 
 def test_scoring_between_epochs_does_not_change_the_training(

@@ -43,6 +43,10 @@ class MethodAnswers:
     predictions: list[list[Any]]
     texts: list[list[str]]
     """The predictions in words."""
+    losses: NDArray[np.float64] | None = None
+    """Of each example, summed over its tokens; NaN where it is not known."""
+    num_tokens: NDArray[np.float64] | None = None
+    """Tokens that each loss is summed over."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,6 +117,8 @@ def _align(task: str, cells: Sequence[tuple[dict[str, Any], _Lines]]) -> TaskAns
             correct=np.array([[bool(line["correct"]) for line in row] for row in rows]),
             predictions=[[line["prediction"] for line in row] for row in rows],
             texts=[[_words(line, "prediction") for line in row] for row in rows],
+            losses=_numbers(rows, "loss") * _numbers(rows, "num_tokens"),
+            num_tokens=_numbers(rows, "num_tokens"),
         )
     return TaskAnswers(
         task=task,
@@ -129,6 +135,12 @@ def _align(task: str, cells: Sequence[tuple[dict[str, Any], _Lines]]) -> TaskAns
         methods=methods,
         num_left_out=len({key for _, lines in cells for key in lines}) - len(keys),
     )
+
+
+def _numbers(rows: Sequence[Sequence[dict[str, Any]]], field: str) -> NDArray[np.float64]:
+    """(seeds, examples); NaN where there is no number."""
+    found = [[line.get(field) for line in row] for row in rows]
+    return np.array([[v if isinstance(v, int | float) else np.nan for v in row] for row in found])
 
 
 def _words(line: dict[str, Any], field: str) -> str:

@@ -13,6 +13,7 @@ from lowmem_reft.compare.report.figures import Style, method_styles
 from lowmem_reft.compare.report.names import find_reference, head, short_names
 from lowmem_reft.compare.report.significance import Significance, compare_with
 from lowmem_reft.compare.report.table import TASK, Measure, Summary, aggregate, over_tasks
+from lowmem_reft.data.tasks.metrics import gain, unit_of
 
 MAX_NAME = 24
 """Characters of a method's name in a chart."""
@@ -150,15 +151,18 @@ def _budget(budget: Any) -> str:
 
 
 def ranked(rows: Sequence[Summary]) -> list[Summary]:
-    """Rows by value, the highest first; those without one last."""
-    return sorted(
-        rows, key=lambda row: (row.value_mean is None, -(row.value_mean or 0.0), row.method)
-    )
+    """Rows by value, the best first; those without one last."""
+
+    def place(row: Summary) -> tuple[bool, float, str]:
+        return row.value_mean is None, -gain(row.metric, row.value_mean or 0.0), row.method
+
+    return sorted(rows, key=place)
 
 
 def mean_text(row: Summary) -> str:
-    """The value in per cent, with its deviation over seeds if there are several."""
+    """The value in its unit, with its deviation over seeds if there are several."""
     if row.value_mean is None:
         return "failed" if row.errors else "–"
-    deviation = "" if row.value_sd is None else f" ± {100 * row.value_sd:.1f}"
-    return f"{100 * row.value_mean:.1f}{deviation}"
+    unit = unit_of(row.metric)
+    deviation = "" if row.value_sd is None else f" ± {unit.text(row.value_sd)}"
+    return f"{unit.text(row.value_mean)}{deviation}"

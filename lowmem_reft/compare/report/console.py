@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.report.table import Measure, Summary, columns
+from lowmem_reft.data.tasks.metrics import unit_of
 from lowmem_reft.machine.terminal import harmless
 
 _WIDE = 120
@@ -117,6 +118,6 @@ def _table(
 def _outcome(cell: Cell, result: dict[str, Any], skipped: bool) -> str:
     if result["error"]:
         return f"failed: {result['error']} (see {cell.directory / 'log.txt'})"
-    value = result["value"]
-    score = f"{result['metric']} {math.nan if value is None else 100 * value:.1f} %"
+    value, unit = result["value"], unit_of(result["metric"])
+    score = f"{result['metric']} {unit.text(math.nan if value is None else value)}{unit.sign}"
     return f"{score}, finished before" if skipped else f"{score} in {result['wall_time_s']:.0f} s"

@@ -70,7 +70,12 @@ def render_page(comparison: Comparison, sections: Sequence[Section]) -> str:
 
 
 def table(
-    columns: Sequence[Column], items: Iterable[Any], *, by: int | None = None, many: str = ""
+    columns: Sequence[Column],
+    items: Iterable[Any],
+    *,
+    by: int | None = None,
+    rising: bool = False,
+    many: str = "",
 ) -> Markup:
     """A sortable table that scrolls inside its frame.
 
@@ -78,22 +83,24 @@ def table(
         columns: What is shown of each item.
         items: One per row.
         by: Column in whose order, the largest first, the items are.
+        rising: The smallest is the first instead.
         many: What the items are called where there are so many that they are folded away.
     """
     rows = [[column.cell(item) for column in columns] for item in items]
-    made = html.table(columns, rows, by)
+    made = html.table(columns, rows, by, rising)
     is_folded = many and len(rows) > _MANY_ROWS
     return folded(f"All {len(rows)} {many}", made) if is_folded else made
 
 
 def shown(measures: Iterable[Measure]) -> list[Column]:
     """The columns for what is measured of a method or a run."""
-    return [Column(each.title, partial(_cell, each), each.kind) for each in measures]
+    kinds = {"text": "text"}
+    return [Column(m.title, partial(_cell, m), kinds.get(m.kind, "number")) for m in measures]
 
 
 def _cell(measure: Measure, item: Any) -> Markup:
     words = measure.text(item)
-    if measure.kind == "number":
+    if measure.kind != "text":
         return html.number(measure.number(item), words, "bad" if words == "failed" else "")
     return html.method(words) if measure.field == "method" else html.text(words)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowmem_reft.compare.cell import Result
 from lowmem_reft.compare.report.names import find_reference
+from lowmem_reft.data.tasks.metrics import gain
 
 _TO_REFERENCE = {
     "time_to_reference_s": "train_time_s",
@@ -26,12 +27,12 @@ def relate(results: Sequence[Result]) -> list[Result]:
     - ``reference_value``: the validation score that the reference method reaches on the task, which
       is the low median over its seeds of its best epochs (so at least half of them reach it).
     - ``time_to_reference_s``, ``steps_to_reference`` and ``tokens_to_reference`` (computed ones) of
-      the first epoch whose validation score is no lower; None if there is none.
+      the first epoch whose validation score is no worse; None if there is none.
     """
     reference = find_reference(r["method"] for r in results if r.get("num_trainable_params"))
     best: dict[str, list[float]] = {}
     for result in results:
-        if result["method"] == reference and (scored := [value for value, _ in _epochs(result)]):
+        if result["method"] == reference and (scored := [gained for gained, _ in _epochs(result)]):
             best.setdefault(result["task"], []).append(max(scored))
     bases = {_text_of(result): result["general_loss"] for result in results if _is_base(result)}
     found = []
@@ -55,9 +56,9 @@ def _text_of(result: Result) -> tuple[Any, ...]:
 
 
 def _epochs(result: Result) -> list[tuple[float, dict[str, Any]]]:
-    """The value of each epoch that has one, with its line, if it says what was spent."""
+    """The gain of each epoch that has a value, with its line, if it says what was spent."""
     return [
-        (line["value"], line)
+        (gain(line.get("metric"), line["value"]), line)
         for line in result.get("validation") or ()
         if line.get("train_time_s") is not None and line["value"] is not None
     ]
@@ -67,8 +68,10 @@ def _reached(result: Result, target: float | None) -> dict[str, float | None]:
     epochs = _epochs(result)
     first: dict[str, Any] = {}
     if target is not None:
-        first = next((line for value, line in epochs if value >= target), {})
+        first = next((line for gained, line in epochs if gained >= target), {})
+    metric = epochs[0][1].get("metric") if epochs else None
     return {
-        "reference_value": target if epochs else None,
+        # The gain of a gain is the value.
+        "reference_value": None if target is None or not epochs else gain(metric, target),
         **{name: first.get(of) for name, of in _TO_REFERENCE.items()},
     }

@@ -16,8 +16,10 @@ seeds vary is told by the standard deviation over them, not by this interval.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,7 @@ class Significance:
     """Every method of one task against one of them."""
 
     reference: str
+    metric: str
     differences: dict[str, Difference]
     """By method, without the reference and those that cannot be compared."""
     num_examples: int
@@ -108,6 +111,7 @@ def compare_with(
     corrected = holm([difference.p for difference in found.values()])
     return Significance(
         reference=reference,
+        metric=answers.metric,
         differences={
             name: replace(difference, p_holm=p)
             for (name, difference), p in zip(found.items(), corrected, strict=True)
@@ -161,14 +165,32 @@ def _scorer(answers: TaskAnswers, method: MethodAnswers) -> Scorer | None:
 
     metric = METRICS.get(answers.metric)
     try:
-        if metric is None:
+        if answers.metric == "loss":
+            score = partial(_loss, method)
+        elif metric is None:
             shares = _example_scores(answers.metric, method, references).mean(axis=0)
         else:
             right, *seeds = map(_numbers, (references, *method.predictions))
         measured = float(score(np.ones((1, len(references))))[0])
     except (TypeError, ValueError):
         return None  # a metric that is not known, or predictions of another kind
+    if math.isnan(measured):
+        return None
     return score if answers.num_left_out or _agrees(measured, method) else None
+
+
+def _loss(method: MethodAnswers, counts: Floats) -> Floats:
+    """Loss per token of all examples of a draw, mean over the seeds; NaN where it is not known."""
+    if method.losses is None or method.num_tokens is None:
+        raise ValueError("no losses")
+    means: Floats = np.mean(
+        [
+            counts @ losses / (counts @ tokens)
+            for losses, tokens in zip(method.losses, method.num_tokens, strict=True)
+        ],
+        axis=0,
+    )
+    return means
 
 
 def _example_scores(metric: str, method: MethodAnswers, references: Sequence[Any]) -> Floats:

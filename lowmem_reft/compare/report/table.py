@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from lowmem_reft.data.tasks.metrics import Unit, is_lower_better, unit_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class Measure:
     field: str
     scale: float = 1.0
     digits: int = 0
-    kind: Literal["text", "number"] = "number"
+    kind: Literal["text", "number", "metric"] = "number"
+    """Or the value of the item's metric, which has a unit of its own."""
 
     def value(self, item: Any) -> Any:
         """As it was measured; None where it was not."""
@@ -68,7 +71,14 @@ class Measure:
     def number(self, item: Any) -> float | None:
         """The value in the unit of the heading, for sorting."""
         value = self.value(item)
-        return None if value is None or self.kind == "text" else float(value) * self.scale
+        return (
+            None if value is None or self.kind == "text" else float(value) * self._unit(item).scale
+        )
+
+    def _unit(self, item: Any) -> Unit:
+        if self.kind != "metric":
+            return Unit(self.scale, self.digits, "")
+        return unit_of(item["metric"] if isinstance(item, dict) else item.metric)
 
     def text(self, item: Any) -> str:
         """The value as it is shown; a dash where there is none."""
@@ -81,15 +91,15 @@ class Measure:
             if self.field in TO_REFERENCE and _REACHED.value(item) is not None:
                 return "not reached"
             return "failed" if self.field == "value_mean" and item.errors else "–"
-        text = f"{number:,.{self.digits}f}"
+        unit = self._unit(item)
+        text = f"{number:,.{unit.digits}f}"
         if self.field == "value_mean" and item.value_sd is not None:
-            text += f" ± {item.value_sd * self.scale:.{self.digits}f}"
+            text += f" ± {unit.text(item.value_sd)}"
         return text
 
 
 METHOD = Measure("method", "method", kind="text")
 TASK = Measure("task", "task", kind="text")
-_VALUE = Measure("{metric} %", "value_mean", 100.0, 1)
 _MEASURES = (
     Measure("eval loss", "loss", 1.0, 3),
     Measure("trainable", "num_trainable_params"),
@@ -133,9 +143,13 @@ def aggregate(results: Iterable[dict[str, Any]]) -> list[Summary]:
 def over_tasks(results: Sequence[dict[str, Any]]) -> list[Summary]:
     """One row per method over all tasks; the deviation is that of the seeds' means over tasks.
 
+    The loss has no mean with shares and correlations: where there are such, its tasks do not count.
     Values and times are means over the tasks, sizes their largest. Seeds that did not finish every
     task do not count; a method without any other has no row.
     """
+    if any(not is_lower_better(result["metric"]) for result in results if result["metric"]):
+        losses = {r["task"] for r in results if is_lower_better(r["metric"])}
+        results = [result for result in results if result["task"] not in losses]
     tasks = dict.fromkeys(result["task"] for result in results)
     runs: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for result in results:
@@ -156,8 +170,16 @@ def columns(rows: Sequence[Summary]) -> list[Measure]:
     metrics = {row.metric for row in rows if row.metric}
     metric = metrics.pop() if len(metrics) == 1 else "value"
     several = len({row.task for row in rows}) > 1
-    value = replace(_VALUE, title=_VALUE.title.format(metric=metric))
-    return [METHOD, *([TASK] if several else []), value, *measured(_MEASURES, rows)]
+    value = Measure(titled(metric, (row.metric for row in rows)), "value_mean", kind="metric")
+    # The loss is not shown twice.
+    others = [each for each in _MEASURES if each.field != "loss" or metric != "loss"]
+    return [METHOD, *([TASK] if several else []), value, *measured(others, rows)]
+
+
+def titled(name: str, metrics: Iterable[str | None]) -> str:
+    """The heading of values of these metrics: with the sign of their unit."""
+    signs = {unit_of(metric).sign for metric in metrics if metric} or {unit_of(None).sign}
+    return name + (signs.pop() if len(signs) == 1 else ", % or nats")
 
 
 def markdown(rows: Sequence[Summary]) -> str:

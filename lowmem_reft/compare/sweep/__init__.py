@@ -144,7 +144,11 @@ def _task(
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     search = Search(
-        space, sampler=sampler, seed=options.search.seed, prune=options.search.prune == "median"
+        space,
+        sampler=sampler,
+        seed=options.search.seed,
+        prune=options.search.prune == "median",
+        metric=sources.scoring.metric,
     )
     if sampler == "grid":
         given: Sequence[dict[str, Any] | None] = list(grid(space))

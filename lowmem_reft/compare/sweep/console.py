@@ -11,7 +11,9 @@ from rich.table import Table
 
 from lowmem_reft.compare.cell import Cell
 from lowmem_reft.compare.report.console import Progress
+from lowmem_reft.compare.report.table import titled
 from lowmem_reft.compare.sweep.search import Trial
+from lowmem_reft.data.tasks.metrics import gain, unit_of
 
 _SHOWN = 20
 
@@ -44,7 +46,8 @@ def print_trials(content: dict[str, Any]) -> None:
         table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title_justify="left")
         table.add_column("trial", justify="right")
         names = list(ranked[0]["settings"]) if ranked else []
-        for title in (*names, f"{content['metric'] or 'value'} %", "loss", "epochs", "s"):
+        metric = titled(content["metric"] or "value", [content["metric"]])
+        for title in (*names, metric, "held-out loss", "epochs", "s"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("")
         for trial in ranked[:_SHOWN]:
@@ -64,7 +67,7 @@ def print_trials(content: dict[str, Any]) -> None:
 def _rank(trial: dict[str, Any]) -> tuple[int, float, float]:
     state = ("complete", "pruned").index(trial["state"]) if trial["error"] is None else 2
     value, loss = trial["value"], trial["loss"]
-    return state, -(value if value is not None else 0), float("inf") if loss is None else loss
+    return state, -gain(trial["metric"], value or 0.0), float("inf") if loss is None else loss
 
 
 def _is_best(search: dict[str, Any], trial: dict[str, Any]) -> bool:
@@ -77,7 +80,7 @@ def _row(trial: dict[str, Any], names: list[str]) -> list[str]:
     return [
         str(trial["number"]),
         *(escape(trial["settings"][name]) for name in names),
-        "–" if trial["value"] is None else f"{100 * trial['value']:.1f}",
+        unit_of(trial["metric"]).text(trial["value"]),
         "–" if loss is None else f"{loss:.3f}",
         str(len(trial["epochs"])),
         "–" if seconds is None else f"{seconds:.0f}",
@@ -86,4 +89,5 @@ def _row(trial: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def _score(metric: str | None, value: float | None) -> str:
-    return f"{metric or 'value'} {'–' if value is None else f'{100 * value:.1f} %'}"
+    unit = unit_of(metric)
+    return f"{metric or 'value'} {unit.text(value)}{'' if value is None else unit.sign}"

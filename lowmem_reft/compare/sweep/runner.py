@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from lowmem_reft.compare.engines import Engine, Running, open_engine, stop
 from lowmem_reft.compare.queue import POLL_S, finished_result
 from lowmem_reft.compare.sweep.search import Search, Trial, settings_of
 from lowmem_reft.compare.sweep.space import with_settings
+from lowmem_reft.data.tasks.metrics import gain
 from lowmem_reft.machine.files import parse_json
 from lowmem_reft.methods.entries import MethodSpec, parse_methods
 from lowmem_reft.options import Workers
@@ -159,7 +161,8 @@ class _Runner:
         for name in _MEASURED:
             setattr(trial, name, result.get(name))
         if trial.state == "pruned":
-            trial.value = max((v for v in trial.epochs if v is not None), default=None)
+            known = (value for value in trial.epochs if value is not None)
+            trial.value = max(known, key=partial(gain, trial.metric), default=None)
         elif result["error"] is not None:
             trial.state, trial.error = "failed", result["error"]
         elif result["value"] is None:

@@ -17,6 +17,7 @@ from reprlib import repr as shortened
 from typing import Any, Literal, get_type_hints
 
 from lowmem_reft.compare.sweep.space import Choices, Range, Space, as_text
+from lowmem_reft.data.tasks.metrics import gain, is_lower_better
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import fits
 
@@ -82,12 +83,13 @@ class Search:
         sampler: Literal["grid", "random", "tpe"],
         seed: int,
         prune: bool,
+        metric: str | None = None,
         num_startup_trials: int = 5,
     ) -> None:
         """Search ``space``; with ``grid`` nothing is drawn: the settings are given.
 
-        With ``prune``, trials are stopped that are below the median of the others after as many
-        epochs, once ``num_startup_trials`` are complete.
+        With ``prune``, trials are stopped that are worse than the median of the others after as
+        many epochs, once ``num_startup_trials`` are complete.
 
         Raises:
             InputError: Optuna is not installed.
@@ -97,7 +99,7 @@ class Search:
         self._distributions = {part.name: _distribution(part) for part in space}
         pruners = optuna.pruners
         self._study = optuna.create_study(
-            direction="maximize",
+            direction="minimize" if is_lower_better(metric) else "maximize",
             pruner=pruners.MedianPruner(num_startup_trials) if prune else pruners.NopPruner(),
         )
         self._asked: dict[int, Any] = {}
@@ -175,13 +177,13 @@ def settings_of(drawn: dict[str, Any]) -> dict[str, str]:
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """The complete trial with the highest value; of equal ones the lower loss, then the earlier."""
+    """The complete trial with the best value; of equal ones the lower loss, then the earlier."""
     complete = [trial for trial in trials if trial.state == "complete"]
 
     def rank(trial: Trial) -> tuple[float, float, int]:
         assert trial.value is not None
         loss = float("inf") if trial.loss is None else trial.loss
-        return trial.value, -loss, -trial.number
+        return gain(trial.metric, trial.value), -loss, -trial.number
 
     return max(complete, key=rank, default=None)
 

@@ -159,6 +159,7 @@ TASKS = (
     _task(
         name="mawps",
         about="short word problems with their equations",
+        max_new_tokens=96,
         local=(
             LocalFiles(
                 directories=("mawps",),

@@ -1,7 +1,8 @@
 """Instruction following in Alpaca's form: a response to an instruction, with or without input.
 
-No measure of quality comes with the rows: beside the held-out loss, ``overlap`` says how much of
-the reference's wording a response shares, and ``judge`` compares the responses of two models.
+No measure of quality comes with the rows. The metric is the held-out loss, for which nothing is
+generated; ``overlap`` says how much of the reference's wording a response shares, and ``judge``
+compares the responses of two models.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _task = partial(
     Task,
     family="instruction",
     template=INSTRUCTION_TEMPLATE,
-    metric="overlap",
-    scoring="generation",
+    metric="loss",
+    scoring="likelihood",
     max_new_tokens=512,
 )
 

@@ -1,8 +1,11 @@
-"""Metrics of the tasks: scikit-learn's and scipy's, and two of texts.
+"""Metrics of the tasks: scikit-learn's and scipy's, two of texts, and the loss.
 
 Classes are integers, numbers floats, answers and responses texts. Shares and scores lie between 0
-and 1, correlations between -1 and 1. The two libraries are imported where they are used: that takes
-them a second or two, which commands that only name the metrics need not wait for.
+and 1, correlations between -1 and 1; the higher is better. The loss is in nats per token, and the
+lower one is better: whoever ranks values asks ``gain``, whoever shows them ``unit_of``.
+
+The two libraries are imported where they are used: that takes them a second or two, which commands
+that only name the metrics need not wait for.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,7 +23,10 @@ from lowmem_reft.data.tasks.answers import answers_equal, find_extractor
 from lowmem_reft.errors import InputError, naming
 
 if TYPE_CHECKING:
+    from lowmem_reft.data.rows import Row
     from lowmem_reft.options import ScoringOptions
+
+    AnyScoring = TypeVar("AnyScoring", bound=ScoringOptions)
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,58 @@ class Metric:
 
     name: str
     """Its key in ``METRICS``."""
-    of: Literal["classes", "numbers", "texts"]
-    """What it compares."""
+    of: Literal["classes", "numbers", "texts", "losses"]
+    """What it compares; losses are no predictions, and their tokens take the references' place."""
     function: Callable[[Sequence[Any], Sequence[Any]], float]
     """Computes it from as many predictions as references, at least one."""
     about: str
     """One line, with what holds where it is undefined."""
+
+
+class Unit(NamedTuple):
+    """How values of a metric are written."""
+
+    scale: float
+    """What they are multiplied by."""
+    digits: int
+    sign: str
+    """What comes after the number."""
+
+    def text(self, value: float | None) -> str:
+        """Return the number without its sign; a dash for none."""
+        return "–" if value is None else f"{self.scale * value:.{self.digits}f}"
+
+
+PERCENT, NATS = Unit(100.0, 1, " %"), Unit(1.0, 3, "")
+
+
+def unit_of(metric: str | None) -> Unit:
+    """Return how a metric is written: in per cent, but the loss in nats per token."""
+    return NATS if is_lower_better(metric) else PERCENT
+
+
+def is_lower_better(metric: str | None) -> bool:
+    """Whether the lower of two values is better: of the loss, and of nothing else."""
+    return metric == "loss"
+
+
+def gain(metric: str | None, value: float) -> float:
+    """Return a number that is higher for the better value, whatever the metric."""
+    return -value if is_lower_better(metric) else value
+
+
+def with_metric(scoring: AnyScoring, rows: Sequence[Row]) -> AnyScoring:
+    """Return the options with the metric for these rows, where none is named.
+
+    It is accuracy; but the loss for responses without choices, unless an answer is looked for in
+    generated text (by ``scoring``, ``extractor`` or ``answer_pattern``): hardly any model writes a
+    free text as its reference has it, and where all are wrong none would be better.
+    """
+    if scoring.metric is not None:
+        return scoring
+    is_text = bool(rows) and rows[0].kind in ("response", "messages")
+    is_answer = scoring.scoring == "generation" or scoring.extractor or scoring.answer_pattern
+    return replace(scoring, metric="loss" if is_text and not is_answer else "accuracy")
 
 
 def find_metric(name: str) -> Metric:
@@ -121,6 +173,11 @@ def overlap(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(_rouge_l(prediction, reference) for prediction, reference in pairs) / len(references)
 
 
+def loss_per_token(losses: Sequence[float], num_tokens: Sequence[int]) -> float:
+    """Sum of the examples' summed losses over all their tokens, not the mean of their means."""
+    return math.fsum(losses) / sum(num_tokens)
+
+
 METRICS = {
     metric.name: metric
     for metric in (
@@ -156,9 +213,16 @@ METRICS = {
             overlap,
             "overlap with the reference (ROUGE-L F1); of wording, not of quality",
         ),
+        Metric(
+            "loss",
+            "losses",
+            loss_per_token,
+            "negative log-likelihood of the right responses in nats per token, all tokens alike; "
+            "the lower one is better",
+        ),
     )
 }
-"""Every metric by its name; higher is better in all of them."""
+"""Every metric by its name; of the loss the lower one is better (``gain``)."""
 
 
 def _correlation(
@@ -200,7 +264,8 @@ def check_names(scoring: ScoringOptions) -> None:
     Raises:
         InputError: See above.
     """
-    find_metric(scoring.metric)
+    if scoring.metric is not None:
+        find_metric(scoring.metric)
     if scoring.extra_metrics is not None:
         with naming("extra_metrics"):
             for name in scoring.extra_metrics.split(","):

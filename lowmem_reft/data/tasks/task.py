@@ -121,7 +121,7 @@ class Task:
     metric: str
     """Key in ``metrics.METRICS``."""
     scoring: Literal["likelihood", "generation"]
-    """Whether choices are scored or text is generated."""
+    """Whether choices (or, for the loss, responses) are scored or text is generated."""
     extra_metrics: tuple[str, ...] = ()
     """Further keys in ``metrics.METRICS`` that are usually reported."""
     answer: str | None = None

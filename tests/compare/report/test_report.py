@@ -380,6 +380,81 @@ def test_what_was_not_run_on_every_task_is_folded_away_and_what_failed_is_not():
     assert [name in folded_away for name in ("dora", "ia3", "red")] == [False, True, True]
 
 
+def of_loss(directory, method, per_token, **fields):
+    """A cell whose examples have these losses per token, of 1, 2, 3, ... tokens."""
+    name = f"{method}-loss.jsonl"
+    nothing = dict.fromkeys(("prediction", "reference", "correct"))
+    rows = [
+        {"source": f"t:{i}", "prompt": "p", **nothing, "loss": loss, "num_tokens": i + 1}
+        for i, loss in enumerate(per_token)
+    ]
+    (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokens = np.arange(1, len(per_token) + 1)
+    value = float((tokens * per_token).sum() / tokens.sum())
+    cell = result(method, metric="loss", value=value, loss=value, task="texts")
+    return {**cell, "predictions": name, "validation_value": value, **fields}
+
+
+def test_the_lower_loss_is_the_better_one_everywhere_on_the_page(tmp_path):
+    generator = np.random.default_rng(0)
+    bad, good = generator.uniform(2, 3, 40), generator.uniform(0.5, 1, 40)
+    cells = [
+        of_loss(tmp_path, "qlora", bad, num_trainable_params=500),
+        of_loss(tmp_path, "loreft", good),
+        of_loss(tmp_path, "lora", bad + 1, num_trainable_params=2000),
+    ]
+    comparison = Comparison.read(cells, tmp_path)
+    page = ranking.render(comparison).body
+    lead, table = page.split("<table>")
+    places = [table.index(f'data-value="{name}"') for name in ("loreft", "qlora", "lora")]
+    assert places == sorted(places)
+    assert "Clearly better than qlora: loreft. Clearly worse than qlora: lora." in plain(lead)
+    assert 'aria-sort="ascending"' in table
+    assert f"{cells[1]['value']:.3f}" in plain(table)
+    # One is cheaper, the next is better, the last is neither.
+    _, axes = frontier.new_figure()
+    front = frontier._draw_points(comparison, axes, comparison.rows, frontier._PARAMETERS)
+    assert [row.method for row in front] == ["qlora", "loreft"]
+    assert "%" not in plain(runs.render(comparison).body)
+    report = write_report(cells, tmp_path).read_text(encoding="utf-8")
+    assert "loss, nats per token" in report
+
+
+def test_a_loss_is_shown_as_it_is_in_every_table(tmp_path):
+    cell = of_loss(tmp_path, "loreft", np.array([0.25, 0.25]))
+    rows = aggregate([cell, {**cell, "seed": 1, "value": 0.5}])
+    assert [column.title for column in columns(rows)][:2] == ["method", "loss"]
+    assert "0.375 ± 0.177" in markdown(rows)
+    assert "eval loss" not in markdown(rows)
+    mixed = aggregate([cell, result(value=0.5)])
+    assert columns(mixed)[2].title == "value, % or nats"
+    assert [columns(mixed)[2].text(row) for row in mixed] == ["0.250", "50.0"]
+
+
+def test_a_loss_has_no_mean_with_shares():
+    cells = [result(value=0.5), result(task="texts", metric="loss", value=3.0)]
+    [row] = over_tasks(cells)
+    assert (row.metric, row.value_mean) == ("accuracy", 0.5)
+    losses = [result(task=t, metric="loss", value=v) for t, v in (("a", 1.0), ("b", 2.0))]
+    [row] = over_tasks(losses)
+    assert (row.metric, row.value_mean) == ("loss", 1.5)
+
+
+def test_the_map_frames_the_lowest_loss():
+    def cell(layers, positions, value):
+        name = f"loreft[layers={layers},positions={positions}]"
+        config = {"method": {"layers": layers, "positions": positions}}
+        return result(name, metric="loss", value=value, config=config)
+
+    values = {("1", "f1"): 2.0, ("1", "l1"): 0.5, ("2", "f1"): 1.0, ("2", "l1"): 3.0}
+    [grid] = heatmap.find_grids(compared([cell(*place, v) for place, v in values.items()]))
+    assert grid.title == "loreft: loss"
+    axes = heatmap.draw(grid).axes[0]
+    assert "0.500" in {text.get_text() for text in axes.texts}
+    [frame] = [patch for patch in axes.patches if not patch.get_fill()]
+    assert (frame.get_x() + 0.46, frame.get_y() + 0.46) == pytest.approx((1, 0))
+
+
 def test_metrics_that_differ_are_averaged_as_they_are():
     [row] = over_tasks([result(value=0.5), result(task="cola", metric="matthews", value=0.1)])
     assert (row.metric, row.value_mean) == ("mean", pytest.approx(0.3))

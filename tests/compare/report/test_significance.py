@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lowmem_reft.compare.report.answers import Example, MethodAnswers, TaskAnswers
 from lowmem_reft.compare.report.resampled import METRICS
+from lowmem_reft.compare.report.sections import ranking
 from lowmem_reft.compare.report.significance import compare_with, draw_counts, holm
 from lowmem_reft.data.tasks.metrics import compute
 
@@ -197,6 +199,41 @@ def test_other_metrics_are_computed_anew_on_each_draw(metric):
     difference = found.differences["a"]
     assert difference.low == pytest.approx(np.percentile(drawn, 2.5))
     assert difference.high == pytest.approx(np.percentile(drawn, 97.5))
+
+
+def test_the_loss_is_that_of_all_tokens_of_each_draw_and_a_lower_one_is_a_gain():
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(1, 50, 30).astype(float)
+    ours, theirs = (tokens * generator.uniform(0.5, top, (2, 30)) for top in (1.0, 3.0))
+    answers = task(references=[0] * 30, a=[[0] * 30] * 2, b=[[0] * 30] * 2)
+    methods = {
+        name: replace(
+            answers.methods[name],
+            losses=losses,
+            num_tokens=np.stack([tokens, tokens]),
+            values=tuple(float(row.sum() / tokens.sum()) for row in losses),
+        )
+        for name, losses in (("a", ours), ("b", theirs))
+    }
+    found = compare_with(replace(answers, metric="loss", methods=methods), "b", ["a"])
+    difference = found.differences["a"]
+    draws = np.concatenate([*draw_counts(30, 10_000, 0)])
+
+    def on(counts, losses):  # in plain words: sum over the drawn examples, then over the tokens
+        return np.mean([(counts * row).sum(1) / (counts * tokens).sum(1) for row in losses], 0)
+
+    whole = np.ones((1, 30))
+    assert difference.value == pytest.approx(float((on(whole, ours) - on(whole, theirs))[0]))
+    expected = np.percentile(on(draws, ours) - on(draws, theirs), [2.5, 97.5])
+    assert (difference.low, difference.high) == pytest.approx(tuple(expected))
+    assert difference.value < 0
+    assert difference.is_clear
+    assert ranking._sign(found, "a") == ("▲ ", "good")
+
+
+def test_methods_without_the_losses_of_their_examples_are_not_compared():
+    answers = task(references=[0] * 4, a=[[0] * 4], b=[[0] * 4])
+    assert compare_with(replace(answers, metric="loss"), "b", ["a"]) is None
 
 
 def test_metrics_of_texts_are_means_over_examples():

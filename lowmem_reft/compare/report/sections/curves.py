@@ -14,10 +14,11 @@ from lowmem_reft.compare.report.comparison import Comparison, ranked
 from lowmem_reft.compare.report.figures import Style, new_figure, short_number
 from lowmem_reft.compare.report.html import Chart, Section, charts, html
 from lowmem_reft.compare.report.labels import Label, label_ends
+from lowmem_reft.data.tasks.metrics import unit_of
 from lowmem_reft.machine.pages import INK
 
 Points = list[tuple[float, float]]
-"""(step, loss) by step, or (what was spent, score in per cent) by epoch."""
+"""(step, loss) by step, or (what was spent, score in its unit) by epoch."""
 _MAX_NAMES = 9
 _LOG_FROM = 20
 """The axis is logarithmic if the largest loss is more than this times the smallest."""
@@ -109,7 +110,7 @@ def mean_curves(results: Sequence[dict[str, Any]]) -> dict[str, Points]:
 
 
 def mean_scores(results: Sequence[dict[str, Any]], field: str) -> dict[str, Points]:
-    """Validation score in per cent by what was spent and method, both means over seeds.
+    """Validation score in its unit by what was spent and method, both means over seeds.
 
     An epoch counts if every seed that is there scored it and says what it had spent.
     """
@@ -121,7 +122,8 @@ def mean_scores(results: Sequence[dict[str, Any]], field: str) -> dict[str, Poin
         for line in lines:
             if line["value"] is not None and line.get(field) is not None:
                 epochs = found.setdefault(result["method"], {})
-                epochs.setdefault(line["epoch"], []).append((line[field], 100 * line["value"]))
+                value = unit_of(line.get("metric")).scale * line["value"]
+                epochs.setdefault(line["epoch"], []).append((line[field], value))
     means = {
         method: [
             (fmean(x for x, _ in points), fmean(y for _, y in points))
@@ -133,6 +135,12 @@ def mean_scores(results: Sequence[dict[str, Any]], field: str) -> dict[str, Poin
     return {method: points for method, points in means.items() if points}
 
 
+def validation_metric(comparison: Comparison, task: str) -> str | None:
+    """The metric of a task's validation rows; None if there are no scores of them."""
+    lines = (r.get("validation") for r in comparison.results if r["task"] == task)
+    return next((line.get("metric") for some in lines for line in some or ()), None)
+
+
 def draw_scores(
     comparison: Comparison,
     task: str,
@@ -142,14 +150,15 @@ def draw_scores(
 ) -> Figure:
     """One line per method, as in ``draw``, and a dotted one where the reference's best is."""
     rows = comparison.rows_of(task)
-    metric = next((row.metric for row in rows if row.metric), "value")
+    metric = validation_metric(comparison, task)
+    unit = unit_of(metric)
     figure, axes = new_figure()
     ends = _lines(axes, curves, comparison.styles, names)
     target = next((row.reference_value for row in rows if row.reference_value is not None), None)
     if target is not None:
-        axes.axhline(100 * target, color=INK, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+        axes.axhline(unit.scale * target, color=INK, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     axes.set_xlabel(label)
-    axes.set_ylabel(f"validation {metric}, %")
+    axes.set_ylabel(f"validation {metric or 'value'}{',' if unit.sign else ''}{unit.sign}")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(short_number))

@@ -21,7 +21,7 @@ MAX_CHARACTERS = 6_000_000
 """Of all tasks in the page, roughly."""
 _MAX_PROMPT = 1_200
 _MAX_ANSWER = 300
-_WITHOUT_RIGHT = ("pearson", "spearman", "overlap")
+_WITHOUT_RIGHT = ("pearson", "spearman", "overlap", "loss")
 """Metrics of tasks in which no answer is simply right."""
 
 

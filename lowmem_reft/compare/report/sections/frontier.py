@@ -16,6 +16,7 @@ from lowmem_reft.compare.report.figures import new_figure, short_number
 from lowmem_reft.compare.report.html import Chart, Section, charts, folded, html
 from lowmem_reft.compare.report.labels import Label, place_labels
 from lowmem_reft.compare.report.table import Summary
+from lowmem_reft.data.tasks.metrics import gain, is_lower_better, unit_of
 from lowmem_reft.machine.pages import INK
 
 _MAX_NAMES = 9
@@ -90,7 +91,7 @@ def draw(comparison: Comparison, rows: Sequence[Summary]) -> dict[str, Chart]:
     return {
         f"accuracy_vs_{cost.name}": Chart(
             f"{str(metric).capitalize()} against {cost.title}",
-            _scatter(comparison, scored, cost, f"{metric}, %"),
+            _scatter(comparison, scored, cost, str(metric)),
         )
         for cost in (_PARAMETERS, _MEMORY, time, _FORGETTING)
         if any(map(cost.is_known, scored))
@@ -101,7 +102,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other one beats, by cost.
 
     Args:
-        points: (cost, value). One beats another if it costs no more and is worth no less, and
+        points: (cost, gain). One beats another if it costs no more and is worth no less, and
             differs in one of them.
     """
     front: list[int] = []
@@ -133,8 +134,9 @@ def _explanation(comparison: Comparison) -> str:
     return words
 
 
-def _scatter(comparison: Comparison, rows: Sequence[Summary], cost: Cost, y_label: str) -> Figure:
+def _scatter(comparison: Comparison, rows: Sequence[Summary], cost: Cost, metric: str) -> Figure:
     figure, axes = new_figure()
+    unit = unit_of(metric)
     places = {row.method: i for i, row in enumerate(ranked(rows), 1)}
     points = [row for row in rows if cost.is_known(row)]
     front = _draw_points(comparison, axes, points, cost)
@@ -144,7 +146,7 @@ def _scatter(comparison: Comparison, rows: Sequence[Summary], cost: Cost, y_labe
         place = places[row.method]
         name = comparison.chart_name(row.method, place) if is_named else str(place)
         labels.append(Label(name, cost.of(row), *_value(row)))
-    low, high = _limits(labels)
+    low, high = _limits(labels, metric)
     axes.set_ylim(low, high)
     apart = []
     for row in (row for row in rows if not row.num_trainable_params):
@@ -153,8 +155,9 @@ def _scatter(comparison: Comparison, rows: Sequence[Summary], cost: Cost, y_labe
             axes.axhline(y, color=INK, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
             labels.append(Label(name, None, y))
         else:
-            apart.append(f"{name}\N{NO-BREAK SPACE}{y:.1f}\N{NO-BREAK SPACE}%")
-    axes.set_ylabel(y_label)
+            words = f"{name} {unit.text(row.value_mean)}{unit.sign}"
+            apart.append(words.replace(" ", "\N{NO-BREAK SPACE}"))
+    axes.set_ylabel("loss, nats per token" if is_lower_better(metric) else f"{metric}, %")
     _scale_x(axes, cost, [cost.of(row) for row in points])
     axes.set_xlabel(cost.label)
     if apart:
@@ -170,7 +173,7 @@ def _draw_points(
 ) -> list[Summary]:
     """Draw the methods and their front; return the methods on it, by cost."""
     places = [(cost.of(row), _value(row)[0]) for row in points]
-    indices = pareto_front(places)
+    indices = pareto_front([(cost.of(row), gain(row.metric, _value(row)[0])) for row in points])
     steps = pareto_steps([places[i] for i in indices])
     axes.plot(*zip(*steps, strict=True), color=INK, alpha=0.45, lw=1.2, zorder=1)
     for i, row in enumerate(points):
@@ -183,15 +186,22 @@ def _draw_points(
 
 
 def _value(row: Summary) -> tuple[float, float]:
-    """Value and deviation in per cent."""
-    return 100 * (row.value_mean or 0.0), 100 * (row.value_sd or 0.0)
+    """Value and deviation in the metric's unit."""
+    scale = unit_of(row.metric).scale
+    return scale * (row.value_mean or 0.0), scale * (row.value_sd or 0.0)
 
 
-def _limits(points: Sequence[Label]) -> tuple[float, float]:
-    """Limits that show the differences between methods, but do not blow up less than ten points."""
+def _limits(points: Sequence[Label], metric: str) -> tuple[float, float]:
+    """Limits that show the differences between methods, but do not blow up less than ten points.
+
+    Of a loss, less than a tenth of it.
+    """
     low = min(point.y - point.half_height for point in points)
     high = max(point.y + point.half_height for point in points)
-    margin = max(0.22 * (high - low), (10 - (high - low)) / 2)
+    least = 0.1 * high if is_lower_better(metric) else 10
+    margin = max(0.22 * (high - low), (least - (high - low)) / 2)
+    if is_lower_better(metric):
+        return max(low - margin, 0.0), high + margin
     return max(low - margin, min(low, 0.0) - 1.5), min(high + margin, 101.5)
 
 

@@ -22,6 +22,7 @@ from lowmem_reft.compare.report.figures import new_figure
 from lowmem_reft.compare.report.html import Chart, Section, charts, html
 from lowmem_reft.compare.report.names import head
 from lowmem_reft.compare.report.table import Summary
+from lowmem_reft.data.tasks.metrics import gain, is_lower_better, unit_of
 from lowmem_reft.machine.pages import INK, VERMILION
 
 _AXES = ("layers", "positions")
@@ -47,7 +48,7 @@ def render(comparison: Comparison) -> Section | None:
     }
     if not found:
         return None
-    note = html.note("Mean over seeds. Framed: the highest value. Hatched: not run, or failed.")
+    note = html.note("Mean over seeds. Framed: the best value. Hatched: not run, or failed.")
     parts = [charts(found), note]
     return Section(name="layers-positions", title="Layers and positions", parts=parts, charts=found)
 
@@ -72,24 +73,30 @@ def find_grids(comparison: Comparison) -> list[Grid]:
             layers, positions = (_in_order(words) for words in zip(*places.values(), strict=True))
             metric = next(iter(scored.values())).metric or "value"
             name = head(next(iter(places))) + (f", {task}" if len(comparison.tasks) > 1 else "")
-            title = f"{name}: {metric}, %"
+            title = f"{name}: {metric}" + ("" if is_lower_better(metric) else ", %")
             grids.append(Grid(title=title, layers=layers, positions=positions, rows=scored))
     return grids
 
 
 def draw(grid: Grid) -> Figure:
-    """The map: layers downwards, positions to the right, every value written in its cell."""
+    """The map: layers downwards, positions to the right, every value written in its cell.
+
+    The better, the darker.
+    """
+    metric = next(iter(grid.rows.values())).metric
+    unit = unit_of(metric)
     cells = [[grid.rows.get((layer, each)) for each in grid.positions] for layer in grid.layers]
-    values = np.array([[100 * _mean(cell) for cell in row] for row in cells])
+    values = np.array([[unit.scale * _mean(cell) for cell in row] for row in cells])
     shape = values.shape
     figure, axes = new_figure(max(4.6, 1.6 + 0.75 * shape[1]), 1.2 + 0.42 * shape[0])
     axes.grid(visible=False)
     # One hue from light to dark reads the same for all eyes and in print; the ends stay apart
     # from white and black text.
     colors = matplotlib.colormaps["Blues"]
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    gains = gain(metric, 1.0) * values
+    low, high = float(np.nanmin(gains)), float(np.nanmax(gains))
     for (i, j), value in np.ndenumerate(values):
-        share = 0.1 + 0.75 * (value - low) / ((high - low) or 1.0)
+        share = 0.1 + 0.75 * (gains[i, j] - low) / ((high - low) or 1.0)
         looks: dict[str, Any] = {"facecolor": colors(share), "edgecolor": "white", "linewidth": 1}
         if np.isnan(value):
             looks = {"facecolor": "none", "edgecolor": INK, "linewidth": 0}
@@ -97,8 +104,10 @@ def draw(grid: Grid) -> Figure:
         axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **looks))
         if not np.isnan(value):
             ink = "#ffffff" if share > 0.55 else "#000000"
-            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=9.5)
-    for i, j in np.argwhere(values == high):
+            axes.text(
+                j, i, f"{value:.{unit.digits}f}", ha="center", va="center", color=ink, fontsize=9.5
+            )
+    for i, j in np.argwhere(gains == high):
         axes.add_patch(
             Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILION, lw=2)
         )

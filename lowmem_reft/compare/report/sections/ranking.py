@@ -10,8 +10,9 @@ from markupsafe import Markup
 
 from lowmem_reft.compare.report.comparison import Comparison, mean_text, ranked
 from lowmem_reft.compare.report.html import Column, Section, folded, html, shown, table
-from lowmem_reft.compare.report.significance import LEVEL, Difference, Significance
-from lowmem_reft.compare.report.table import Measure, Summary, measured
+from lowmem_reft.compare.report.significance import LEVEL, Significance
+from lowmem_reft.compare.report.table import Measure, Summary, measured, titled
+from lowmem_reft.data.tasks.metrics import Unit, gain, is_lower_better, unit_of
 
 _COSTS = (
     Measure("trainable", "num_trainable_params"),
@@ -40,17 +41,18 @@ def _task_ranking(comparison: Comparison, task: str) -> list[Markup]:
     ranks = {row.method: i for i, row in enumerate(rows, 1) if row.value_mean is not None}
     columns = [
         Column("method", lambda row: html.method(row.method, ranks.get(row.method)), "text"),
-        Column(f"{metric} %", _value),
+        Column(titled(metric, [metric]), _value),
         *shown([Measure("seeds", "num_seeds")]),
     ]
     costs = shown(measured(_COSTS, rows))
+    rising = is_lower_better(metric)
     if found is None:
-        return [table([*columns, *costs], rows, by=1)]
+        return [table([*columns, *costs], rows, by=1, rising=rising)]
     titles = (f"against {comparison.names[found.reference]}", "95 % interval", "p, Holm")
     for i, title in enumerate(titles):
         columns.append(Column(title, partial(_against, found, i)))
     lead = html.paragraph(_verdict(comparison, found))
-    return [lead, table([*columns, *costs], rows, by=1)]
+    return [lead, table([*columns, *costs], rows, by=1, rising=rising)]
 
 
 def _overview(comparison: Comparison) -> list[Markup]:
@@ -60,9 +62,11 @@ def _overview(comparison: Comparison) -> list[Markup]:
     metrics = {row.task: row.metric for row in comparison.rows if row.metric}
     failed = {row.method for row in comparison.rows if row.errors} - means.keys()
     partly = [m for m in comparison.names if m not in means and m not in failed]
+    mean_metrics = {row.metric for row in comparison.mean_rows}
+    rising = all(map(is_lower_better, mean_metrics))
     columns = [
         Column("method", lambda method: html.method(method, ranks.get(method)), "text"),
-        Column("mean %", lambda method: _value(means.get(method))),
+        Column(titled("mean", mean_metrics), lambda method: _value(means.get(method))),
     ]
     for task in comparison.tasks:
         scores = {row.method: row for row in comparison.rows_of(task)}
@@ -71,7 +75,8 @@ def _overview(comparison: Comparison) -> list[Markup]:
         columns.append(Column(title, partial(_score, scores, found)))
     for title, cell, _ in shown(measured(_COSTS, comparison.mean_rows)):
         columns.append(Column(title, partial(_of_mean, means, cell)))
-    parts = [table(columns, [*means, *(m for m in comparison.names if m in failed)], by=1)]
+    items = [*means, *(m for m in comparison.names if m in failed)]
+    parts = [table(columns, items, by=1, rising=rising)]
     if partly:
         rest = table(columns, partly)
         parts.append(folded(f"{len(partly)} that were not run on every task", rest))
@@ -115,8 +120,9 @@ def _score(scores: dict[str, Summary], found: Significance | None, method: str) 
     row = scores.get(method)
     if row is None or row.value_mean is None:
         return html.number(None, "failed", "bad") if row and row.errors else html.number(None)
-    sign, css = _sign(found.differences.get(row.method) if found else None)
-    return html.number(100 * row.value_mean, f"{sign}{100 * row.value_mean:.1f}", css)
+    sign, css = _sign(found, row.method)
+    unit = unit_of(row.metric)
+    return html.number(unit.scale * row.value_mean, f"{sign}{unit.text(row.value_mean)}", css)
 
 
 def _value(row: Summary | None) -> Markup:
@@ -124,7 +130,7 @@ def _value(row: Summary | None) -> Markup:
         return html.number(None)
     if row.value_mean is None:
         return html.number(None, mean_text(row), "bad")
-    return html.number(100 * row.value_mean, mean_text(row), "value")
+    return html.number(unit_of(row.metric).scale * row.value_mean, mean_text(row), "value")
 
 
 def _against(found: Significance, which: int, row: Summary) -> Markup:
@@ -134,27 +140,29 @@ def _against(found: Significance, which: int, row: Summary) -> Markup:
     difference = found.differences.get(row.method)
     if difference is None:
         return html.number(None)
-    sign, css = _sign(difference)
+    sign, css = _sign(found, row.method)
+    unit = unit_of(found.metric)
     value, low, high = (
-        _signed(100 * each) for each in (difference.value, difference.low, difference.high)
+        _signed(each, unit) for each in (difference.value, difference.low, difference.high)
     )
     return (
-        html.number(100 * difference.value, f"{sign}{value}", css),
+        html.number(unit.scale * difference.value, f"{sign}{value}", css),
         html.number(difference.low, f"{low} to {high}"),
         html.number(difference.p_holm, _p_value(difference.p_holm), css),
     )[which]
 
 
-def _sign(difference: Difference | None) -> tuple[str, str]:
+def _sign(found: Significance | None, method: str) -> tuple[str, str]:
     """Mark and class of a clear difference; nothing for any other."""
-    if difference is None or not difference.is_clear:
+    difference = found.differences.get(method) if found else None
+    if found is None or difference is None or not difference.is_clear:
         return "", ""
-    return ("▲ ", "good") if difference.value > 0 else ("▼ ", "bad")
+    return ("▲ ", "good") if gain(found.metric, difference.value) > 0 else ("▼ ", "bad")
 
 
-def _signed(value: float) -> str:
+def _signed(value: float, unit: Unit) -> str:
     """A difference with its sign; nothing is written as minus nought."""
-    rounded = f"{abs(value):.1f}"
+    rounded = unit.text(abs(value))
     return rounded if float(rounded) == 0 else f"{'+' if value > 0 else '−'}{rounded}"
 
 
@@ -166,8 +174,8 @@ def _p_value(p: float) -> str:
 def _verdict(comparison: Comparison, found: Significance) -> str:
     """The table in a few words."""
     groups: dict[str, list[str]] = {"▲ ": [], "▼ ": [], "": []}
-    for method, difference in found.differences.items():
-        groups[_sign(difference)[0]].append(comparison.names[method])
+    for method in found.differences:
+        groups[_sign(found, method)[0]].append(comparison.names[method])
     words = ("Clearly better than", "Clearly worse than", "Not told apart from")
     reference = comparison.names[found.reference]
     sentences = (
@@ -188,15 +196,17 @@ def _notes(comparison: Comparison) -> list[str]:
             " The mean over tasks is of methods that finished every task; its ± is that of the "
             "seeds' means."
         )
+        if len({is_lower_better(row.metric) for row in comparison.rows if row.metric}) > 1:
+            notes[0] += " Tasks whose metric is the loss have no part in it."
     if found:
         draws = min(each.num_resamples for each in found)
         reference = comparison.names[found[0].reference]
         notes.append(
             f"▲ ▼: better or worse than {reference} at p < {LEVEL}, after Holm's correction for "
-            "several methods. Differences are in points; interval and p are of a paired bootstrap "
-            f"over the test examples ({draws:,} draws, both methods on the same ones, the mean "
-            "over seeds on each). They say how far the difference would move with other examples "
-            "of this kind. Other seeds move it too."
+            "several methods. Differences are in points, of the loss in nats; interval and p are "
+            f"of a paired bootstrap over the test examples ({draws:,} draws, both methods on the "
+            "same ones, the mean over seeds on each). They say how far the difference would move "
+            "with other examples of this kind. Other seeds move it too."
         )
     if seeds := _of_seeds(comparison):
         notes.append(seeds)

@@ -13,8 +13,9 @@ from lowmem_reft.compare.report.figures import new_figure
 from lowmem_reft.compare.report.html import Chart, Column, Section, charts, html, shown, table
 from lowmem_reft.compare.report.labels import Label, label_ends
 from lowmem_reft.compare.report.rates import Trials, at_edge, chosen, remark
-from lowmem_reft.compare.report.sections.curves import named_methods
+from lowmem_reft.compare.report.sections.curves import named_methods, validation_metric
 from lowmem_reft.compare.report.table import METHOD
+from lowmem_reft.data.tasks.metrics import unit_of
 from lowmem_reft.machine.pages import INK
 
 _NOTE = (
@@ -48,7 +49,7 @@ def render(comparison: Comparison) -> Section | None:
     columns = [
         *shown([METHOD, *comparison.task_column]),
         Column("learning rate", lambda row: _rate(row["trials"])),
-        Column("validation %", lambda row: _value(row["trials"])),
+        Column("validation", lambda row: _value(row["trials"])),
         Column("remark", lambda row: html.text(remark(row["trials"])), "text"),
         Column("tried", lambda row: html.text(_tried(row["trials"])), "text"),
     ]
@@ -67,9 +68,9 @@ def render(comparison: Comparison) -> Section | None:
 
 
 def _points(trials: Trials) -> list[tuple[float, float, bool]]:
-    """(rate, value in per cent, whether it was taken) of the trials that ended, by rate."""
+    """(rate, value in its unit, whether it was taken) of the trials that ended, by rate."""
     return sorted(
-        (trial["lr"], 100 * trial["value"], trial["chosen"])
+        (trial["lr"], unit_of(trial.get("metric")).scale * trial["value"], trial["chosen"])
         for trial in trials
         if trial["value"] is not None
     )
@@ -80,6 +81,7 @@ def draw(
 ) -> Figure:
     """One line per method over the logarithm of the rate; the best and the reference are named."""
     figure, axes = new_figure()
+    sign = unit_of(validation_metric(comparison, task)).sign
     names = named_methods(comparison, task, curves)
     ends = []
     for method, points in curves.items():
@@ -99,7 +101,8 @@ def draw(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
     axes.set_xlabel("learning rate")
-    axes.set_ylabel("validation value, %")
+    metric = validation_metric(comparison, task)
+    axes.set_ylabel(f"validation {metric or 'value'}{',' if sign else ''}{sign}")
     label_ends(axes, ends, INK)
     return figure
 
@@ -111,8 +114,10 @@ def _rate(trials: Trials) -> Any:
 
 def _value(trials: Trials) -> Any:
     best = chosen(trials)
-    value = None if best is None or best["value"] is None else 100 * best["value"]
-    return html.number(value, None if value is None else f"{value:.1f}")
+    if best is None or best["value"] is None:
+        return html.number(None)
+    unit = unit_of(best.get("metric"))
+    return html.number(unit.scale * best["value"], unit.text(best["value"]) + unit.sign)
 
 
 def _tried(trials: Trials) -> str:
@@ -120,6 +125,7 @@ def _tried(trials: Trials) -> str:
     if len(trials) == 1:
         return "–"
     values = (
-        "failed" if trial["value"] is None else f"{100 * trial['value']:.1f}" for trial in trials
+        "failed" if trial["value"] is None else unit_of(trial.get("metric")).text(trial["value"])
+        for trial in trials
     )
     return ", ".join(f"{t['lr']:g}: {value}" for t, value in zip(trials, values, strict=True))
