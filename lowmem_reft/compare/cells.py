@@ -127,7 +127,7 @@ class _Maker:
             ),
             scoring=sources.train_scoring,
             method=spec.options,
-            optim=resolve_learning_rate(spec.options, optim, sources.hidden_size),
+            optim=resolve_learning_rate(spec.options, optim, lambda: sources.hidden_size),
             memory=options.memory,
             reuse=replace(evaluate.reuse, dequantize_upper=options.reuse.dequantize_upper),
             run=RunOptions(output_dir=training, seed=seed, quiet=True),

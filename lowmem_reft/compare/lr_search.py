@@ -107,7 +107,7 @@ def search_rates(
 
 def _own_rate(spec: MethodSpec, options: CompareOptions, sources: Sources) -> float:
     optim = replace(options.optim, **spec.optim_overrides)
-    own = resolve_learning_rate(spec.options, optim, sources.hidden_size).lr
+    own = resolve_learning_rate(spec.options, optim, lambda: sources.hidden_size).lr
     assert own is not None
     return own
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.table import (
+    DEFAULT_RANK,
     METHODS,
-    RANK,
     all_options,
     check_options,
     check_storage,
@@ -174,10 +174,10 @@ def _convert(kind: Any, key: str, value: str, entry: str) -> Any:
 
 
 def resolve_learning_rate(
-    options: MethodOptions, optim: OptimOptions, hidden_size: int
+    options: MethodOptions, optim: OptimOptions, hidden_size: Callable[[], int]
 ) -> OptimOptions:
-    """Fill in the method's own learning rate on a base of ``hidden_size`` where none is given."""
+    """Fill in the method's own learning rate where none is given; only then the base is asked."""
     if optim.lr is not None:
         return optim
-    rank = all_options(options).get("rank", RANK)  # rates that ask for it have one
-    return replace(optim, lr=find_method(options.method).rate(hidden_size, rank))
+    rank = all_options(options).get("rank", DEFAULT_RANK)
+    return replace(optim, lr=find_method(options.method).rate(hidden_size(), rank))

@@ -19,6 +19,8 @@ PAPER = "arXiv 2404.03592"
 
 WIDTH = 4096
 RANK = 8
+DEFAULT_RANK = 4
+"""Of an intervention that has one, as ``ReftConfig`` has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ METHODS: dict[str, Method] = {
             options=(*options, *_WHERE),
             size="rank" if "rank" in options else "layers",
             fixed={"intervention": name},
-            defaults={**({"rank": 4} if "rank" in options else {}), **defaults},
+            defaults=defaults,
             embedded=embedded,
         )
         for name, options, defaults, embedded, about in _REFT
@@ -159,7 +161,7 @@ METHODS: dict[str, Method] = {
         name: Method(
             family="lora",
             storage=storage,
-            lr=3e-4,
+            lr=2e-4,
             lr_by_width=0.5,
             about=about,
             source=source,

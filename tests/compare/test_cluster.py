@@ -105,7 +105,7 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "write_report", lambda _, d, **_k: d / "report.html")
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
     rows = tmp_path / "numbers.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return build(

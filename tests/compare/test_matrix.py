@@ -90,7 +90,7 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "write_report", lambda _, d, **_k: d / "report.html")
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
     return build(
         CompareOptions,
         model=str(model),
@@ -137,7 +137,7 @@ def test_a_result_has_the_fields_that_scripts_rely_on(options, fake_cell):
     assert set(f"{names} step_time_s error".split()) <= set(result)
     assert result["task"] == "numbers"
     assert result["tokens_per_s"] is None  # nan is no JSON
-    assert result["config"]["optim"]["lr"] == 9e-4
+    assert result["config"]["optim"]["lr"] == 1.3e-3  # of rank 4 on a base of 4096
     stored = options.output_dir / "cells" / "loreft-seed0" / "result.json"
     assert json.loads(stored.read_text()) == result
 
@@ -173,7 +173,7 @@ def test_changed_inputs_are_run_again_although_their_paths_are_the_same(
     run_comparison(options, child_command=fake_cell)
     path = tmp_path / name
     path.write_text(
-        path.read_text().replace("19", "21").replace("3 is", "5 is").replace("{}", "[]")
+        path.read_text().replace("19", "21").replace("3 is", "5 is").replace("4096", "2048")
     )
     run_comparison(options, child_command=fake_cell)
     assert runs_of(options).count("loreft-seed0") == 2
@@ -304,8 +304,8 @@ def test_the_keys_of_cells_stay_so_that_finished_ones_are_found(tmp_path):
         **{"validation_digest": "v", "evaluate": "e.jsonl", "evaluate_digest": "e"},
     )
     methods = (
-        "loreft[rank=2,tie=tied,act=relu,dropout=0.1],lora[alpha=8,target_modules=q_proj],"
-        "prefix[num_virtual_tokens=3,lr=0.01]"
+        "loreft[rank=2,tie=tied,act=relu,dropout=0.1,lr=9e-4],"
+        "lora[alpha=8,target_modules=q_proj,lr=2e-4],prefix[num_virtual_tokens=3,lr=0.01]"
     )
     cells = build_cells(options, parse_methods(methods), [3], sources)
     assert [cell.record["key"][:16] for cell in cells] == [

@@ -46,7 +46,7 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
     return build(
         SweepOptions,
         space="rank=4,8 lr=1e-3,4e-3",

@@ -18,7 +18,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import attach, check_target_modules
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.entries import expand_methods, parse_methods, resolve_learning_rate
-from lowmem_reft.methods.table import METHODS, PROFILES, find_method
+from lowmem_reft.methods.table import DEFAULT_RANK, METHODS, PROFILES, find_method
 from lowmem_reft.options import MemoryOptions, MethodOptions, OptimOptions, written
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.interventions import intervention_options
@@ -101,8 +101,10 @@ def test_options_that_an_intervention_does_not_read_are_refused() -> None:
 
 def test_the_learning_rate_is_the_methods_own_unless_given() -> None:
     options = MethodOptions(method="qlora")
-    assert resolve_learning_rate(options, OptimOptions(), 4096).lr == find_method("qlora").lr
-    assert resolve_learning_rate(options, OptimOptions(lr=0.5), 4096).lr == 0.5
+    assert (
+        resolve_learning_rate(options, OptimOptions(), lambda: 4096).lr == find_method("qlora").lr
+    )
+    assert resolve_learning_rate(options, OptimOptions(lr=0.5), lambda: 4096).lr == 0.5
 
 
 @pytest.mark.parametrize(("hidden_size", "rank"), [(64, 1), (576, 4), (576, 8), (4096, 32)])
@@ -110,7 +112,7 @@ def test_a_step_at_the_default_rate_moves_an_edit_as_far_on_every_base(
     hidden_size: int, rank: int
 ) -> None:
     options = MethodOptions(method="loreft", rank=rank)
-    rate = resolve_learning_rate(options, OptimOptions(), hidden_size).lr
+    rate = resolve_learning_rate(options, OptimOptions(), lambda: hidden_size).lr
     assert rate is not None
     # Adam's first step: every entry by the rate, in the direction that moves Wh the most.
     hidden = torch.rand(hidden_size, dtype=torch.float64) + 0.5
@@ -119,8 +121,9 @@ def test_a_step_at_the_default_rate_moves_an_edit_as_far_on_every_base(
 
 
 def test_the_rank_of_a_profile_counts_for_the_default_rate() -> None:
+    assert ReftConfig().rank == DEFAULT_RANK
     rates = [
-        resolve_learning_rate(options, OptimOptions(), 256).lr
+        resolve_learning_rate(options, OptimOptions(), lambda: 256).lr
         for options in (
             MethodOptions(profile="fast"),
             MethodOptions(rank=16),

@@ -533,8 +533,8 @@ def test_searched_rates_are_drawn_and_their_edges_and_failures_said():
     section = rates.render(compared(cells))
     text = plain(section.body)
     assert "a better rate may lie beyond it: loreft." in text
-    assert "0.0003 90.0 best at the highest rate tried 0.0001: 50.0, 0.0002: 70.0, 0.0003" in text
-    assert "0.0002 75.0 failed at 0.0003 0.0001: 50.0, 0.0002: 75.0, 0.0003: failed" in text
+    assert "0.0003 90.0 % best at the highest rate tried 0.0001: 50.0, 0.0002: 70.0, 0.0003" in text
+    assert "0.0002 75.0 % failed at 0.0003 0.0001: 50.0, 0.0002: 75.0, 0.0003: failed" in text
     assert "every trial failed, so it keeps its own 0.0001: failed, 0.0002: failed" in text
     assert "not searched, as the entry names it" in text
     [axes] = section.charts["learning_rates"].figure.axes

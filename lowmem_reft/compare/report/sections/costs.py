@@ -18,8 +18,8 @@ _NOTES = (
 _FORGETTING = (
     "Forgetting: how much the loss on general text has risen over that of the base stored the same "
     "way, in nats per token (at 0.1 each token of it has become 10 % less likely); below 0 it "
-    "fell. The first half of each window is prompt and the second half, which is scored, what comes "
-    "after it; ReFT edits both at its positions, as at inference."
+    "fell. The first half of each window is prompt, and the second half, which is scored, what "
+    "comes after it; ReFT edits both at its positions, as at inference."
 )
 _TO_REFERENCE = (
     "To reference: seconds in training, optimizer steps and tokens through the model, with "
