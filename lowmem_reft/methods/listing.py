@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.methods.table import METHODS, PROFILES, Method
+from lowmem_reft.methods.table import METHODS, PROFILES, RANK, WIDTH, Method
 from lowmem_reft.options import MethodsOptions
 
 _NOT_LISTED = {item.name for item in fields(Method) if isinstance(item.default, bool)}
@@ -20,9 +20,10 @@ def run_methods(options: MethodsOptions) -> dict[str, Any]:
 
     Returns:
         ``methods``: for each ``name`` and the fields of the table's entry: ``family``, ``about``,
-        ``source``, ``storage``, ``lr``, ``options`` (those it takes), ``size`` (the one that sets
-        its number of parameters), ``defaults`` and ``fixed`` (of its configuration), ``embedded``
-        (overrides for the tiny model that the package ships); ``profiles``: what each stands for.
+        ``source``, ``storage``, ``lr`` (with ``lr_by_width`` and ``lr_by_rank``: see
+        ``Method.rate``), ``options`` (those it takes), ``size`` (the one that sets its number of
+        parameters), ``defaults`` and ``fixed`` (of its configuration), ``embedded`` (overrides for
+        the tiny model that the package ships); ``profiles``: what each stands for.
     """
     methods = [
         {"name": name, **{key: v for key, v in asdict(method).items() if key not in _NOT_LISTED}}
@@ -45,4 +46,8 @@ def _print(methods: list[dict[str, Any]]) -> None:
             ", ".join(method["options"]) or "-",
             method["source"],
         )
-    Console(soft_wrap=True).print(table, markup=False)
+    console = Console(soft_wrap=True)
+    console.print(table, markup=False)
+    console.print(
+        f"lr: on a base of hidden size {WIDTH}, at rank {RANK}; on others it follows these"
+    )
