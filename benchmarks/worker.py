@@ -58,7 +58,7 @@ def prepare_orthonormal(
     torch.manual_seed(0)
     if method == "torch":
         return parametrized_map(nn.utils.parametrizations.orthogonal(Rotation(hidden, rank)))
-    from lowmem_reft.reft.interventions import orthonormal_rows
+    from lowmem_reft.reft.rotation import orthonormal_rows
 
     raw = nn.Parameter(torch.randn(rank, hidden))
     return orthonormal_map(lambda: orthonormal_rows(raw), raw, [raw])

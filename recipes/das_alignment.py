@@ -62,7 +62,7 @@ from lowmem_reft.machine.provenance import commit, versions
 from lowmem_reft.memory import peak_rss_bytes
 from lowmem_reft.options import Storage
 from lowmem_reft.reft.config import check_layers, resolve_layers
-from lowmem_reft.reft.interventions import orthonormal_rows
+from lowmem_reft.reft.rotation import orthonormal_rows
 from lowmem_reft.runs.das import (
     Interchanges,
     Pairs,

@@ -59,6 +59,7 @@ def run_comparison(
         InputError: The methods, seeds, model or data are wrong.
     """
     check_comparison(options)
+    parse_seeds(options.matrix.seeds)  # before anything is read
     every = options.matrix.methods == "all"
     chosen, embedded = options.matrix, options.is_embedded
     given = default_methods(options) if chosen.methods is None else chosen.methods

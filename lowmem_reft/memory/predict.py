@@ -36,7 +36,7 @@ from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.methods.table import find_method
 from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
-from lowmem_reft.reft.interventions import computed_once
+from lowmem_reft.reft.rotation import computed_once
 from lowmem_reft.reuse.batch import Stacked, aligned, run_stacked
 from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape

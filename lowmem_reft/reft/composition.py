@@ -34,10 +34,9 @@ from lowmem_reft.reft.interventions import (
     LoReft,
     NoReft,
     OrthogonalDiReft,
-    Rotation,
     SteeringVector,
-    orthonormal_rows,
 )
+from lowmem_reft.reft.rotation import Rotation, orthonormal_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,19 +15,21 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.past import Branch, Generation, Place, place_by_hand, shape_of
 from lowmem_reft.reft.positions import (
     find_prompt,
     has_later_prompt,
     packed_segments,
 )
+
+if TYPE_CHECKING:
+    from lowmem_reft.reft.config import ReftConfig
 
 OWN_ARGUMENTS = ("prompt_mask", "intervention_mask")
 

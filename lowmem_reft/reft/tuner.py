@@ -28,12 +28,13 @@ from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.processes import refuse_casts
 from lowmem_reft.reft.composition import low_rank, summed_config, weighted_sum
 from lowmem_reft.reft.config import ReftConfig, resolve_layers
-from lowmem_reft.reft.interventions import READS_INPUT, computed_once
+from lowmem_reft.reft.interventions import READS_INPUT
 from lowmem_reft.reft.layer import HALF, NO_MERGE, CurrentSelection, ReftLayer
 from lowmem_reft.reft.loaded import check_loaded
 from lowmem_reft.reft.peft_method import NAME, PREFIX, find_best_of_named, register
 from lowmem_reft.reft.positions import Positions
 from lowmem_reft.reft.recompute import SelectionKeepingCheckpoint, keep_selection_in_recompute
+from lowmem_reft.reft.rotation import computed_once
 from lowmem_reft.reft.selection import Selector
 
 

@@ -385,10 +385,20 @@ def _signals_waiting() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait for a moment.
 
     Where storages are counted they would mostly arrive in a finalizer, in which Python prints an
-    exception and forgets it.
+    exception and forgets it. To block them in this thread is not enough: another one takes them,
+    and Python still runs the handler in this one.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    if threading.current_thread() is not threading.main_thread():  # handlers run in that one
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            # None: one that was not set from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for arrived in came:
+            signal.raise_signal(arrived)

@@ -19,11 +19,10 @@ from lowmem_reft.reft.interventions import (
     INTERVENTIONS,
     DiReft,
     LoReft,
-    Rotation,
     build_intervention,
-    orthonormal_rows,
 )
 from lowmem_reft.reft.lora_reft import LoraReftConfig
+from lowmem_reft.reft.rotation import Rotation, orthonormal_rows
 from snippets import read_blocks
 
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(5))

@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.optimization import Adafactor
 
 from lowmem_reft import InputError, ReftConfig
-from lowmem_reft.reft import interventions
+from lowmem_reft.reft import rotation as rotations
 from lowmem_reft.reft.interventions import (
     INTERVENTIONS,
     InterchangeIntervention,
-    Rotation,
     build_intervention,
-    orthonormal_rows,
+    intervention_options,
 )
+from lowmem_reft.reft.rotation import Rotation, orthonormal_rows
 
 HIDDEN, RANK, TOKENS = 24, 3, 7
 ORTHONORMAL = ("loreft", "orthogonal_direft", "consreft", "lobireft")
@@ -196,7 +196,7 @@ def test_a_rank_outside_the_hidden_size_is_refused(rank: int) -> None:
 
 @pytest.mark.parametrize("name", INTERVENTIONS)
 def test_every_option_of_an_intervention_is_a_field_of_the_configuration(name: str) -> None:
-    assert set(interventions.intervention_options(name)) <= set(ReftConfig().fields())
+    assert set(intervention_options(name)) <= set(ReftConfig().fields())
 
 
 def test_an_unknown_intervention_is_refused_with_the_list() -> None:
@@ -308,13 +308,13 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @pytest.fixture
 def num_factorizations(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     calls: list[None] = []
-    real = interventions._factorize
+    real = rotations._factorize
 
     def counted(raw: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(None)
         return real(raw)
 
-    monkeypatch.setattr(interventions, "_factorize", counted)
+    monkeypatch.setattr(rotations, "_factorize", counted)
     return calls
 
 

@@ -31,7 +31,7 @@ from lowmem_reft.base.blocks import find_blocks
 from lowmem_reft.base.caches import with_cache
 from lowmem_reft.base.synthetic import base_with_random_weights
 from lowmem_reft.methods.likelihood import response_log_likelihood
-from lowmem_reft.reft import interventions
+from lowmem_reft.reft import rotation
 from lowmem_reft.reft.tuner import prompt_arguments
 from tiny_models import ARCHITECTURES
 
@@ -393,10 +393,8 @@ def test_a_rotation_is_made_once_in_a_generation_and_anew_in_the_next(
 ) -> None:
     model, exact = adapt()
     made: list[Tensor] = []
-    plain = interventions.orthonormal_rows
-    monkeypatch.setattr(
-        interventions, "orthonormal_rows", lambda raw: (made.append(raw), plain(raw))[1]
-    )
+    plain = rotation.orthonormal_rows
+    monkeypatch.setattr(rotation, "orthonormal_rows", lambda raw: (made.append(raw), plain(raw))[1])
     model.generate(**padded(), **GREEDY)
     assert len(made) == len(LAYERS)
     for layer in LAYERS:

@@ -34,7 +34,7 @@ from lowmem_reft.base.caches import caches_in, with_cache
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.base.identity import base_digest
 from lowmem_reft.base.techniques import chunk_mlps
-from lowmem_reft.reft.interventions import orthonormal_rows
+from lowmem_reft.reft.rotation import orthonormal_rows
 from lowmem_reft.reft.tuner import prompt_arguments
 
 PAD = 0

@@ -59,7 +59,7 @@ def test_choices_are_scored_after_the_examples_as_one_text(
         return list(tokenizer(text)["input_ids"])  # this one has no BOS
 
     shown = "question: the dog is\nlabel: good\n\nquestion: the time is\nlabel: bad\n\n"
-    losses, right = [], []
+    losses, num_tokens, right = [], 0, []
     for noun, answer in NOUNS[:3]:
         prompt = f"{shown}question: the {noun} is\nlabel:"
         start = tokens_of(prompt)
@@ -70,10 +70,11 @@ def test_choices_are_scored_after_the_examples_as_one_text(
             with torch.no_grad():
                 chances = model(torch.tensor([rest])).logits[0].log_softmax(-1)
             each = [chances[i - 1, rest[i]].item() for i in range(len(start), len(rest))]
-            totals.append((sum(each), sum(each) / len(each)))
-        losses.append(-totals[answer][1])
+            totals.append((sum(each), len(each)))
+        losses.append(-totals[answer][0])
+        num_tokens += totals[answer][1]
         right.append(max(range(3), key=lambda i: totals[i][0]) == answer)
-    assert scored["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert scored["loss"] == pytest.approx(sum(losses) / num_tokens, rel=1e-5)
     assert scored["value"] == pytest.approx(sum(right) / 3)
     places = [f"{options.prompts.examples}:{line}" for line in (1, 2)]
     assert scored["few_shot"] == {"shown": places, "num_short": 0, "fewest": 2}

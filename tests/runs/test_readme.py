@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from lowmem_reft import cli
 from lowmem_reft.base.identity import checkpoint_digest
@@ -53,7 +53,7 @@ def run_of(options: TrainOptions, card: TrainingCard) -> Run:
     return Run(
         options=options,
         card=card,
-        config=None,
+        config=LlamaConfig(),
         compute_dtype=resolve_compute_dtype(card.compute_dtype, "cpu"),
         tokenizer=None,
         encoded=EncodedRows(examples=[], num_cut_prompts=0, num_cut_tokens=0),

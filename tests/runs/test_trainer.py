@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,14 +137,20 @@ def test_a_signal_waits_until_storages_are_counted_and_is_not_lost(number: signa
     def count() -> None:
         with fit._signals_waiting():
             os.kill(os.getpid(), number)
+            time.sleep(0.05)  # until another thread has taken it
             counted.append(True)
 
     before = signal.signal(number, end)
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)  # which the system may give the signal to
+    other.start()
     try:
         with pytest.raises(KeyboardInterrupt):
             count()
     finally:
         signal.signal(number, before)
+        done.set()
+        other.join()
     assert counted
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.reft.interventions import orthonormal_rows
+from lowmem_reft.reft.rotation import orthonormal_rows
 
 ROTATION = "rotate_layer"
 ORIGINAL = "rotate_layer.parametrizations.weight.original"

@@ -27,10 +27,12 @@ from malformed.world import World, replace
 
 
 def _trained(directory: Path) -> Callable[[Ran], Any]:
-    """Return what a training has left in a directory: weights, losses and epochs."""
+    """Return what a training has left in a directory: weights, losses and epochs, but no times."""
 
     def result(_ran: Ran) -> Any:
         kept = json.loads((directory / "result.json").read_text())
+        for line in kept.get("validation") or ():
+            line.pop("train_time_s", None)
         weights = (directory / "adapter" / "adapter_model.safetensors").read_bytes()
         return [weights, *(kept.get(name) for name in ("loss_history", "validation", "best_epoch"))]
 
