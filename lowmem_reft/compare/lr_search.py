@@ -114,7 +114,13 @@ def _own_rate(spec: MethodSpec, options: CompareOptions, sources: Sources) -> fl
 
 def _rates(spec: MethodSpec, options: CompareOptions, sources: Sources) -> list[float]:
     own = _own_rate(spec, options, sources)
-    return [float(f"{multiple * own:.3g}") for multiple in options.matrix.lr_multiples]
+    rates = [float(f"{multiple * own:.3g}") for multiple in options.matrix.lr_multiples]
+    if len(set(rates)) < len(rates):
+        raise InputError(
+            "lr_search must be numbers that differ in their first three digits, got "
+            f"{options.matrix.lr_search!r}; write for example 0.3,1,3"
+        )
+    return rates
 
 
 def _cells(

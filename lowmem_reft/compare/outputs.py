@@ -14,7 +14,7 @@ from lowmem_reft.options import CompareOptions, SweepOptions
 _REPORT = (
     *("results.json", "results.csv", "report.html"),
     *("accuracy_vs_*.png", "validation_vs_*.png", "memory_breakdown.png", "loss_curves*.png"),
-    "layers_x_positions*.png",
+    *("layers_x_positions*.png", "learning_rates*.png"),
 )
 _ROWS = ("data/", "rows/", "cells/", "reuse/", "trained/", "lr-search/")
 
@@ -69,7 +69,7 @@ def keep_rows(options: CompareOptions | SweepOptions, name: str, rows: Sequence[
 
 def _holds_others(directory: Path) -> bool:
     """Whether there is no cell and something that is never ours."""
-    ours = {each.rstrip("/") for each in (*_REPORT, *_ROWS, "sweep.json")}
+    ours = {each.rstrip("/") for each in (*_REPORT, *_ROWS, "sweep.json", ".lock", "timing/")}
     names = {path.name for path in directory.iterdir()}
     return "cells" not in names and bool(names - ours)
 

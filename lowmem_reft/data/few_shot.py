@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.data.texts import written
 from lowmem_reft.data.tokens import encode_all_choices, encode_rows
+from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ def draw_examples(
     Raises:
         InputError: There are fewer such rows.
     """
-    held_out = {_asked(row) for row in without}
+    held_out = {asked for row in without for asked in _asked_in(row)}
     different: dict[str, Row] = {}
     for row in rows:
-        if (asked := _asked(row)) not in held_out:
-            different.setdefault(asked, row)
+        if not held_out & _asked_in(row):
+            different.setdefault(_asked(row), row)
     if len(different) < num:
         raise InputError(
             f"few_shot must be at most {len(different)}, the different training rows that are not "
@@ -135,7 +136,7 @@ def _sizes(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, **how: Any) 
 
 
 def _check(rows: Sequence[Row], examples: Sequence[Row]) -> None:
-    shown = {_asked(example): example for example in examples}
+    shown = {asked: example for example in examples for asked in _asked_in(example)}
     for row in rows:
         if (same := shown.get(_asked(row))) is not None:
             raise InputError(
@@ -161,6 +162,15 @@ def _check(rows: Sequence[Row], examples: Sequence[Row]) -> None:
 
 
 def _asked(row: Row) -> str:
-    """What a row asks, without what is right; a chat's system message is not part of it."""
+    """What a row asks, without what is right; a chat's system message is not part of it.
+
+    White space at the ends of texts is none of it, nor is the order of choices.
+    """
     turns = [turn for turn in row.prompt_messages if turn["role"] not in ("system", "developer")]
-    return json.dumps([row.prompt, row.text_pair, turns], sort_keys=True, default=str)
+    texts = [(text or "").strip() for text in (row.prompt, row.text_pair)]
+    return json.dumps([*texts, turns, sorted(row.choices or ())], sort_keys=True, default=str)
+
+
+def _asked_in(row: Row) -> set[str]:
+    """What is asked in a row: of a chat in every turn, since its answers are shown."""
+    return {_asked(part) for part in of_turns([row], "all")} | {_asked(row)}

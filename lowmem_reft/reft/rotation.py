@@ -3,7 +3,7 @@ r"""R: a matrix with orthonormal rows, trained through an unconstrained one of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -116,6 +116,8 @@ class Rotation(nn.Module):
         """Switch the mode; a change forgets the factorization, whoever wrote to the parameter."""
         if mode != self.training:  # trainers call train() before every forward pass
             self._cache = None
+            if self.shared:
+                self.shared.clear()
         return super().train(mode)
 
     def _stamp(self) -> tuple[Any, ...]:
@@ -148,13 +150,18 @@ class Rotation(nn.Module):
 def computed_once(model: nn.Module) -> Iterator[None]:
     """Compute each R of a model once for as long as the context lasts, in which nothing is written.
 
-    A new token costs less than the factorizations that it would take.
+    A new token costs less than the factorizations that it would take. They are made here and not
+    in the first pass that needs one, which may be compiled.
     """
-    rotations = [module for module in model.modules() if isinstance(module, Rotation)]
-    for rotation in rotations:
+    before = {each: each.shared for each in model.modules() if isinstance(each, Rotation)}
+    for rotation in before:
         rotation.shared = []
+        if not rotation.training:
+            # Of an adapter that is not active it is no error; whoever uses it is told.
+            with torch.no_grad(), suppress(NotOrthonormalError):
+                rotation.shared.append(orthonormal_rows(rotation.raw))
     try:
         yield
     finally:
-        for rotation in rotations:
-            rotation.shared = None
+        for rotation, shared in before.items():
+            rotation.shared = shared

@@ -190,16 +190,19 @@ class Selector:
             return torch.nn.functional.pad(groups, (0, length - groups.shape[1]), value=new)
         if explicit is not None:
             return _explicit_groups(explicit, config, (batch, length))
-        mask = _attended(call, batch, length)
-        segments = packed_segments(call.get("position_ids"), mask)
+        mask = _attended(call, batch, length, place.past)
         prompt = call.get("prompt_mask")
         if prompt is not None:
             _check_shape("prompt_mask", prompt, (batch, length))
+        if config.edits_alike:  # whatever is prompt
+            return torch.where(mask.bool(), 0, -1)
+        segments = packed_segments(call.get("position_ids"), mask)
+        if prompt is not None:
             attended = mask.bool()
             return config.groups(attended & prompt.to(mask.device).bool(), segments, attended)
         causal = config.task_type == "CAUSAL_LM" or (config.task_type is None and self.is_causal)
         labels = call.get("labels") if causal else None
-        if causal and labels is None and training and not config.edits_alike:
+        if causal and labels is None and training:
             raise InputError(
                 "labels must be given in training, because the prompt is what they do not "
                 "supervise; pass labels or prompt_mask to the model (a trainer that takes the "
@@ -265,8 +268,11 @@ def _require_one_answer(
     )
 
 
-def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:
-    """Return (batch, length): nonzero where one of the tokens of this call is attended."""
+def _attended(call: dict[str, Any], batch: int, length: int, past: int) -> Tensor:
+    """Return (batch, length): nonzero where one of the tokens of this call is attended.
+
+    ``past`` tokens came before them, which a mask may have columns for.
+    """
     mask: Tensor | dict[str, Tensor | None] | None = call.get("attention_mask")
     if isinstance(mask, dict):  # one per attention type
         mask = next((part for part in mask.values() if part is not None), None)
@@ -276,7 +282,8 @@ def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:
         return torch.ones(batch, length, dtype=torch.long, device=device)
     if mask.ndim == 4:
         # A prepared mask: a token that is attended attends at least to itself.
-        mask = mask[:, 0, :, :length].expand(-1, length, -1)
+        past = past if mask.shape[3] >= past + length else 0
+        mask = mask[:, 0, :, past : past + length].expand(-1, length, -1)
         own = mask.diagonal(dim1=-2, dim2=-1)
         own = own if own.dtype == torch.bool else own == 0
         return own.long().expand(batch, length)
@@ -285,7 +292,8 @@ def _attended(call: dict[str, Any], batch: int, length: int) -> Tensor:
             f"attention_mask must have shape ({batch}, {length}), got {tuple(mask.shape)}; "
             "pass one row per example"
         )
-    return mask[:, -length:]
+    end = past + length
+    return mask[:, past:end] if past and mask.shape[1] > end else mask[:, -length:]
 
 
 def _explicit_groups(mask: Tensor, config: ReftConfig, shape: Sequence[int]) -> Tensor:

@@ -21,7 +21,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import parse_json, sync, sync_tree, write_text_whole
 from lowmem_reft.machine.locks import alone
-from lowmem_reft.methods.table import find_method
+from lowmem_reft.methods.table import all_options
 from lowmem_reft.options import written
 from lowmem_reft.runs import checkpoints
 from lowmem_reft.runs.checkpoints import BEST, EPOCHS_FILE, OWN, Checkpoint
@@ -231,14 +231,14 @@ def _go_on_from(run: Run, run_id: str | None) -> Checkpoint | None:
 def _settings(run: Run, validation: Sequence[Row]) -> dict[str, Any]:
     """Return what decides the trained adapter, by the names of the options."""
     card, optim, method = run.card, run.optim, written.values(run.options.method)
-    defaults = find_method(run.options.method.method).defaults
+    resolved = all_options(run.options.method)
     settings = {
         "model": f"checkpoint {card.base_digest}" if card.base_digest else card.base,
         "data": f"rows {card.data_digest}",
         **{name: getattr(card, name) for name in _OF_THE_CARD},
         **method,
-        # Another release may have others.
-        **{name: value for name, value in defaults.items() if method[name] is None},
+        # Those of profiles and defaults too: another release may have others.
+        **{name: value for name, value in resolved.items() if method[name] is None},
         **{name: getattr(optim, name) for name in _OF_THE_OPTIMIZER},
         "effective batch": processes.effective_batch(optim),
         "validation_data": f"rows {rows_digest(validation)}" if validation else None,

@@ -23,7 +23,13 @@ from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.methods.tokenizers import tokenizer_for
 from lowmem_reft.runs.forgetting import Windows, general_loss, windows_to_score
 from lowmem_reft.runs.outputs import check_evaluation
-from lowmem_reft.runs.score import ScoringSettings, check_scoring, rows_to_score, score
+from lowmem_reft.runs.score import (
+    ScoringSettings,
+    check_scoring,
+    rows_to_score,
+    score,
+    way_of,
+)
 from lowmem_reft.runs.scores import Scores
 
 if TYPE_CHECKING:
@@ -84,8 +90,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     rows = rows_to_score(rows, tokenizer, card, _settings(options, None), options.prompts, limits)
     few_shot, stop = None, None
     if options.prompts.examples is not None:
-        by_choice = rows[0].choices and options.scoring.scoring != "generation"
-        room = limits.room(new=0 if by_choice else options.scoring.max_new_tokens)
+        is_generated = way_of(rows, _settings(options, None), card.task_type) == "generated"
+        room = limits.room(new=options.scoring.max_new_tokens if is_generated else 0)
         fitting = replace(card, max_length=min(card.max_length, room or card.max_length))
         rows, few_shot, stop = _with_examples(rows, options.prompts.examples, tokenizer, fitting)
     windows = windows_to_score(options.beside, tokenizer, limits, task_type=card.task_type)

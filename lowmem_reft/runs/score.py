@@ -57,6 +57,9 @@ _OF_A_REFERENCE = ("loss", "overlap")
 """Metrics that need the loss: without a right answer, the reference's likelihood says more."""
 
 
+Way = Literal["classes", "choices", "responses", "generated"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoringSettings(ScoringOptions):
     """How rows are scored, and with what means."""
@@ -83,6 +86,18 @@ class ScoringSettings(ScoringOptions):
         if self.extractor is not None:
             return find_extractor(self.extractor)(text)
         return extract_answer(text, self.answer_pattern)
+
+
+def way_of(rows: Sequence[Row], settings: ScoringSettings, task_type: str) -> Way:
+    """Return how rows, all of one kind, are scored."""
+    settings = with_metric(settings, rows)
+    if task_type == "SEQ_CLS":
+        return "classes"
+    chosen, has_choices = settings.scoring, bool(rows[0].choices)
+    if chosen != "generation" and not has_choices and settings.metrics == {"loss"}:
+        return "responses"
+    by_likelihood = chosen == "likelihood" or (chosen == "auto" and has_choices)
+    return "choices" if by_likelihood else "generated"
 
 
 def check_scoring(options: ScoringOptions) -> None:
@@ -200,15 +215,9 @@ class _Scoring:
     num_virtual: int
 
     @property
-    def way(self) -> Literal["classes", "choices", "responses", "generated"]:
+    def way(self) -> Way:
         """Return how these rows are scored."""
-        if self.card.task_type == "SEQ_CLS":
-            return "classes"
-        chosen, has_choices = self.settings.scoring, bool(self.rows[0].choices)
-        if chosen != "generation" and not has_choices and self.settings.metrics == {"loss"}:
-            return "responses"
-        by_likelihood = chosen == "likelihood" or (chosen == "auto" and has_choices)
-        return "choices" if by_likelihood else "generated"
+        return way_of(self.rows, self.settings, self.card.task_type)
 
     @cached_property
     def encoded(self) -> list[EncodedRows]:

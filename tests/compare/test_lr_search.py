@@ -341,3 +341,8 @@ def test_a_search_with_nothing_to_choose_or_to_choose_by_is_refused(
     with pytest.raises(InputError, match=message):
         run(changed(options, **changes))
     assert FakeRun.seen == []
+
+
+def test_rates_that_round_to_the_same_are_refused_by_their_option(options: CompareOptions) -> None:
+    with pytest.raises(InputError, match="lr_search must be numbers that differ in their first"):
+        run(changed(options, lr_search="1,1.0001"), loreft=1e-3, qlora=1e-3, lora=1e-3)

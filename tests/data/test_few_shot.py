@@ -85,6 +85,32 @@ def test_rows_that_are_validated_or_tested_on_are_never_drawn_nor_is_one_twice()
     assert draw_examples(chats, 1, seed=0, without=[chat("a", "z")]) == chats[1:2]
 
 
+def test_a_chat_is_not_shown_if_any_of_its_turns_is_held_out() -> None:
+    long, other = chat("a", "b", "c", "d"), chat("e", "f")
+    # What is asked first in a held-out chat is scored too, where all turns are.
+    for held_out, drawn in (
+        (chat("a", "z"), long),
+        (chat("a", "b", "c", "z"), long),
+        (long, chat("a", "b")),
+    ):
+        with pytest.raises(InputError, match="few_shot must be at most 1"):
+            draw_examples([drawn, other], 2, seed=0, without=[held_out])
+
+
+def test_the_same_question_is_known_by_its_text_and_its_choices() -> None:
+    spaced = Row(source="test", prompt=" 0+0 ", response="0")
+    with pytest.raises(InputError, match="few_shot must be at most 8"):
+        draw_examples(SUMS, 9, seed=0, without=[spaced])
+    which = [
+        Row(source=f"t:{i}", prompt="Which?", choices=(f"{i}", "x"), answer=0, response=f"{i}")
+        for i in range(4)
+    ]
+    assert len(draw_examples(which, 3, seed=0, without=which[:1])) == 3
+    turned = replace(which[1], choices=which[1].choices[::-1])
+    with pytest.raises(InputError, match="few_shot must be at most 3"):
+        draw_examples(which, 4, seed=0, without=[turned])
+
+
 # --- how they are written
 
 

@@ -23,6 +23,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     CompileConfig,
     DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
 )
 
 import lowmem_reft as lr
@@ -354,6 +356,74 @@ def test_no_step_is_compiled_anew() -> None:
     found = model.generate(**padded(), **way, **GREEDY).sequences
     assert torch.equal(found, decoded(model, exact, "every")[0])
     assert torch._dynamo.utils.counters["frames"]["ok"] == 1
+
+
+@pytest.mark.parametrize("fields", [{"positions": "response"}, {"tie": "sides"}])
+def test_an_answer_s_rotation_is_made_before_what_is_compiled(fields: dict[str, str]) -> None:
+    model, _ = adapt(**fields)
+    compiled = CompileConfig(backend="eager")
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.generate(**padded(), cache_implementation="static", compile_config=compiled, **GREEDY)
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 1
+
+
+def test_training_inside_a_generation_is_seen_by_its_next_token() -> None:
+    model, exact = adapt()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+
+    class Trains(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if input_ids.shape[1] == len(PROMPTS[0]) + NEW - 1:
+                with torch.enable_grad():
+                    model.train()
+                    model(input_ids=input_ids).logits.square().mean().backward()
+                    optimizer.step()
+                    model.eval()
+            return scores
+
+    ids = torch.tensor([PROMPTS[0]])
+    processors = LogitsProcessorList([Trains()])
+    ways = {**GREEDY, "max_new_tokens": NEW + 1, "min_new_tokens": NEW + 1, "use_cache": False}
+    found = model.generate(ids, logits_processor=processors, **ways)
+    told = found.sequences[:, :-1]
+    wanted = reference(model, exact, told, torch.ones_like(told), torch.tensor(True))
+    torch.testing.assert_close(found.logits[-1].double(), wanted[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_parts_under_a_prepared_mask_are_edited_at_their_own_columns() -> None:
+    model, exact = adapt()
+    ids, mask = padded().values()
+    width, positions = ids.shape[1], (mask.cumsum(1) - 1).clamp(min=0)
+    causal = torch.ones(width, width).tril().bool() & mask.bool()[:, None, :]
+    causal |= torch.eye(width).bool() & ~mask.bool()[:, None, :]  # padding attends to itself
+    cache, parts = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for start, end in ((0, 4), (4, width)):
+            parts.append(
+                model(
+                    input_ids=ids[:, start:end],
+                    attention_mask=causal[:, None, start:end, :end],
+                    position_ids=positions[:, start:end],
+                    **with_cache(model.get_base_model(), cache),
+                ).logits
+            )
+    wanted = reference(model, exact, ids, mask, mask.bool())
+    found = torch.cat(parts, 1).double()
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_every_token_is_edited_whatever_a_prompt_mask_says() -> None:
+    model, exact = adapt()
+    ids = torch.tensor([PROMPTS[0]])
+    said = torch.tensor([[0, 0, 1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        found = model(input_ids=ids, prompt_mask=said).logits.double()
+    wanted = reference(model, exact, ids, torch.ones_like(ids), torch.tensor(True))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="prompt_mask must have the shape"):
+        model(input_ids=ids, prompt_mask=said[:, 1:])
 
 
 class _Operations(TorchDispatchMode):

@@ -136,6 +136,19 @@ def test_prompts_with_fewer_examples_are_counted_and_said(
     assert said in caplog.text
 
 
+def test_no_room_is_kept_for_new_tokens_where_none_are_generated(
+    options: EvaluateOptions, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"the {noun} is", "response": "good"} for noun, _ in NOUNS]
+    own = {
+        "data": DataOptions(data=write(tmp_path / "a.jsonl", rows[:3])),
+        "prompts": ScoredPromptOptions(examples=write(tmp_path / "b.jsonl", rows[3:])),
+        "scoring": ScoringOptions(metric="loss", max_new_tokens=250),  # of 256 positions
+    }
+    found = run_evaluation(changed(options, **own))["few_shot"]
+    assert (found["num_short"], found["fewest"]) == (0, len(rows) - 3)
+
+
 @pytest.mark.parametrize("scoring", ["likelihood", "generation"])
 def test_examples_that_the_base_has_no_positions_for_are_dropped_too(
     options: EvaluateOptions, tmp_path: Path, scoring: Any

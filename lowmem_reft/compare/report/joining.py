@@ -48,8 +48,8 @@ def run_report(options: ReportOptions) -> dict[str, Any]:
 def join(sources: Sequence[Path], *, relative_to: Path) -> list[dict[str, Any]]:
     """Return the cells of all sources in their order, each once, the last of equal ones.
 
-    A task that two sources scored on different rows is named on standard error: its methods are
-    not comparable.
+    A task that two sources scored on different rows, over different bases or by different metrics
+    is named on standard error: its methods are not comparable.
 
     Args:
         sources: Output directories of comparisons, or files with their results.
@@ -68,14 +68,17 @@ def join(sources: Sequence[Path], *, relative_to: Path) -> list[dict[str, Any]]:
                 predictions = os.path.relpath(path.parent / predictions, relative_to)
             joined = {**EMPTY_RESULT, **cell, "predictions": predictions}
             cells[cell["task"], cell["method"], cell["seed"]] = joined
-            rows = json.dumps((cell.get("config") or {}).get("eval_data"), sort_keys=True)
-            scored.setdefault(cell["task"], {}).setdefault(rows, source)
+            config = cell.get("config") or {}
+            base = (config.get("model") or {}).get("model")
+            how = [config.get("eval_data"), base, None if cell.get("error") else cell.get("metric")]
+            if how[-1] is not None:
+                scored.setdefault(cell["task"], {}).setdefault(json.dumps(how), source)
     for task, found in scored.items():
         if len(found) > 1:
             places = " and ".join(str(source) for source in found.values())
             print(
                 f"lowmem-reft report: {task} was scored on different rows, or with different "
-                f"prompts, in {places}; do not compare its methods across them",
+                f"prompts, bases or metrics, in {places}; do not compare its methods across them",
                 file=sys.stderr,
             )
     return list(cells.values())

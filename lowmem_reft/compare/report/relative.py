@@ -51,8 +51,9 @@ def _is_base(result: Result) -> bool:
 
 
 def _text_of(result: Result) -> tuple[Any, ...]:
-    text = json.dumps((result.get("config") or {}).get("forgetting"), sort_keys=True)
-    return result["task"], result.get("storage"), text
+    config = result.get("config") or {}
+    same = json.dumps([config.get("model"), config.get("forgetting")], sort_keys=True)
+    return result["task"], result.get("storage"), same
 
 
 def _epochs(result: Result) -> list[tuple[float, dict[str, Any]]]:

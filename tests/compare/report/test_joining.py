@@ -107,6 +107,23 @@ def test_a_task_that_was_scored_on_different_rows_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [{"metric": "loss"}, {"config": {"eval_data": {"limit": None}, "model": {"model": "m"}}}],
+)
+def test_a_task_that_was_scored_over_another_base_or_by_another_metric_is_named(
+    tmp_path, capsys, change
+):
+    first = comparison(tmp_path / "first", "trec", ["qlora"])
+    second = comparison(tmp_path / "second", "trec", ["loreft"])
+    join([first, second], relative_to=tmp_path)
+    assert not capsys.readouterr().err
+    file = second / "results.json"
+    file.write_text(json.dumps([{**cell, **change} for cell in json.loads(file.read_text())]))
+    join([first, second], relative_to=tmp_path)
+    assert "trec was scored on different rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         (None, r"got '.*gone' \(gone: No such file"),

@@ -77,6 +77,14 @@ def test_another_text_or_task_is_no_measure_and_what_was_known_stays():
     assert [each["forgetting"] for each in results] == [0, 0.5, None]
 
 
+def test_another_base_is_no_measure():
+    small, large = ({**TEXT, "model": {"model": digest}} for digest in ("small", "large"))
+    results = relate(
+        [base(3.0, config=small), base(1.0, config=large), cell("lora", loss=3.5, config=small)]
+    )
+    assert [each["forgetting"] for each in results] == [0, 0, 0.5]
+
+
 def test_the_first_epoch_that_is_no_worse_than_the_reference_s_best_counts():
     results = relate(
         [

@@ -41,7 +41,9 @@ def render(comparison: Comparison) -> Section:
 
 def _to_reference(comparison: Comparison) -> list[str]:
     """What was to be reached, if anything was; of several tasks each has its own."""
-    values = {row.task: row.reference_value for row in comparison.rows if row.reference_value}
+    values = {
+        row.task: row.reference_value for row in comparison.rows if row.reference_value is not None
+    }
     if not values or comparison.reference is None:
         return []
     wanted = ", ".join(
