@@ -268,7 +268,7 @@ def _require_one_answer(
     )
 
 
-def _attended(call: dict[str, Any], batch: int, length: int, past: int) -> Tensor:
+def _attended(call: dict[str, Any], batch: int, length: int, past: int = 0) -> Tensor:
     """Return (batch, length): nonzero where one of the tokens of this call is attended.
 
     ``past`` tokens came before them, which a mask may have columns for.
