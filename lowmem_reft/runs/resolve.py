@@ -81,9 +81,10 @@ class Run:
     @property
     def optim(self) -> OptimOptions:
         """How it is optimized: with the method's own learning rate where none is given."""
-        text = self.config.get_text_config()
         return resolve_learning_rate(
-            self.options.method, self.options.optim, lambda: text.hidden_size
+            self.options.method,
+            self.options.optim,
+            lambda: self.config.get_text_config().hidden_size,
         )
 
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_model import config_alone
 from fake_trial import BAD_RANK
 from fake_trial import FAKE_CELL as FAKE_TRIAL
 from lowmem_reft.compare import report
@@ -103,9 +104,7 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(report, "write_report", lambda _, d, **_k: d / "report.html")
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
+    model = config_alone(tmp_path)
     rows = tmp_path / "numbers.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return build(

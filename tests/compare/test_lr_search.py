@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from fake_model import config_alone
 from lowmem_reft import cli
 from lowmem_reft.compare import queue, report
 from lowmem_reft.compare.cell import EMPTY_RESULT, Cell, Result, write_cell
@@ -80,9 +81,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompareOptions:
     monkeypatch.setattr(processes, "ProcessRun", FakeRun)
     monkeypatch.setattr(queue, "POLL_S", 0)
     monkeypatch.setattr(report, "write_report", lambda _, d, **_k: d / "report.html")
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
+    model = config_alone(tmp_path)
     return build(
         CompareOptions,
         model=str(model),

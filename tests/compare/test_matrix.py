@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_model import config_alone
 from lowmem_reft.cli import main
 from lowmem_reft.compare import report
 from lowmem_reft.compare.cell import EMPTY_RESULT, read_cell, write_cell
@@ -88,9 +89,7 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # Drawing takes longer than all the rest; test_report.py has its tests.
     monkeypatch.setattr(report, "write_report", lambda _, d, **_k: d / "report.html")
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
+    model = config_alone(tmp_path)
     return build(
         CompareOptions,
         model=str(model),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_model import config_alone
 from fake_trial import BAD_RANK, FAILS_RANK, FAKE_CELL, SLOW_RANK
 from lowmem_reft import cli
 from lowmem_reft.compare.sweep import choose_sampler, run_sweep
@@ -44,9 +45,7 @@ def fake_cell(tmp_path):
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
+    model = config_alone(tmp_path)
     return build(
         SweepOptions,
         space="rank=4,8 lr=1e-3,4e-3",
