@@ -241,11 +241,14 @@ def _config(
     method = find_method(train.method.method)
     name = {"method": train.method.method}
     held_out = {**asdict(train.held_out), "validation_data": sources.validation_digest}
+    optim = asdict(train.optim)
+    if not train.optim.group_by_length:
+        del optim["group_by_length"]  # which finished cells do not know
     return {
         **config,
         "data": {**asdict(train.data), "data": sources.train_digest},
         "method": {**method.fixed, **method.defaults, **name, **given_options(train.method)},
-        "optim": asdict(train.optim),
+        "optim": optim,
         "memory": asdict(train.memory),
         "validation_data": held_out,
         "validation_scoring": asdict(train.scoring),

@@ -266,6 +266,9 @@ class OptimOptions:
     """Gradients are scaled down to this norm."""
     optim: str = "adamw_torch"
     """Optimizer, by its transformers name (adamw_torch, paged_adamw_8bit, ...)."""
+    group_by_length: bool = False
+    """Put examples of like lengths into a batch: less is computed for padding, and examples that
+    meet are drawn from 50 batches' worth rather than from all."""
 
     def __post_init__(self) -> None:
         """Check every field."""

@@ -38,7 +38,10 @@ ADAPTER = "adapter"
 _BEFORE = "adapter-before"
 
 _OF_THE_CARD = ("storage", "compute_dtype", "task_type", "template", "max_length", "seed")
-_OF_THE_OPTIMIZER = ("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optim")
+_OF_THE_OPTIMIZER = (
+    *("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optim"),
+    "group_by_length",
+)
 
 
 _RESULTS = (ADAPTER, "result.json", EPOCHS_FILE, BEST)

@@ -19,6 +19,7 @@ from lowmem_reft.reuse.mixins import ReuseTrainer
 from lowmem_reft.runs import checkpoints
 from lowmem_reft.runs.checkpoints import BEST, OWN, Checkpoint
 from lowmem_reft.runs.finite import check_weights, not_finite, rows_of
+from lowmem_reft.runs.lengths import LikeLengths
 
 if TYPE_CHECKING:
     from lowmem_reft.runs.resolve import Run
@@ -56,6 +57,14 @@ class RunMixin(_Trainer):
         self._batches: list[dict[str, Any]] = []
         if begun is not None:
             self.add_callback(_GoOn(self, begun, quiet=run.options.run.quiet))
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what orders the examples of an epoch; see ``transformers.Trainer``."""
+        run = self._of_run
+        if not run.optim.group_by_length:
+            return super()._get_train_sampler(*args, **kwargs)
+        lengths = [len(example["input_ids"]) for example in run.examples]
+        return LikeLengths(lengths, run.optim.batch_size, run.options.run.seed)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run one batch and remember it until the step ends; see ``transformers.Trainer``."""

@@ -438,6 +438,35 @@ def test_an_epoch_is_one_call(tmp_path: Path) -> None:
 @contract(
     "transformers",
     used_by="runs/trainer.py",
+    broken_by=without(f"{TRAINER}_get_train_sampler"),
+)
+def test_a_trainer_asks_for_the_order_and_tells_it_the_epoch(tmp_path: Path) -> None:
+    told: list[int] = []
+
+    class Backwards:
+        def set_epoch(self, epoch: int) -> None:
+            told.append(epoch)
+
+        def __len__(self) -> int:
+            return len(ROWS)
+
+        def __iter__(self) -> Any:
+            return iter(range(len(ROWS) - 1, -1, -1))
+
+    class Ordered(Inside):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            super()._get_train_sampler(*args, **kwargs)
+            return Backwards()
+
+    training = trainer(tmp_path, Ordered, max_steps=-1, num_train_epochs=2)
+    training.train()
+    assert training.numbers == [3, 2, 1, 0] * 2
+    assert sorted({*told}) == [0, 1]
+
+
+@contract(
+    "transformers",
+    used_by="runs/trainer.py",
     broken_by=doing_nothing(f"{TRAINER}_save_checkpoint"),
 )
 def test_a_checkpoint_is_saved_below_the_output_directory_of_that_moment(tmp_path: Path) -> None:
