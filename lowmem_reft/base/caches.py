@@ -6,14 +6,21 @@ transformers has called the argument ``past_key_values``, ``cache_params``, ``st
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from lowmem_reft.machine.provenance import installed
 
@@ -119,6 +126,28 @@ def keeps_keys_and_values(config: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def can_be_parted(config: Any) -> bool:
+    """Return whether a model's cache is keys and values throughout, which `with_rows` parts."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except ValueError:
+        return False
+    # Nothing that is derived from them: it may hold more.
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def with_rows(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
+    """Return a cache of some rows of another, each as often as it is named; the other stays.
+
+    ``cache`` is of a configuration that `can_be_parted`: what a pass adds to a copy, it adds to
+    new tensors.
+    """
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    copied.batch_select_indices(torch.tensor(rows))
+    return copied
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:

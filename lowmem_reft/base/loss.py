@@ -141,6 +141,7 @@ def _losses_of_chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the losses (tokens,) of a chunk and the gradient of their sum by the head's output.
 
+    Without a gradient there may be several targets for each token: both are (tokens, targets) then.
     One [chunk, vocab] buffer is reused throughout; a soft-cap needs a second one.
     """
     logits = (hidden @ head.weight.to(hidden.dtype).T).float()
@@ -153,12 +154,13 @@ def _losses_of_chunk(
         logits.div_(head.softcap).tanh_()
         slope = 1 - logits**2 if with_gradient else None
         logits *= head.softcap
-    index = targets[:, None]
+    index = targets if targets.ndim == 2 else targets[:, None]
     picked = logits.gather(1, index)
     mean = logits.mean(1, keepdim=True) if smoothing else picked
     top = logits.amax(1, keepdim=True)
     total = logits.sub_(top).exp_().sum(1, keepdim=True)
-    losses = (total.log() + top - (1 - smoothing) * picked - smoothing * mean)[:, 0]
+    losses = total.log() + top - (1 - smoothing) * picked - smoothing * mean
+    losses = losses if targets.ndim == 2 else losses[:, 0]
     if not with_gradient:
         return losses, None
     gradient = logits.div_(total)
@@ -369,30 +371,56 @@ def log_likelihood_of(
     evaluation mode, ``labels`` are (batch, seq), and ``run`` makes the forward pass, with the
     further arguments that it is given.
     """
-    device, batch = device_of(base), labels.shape[0]
-    supervised = labels[:, 1:] != IGNORED_LABEL
-    counts = (labels != IGNORED_LABEL).sum(1).tolist()
-    head = find_head(base)
-    rows, columns = supervised.nonzero(as_tuple=True)
-    targets = labels[rows, columns + 1].to(device)
-    sums = torch.zeros(batch, dtype=torch.float32, device=device)
+    device = device_of(base)
+    rows, columns = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+    targets = labels[rows, columns + 1][:, None]
+    each = log_likelihoods_at(base, rows, columns, targets, run, chunk_bytes=chunk_bytes)
+    sums = torch.zeros(labels.shape[0], dtype=torch.float32, device=device)
+    sums.index_add_(0, rows.to(device), each[:, 0])
+    return sums, (labels != IGNORED_LABEL).sum(1).tolist()
+
+
+@torch.no_grad()
+@allocates("loss")
+def log_likelihoods_at(
+    base: Any,
+    rows: Int[Tensor, " places"],
+    columns: Int[Tensor, " places"],
+    targets: Int[Tensor, "places targets"],
+    run: Callable[..., Any],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Float[Tensor, "places targets"]:
+    """Return the log-probabilities of next tokens after some places of a batch, in fp32.
+
+    Args:
+        base: The causal model, in evaluation mode.
+        rows: Of each place, its example.
+        columns: Of each place, the token after which the targets come.
+        targets: After each place, the tokens that are asked for.
+        run: Makes the forward pass, with the further arguments that it is given.
+        chunk_bytes: Bytes of fp32 logits that may exist at once, where the head is recognized.
+    """
+    device, head = device_of(base), find_head(base)
+    targets = targets.to(device)
     if head is None:
-        kept = supervised.any(0).nonzero()[:, 0]
+        kept = columns.unique()
         logits = run(logits_to_keep=kept.to(device)).logits
         if logits.shape[1] == len(kept):  # else the model does not know logits_to_keep
             columns = torch.searchsorted(kept, columns)
         selected = logits[rows.to(device), columns.to(device)].float().log_softmax(-1)
-        picked = selected.gather(-1, targets[:, None])[:, 0]
-        return sums.index_add_(0, rows.to(device), picked), counts
+        picked: Tensor = selected.gather(-1, targets)
+        return picked
     hidden = _hidden_before_head(base, run)
     head = _gathered(head)
     selected = hidden[rows.to(device), columns.to(device)]
+    found = torch.empty(targets.shape, dtype=torch.float32, device=device)
     step = max(1, chunk_bytes // (4 * head.weight.shape[0]))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         losses, _ = _losses_of_chunk(selected[part], head, targets[part], 0.0, False)
-        sums.index_add_(0, rows[part].to(device), -losses)
-    return sums, counts
+        found[part] = -losses
+    return found
 
 
 def supervised_head_arguments(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:

@@ -34,18 +34,21 @@ from lowmem_reft.data.tokens import (
 )
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.progress import counter, progress
-from lowmem_reft.methods.likelihood import check_finite, response_log_likelihood
+from lowmem_reft.machine.progress import progress
+from lowmem_reft.methods.choices import choices_log_likelihood
+from lowmem_reft.methods.likelihood import (
+    by_length,
+    check_finite,
+    each_log_likelihood,
+)
 from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
 from lowmem_reft.options import PromptOptions, ReuseOptions, ScoringOptions
-from lowmem_reft.reuse.prepare import prepare
+from lowmem_reft.reuse.likelihood import reused_log_likelihood
 from lowmem_reft.runs.generate import generate_batches
 from lowmem_reft.runs.scores import Scores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from lowmem_reft.data.rows import Row
     from lowmem_reft.methods.card import TrainingCard
@@ -275,10 +278,7 @@ class _Scoring:
     def of_choices(self) -> Scores:
         """Pick the choice whose tokens have the highest summed log-likelihood after the prompt."""
         encoded = self.encoded
-        examples = [example for by_choice in encoded for example in by_choice.examples]
-        reuse, found = self._likelihoods(examples, reused=True)
-        rest = iter(found)
-        totals = [list(islice(rest, len(by_choice.examples))) for by_choice in encoded]
+        reuse, totals = self._of_each_choice([by_choice.examples for by_choice in encoded])
         for row, scored in zip(self.rows, totals, strict=True):
             check_finite((total for total, _ in scored), row.source)
         answers = [max(range(len(t)), key=lambda choice: t[choice][0]) for t in totals]
@@ -304,9 +304,11 @@ class _Scoring:
         """Pick the class with the highest logit of the head; of one output, take its value."""
         device, (encoded,) = self.model.device, self.encoded
         examples, collate = encoded.examples, Collator(self.tokenizer)
-        predictions: list[Any] = []
-        losses: list[float] = []
-        for indices in self._batches(len(examples)):
+        predictions: list[Any] = [None] * len(examples)
+        losses = [0.0] * len(examples)
+        lengths = [len(example["input_ids"]) for example in examples]
+        batches = by_length(lengths, self.settings.batch_size)
+        for indices in progress(batches, "scoring", quiet=self.settings.quiet):
             batch = collate([examples[index] for index in indices])
             batch = {key: value.to(device) for key, value in batch.items()}
             labels = batch.pop("labels")
@@ -314,12 +316,13 @@ class _Scoring:
             for index, values in zip(indices, logits.tolist(), strict=True):
                 check_finite(values, self.rows[index].source, "logits")
             if logits.shape[-1] == 1:  # a regression
-                predictions += logits[:, 0].tolist()
-                losses += (logits[:, 0] - labels).square().tolist()
+                predicted = logits[:, 0]
+                each = (predicted - labels).square()
             else:
-                predictions += logits.argmax(-1).tolist()
+                predicted = logits.argmax(-1)
                 each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-                losses += each.tolist()
+            for index, value, loss in zip(indices, predicted.tolist(), each.tolist(), strict=True):
+                predictions[index], losses[index] = value, loss
         references = [example["labels"] for example in examples]
         return Scores(
             correct=[p == r for p, r in zip(predictions, references, strict=True)],
@@ -383,58 +386,53 @@ class _Scoring:
             num_cut_prompts=encoded.num_cut_prompts,
         )
 
-    def _batches(self, number: int) -> Iterator[range]:
-        """Yield the indices of each batch, with a bar."""
-        size = self.settings.batch_size
-        for start in progress(range(0, number, size), "scoring", quiet=self.settings.quiet):
-            yield range(start, min(start + size, number))
+    def _of_each_choice(
+        self, rows: list[list[dict[str, Any]]]
+    ) -> tuple[Reuse | None, list[list[tuple[float, int]]]]:
+        """Return for each row the summed log-likelihood of each choice, and its number of tokens.
+
+        A row's choices share their prompt unless stored constants, which are of whole sequences,
+        score them.
+        """
+        reused = self._reused([example for by_choice in rows for example in by_choice])
+        if reused is not None:
+            reuse, found = reused
+            rest = iter(found)
+            return reuse, [list(islice(rest, len(by_choice))) for by_choice in rows]
+        return None, choices_log_likelihood(self.model, rows, self.tokenizer, **self._batching)
+
+    @property
+    def _batching(self) -> dict[str, Any]:
+        return {"batch_size": self.settings.batch_size, "quiet": self.settings.quiet}
 
     def _losses(
         self, encoded: EncodedRows, *, reused: bool
     ) -> tuple[Reuse | None, list[float], list[int]]:
         """Return the summed loss of each row's response, its tokens, and what scored them."""
-        reuse, found = self._likelihoods(encoded.examples, reused=reused)
+        stored = self._reused(encoded.examples) if reused else None
+        reuse, found = stored or (
+            None,
+            each_log_likelihood(self.model, encoded.examples, self.tokenizer, **self._batching),
+        )
         for row, (total, _) in zip(self.rows, found, strict=True):
             check_finite([total], row.source)
         return reuse, [-total for total, _ in found], [count for _, count in found]
 
-    def _likelihoods(
-        self, examples: list[dict[str, Any]], *, reused: bool
-    ) -> tuple[Reuse | None, list[tuple[float, int]]]:
-        """Return the summed log-likelihood of each response, and its number of tokens.
-
-        They are scored from stored constants (also returned) if any are kept and to be used.
-        """
-        # Like lengths together: little padding.
-        order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
-        model, settings = self.model, self.settings
-        collate = Collator(self.tokenizer, padding_side="left")
-
-        def batch_of(places: Sequence[int]) -> dict[str, Tensor]:
-            return collate([examples[order[place]] for place in places])
-
-        reuse = None
-        if reused and settings.reuse_dir is not None and hasattr(model, "peft_config"):
-            with counter("computing what is constant", quiet=settings.quiet) as report:
-                reuse = prepare(
-                    model,
-                    [examples[index] for index in order],
-                    collate,
-                    settings.reuse,
-                    root=settings.reuse_dir,
-                    batch_size=settings.batch_size,
-                    epochs=None,
-                    report=report,
-                )
-        found = [(0.0, 0)] * len(examples)
-        for places in self._batches(len(order)):
-            if reuse is not None:
-                sums, counts = reuse.log_likelihood(places)
-            else:
-                sums, counts = response_log_likelihood(model, batch_of(places))
-            for place, total, count in zip(places, sums.tolist(), counts, strict=True):
-                found[order[place]] = (total, count)
-        return reuse, found
+    def _reused(
+        self, examples: list[dict[str, Any]]
+    ) -> tuple[Reuse, list[tuple[float, int]]] | None:
+        """Score from stored constants, if they are to be kept and there are any."""
+        settings = self.settings
+        if settings.reuse_dir is None or not hasattr(self.model, "peft_config"):
+            return None
+        return reused_log_likelihood(
+            self.model,
+            examples,
+            self.tokenizer,
+            settings.reuse,
+            root=settings.reuse_dir,
+            **self._batching,
+        )
 
 
 def _expected(row: Row, scored: Sequence[tuple[float, int]]) -> float:

@@ -1,0 +1,250 @@
+"""How likely a model with any adapter holds each choice of a row: their prompt is read once.
+
+Pass 1 reads what all choices of a row share: the prompt and the tokens that all of them begin with.
+Its last vector gives the probability of each choice's first own token, which for choices such as
+"yes" and "no" is all of it. Pass 2 reads the rest of longer choices behind the keys and values of
+pass 1, as generation reads new tokens, and edits it as such.
+
+Nothing is approximated: the sums are those of prompt and choice in one sequence, up to rounding. On
+an int8 base rounding depends on what else is in a batch, here as anywhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from lowmem_reft.base.blocks import base_of, device_of
+from lowmem_reft.base.caches import cache_argument, can_be_parted, with_cache, with_rows
+from lowmem_reft.base.loss import log_likelihoods_at
+from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.tokens import Collator
+from lowmem_reft.machine.marks import allocates
+from lowmem_reft.machine.progress import progress
+from lowmem_reft.methods.likelihood import by_length, each_log_likelihood, forward_of
+from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
+from lowmem_reft.reft.tuner import reft_configs
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A row's choices, parted where they part ways."""
+
+    prompt: list[int]
+    common: list[int]
+    """Tokens that every choice begins with."""
+    rests: list[list[int]]
+    """Each choice's own tokens, at least one."""
+
+    @classmethod
+    def of(cls, examples: Sequence[dict[str, Any]]) -> Shared | None:
+        """Part a row by its examples, prompt and choice each; None if there is nothing to share.
+
+        That is where the prompt, or a choice, has no token.
+        """
+        start = examples[0]["labels"].count(IGNORED_LABEL)
+        choices = [example["input_ids"][start:] for example in examples]
+        shortest = min(map(len, choices))
+        if not start or not shortest:
+            return None
+        # No choice begins another, but there may be a single one.
+        together = zip(*(choice[: shortest - 1] for choice in choices), strict=True)
+        common = [tokens[0] for tokens in takewhile(lambda tokens: len({*tokens}) == 1, together)]
+        rests = [choice[len(common) :] for choice in choices]
+        return cls(examples[0]["input_ids"][:start], common, rests)
+
+    @property
+    def longer(self) -> list[int]:
+        """The choices of which something is left for pass 2."""
+        return [choice for choice, rest in enumerate(self.rests) if len(rest) > 1]
+
+    def __len__(self) -> int:
+        """Return how many tokens pass 1 reads."""
+        return len(self.prompt) + len(self.common)
+
+
+@torch.no_grad()
+def choices_log_likelihood(
+    model: Any,
+    rows: Sequence[Sequence[dict[str, Any]]],
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    quiet: bool = True,
+) -> list[list[tuple[float, int]]]:
+    """Return for each row the summed log-likelihood of each choice, and its number of tokens.
+
+    Rows that cannot be parted so are scored in whole sequences, which gives the same: longer
+    choices where the model does not `continues_from_cache`, and rows without a prompt.
+
+    Args:
+        model: Causal and in evaluation mode, with or without an adapter.
+        rows: Of each row its examples: prompt and choice, of which only the choice is supervised.
+        tokenizer: Says which id pads.
+        batch_size: Sequences per forward pass, prompts in pass 1 and choices in pass 2.
+        quiet: No progress bar.
+    """
+    continues = continues_from_cache(model)
+    parted = {index: row for index, each in enumerate(rows) if (row := Shared.of(each))}
+    if not continues:
+        parted = {index: row for index, row in parted.items() if not row.longer}
+    found: list[list[tuple[float, int]]] = [[] for _ in rows]
+    # Those that need no cache apart: they need less memory.
+    batches = []
+    for is_longer in (True, False):
+        these = [index for index, row in parted.items() if bool(row.longer) == is_longer]
+        lengths = [len(parted[index]) for index in these]
+        batches += [[these[i] for i in places] for places in by_length(lengths, batch_size)]
+    for batch in progress(batches, "scoring", quiet=quiet):
+        totals = log_likelihoods_of_batch(
+            model, [parted[index] for index in batch], tokenizer, batch_size=batch_size
+        )
+        for index, of_row in zip(batch, totals, strict=True):
+            row = parted[index]
+            sizes = [len(row.common) + len(rest) for rest in row.rests]
+            found[index] = list(zip(of_row, sizes, strict=True))
+    whole = [(index, example) for index, each in enumerate(rows) for example in each]
+    whole = [(index, example) for index, example in whole if index not in parted]
+    scored = each_log_likelihood(
+        model, [example for _, example in whole], tokenizer, batch_size=batch_size, quiet=quiet
+    )
+    for (index, _), of_choice in zip(whole, scored, strict=True):
+        found[index].append(of_choice)
+    return found
+
+
+def continues_from_cache(model: Any) -> bool:
+    """Return whether several new tokens can be read behind the keys and values of a prompt.
+
+    They cannot where a recurrent state was carried over the prompt, where the forward takes no
+    cache, where trained tokens stand in front (PEFT makes the cache, or the embeddings, anew in
+    each pass), in a model with a vision tower, whose positions are its own, and where active
+    adapters name the parameters of the answer differently.
+    """
+    base = base_of(model)
+    config = base.config
+    return (
+        not num_virtual_tokens(model)
+        and config.get_text_config() is config
+        and cache_argument(base) is not None
+        and can_be_parted(config)
+        and len(_groups_of_answers(model)) <= 1
+    )
+
+
+def log_likelihoods_of_batch(
+    model: Any, rows: Sequence[Shared], tokenizer: Any, *, batch_size: int
+) -> list[list[float]]:
+    """Return the summed log-likelihood of each choice of each row; all prompts are read at once.
+
+    If any choice has more than one own token, the model must be one that `continues_from_cache`.
+    """
+    longer = [(row, choice) for row, shared in enumerate(rows) for choice in shared.longer]
+    cache = DynamicCache(config=base_of(model).config) if longer else None
+    batch = _batch_of(rows, tokenizer)
+    sums = _pass_1(model, batch, rows, cache).tolist()
+    totals = [of_row[: len(row.rests)] for of_row, row in zip(sums, rows, strict=True)]
+    lengths = [len(rows[row].rests[choice]) for row, choice in longer]
+    for indices in by_length(lengths, batch_size):
+        these = [longer[index] for index in indices]
+        places = [row for row, _ in these]
+        rests = [rows[row].rests[choice] for row, choice in these]
+        assert cache is not None
+        more = _pass_2(model, rests, batch["attention_mask"][places], with_rows(cache, places))
+        for (row, choice), total in zip(these, more.tolist(), strict=True):
+            totals[row][choice] += total
+    return totals
+
+
+def _batch_of(rows: Sequence[Shared], tokenizer: Any) -> dict[str, Tensor]:
+    """Return what pass 1 reads, (batch, shared) each, padded on the left.
+
+    Where the choices have nothing in common no token is supervised: the row is all prompt.
+    """
+    examples = [
+        {
+            "input_ids": row.prompt + row.common,
+            "labels": [IGNORED_LABEL] * len(row.prompt) + row.common,
+        }
+        for row in rows
+    ]
+    return Collator(tokenizer, padding_side="left")(examples)
+
+
+@allocates("loss")
+def _pass_1(
+    model: Any, batch: dict[str, Tensor], rows: Sequence[Shared], cache: DynamicCache | None
+) -> Float[Tensor, "batch choices"]:
+    """Return the log-likelihood of what choices have in common and of each one's first own token.
+
+    Rows with fewer choices than others have numbers of no meaning behind theirs. ``cache`` is
+    filled if there is one.
+    """
+    base = base_of(model)
+    run, labels = forward_of(model, batch)
+    # Whatever stands in front, the tokens end at the right.
+    asked = pad(labels[:, 1:] != IGNORED_LABEL, (0, 1), value=True)
+    places, columns = asked.nonzero(as_tuple=True)
+    is_last = columns == labels.shape[1] - 1
+    targets = torch.zeros(len(places), max(len(row.rests) for row in rows), dtype=torch.long)
+    targets = targets.to(labels.device)
+    targets[~is_last, 0] = labels[places[~is_last], columns[~is_last] + 1]
+    firsts = [torch.tensor([rest[0] for rest in row.rests]) for row in rows]
+    targets[is_last] = torch.nn.utils.rnn.pad_sequence(firsts, batch_first=True).to(labels.device)
+    kept = {} if cache is None else with_cache(base, cache)
+    each = log_likelihoods_at(base, places, columns, targets, lambda **more: run(**kept, **more))
+    places, is_last = places.to(each.device), is_last.to(each.device)
+    common = each.new_zeros(len(rows)).index_add_(0, places[~is_last], each[~is_last, 0])
+    return common[:, None] + each[is_last]
+
+
+@allocates("loss")
+def _pass_2(
+    model: Any, rests: Sequence[list[int]], before: Tensor, cache: DynamicCache
+) -> Float[Tensor, " choices"]:
+    """Return the log-likelihood of what follows each choice's first own token.
+
+    Args:
+        model: See ``continues_from_cache``.
+        rests: Each choice's own tokens, at least two.
+        before: (choices, shared): the attended tokens of pass 1.
+        cache: Their keys and values, which grow.
+    """
+    base = base_of(model)
+    # The last token of a choice is predicted and not read.
+    read = [torch.tensor(rest[:-1]) for rest in rests]
+    ids = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)
+    counts = torch.tensor([len(tokens) for tokens in read])
+    attended = torch.arange(ids.shape[1]) < counts[:, None]
+    mask = torch.cat([before.cpu(), attended.long()], 1)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
+    for group in _groups_of_answers(model):
+        inputs["intervention_mask"] = torch.where(attended, group, -1)
+    places, columns = attended.nonzero(as_tuple=True)
+    following = torch.cat([torch.tensor(rest[1:]) for rest in rests])
+    device = device_of(base)
+    there = "cpu" if device.type == "meta" else device
+    inputs = {name: value.to(there) for name, value in inputs.items()}
+    kept = with_cache(base, cache)
+    each = log_likelihoods_at(
+        base, places, columns, following[:, None], lambda **more: model(**inputs, **kept, **more)
+    )
+    sums = each.new_zeros(len(rests))
+    return sums.index_add_(0, places.to(each.device), each[:, 0])
+
+
+def _groups_of_answers(model: Any) -> set[int]:
+    """Return which φ edits an answer's tokens, -1 for none, in each ReFT adapter of a model."""
+    configs = reft_configs(model)
+    return {config.num_groups - 1 if config.where.response else -1 for config in configs}
