@@ -10,10 +10,9 @@ import copy
 import inspect
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
@@ -138,15 +137,15 @@ def can_be_parted(config: Any) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def with_rows(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
-    """Return a cache of some rows of another, each as often as it is named; the other stays.
+def with_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """Return a cache of some rows of another, each as often as its index is in ``rows``.
 
-    ``cache`` is of a configuration that `can_be_parted`: what a pass adds to a copy, it adds to
-    new tensors.
+    The other stays as it is. ``cache`` is of a configuration that `can_be_parted`: what a pass
+    adds to a copy, it adds to new tensors.
     """
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
-    copied.batch_select_indices(torch.tensor(rows))
+    copied.batch_select_indices(rows)
     return copied
 
 

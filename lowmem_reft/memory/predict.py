@@ -31,6 +31,11 @@ from lowmem_reft.memory.live import (
 )
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
 from lowmem_reft.methods.attach import attach
+from lowmem_reft.methods.choices import (
+    Shared,
+    continues_from_cache,
+    log_likelihoods_of_batch,
+)
 from lowmem_reft.methods.constant import lower_part, num_constant_blocks
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.methods.table import find_method
@@ -267,16 +272,33 @@ class Predictor:
 
     @begins_step
     def evaluation(self, lengths: Lengths) -> LiveMemory:
-        """Score choices by their likelihood, as ``evaluate`` does."""
+        """Score choices by their likelihood, as ``evaluate`` does: in one sequence, or two parts.
+
+        In parts, the keys and values of prompts are there twice, once for all that is left to read.
+        """
         batch = self._batch(lengths)
         self.model.eval()
         memory, kernels = self._count(lengths.is_padded)
         with kernels.imitated(), memory, torch.no_grad():
             if self.setting.task_type == "CAUSAL_LM":
                 response_log_likelihood(self.model, batch)
+                if continues_from_cache(self.model):
+                    self._score_in_parts(lengths)
             else:
                 self.model(**batch)
         return memory
+
+    def _score_in_parts(self, lengths: Lengths) -> None:
+        """Score two choices of two tokens each: as much as can be is prompt, and is kept."""
+        row = Shared([0] * max(1, lengths.seq_len - 2), [], [[0, 0], [1, 1]])
+        ids = torch.tensor([row.prompt] * lengths.batch_size)
+        batch = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.full_like(ids, IGNORED_LABEL),
+        }
+        rows = [row] * lengths.batch_size
+        log_likelihoods_of_batch(self.model, batch, rows, batch_size=lengths.batch_size)
 
     @begins_step
     def generation(self, lengths: Lengths) -> LiveMemory:

@@ -101,17 +101,17 @@ def choices_log_likelihood(
     # Those that need no cache apart: they need less memory.
     batches = []
     for is_longer in (True, False):
-        these = [index for index, row in parted.items() if bool(row.longer) == is_longer]
-        lengths = [len(parted[index]) for index in these]
-        batches += [[these[i] for i in places] for places in by_length(lengths, batch_size)]
+        alike = [index for index, row in parted.items() if bool(row.longer) == is_longer]
+        lengths = [len(parted[index]) for index in alike]
+        batches += [[alike[i] for i in places] for places in by_length(lengths, batch_size)]
     for batch in progress(batches, "scoring", quiet=quiet):
+        these = [parted[index] for index in batch]
         totals = log_likelihoods_of_batch(
-            model, [parted[index] for index in batch], tokenizer, batch_size=batch_size
+            model, shared_batch(these, tokenizer), these, batch_size=batch_size
         )
-        for index, of_row in zip(batch, totals, strict=True):
-            row = parted[index]
+        for index, row, of_row in zip(batch, these, totals.tolist(), strict=True):
             sizes = [len(row.common) + len(rest) for rest in row.rests]
-            found[index] = list(zip(of_row, sizes, strict=True))
+            found[index] = list(zip(of_row, sizes, strict=False))
     whole = [(index, example) for index, each in enumerate(rows) for example in each]
     whole = [(index, example) for index, example in whole if index not in parted]
     scored = each_log_likelihood(
@@ -141,31 +141,36 @@ def continues_from_cache(model: Any) -> bool:
     )
 
 
+@torch.no_grad()
+@allocates("loss")
 def log_likelihoods_of_batch(
-    model: Any, rows: Sequence[Shared], tokenizer: Any, *, batch_size: int
-) -> list[list[float]]:
+    model: Any, batch: dict[str, Tensor], rows: Sequence[Shared], *, batch_size: int
+) -> Float[Tensor, "batch choices"]:
     """Return the summed log-likelihood of each choice of each row; all prompts are read at once.
 
-    If any choice has more than one own token, the model must be one that `continues_from_cache`.
+    Rows with fewer choices than others have numbers of no meaning behind theirs.
+
+    Args:
+        model: If any choice has more than one own token, one that `continues_from_cache`.
+        batch: The rows' `shared_batch`.
+        rows: Where their choices part ways.
+        batch_size: Choices in each pass 2.
     """
     longer = [(row, choice) for row, shared in enumerate(rows) for choice in shared.longer]
     cache = DynamicCache(config=base_of(model).config) if longer else None
-    batch = _batch_of(rows, tokenizer)
-    sums = _pass_1(model, batch, rows, cache).tolist()
-    totals = [of_row[: len(row.rests)] for of_row, row in zip(sums, rows, strict=True)]
+    sums = _pass_1(model, batch, rows, cache)
     lengths = [len(rows[row].rests[choice]) for row, choice in longer]
     for indices in by_length(lengths, batch_size):
-        these = [longer[index] for index in indices]
-        places = [row for row, _ in these]
-        rests = [rows[row].rests[choice] for row, choice in these]
+        places, choices = torch.tensor([longer[index] for index in indices]).unbind(1)
+        rests = [rows[row].rests[choice] for row, choice in (longer[index] for index in indices)]
         assert cache is not None
-        more = _pass_2(model, rests, batch["attention_mask"][places], with_rows(cache, places))
-        for (row, choice), total in zip(these, more.tolist(), strict=True):
-            totals[row][choice] += total
-    return totals
+        before = batch["attention_mask"][places]
+        more = _pass_2(model, rests, before, with_rows(cache, places))
+        sums[places.to(sums.device), choices.to(sums.device)] += more
+    return sums
 
 
-def _batch_of(rows: Sequence[Shared], tokenizer: Any) -> dict[str, Tensor]:
+def shared_batch(rows: Sequence[Shared], tokenizer: Any) -> dict[str, Tensor]:
     """Return what pass 1 reads, (batch, shared) each, padded on the left.
 
     Where the choices have nothing in common no token is supervised: the row is all prompt.
@@ -186,8 +191,7 @@ def _pass_1(
 ) -> Float[Tensor, "batch choices"]:
     """Return the log-likelihood of what choices have in common and of each one's first own token.
 
-    Rows with fewer choices than others have numbers of no meaning behind theirs. ``cache`` is
-    filled if there is one.
+    ``cache`` is filled if there is one.
     """
     base = base_of(model)
     run, labels = forward_of(model, batch)

@@ -168,7 +168,8 @@ def test_choices_get_what_each_gets_alone_with_methods_of_peft(method: str, kind
     if method == "prefix":
         take_prefix_as_cache(model)
     assert continues_from_cache(model) == (method in ("base", "lora", "ia3"))
-    check(model)
+    # A prefix of PEFT's stands in front of the padding, which moves it out of a short window.
+    check(model, batch_size=1 if (method, kind) == ("prefix", "gemma2") else 4)
 
 
 def test_choices_of_a_head_that_is_not_recognized_get_the_same() -> None:
