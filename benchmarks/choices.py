@@ -1,10 +1,10 @@
 """What it costs to score choices that share their prompt, beside whole sequences.
 
-Run ``python -m benchmarks.choices --model SmolLM2-135M-Instruct --data-dir DIR``. Rows of public tasks
-are scored by the likelihood of their choices, bare or with a LoReFT r4 ``l1+response`` adapter that
-starts at random: once as ``evaluate`` does, and once each prompt with each choice. The rows say the
-processor seconds of each way (``cpu_s``: a busy machine adds little to them) and, of the first, how far
-its log-likelihoods are from the other's.
+Run ``python -m benchmarks.choices --model SmolLM2-135M-Instruct --data-dir DIR``. Rows of public
+tasks are scored by the likelihood of their choices, bare or with a LoReFT r4 ``l1+response``
+adapter that starts at random: once as ``evaluate`` does, and once each prompt with each choice. The
+rows say the processor seconds of each way (``cpu_s``: a busy machine adds little to them) and, of
+the first, how far its log-likelihoods are from the other's.
 """
 
 from __future__ import annotations
@@ -97,15 +97,13 @@ def _both_ways(
         "num_changed": sum(one.index(max(one)) != two.index(max(two)) for one, two in pairs),
     }
     seconds, seconds_whole = between - start, end - between
+    nothing = dict.fromkeys(figures, 0)
     return [
-        {
-            "method": f"{task}, shared",
-            "cpu_s": seconds,
-            "share": seconds / seconds_whole,
-            **figures,
-        },
-        {"method": f"{task}, whole", "cpu_s": seconds_whole, "share": 1.0}
-        | {"difference": 0.0, "num_changed": 0},
+        {"method": f"{task}, {way}", "cpu_s": cpu_s, "share": cpu_s / seconds_whole, **more}
+        for way, cpu_s, more in (
+            ("shared", seconds, figures),
+            ("whole", seconds_whole, nothing),
+        )
     ]
 
 

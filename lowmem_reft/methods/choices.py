@@ -206,9 +206,11 @@ def _pass_1(
     targets[is_last] = torch.nn.utils.rnn.pad_sequence(firsts, batch_first=True).to(labels.device)
     kept = {} if cache is None else with_cache(base, cache)
     each = log_likelihoods_at(base, places, columns, targets, lambda **more: run(**kept, **more))
-    places, is_last = places.to(each.device), is_last.to(each.device)
-    common = each.new_zeros(len(rows)).index_add_(0, places[~is_last], each[~is_last, 0])
-    return common[:, None] + each[is_last]
+    device = each.device
+    of_common, of_rests = ((is_last == last).nonzero()[:, 0].to(device) for last in (False, True))
+    common = each.new_zeros(len(rows))
+    common.index_add_(0, places.to(device)[of_common], each[of_common, 0])
+    return common[:, None] + each[of_rests]
 
 
 @allocates("loss")

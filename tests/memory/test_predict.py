@@ -28,6 +28,7 @@ from lowmem_reft.memory.outputs import KnownOutputs
 from lowmem_reft.memory.planner import with_margin
 from lowmem_reft.memory.predict import Lengths, Predictor, Setting
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
+from lowmem_reft.methods.choices import choices_log_likelihood
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.options import MemoryOptions, MethodOptions
 from lowmem_reft.reuse.reuse import Reuse
@@ -225,6 +226,11 @@ def measured_peak_bytes(case: Case, base: Any) -> int:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     warm_up(model, optimizer)
     held = storage_bytes([*attached_tensors(model, optimizer), *batch.values()])
+    return held + allocated_peak_bytes(lambda: training_step(model, batch, optimizer))
+
+
+def allocated_peak_bytes(run: Callable[[], Any]) -> int:
+    """Return the most that something has allocated at once, by torch's profiler."""
     gc.collect()
     gc.disable()  # what it frees at a random moment would blur the peak
     try:
@@ -233,7 +239,7 @@ def measured_peak_bytes(case: Case, base: Any) -> int:
             profile_memory=True,
             acc_events=True,
         ) as profiler:
-            training_step(model, batch, optimizer)
+            run()
     finally:
         gc.enable()
     events = [
@@ -245,7 +251,7 @@ def measured_peak_bytes(case: Case, base: Any) -> int:
     for _, change in sorted(events):
         current += change
         peak = max(peak, current)
-    return held + peak
+    return peak
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -259,6 +265,33 @@ def test_the_predicted_peak_is_what_the_allocator_sees(
     said = f"predicted {predicted:,} measured {measured:,} ratio {predicted / measured:.4f}"
     assert measured <= 1.01 * predicted, said
     assert predicted <= 1.03 * measured, said
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_scoring_choices_that_share_their_prompt_takes_no_more_than_is_predicted(
+    name: str, load: Callable[[Case], Any]
+) -> None:
+    of = case(f"{name} nf4 fp32 f7+l7 4x128")
+    predicted = of.predictor().evaluation(Lengths(seq_len=128, batch_size=4, response_len=8))
+    adapter = build_peft_config(of.setting.method, task_type="CAUSAL_LM", num_layers=NUM_LAYERS)
+    model = get_peft_model(load(of), adapter).eval()
+    use_chunked_loss(model)
+    rows = []
+    for length in (96, 120, 126, 125):
+        prompt = list(range(3, 3 + length - 60)) + [5] * 60
+        choices = [[7, 8], [9, *[4] * (127 - length)]]
+        rows.append([
+            {"input_ids": prompt + choice, "labels": [-100] * len(prompt) + choice}
+            for choice in choices
+        ])  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    held = storage_bytes(attached_tensors(model, torch.optim.AdamW(trained)))
+    held += 2 * sum(p.nbytes for p in trained)  # an optimizer's moments
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    measured = held + allocated_peak_bytes(
+        lambda: choices_log_likelihood(model, rows, tokenizer, batch_size=4)
+    )
+    assert measured <= 1.01 * predicted.peak_bytes
 
 
 # What is counted.

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from lowmem_reft.data.rows import Row
-from lowmem_reft.data.tokens import encode_rows
+from lowmem_reft.data.tokens import encode_all_choices, encode_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.runs.score import ScoringSettings, score
@@ -108,6 +108,63 @@ def test_of_classes_the_loss_is_the_cross_entropy(tiny_llama_dir: Path) -> None:
         total -= float(logits.log_softmax(-1)[number % 2])
     assert scored["value"] == scored["loss"] == pytest.approx(total / 3, rel=1e-5)
     assert scored["num_examples"] == 3
+
+
+@torch.no_grad()
+def test_classes_are_told_in_the_order_of_the_rows_and_padded_by_length(
+    tiny_llama_dir: Path,
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    texts = ["a", "it is " + "very " * 9, "b", "so " * 12]
+    rows = [Row(source=f"r:{n}", prompt=text, label="bc"[n % 2]) for n, text in enumerate(texts)]
+    card = TrainingCard(base="", storage="fp32", task_type="SEQ_CLS", label_names=["b", "c"])
+    widths: list[int] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, args, output: widths.append(args[0].shape[1])
+    )
+    scored = score(model, tokenizer, rows, card, ScoringSettings(metric="loss", batch_size=2))
+    lengths = sorted(len(tokenizer(text)["input_ids"]) for text in texts)
+    assert sorted(widths) == [lengths[1], lengths[3]]
+    for number, text in enumerate(texts):
+        logits = model(**tokenizer(text, return_tensors="pt")).logits[0].double()
+        assert scored.predictions[number] == int(logits.argmax())
+        expected = -float(logits.log_softmax(-1)[number % 2])
+        assert scored.losses[number] == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_choices_share_their_prompt_and_get_what_each_gets_alone(tiny_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    rows = [
+        Row(
+            source=f"r:{n}",
+            prompt="is it good or bad " * (n + 1),
+            choices=("good", "bad", "neither of them"),
+            answer=n % 3,
+            response=("good", "bad", "neither of them")[n % 3],
+        )
+        for n in range(3)
+    ]
+    card = TrainingCard(base="", storage="fp32", task_type="CAUSAL_LM")
+    read: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda _, args, output: read.append(args[0].numel())
+    )
+    scored = score(model, tokenizer, rows, card, ScoringSettings(batch_size=1))
+    handle.remove()
+    encoded = encode_all_choices(rows, tokenizer, **card.prompts)
+    whole = sum(len(e["input_ids"]) for by_choice in encoded for e in by_choice.examples)
+    assert sum(read) < 0.7 * whole
+    model.double()
+    for number, by_choice in enumerate(encoded):
+        losses = [loss_per_token(model, [example]) for example in by_choice.examples]
+        counts = [sum(label != -100 for label in e["labels"]) for e in by_choice.examples]
+        totals = [loss * count for loss, count in zip(losses, counts, strict=True)]
+        assert scored.predictions[number] == totals.index(min(totals))
+        assert scored.losses[number] == pytest.approx(totals[number % 3], rel=1e-5)
+        assert scored.num_tokens[number] == counts[number % 3]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
