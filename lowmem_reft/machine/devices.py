@@ -66,7 +66,7 @@ def resolve_compute_dtype(
     """
     target = resolve_device(device)
     if compute_dtype is None or compute_dtype == "auto":
-        return torch.bfloat16 if _has_real_bf16(target) else torch.float32
+        return torch.bfloat16 if has_real_bf16(target) else torch.float32
     dtype = DTYPES.get(compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
     if dtype is None or dtype not in DTYPES.values():
         raise InputError(
@@ -80,7 +80,7 @@ def resolve_compute_dtype(
         warnings.warn(
             "compute_dtype fp16 can overflow; use bf16 or fp32 if the loss is NaN", stacklevel=2
         )
-    elif dtype == torch.bfloat16 and target.type == "cuda" and not _has_real_bf16(target):
+    elif dtype == torch.bfloat16 and target.type == "cuda" and not has_real_bf16(target):
         warnings.warn(
             f"compute_dtype bf16 is emulated on {target}, and slow; use fp32", stacklevel=2
         )
@@ -128,7 +128,7 @@ def resolve_storage(
     return storage, resolve_compute_dtype(storage, target)
 
 
-def _has_real_bf16(device: torch.device) -> bool:
+def has_real_bf16(device: torch.device) -> bool:
     """Whether the device computes in bf16; a T4 only emulates it and still says it supports it."""
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -21,8 +21,12 @@ from bitsandbytes.autograd import _functions
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 from torch import Tensor
 
+from lowmem_reft.machine.devices import has_real_bf16
+
 BF16_PRODUCT_BYTES = 2**18
-"""Scratch per thread of a bf16 matrix product on a CPU (oneDNN; measured: up to 0.19 MiB)."""
+"""Scratch per thread of a bf16 matrix product on a CPU (oneDNN; measured: up to 0.19 MiB).
+
+One that does not compute in bf16 sums in fp32 instead: 4 bytes for each number of the product."""
 
 _PRODUCTS = ("aten::mm", "aten::bmm", "aten::linear", "aten::addmm")
 
@@ -64,7 +68,9 @@ class Kernels:
         """Return what the kernel of an operator allocates for itself while it runs."""
         name = operator._schema.name
         if self.device_type == "cpu" and name in _PRODUCTS and args[-1].dtype == torch.bfloat16:
-            return torch.get_num_threads() * BF16_PRODUCT_BYTES
+            if has_real_bf16(torch.device("cpu")):
+                return torch.get_num_threads() * BF16_PRODUCT_BYTES
+            return 4 * _numel_of_product(name, args)
         if self.device_type == "cpu" and name.rstrip("_") in _POINTWISE:
             return _promoted_bytes(args, in_place=name.endswith("_"))
         if name == "aten::_safe_softmax":  # which scores are of a masked token
@@ -145,6 +151,14 @@ def num_quantized(layer: Any, *, int8: bool = True) -> int:
     weight: Any = layer._parameters.get("weight")
     kinds = (Params4bit, Int8Params) if int8 else Params4bit
     return layer.in_features * layer.out_features if isinstance(weight, kinds) else 0
+
+
+def _numel_of_product(name: str, args: Any) -> int:
+    """Return how many numbers a matrix product has; of a batch, one of its products."""
+    if name == "aten::linear":
+        return int(args[0].shape[:-1].numel() * args[1].shape[0])
+    left, right = args[1:3] if name == "aten::addmm" else args[:2]
+    return int(left.shape[-2] * right.shape[-1])
 
 
 def _promoted_bytes(args: Any, *, in_place: bool) -> int:

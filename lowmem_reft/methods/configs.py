@@ -124,7 +124,8 @@ def _virtual_tokens(request: Request) -> PeftConfig:
     if request.task_type != "CAUSAL_LM" and kind != "prefix":
         raise InputError(
             f"task_type must be CAUSAL_LM for method {kind!r}, got {request.task_type!r}: a "
-            "classifier that is given embeddings cannot see where the text ends; choose prefix"
+            "classifier that is given embeddings cannot see where the text ends; choose prefix "
+            "where the base reads keys and values, else another method"
         )
     common = {
         "task_type": request.task_type,
