@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lowmem_reft.compare.report.significance import LEVEL
 from lowmem_reft.compare.report.table import aggregate, markdown
+from lowmem_reft.data.tasks.metrics import gain
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,6 +62,70 @@ def tasks(result: list[dict[str, Any]]) -> str:
         f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes")
     )
     return "\n".join([*lines, "", f"{first['device']}; {versions}.", ""])
+
+
+def against_reference(result: list[dict[str, Any]]) -> str:
+    """A row per method, best mean first: what it takes, its values, and where it is behind.
+
+    Signs say where the paired bootstrap tells a method from the reference (Holm over the methods of
+    a set): + ahead, - behind. The last column counts sets on which its mean is not lower.
+    """
+    differences = {(row["task"], row["method"]): row.get("difference") for row in result}
+    (reference,) = {found["reference"] for found in differences.values() if found}
+    rows: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, str] = {}
+    for row in aggregate(result):
+        rows.setdefault(row.method, {})[row.task] = row
+        metrics[row.task] = row.metric or metrics.get(row.task, "")
+    ahead = {name: _sets_kept(by_task, rows[reference]) for name, by_task in rows.items()}
+
+    def place(method: str) -> tuple[bool, float]:
+        values = [gain(metrics[task], row.value_mean) for task, row in rows[method].items()]
+        return len(values) < len(metrics), -statistics.fmean(values)
+
+    titles = [
+        task if metrics[task] == "accuracy" else f"{task}, {metrics[task]}" for task in metrics
+    ]
+    lines = [
+        f"| method | trained | peak MiB | {' | '.join(titles)} | not lower |",
+        f"|:--|--:|--:|{'--:|' * len(titles)}--:|",
+    ]
+    for method in sorted(rows, key=place):
+        by_task = rows[method]
+        cells = [
+            _scored(by_task.get(task), metrics[task], differences.get((task, method)))
+            for task in metrics
+        ]
+        trained = max(row.num_trainable_params or 0 for row in by_task.values())
+        peaks = [row.peak_bytes for row in by_task.values() if row.peak_bytes]
+        peak = f"{statistics.median(peaks) / 2**20:,.0f}" if peaks else "–"
+        kept = "" if method == reference else f"{ahead[method]} of {len(metrics)}"
+        lines.append(f"| {method} | {trained:,} | {peak} | {' | '.join(cells)} | {kept} |")
+    first = next(row for row in result if row["num_trainable_params"])
+    versions = ", ".join(
+        f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes")
+    )
+    return "\n".join([*lines, "", f"{first['device']}; {versions}.", ""])
+
+
+def _sets_kept(by_task: dict[str, Any], reference: dict[str, Any]) -> int:
+    pairs = [(row, reference[task]) for task, row in by_task.items() if task in reference]
+    return sum(
+        gain(row.metric, row.value_mean) >= gain(row.metric, other.value_mean)
+        for row, other in pairs
+        if row.value_mean is not None and other.value_mean is not None
+    )
+
+
+def _scored(row: Any, metric: str, difference: dict[str, Any] | None) -> str:
+    if metric != "loss" or row is None or row.value_mean is None:
+        text = _value(row)
+    else:
+        spread = "" if row.value_sd is None else f" ± {row.value_sd:.3f}"
+        text = f"{row.value_mean:.3f}{spread}"
+    if difference is None or difference["p_holm"] >= LEVEL:
+        return text
+    return f"{text} {'+' if gain(metric, difference['value']) > 0 else '-'}"
 
 
 def grid(result: list[dict[str, Any]]) -> str:
@@ -211,6 +277,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "sst2_frontier": comparison,
     "layers_positions": grid,
     "tasks": tasks,
+    "real_smollm2": against_reference,
+    "real_minilm": against_reference,
     "methods": comparison,
     "step": timings,
     "generate": timings,
