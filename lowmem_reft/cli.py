@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. Help (0) and flags that are no options (2) leave through ``SystemExit``.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments == ["--version"]:
+    if arguments in (["--version"], ["-V"]):
         print(f"lowmem-reft {__version__}")
         return 0
     if arguments and arguments[0] in _FORMER:
@@ -233,10 +233,20 @@ def _parse(arguments: list[str]) -> Options:
                 raise error from None
             error = error.__context__
         name = f"lowmem-reft {arguments[0]}" if command else "lowmem-reft"
-        if left.code and (said := complaint.one_line(box.getvalue())):
+        if left.code and (said := _unknown(arguments) or complaint.one_line(box.getvalue())):
             print(f"{name}: error: {said}; see {name} --help", file=sys.stderr)
             raise SystemExit(left.code) from None
     return parse()
+
+
+def _unknown(arguments: list[str]) -> str:
+    """Say which command or which options there are not; empty if it is something else."""
+    command = _COMMANDS.get(arguments[0]) if arguments else None
+    if command is None:
+        named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+        return complaint.misspelled(named, _COMMANDS, "command")
+    flags = complaint.known_flags(command.options)
+    return complaint.misspelled(complaint.given_flags(arguments[1:]), flags, "options")
 
 
 def _all_commands() -> Any:

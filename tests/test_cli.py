@@ -111,8 +111,9 @@ def test_help_shows_every_option_with_its_docstring(command, capsys):
         assert " ".join(docstring.split()) in words
 
 
-def test_version_is_printed(capsys):
-    assert cli.main(["--version"]) == 0
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version_is_printed(flag, capsys):
+    assert cli.main([flag]) == 0
     assert re.fullmatch(r"lowmem-reft \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
@@ -366,6 +367,49 @@ def test_a_typo_is_answered_with_options_of_the_same_subcommand(capsys):
     assert said.count("--adapter;") == 1
     assert "lowmem-reft generate --help" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "unknown command: trian; similar: train; see lowmem-reft --help"),
+        (["qqq"], "unknown command: qqq; see lowmem-reft --help"),
+        (["train", "--modle", "m"], "unknown options: --modle; similar: --model; see"),
+        ([*TRAIN, "--batchsize=3"], "unknown options: --batchsize; similar: --batch-size; see"),
+        (
+            ["compare", "--sead", "1", "--qqq"],
+            "unknown options: --sead, --qqq; similar: --seeds; see",
+        ),
+        (
+            [*TRAIN, "--learning-rat", "1"],
+            "unknown options: --learning-rat; similar: --learning-rate",
+        ),
+    ],
+)
+def test_what_there_is_not_is_named_with_the_nearest_before_what_is_missing(
+    arguments, said, capsys
+):
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_options_have_the_names_of_hugging_face_too(fake_training):
+    seen = []
+    fake_training(lambda parsed: seen.append(parsed) or {})
+    theirs = (
+        "--num_train_epochs 2 --learning-rate 1e-3 --per-device-train-batch-size 4 "
+        "--gradient_accumulation_steps 2 --lr-scheduler-type cosine --gradient-checkpointing"
+    )
+    ours = (
+        "--epochs 2 --lr 1e-3 --batch-size 4 --gradient-accumulation 2 --schedule cosine "
+        "--activation-checkpointing"
+    )
+    for flags in (theirs, ours):
+        assert cli.main([*TRAIN, *flags.split()]) == 0
+    assert seen[0] == seen[1]
+    assert seen[0].optim.lr == 1e-3
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,10 @@ log, or among the lines of many runs, nobody reads that.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, get_type_hints
 
 _FLAG = re.compile(r"--[\w-]+")
 _MOST_CHARACTERS = 400
@@ -44,6 +48,45 @@ def one_line(box: str) -> str:
     if unknown:
         said += f"; {' '.join(' '.join(unknown).split())}"
     return f"{said}; similar: {', '.join(dict.fromkeys(similar))}" if similar else said
+
+
+def misspelled(words: Sequence[str], known: Iterable[str], what: str) -> str:
+    """Return which words are none of the known ones, with the nearest; empty if all are known.
+
+    Args:
+        words: What was given.
+        known: What there is.
+        what: Names both: ``"options"``.
+    """
+    names = list(known)
+    unknown = [word for word in words if word not in names]
+    similar = [near for word in unknown for near in get_close_matches(word, names, n=1)]
+    if not unknown:
+        return ""
+    said = f"unknown {what}: {', '.join(dict.fromkeys(unknown))}"
+    return f"{said}; similar: {', '.join(dict.fromkeys(similar))}" if similar else said
+
+
+def given_flags(words: Sequence[str]) -> list[str]:
+    """Return the flags among words as they are spelled here: with hyphens, without values."""
+    return [
+        word.partition("=")[0].replace("_", "-") for word in words if re.match("--[a-zA-Z]", word)
+    ]
+
+
+def known_flags(options: Any) -> list[str]:
+    """Return every flag of a class of options, its other names too."""
+    found = ["--help"]
+    for item in fields(options):
+        hint = get_type_hints(options, include_extras=True)[item.name]
+        kind = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
+        if is_dataclass(kind):
+            found += known_flags(kind)
+            continue
+        found.append(f"--{item.name.replace('_', '-')}")
+        for extra in getattr(hint, "__metadata__", ()):
+            found += getattr(extra, "aliases", None) or ()
+    return found
 
 
 def _flags(lines: list[str]) -> list[str]:

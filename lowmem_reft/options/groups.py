@@ -246,17 +246,19 @@ class MethodOptions:
 class OptimOptions:
     """The optimizer and its schedule."""
 
-    epochs: float = 3.0
+    epochs: Annotated[float, tyro.conf.arg(aliases=("--num-train-epochs",))] = 3.0
     """Passes over the data."""
     max_steps: int = -1
     """Stop after this many optimizer steps; -1: after --epochs."""
-    lr: float | None = None
+    lr: Annotated[float | None, tyro.conf.arg(aliases=("--learning-rate",))] = None
     """Peak learning rate; the method's default if not given."""
-    batch_size: int = 8
+    batch_size: Annotated[int, tyro.conf.arg(aliases=("--per-device-train-batch-size",))] = 8
     """Examples per forward pass, in each process."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: Annotated[
+        int, tyro.conf.arg(aliases=("--gradient-accumulation-steps",))
+    ] = 1
     """Forward passes per optimizer step."""
-    schedule: str = "linear"
+    schedule: Annotated[str, tyro.conf.arg(aliases=("--lr-scheduler-type",))] = "linear"
     """Learning-rate schedule, by its transformers name (linear, cosine, constant, ...)."""
     warmup_ratio: float = 0.1
     """Share of the steps during which the learning rate rises."""
@@ -301,7 +303,9 @@ class OptimOptions:
 class MemoryOptions:
     """How the run saves memory."""
 
-    activation_checkpointing: Annotated[bool, tyro.conf.arg(aliases=("--checkpointing",))] = False
+    activation_checkpointing: Annotated[
+        bool, tyro.conf.arg(aliases=("--checkpointing", "--gradient-checkpointing"))
+    ] = False
     """Recompute blocks above the first intervention in the backward pass."""
     checkpoint_every: int = 1
     """With --activation-checkpointing: recompute blocks 0, n, 2n, ... only."""
