@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -172,6 +173,34 @@ def test_a_sliding_layer_keeps_one_less_than_its_window_and_counts_all(breach: b
     assert layer.cumulative_length == 6
     layer.cumulative_length = 9  # as if more had been seen
     assert cache.get_seq_length() == 9
+
+
+@contract(
+    "transformers",
+    used_by="base/caches.py methods/choices.py",
+    broken_by=doing_nothing(f"{CACHE}DynamicLayer.batch_select_indices"),
+)
+@pytest.mark.parametrize("config", [full_config(), sliding_config()], ids=["full", "sliding"])
+def test_rows_of_a_copied_cache_can_be_chosen_and_grow_without_the_cache_they_are_of(
+    config: Any, breach: bool
+) -> None:
+    cache = DynamicCache(config=config)
+    both = torch.cat([keys(6), keys(6, 10)])
+    for layer in range(2):
+        cache.update(both, both, layer)
+    held = [layer.keys.clone() for layer in cache.layers]
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    copied.batch_select_indices(torch.tensor([1, 1, 0]))
+    more = keys(2, 90).expand(3, -1, -1, -1)
+    for layer in range(2):
+        seen, _ = copied.update(more, more, layer)
+        kept = held[layer].shape[2]
+        assert torch.equal(seen[:, :, -2:], more)
+        assert torch.equal(seen[:, :, :-2], held[layer][[1, 1, 0]][:, :, -kept:])
+        assert torch.equal(cache.layers[layer].keys, held[layer])
+    assert cache.get_seq_length() == 6
+    assert copied.get_seq_length() == 8
 
 
 @contract(
