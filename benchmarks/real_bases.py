@@ -97,7 +97,7 @@ BASES = {
             ),
         },
         searched="trec",
-        rates={},
+        rates={"loreft, all": 2.4e-3, "qlora": 1.6e-3},
     ),
     "minilm": Base(
         task_type="SEQ_CLS",
@@ -180,7 +180,7 @@ def options_of(config: Config, base: Base, task: str) -> CompareOptions:
         options |= {"lr_search": MULTIPLES, "seeds": "0", "eval_limit": 1}
         options["validation_limit"] = size.scored
     elif base.task_type == "CAUSAL_LM" and config.forgetting is not None:
-        options |= {"forgetting": config.forgetting, "forgetting_limit": 24}
+        options |= {"forgetting": config.forgetting, "forgetting_limit": 12}
     if not config.search:
         options["budget_reference"] = REFERENCE
     return written.build(CompareOptions, **options)

@@ -6,7 +6,7 @@
     from peft import get_peft_model
 
     base = lr.load_base("meta-llama/Llama-3.1-8B", storage="nf4")
-    model = get_peft_model(base, lr.ReftConfig(task_type="CAUSAL_LM", rank=4, positions="f7+l7"))
+    model = get_peft_model(base, lr.ReftConfig(task_type="CAUSAL_LM", rank=8, positions="all"))
 
 Importing the package loads no torch; each name below is imported when it is first used (PEP 562).
 """

@@ -19,7 +19,7 @@ PAPER = "arXiv 2404.03592"
 
 WIDTH = 4096
 RANK = 8
-DEFAULT_RANK = 4
+DEFAULT_RANK = 8
 """Of an intervention that has one, as ``ReftConfig`` has it."""
 
 
@@ -80,23 +80,30 @@ class Method:
 _WHERE = ("profile", "layers", "positions", "tie", "component", "dropout")
 _SOURCE = ("rank", "act", "init")
 _WIDTH = ("rank", "act")
+_ALL = {"positions": "all", "rank": DEFAULT_RANK}
 _EVERY = {"positions": "every"}  # new tokens too, as in their papers
 _MLPS = {**_EVERY, "component": "mlp_output", "rank": 8}
 _DORA: dict[str, Any] = {"use_dora": True}
 
 # Name, options that it reads beside where it edits, defaults, overrides, and what it is.
 _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
-    ("loreft", _SOURCE, {}, "rank=8,lr=4e-3", "low-rank linear subspace ReFT on a 4-bit base"),
-    ("noreft", _SOURCE, {}, "rank=8,lr=4e-3", "LoReFT without the orthonormal constraint"),
-    ("direft", _SOURCE, {}, "rank=8,lr=4e-3", "the paper's DiReFT: no constraint, no subtraction"),
-    ("orthogonal_direft", _SOURCE, {}, "rank=8,lr=4e-3", "DiReFT with orthonormal rows"),
-    ("consreft", ("rank",), {}, "rank=8,lr=4e-3", "sets the subspace to a learned constant"),
-    ("lobireft", ("rank",), {}, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
+    ("loreft", _SOURCE, _ALL, "rank=8,lr=4e-3", "low-rank linear subspace ReFT on a 4-bit base"),
+    ("noreft", _SOURCE, _ALL, "rank=8,lr=4e-3", "LoReFT without the orthonormal constraint"),
+    (
+        "direft",
+        _SOURCE,
+        _ALL,
+        "rank=8,lr=4e-3",
+        "the paper's DiReFT: no constraint, no subtraction",
+    ),
+    ("orthogonal_direft", _SOURCE, _ALL, "rank=8,lr=4e-3", "DiReFT with orthonormal rows"),
+    ("consreft", ("rank",), _ALL, "rank=8,lr=4e-3", "sets the subspace to a learned constant"),
+    ("lobireft", ("rank",), _ALL, "rank=8,lr=5e-2", "a learned steering vector of bounded rank"),
     ("red", (), _EVERY, "lr=1e-2", "learned scale and bias of hidden vectors"),
     (
         "red_loreft",
         _SOURCE,
-        _EVERY,
+        {**_EVERY, "rank": DEFAULT_RANK},
         "rank=4,lr=4e-3",
         "LoReFT with a learned scale and bias beside it",
     ),
@@ -183,6 +190,7 @@ METHODS: dict[str, Method] = {
         ),
         size="lora_rank",
         fixed={"intervention": "loreft"},
+        defaults=_ALL,
         embedded="rank=8,lora_rank=8,lr=2e-3",
     ),
     "ia3": Method(

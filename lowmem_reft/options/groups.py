@@ -207,13 +207,13 @@ class MethodOptions:
     """Where ReFT edits, unless --layers, --positions or --rank say otherwise. fast: upper half, l3,
     rank 16; balanced: upper half, all, rank 16; paper: all layers, f7+l7, rank 8."""
     rank: int | None = None
-    """Rank of the intervention (default 4) or of the LoRA update (default 16); a bottleneck's width
-    (default 8) or of P-tuning's network (default 128)."""
+    """Rank of the intervention or width of a bottleneck (default 8), rank of the LoRA update (default
+    16) or width of P-tuning's network (default 128)."""
     layers: str | None = None
     """Blocks that are touched: all, "8;12;16" (0-based) or upper:0.5 (the upper half)."""
     positions: str | None = None
-    """Prompt tokens that are edited: f7+l7, f3, l1 or all; l1+response: the answer's as well;
-    response: those alone; every: all+response."""
+    """Prompt tokens that are edited: all (the default of most), f7+l7, f3 or l1; l1+response: the
+    answer's as well; response: those alone; every: all+response."""
     edit: EditOptions = field(default_factory=EditOptions)
     dropout: float | None = None
     """Dropout on the edit (ReFT) or on the update's input (LoRA)."""

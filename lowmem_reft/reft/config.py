@@ -39,12 +39,12 @@ class ReftConfig(PeftConfig):
 
     intervention: str = "loreft"
     """Φ: a name in ``lowmem_reft.reft.interventions.INTERVENTIONS``."""
-    rank: int = 4
+    rank: int = 8
     """Dimension of the edited subspace."""
     layers: str | list[int] = "all"
     """L: "all", 0-based block indices ("8;12;16" or a list), or "upper:F" for the upper share F."""
-    positions: str = "f7+l7"
-    """P: prompt tokens that are edited: "f7+l7", "f3", "l1" or "all"; with "+response" those of the
+    positions: str = "all"
+    """P: prompt tokens that are edited: "all", "f7+l7", "f3" or "l1"; with "+response" those of the
     answer too; "response" alone, or "every" token."""
     tie: str = "tied"
     """One φ per layer ("tied"), one per side ("sides") or one per position ("positions"); sides are
