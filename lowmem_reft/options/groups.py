@@ -207,8 +207,8 @@ class MethodOptions:
     """Where ReFT edits, unless --layers, --positions or --rank say otherwise. fast: upper half, l3,
     rank 16; balanced: upper half, all, rank 16; paper: all layers, f7+l7, rank 8."""
     rank: int | None = None
-    """Rank of the intervention or width of a bottleneck (default 8), rank of the LoRA update (default
-    16) or width of P-tuning's network (default 128)."""
+    """Rank of the intervention or width of a bottleneck (default 8), rank of the LoRA update
+    (default 16) or width of P-tuning's network (default 128)."""
     layers: str | None = None
     """Blocks that are touched: all, "8;12;16" (0-based) or upper:0.5 (the upper half)."""
     positions: str | None = None

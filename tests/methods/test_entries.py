@@ -127,7 +127,7 @@ def test_the_rank_of_a_profile_counts_for_the_default_rate() -> None:
         for options in (
             MethodOptions(profile="fast"),
             MethodOptions(rank=16),
-            MethodOptions(profile="fast", rank=4),
+            MethodOptions(profile="fast", rank=DEFAULT_RANK),
             MethodOptions(),
         )
     ]
