@@ -269,8 +269,8 @@ class OptimOptions:
     optim: str = "adamw_torch"
     """Optimizer, by its transformers name (adamw_torch, paged_adamw_8bit, ...)."""
     group_by_length: bool = False
-    """Put examples of like lengths into a batch: less is computed for padding, and examples that
-    meet are drawn from 50 batches' worth rather than from all."""
+    """Put examples of like lengths into a batch, which is drawn from 50 batches' worth: less is
+    computed for padding, but where length tells classes apart a short training may lose by it."""
 
     def __post_init__(self) -> None:
         """Check every field."""

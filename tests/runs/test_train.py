@@ -75,7 +75,7 @@ def test_a_run_lowers_the_loss_and_reports_what_scripts_rely_on(options: TrainOp
     assert sum(history[-4:]) < 0.7 * sum(history[:4])
     for key in ("train_loss", "step_time_s", "tokens_per_s", "peak_bytes", "rss_bytes"):
         assert result[key] > 0, key
-    assert result["num_trainable_params"] == 4 * (2 * 64 * 4 + 4)
+    assert result["num_trainable_params"] == 4 * (2 * 64 * 8 + 8)
     assert Path(result["adapter_dir"], "adapter_model.safetensors").is_file()
     assert json.loads((options.run.output_dir / "result.json").read_text())["num_steps"] == 48
 
