@@ -173,7 +173,7 @@ def options_of(config: Config, base: Base, task: str) -> CompareOptions:
         "validation_limit": size.validation,
         "eval_limit": size.scored,
         "max_length": size.max_length,
-        "optim": OptimOptions(epochs=size.epochs, batch_size=size.batch_size, group_by_length=True),
+        "optim": OptimOptions(epochs=size.epochs, batch_size=size.batch_size),
         "workers": config.workers,
         "output_dir": config.output_dir / task,
         "quiet": True,
