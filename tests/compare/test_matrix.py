@@ -303,14 +303,14 @@ def test_the_keys_of_cells_stay_so_that_finished_ones_are_found(tmp_path):
         **{"validation_digest": "v", "evaluate": "e.jsonl", "evaluate_digest": "e"},
     )
     methods = (
-        "loreft[rank=2,tie=tied,act=relu,dropout=0.1,lr=9e-4],"
+        "loreft[rank=2,positions=f1,tie=tied,act=relu,dropout=0.1,lr=9e-4],"
         "lora[alpha=8,target_modules=q_proj,lr=2e-4],prefix[num_virtual_tokens=3,lr=0.01]"
     )
     cells = build_cells(options, parse_methods(methods), [3], sources)
     assert [cell.record["key"][:16] for cell in cells] == [
         "42d311f1b2c513ea",
         "3ce363e72d73543c",
-        "c23e77a7a6e850eb",
+        "1fb59395280f6b8c",
         "6f4a34de6c88cbb6",
         "8cd36be6546de11b",
     ]

@@ -196,7 +196,7 @@ def test_other_settings_than_those_of_the_checkpoint_are_refused_and_named(
     less = tmp_path / "less.jsonl"
     less.write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
     for message, changes in {
-        "rank 8 instead of not given": {"method": replace(begun.method, rank=8)},
+        "rank 16 instead of 8": {"method": replace(begun.method, rank=16)},
         "seed 1 instead of 0": {"run": replace(begun.run, seed=1)},
         "lr 0.1 instead of 0.01": {"optim": replace(begun.optim, lr=0.1)},
         "effective batch 4 instead of 3": {"optim": replace(begun.optim, batch_size=4)},
