@@ -117,16 +117,16 @@ def results_of(options: CompareOptions) -> dict[tuple[str, int], dict[str, Any]]
 def test_every_method_is_tried_as_often_on_validation_rows_and_its_best_rate_is_taken(
     options: CompareOptions,
 ) -> None:
-    runs = [each for each in run(options, loreft=3.75e-3, qlora=2e-4, lora=1e-3) if each["lr"]]
+    runs = [each for each in run(options, loreft=2.596e-3, qlora=2e-4, lora=1e-3) if each["lr"]]
     names = ("method", "lr", "seed", "limit")
     tried, scored = (
         [tuple(each[name] for name in names) for each in runs if each["scored"] == file]
         for file in ("validation.jsonl", "test.jsonl")
     )
     assert tried == [
-        ("loreft[lr=0.00039]", 3.9e-4, 1, 5),
-        ("loreft[lr=0.0013]", 1.3e-3, 1, 5),
-        ("loreft[lr=0.0039]", 3.9e-3, 1, 5),
+        ("loreft[lr=0.00027]", 2.7e-4, 1, 5),
+        ("loreft[lr=0.0009]", 9e-4, 1, 5),
+        ("loreft[lr=0.0027]", 2.7e-3, 1, 5),
         ("qlora[lr=6e-05]", 6e-5, 1, 5),
         ("qlora[lr=0.0002]", 2e-4, 1, 5),
         ("qlora[lr=0.0006]", 6e-4, 1, 5),
@@ -134,19 +134,19 @@ def test_every_method_is_tried_as_often_on_validation_rows_and_its_best_rate_is_
     assert scored == [
         (method, lr, seed, 3)
         for method, lr in (
-            ("loreft[lr=searched]", 3.9e-3),
+            ("loreft[lr=searched]", 2.7e-3),
             ("qlora[lr=searched]", 2e-4),
             ("lora[lr=1e-3]", 1e-3),
         )
         for seed in (1, 2)
     ]
     found = results_of(options)["loreft[lr=searched]", 2]
-    assert found["config"]["optim"]["lr"] == 3.9e-3
+    assert found["config"]["optim"]["lr"] == 2.7e-3
     trials = found["lr_search"]
     assert [(t["method"], t["lr"], t["chosen"], t["error"]) for t in trials] == [
-        ("loreft[lr=0.00039]", 3.9e-4, False, None),
-        ("loreft[lr=0.0013]", 1.3e-3, False, None),
-        ("loreft[lr=0.0039]", 3.9e-3, True, None),
+        ("loreft[lr=0.00027]", 2.7e-4, False, None),
+        ("loreft[lr=0.0009]", 9e-4, False, None),
+        ("loreft[lr=0.0027]", 2.7e-3, True, None),
     ]
     assert [t["value"] for t in trials] == pytest.approx([0.016, 0.539, 0.984], abs=2e-3)
     kept = results_of(options)["lora[lr=1e-3]", 1]["lr_search"]
@@ -157,7 +157,7 @@ def test_every_method_is_tried_as_often_on_validation_rows_and_its_best_rate_is_
 def test_what_was_trained_in_the_search_is_where_the_row_looks_for_it(
     options: CompareOptions,
 ) -> None:
-    runs = run(options, loreft=1.3e-3, qlora=2e-4, lora=1e-3)
+    runs = run(options, loreft=9e-4, qlora=2e-4, lora=1e-3)
     places = Counter(each["training"] for each in runs if each["lr"])
     assert sorted(places.values()) == [1] * 8 + [2, 2]
     for result in results_of(options).values():
@@ -191,7 +191,7 @@ def test_a_row_takes_over_the_adapter_of_its_trial_and_a_changed_training_does_n
 def test_the_command_of_a_row_has_the_rate_and_gives_the_same_cell(
     options: CompareOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(options, loreft=1.3e-3, qlora=6e-4, lora=1e-3)
+    run(options, loreft=9e-4, qlora=6e-4, lora=1e-3)
     result = results_of(options)["qlora[lr=searched]", 2]
     words = shlex.split(result["command"])
     assert words[words.index("--methods") + 1] == "qlora[lr=0.0006]"
@@ -208,13 +208,13 @@ def test_the_command_of_a_row_has_the_rate_and_gives_the_same_cell(
 def test_trials_that_ended_are_not_run_again_and_other_multiples_reuse_them(
     options: CompareOptions,
 ) -> None:
-    best: dict[str, float] = {"loreft": 1.3e-3, "qlora": 2e-4, "lora": 1e-3}
+    best: dict[str, float] = {"loreft": 9e-4, "qlora": 2e-4, "lora": 1e-3}
     run(options, **best)
     results = results_of(options)
     assert run(options, **best) == []
     assert results_of(options) == results
     new = run(changed(options, lr_search="1,10"), **best)
-    assert [each["lr"] for each in new] == [1.3e-2, 2e-3]  # the rates that were taken are the same
+    assert [each["lr"] for each in new] == [9e-3, 2e-3]  # the rates that were taken are the same
     trials = results_of(options)["qlora[lr=searched]", 1]["lr_search"]
     assert [trial["lr"] for trial in trials] == [2e-4, 2e-3]
 
@@ -223,20 +223,20 @@ def test_what_diverges_is_worst_and_a_method_that_always_does_keeps_its_rate_and
     options: CompareOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = changed(options, lr_search="1,1000,0.1", quiet=False)
-    run(options, loreft=1.3e-4 / 0.9, qlora=None, lora=1e-3)
+    run(options, loreft=9e-5 / 0.9, qlora=None, lora=1e-3)
     trials = results_of(options)["loreft[lr=searched]", 1]["lr_search"]
     assert [(t["lr"], t["chosen"], t["value"]) for t in trials] == [
-        (1.3e-3, False, pytest.approx(0.046, abs=1e-3)),
-        (1.3, False, None),
-        (1.3e-4, True, pytest.approx(0.954, abs=1e-3)),
+        (9e-4, False, pytest.approx(0.046, abs=1e-3)),
+        (0.9, False, None),
+        (9e-5, True, pytest.approx(0.954, abs=1e-3)),
     ]
     assert trials[1]["error"] == "FloatingPointError: the loss is not a number"
     lost = results_of(options)["qlora", 2]
     assert not any(trial["chosen"] for trial in lost["lr_search"])
     assert lost["config"]["optim"]["lr"] == METHODS["qlora"].lr
     said = capsys.readouterr().err
-    assert "loreft[lr=0.00013]: learning rate: 0.00013 of 0.0013, 1.3, 0.00013; best at" in said
-    assert "failed at 1.3" in said
+    assert "loreft[lr=9e-05]: learning rate: 9e-05 of 0.0009, 0.9, 9e-05; best at" in said
+    assert "failed at 0.9" in said
     assert "qlora: learning rate: none of 0.0002, 0.2, 2e-05; every trial failed" in said
     assert "lora[lr=1e-3]: learning rate: 0.001; not searched, as the entry names it" in said
 

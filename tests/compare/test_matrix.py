@@ -136,7 +136,7 @@ def test_a_result_has_the_fields_that_scripts_rely_on(options, fake_cell):
     assert set(f"{names} step_time_s error".split()) <= set(result)
     assert result["task"] == "numbers"
     assert result["tokens_per_s"] is None  # nan is no JSON
-    assert result["config"]["optim"]["lr"] == 1.3e-3  # of rank 4 on a base of 4096
+    assert result["config"]["optim"]["lr"] == 9e-4  # of rank 8 on a base of 4096
     stored = options.output_dir / "cells" / "loreft-seed0" / "result.json"
     assert json.loads(stored.read_text()) == result
 

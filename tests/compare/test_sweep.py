@@ -119,7 +119,8 @@ def test_an_option_goes_to_the_methods_that_take_it_and_one_may_have_its_own():
 
 def test_every_option_of_a_method_can_be_varied():
     [space] = spaces(
-        "act=relu,gelu init=paper,identity tie=tied,sides component=mlp_output,block_output"
+        "act=relu,gelu init=paper,identity tie=tied,sides component=mlp_output,block_output",
+        "loreft[positions=f1+l1]",
     )
     assert [part.name for part in space] == ["act", "init", "tie", "component"]
 
