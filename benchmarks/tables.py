@@ -20,7 +20,12 @@ from lowmem_reft.data.tasks.metrics import gain
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", ROOT / "docs" / "choose.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "RESULTS.md",
+    ROOT / "docs" / "choose.md",
+    ROOT / "docs" / "small-model.md",
+)
 BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

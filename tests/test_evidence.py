@@ -1,0 +1,102 @@
+"""The tables on real bases: what is run, what is kept of it, how it is shown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import collect, real_bases, tables
+from lowmem_reft.compare.cell import EMPTY_RESULT
+from lowmem_reft.errors import InputError
+from lowmem_reft.options import CompareOptions
+
+NUM_EXAMPLES = 40
+
+
+def cell(method: str, task: str, metric: str, right: int, loss: float, directory: Path) -> Any:
+    """A finished cell that answered the first ``right`` examples rightly."""
+    name = f"{method}-{task}.jsonl"
+    lines = [
+        {
+            **{"source": f"rows:{i}", "prediction": int(i >= right), "reference": 0},
+            **{"correct": i < right, "loss": loss, "num_tokens": 2},
+        }
+        for i in range(NUM_EXAMPLES)
+    ]
+    (directory / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {
+        **EMPTY_RESULT,
+        **{"method": method, "task": task, "seed": 0, "metric": metric, "predictions": name},
+        **{"num_trainable_params": 10, "peak_bytes": 2**20, "loss": loss, "key": f"{method}{task}"},
+        "value": loss if metric == "loss" else right / NUM_EXAMPLES,
+        "config": {},
+        "device": "a processor",
+        "command": "lowmem-reft compare",
+        "versions": {"torch": "2", "transformers": "5", "bitsandbytes": "1"},
+    }
+
+
+def test_what_is_kept_says_how_far_a_method_is_from_the_reference(tmp_path: Path) -> None:
+    cells = [
+        cell("qlora", "trec", "accuracy", 20, 1.0, tmp_path),
+        cell("loreft", "trec", "accuracy", 36, 0.9, tmp_path),
+        cell("red", "trec", "accuracy", 19, 1.1, tmp_path),
+        cell("qlora", "chat", "loss", 0, 1.0, tmp_path),
+        cell("loreft", "chat", "loss", 0, 1.5, tmp_path),
+        cell("red", "chat", "loss", 0, 0.5, tmp_path),
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(cells))
+    output = tmp_path / "kept.json"
+    options = collect.Collect(directories=(tmp_path,), output=output, reference="qlora")
+    assert collect.main(options) == 0
+    kept = {(each["method"], each["task"]): each for each in json.loads(output.read_text())}
+    assert kept["qlora", "trec"]["difference"] is None
+    far = kept["loreft", "trec"]["difference"]
+    assert (far["reference"], far["value"]) == ("qlora", pytest.approx(0.4))
+    assert 0.2 < far["low"] < 0.4 < far["high"] < 0.6
+    assert far["p_holm"] < 0.01
+    assert kept["red", "trec"]["difference"]["p_holm"] > 0.3
+    shown = tables.against_reference(list(kept.values()))
+    rows = {line.split("|")[1].strip(): line.split("|")[4:7] for line in shown.splitlines()[2:5]}
+    assert [word.strip() for word in rows["loreft"]] == ["90.0 +", "1.500 -", "1 of 2"]
+    assert [word.strip() for word in rows["red"]] == ["47.5", "0.500 +", "1 of 2"]
+    assert [word.strip() for word in rows["qlora"]] == ["50.0", "1.000", ""]
+
+
+@pytest.mark.parametrize("name", real_bases.BASES)
+def test_every_method_of_a_base_has_the_same_rows_batches_and_steps(name: Any) -> None:
+    base = real_bases.BASES[name]
+    rates = dict.fromkeys(real_bases.METHODS, 1e-3)
+    config = real_bases.Config(base=name, model="m", data_dir=Path("d"))
+    for task, size in base.sets.items():
+        options = real_bases.options_of(config, replace(base, rates=rates), task)
+        assert isinstance(options, CompareOptions)
+        assert options.matrix.methods is not None
+        assert options.matrix.methods.count("lr=0.001") == len(rates) - len(base.without)
+        assert (options.rows.limit, options.scored.eval_limit) == (size.train, size.scored)
+        assert options.optim.batch_size == size.batch_size
+        assert options.matrix.seeds == "0,1,2"
+
+
+@pytest.mark.parametrize("name", real_bases.BASES)
+def test_the_search_reads_no_more_test_rows_than_it_must(name: Any) -> None:
+    base = real_bases.BASES[name]
+    config = real_bases.Config(base=name, model="m", search=True)
+    options = real_bases.options_of(config, base, base.searched)
+    assert options.scored.eval_limit == 1
+    assert options.matrix.lr_search == real_bases.MULTIPLES
+    assert options.matrix.methods is not None
+    assert "lr=" not in options.matrix.methods
+
+
+def test_what_there_is_not_is_refused() -> None:
+    base = real_bases.BASES["minilm"]
+    config = real_bases.Config(base="minilm", model="m", methods="lorefd")
+    with pytest.raises(InputError, match="methods must be among loreft, all; "):
+        real_bases.entries(config, base)
+    with pytest.raises(InputError, match="sets must be among sst2"):
+        real_bases.main(replace(config, methods=None, sets="trec"))
