@@ -79,7 +79,10 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Show]:
 def test_a_terminal_shows_bars_with_the_time_that_is_left(
     arguments: list[str], on_a_terminal: Show
 ) -> None:
-    shown = on_a_terminal(arguments)
+    rows = Path(arguments[arguments.index("--eval-data") + 1])
+    more = rows.with_name("more.jsonl")  # more than a moment's work
+    more.write_text(rows.read_text() * 150)
+    shown = on_a_terminal([*arguments, "--eval-data", str(more)])
     assert re.search(BAR_OF_TRAINER, shown)
     assert re.search(BAR_OF_OURS, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown))
     assert re.search(COLOUR, shown)

@@ -433,7 +433,7 @@ def test_the_example_of_the_documentation_composes_two_adapters(
     page = Path(__file__).parents[2] / "docs" / "how-to" / "adapters.md"
     (block,) = (block for block in read_blocks(page) if "keep_orthogonal" in block.code)
     monkeypatch.chdir(tmp_path)
-    config = reft(layers="all", positions="f7+l7", init="paper")  # as the page's first adapter
+    config = reft(layers="all", positions="all", init="paper")  # as the page's first adapter
     model = get_peft_model(base, config, adapter_name="first").eval()
     of_first = logits(model)
     exec(block.code, {"model": model, "lr": lr})
