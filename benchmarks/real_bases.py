@@ -184,7 +184,7 @@ def options_of(config: Config, base: Base, task: str) -> CompareOptions:
         options["validation_limit"] = size.scored
     elif base.task_type == "CAUSAL_LM" and config.forgetting is not None:
         options |= {"forgetting": config.forgetting, "forgetting_limit": 12}
-    if not config.search:
+    if "equal=params" in options["methods"]:
         options["budget_reference"] = REFERENCE
     return written.build(CompareOptions, **options)
 

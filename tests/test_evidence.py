@@ -80,6 +80,10 @@ def test_every_method_of_a_base_has_the_same_rows_batches_and_steps(name: Any) -
         assert (options.rows.limit, options.scored.eval_limit) == (size.train, size.scored)
         assert options.optim.batch_size == size.batch_size
         assert options.matrix.seeds == "0,1,2"
+        few = replace(config, methods="loreft, upper; qlora")
+        options = real_bases.options_of(few, replace(base, rates=rates), task)
+        assert options.matrix.methods is not None
+        assert options.matrix.methods.endswith("qlora[rank=8,lr=0.001]")
 
 
 @pytest.mark.parametrize("name", real_bases.BASES)
