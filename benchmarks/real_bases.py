@@ -80,7 +80,7 @@ class Base:
     searched: str
     rates: dict[str, float]
     without: tuple[str, ...] = field(default_factory=tuple)
-    """Methods that make no difference there."""
+    """Methods that it refuses, or that are the same as another there."""
 
 
 _CHOICES = Size(train=160, validation=60, scored=200)

@@ -29,13 +29,17 @@ PAGES = (
 BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
+def _origin(result: list[dict[str, Any]]) -> str:
+    """What a comparison was measured on and with."""
+    first = next(row for row in result if row["num_trainable_params"])
+    names = ("torch", "transformers", "bitsandbytes")
+    versions = ", ".join(f"{name} {first['versions'][name]}" for name in names)
+    return f"{first['device']}; {versions}."
+
+
 def comparison(result: list[dict[str, Any]]) -> str:
     """Methods with means over seeds, as ``lowmem-reft compare`` writes them."""
-    first = next(row for row in result if row["num_trainable_params"])
-    versions = ", ".join(
-        f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes")
-    )
-    return f"{markdown(aggregate(result))}\n{first['device']}; {versions}.\n"
+    return f"{markdown(aggregate(result))}\n{_origin(result)}\n"
 
 
 def tasks(result: list[dict[str, Any]]) -> str:
@@ -62,11 +66,7 @@ def tasks(result: list[dict[str, Any]]) -> str:
         trainable = next(iter(by_task.values())).num_trainable_params or 0
         total = f"{100 * mean(method):.1f}" if mean(method) >= 0 else "–"
         lines.append(f"| {method} | {trainable:,} | {' | '.join(cells)} | {total} |")
-    first = next(row for row in result if row["num_trainable_params"])
-    versions = ", ".join(
-        f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes")
-    )
-    return "\n".join([*lines, "", f"{first['device']}; {versions}.", ""])
+    return "\n".join([*lines, "", _origin(result), ""])
 
 
 def against_reference(result: list[dict[str, Any]]) -> str:
@@ -106,11 +106,7 @@ def against_reference(result: list[dict[str, Any]]) -> str:
         peak = f"{statistics.median(peaks) / 2**20:,.0f}" if peaks else "–"
         kept = "" if method == reference else f"{ahead[method]} of {len(metrics)}"
         lines.append(f"| {method} | {trained:,} | {peak} | {' | '.join(cells)} | {kept} |")
-    first = next(row for row in result if row["num_trainable_params"])
-    versions = ", ".join(
-        f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes")
-    )
-    return "\n".join([*lines, "", f"{first['device']}; {versions}.", ""])
+    return "\n".join([*lines, "", _origin(result), ""])
 
 
 def _sets_kept(by_task: dict[str, Any], reference: dict[str, Any]) -> int:

@@ -39,7 +39,12 @@ _BEFORE = "adapter-before"
 
 _OF_THE_CARD = ("storage", "compute_dtype", "task_type", "template", "max_length", "seed")
 _OF_THE_OPTIMIZER = (
-    *("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optim"),
+    "lr",
+    "schedule",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
     "group_by_length",
 )
 

@@ -8,17 +8,10 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from lowmem_reft.options import (
-    DataOptions,
-    HeldOutOptions,
-    MethodOptions,
-    ModelOptions,
-    OptimOptions,
-    RunOptions,
-    TrainOptions,
-)
+from lowmem_reft.options import MethodOptions
 from lowmem_reft.runs.lengths import LikeLengths
 from lowmem_reft.runs.train import run_training
+from small_runs import small_run, with_optim, with_run
 
 
 def lengths_of(number: int) -> list[int]:
@@ -65,28 +58,15 @@ def test_examples_of_one_length_and_fewer_than_a_batch_are_all_taken() -> None:
 def test_a_run_computes_less_padding_from_a_store_as_well(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    data, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    options = small_run(tiny_llama_dir, tmp_path, validated=True)
     rows = [{"prompt": "cat " * (1 + 7 * (i % 5)), "response": "dog"} for i in range(40)]
-    for path in (data, held_out):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = TrainOptions(
-        model=ModelOptions(model=str(tiny_llama_dir), compute_dtype="fp32", device="cpu"),
-        data=DataOptions(data=str(data)),
-        held_out=HeldOutOptions(validation_data=str(held_out)),
-        method=MethodOptions(positions="l2", layers="upper:0.5"),
-        optim=OptimOptions(epochs=2, batch_size=2, lr=1e-2),
-        run=RunOptions(output_dir=tmp_path / "out", quiet=True),
-    )
+    Path(options.data.data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = replace(options, method=MethodOptions(positions="l2", layers="upper:0.5"))
     shares, losses = [], []
     for by_length, reuse in ((False, "off"), (True, "off"), (True, "trunk")):
-        result = run_training(
-            replace(
-                options,
-                optim=replace(options.optim, group_by_length=by_length),
-                reuse=replace(options.reuse, reuse=reuse),
-                run=replace(options.run, output_dir=tmp_path / f"{by_length}{reuse}"),
-            )
-        )
+        changed = with_optim(options, group_by_length=by_length)
+        changed = replace(changed, reuse=replace(options.reuse, reuse=reuse))
+        result = run_training(with_run(changed, output_dir=tmp_path / f"{by_length}{reuse}"))
         (*_, last) = result["validation"]
         assert result["reuse"] == reuse
         shares.append(last["num_real_tokens"] / last["num_computed_tokens"])
