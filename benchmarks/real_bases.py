@@ -90,7 +90,8 @@ BASES = {
     "smollm2": Base(
         task_type="CAUSAL_LM",
         sets={
-            **dict.fromkeys(("trec", "sst2", "boolq", "arc-easy", "openbookqa"), _CHOICES),
+            **dict.fromkeys(("trec", "sst2"), replace(_CHOICES, train=240)),
+            **dict.fromkeys(("boolq", "arc-easy", "openbookqa"), _CHOICES),
             "mawps": Size(train=160, validation=40, scored=100),
             "ultrafeedback1k": Size(
                 train=100, validation=20, scored=60, epochs=2, batch_size=4, max_length=256
