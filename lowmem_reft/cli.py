@@ -19,7 +19,6 @@ if __name__ == "__main__":  # before the imports below: Ctrl-C is heard during t
 import contextlib
 import gc
 import importlib
-import io
 import json
 import os
 import signal
@@ -29,9 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
-
-import tyro
+from typing import Any, TypeAlias
 
 from lowmem_reft import __version__
 from lowmem_reft.base import import_bitsandbytes_without_compiler
@@ -57,7 +54,7 @@ from lowmem_reft.options import (
     SweepOptions,
     TasksOptions,
     TrainOptions,
-    complaint,
+    parsing,
     written,
 )
 
@@ -100,26 +97,6 @@ _COMMANDS: dict[str, _Command] = {
 
 _FORMER = {"cache": "reuse"}
 """Names that subcommands had before this release; the next one knows them no longer."""
-
-_REGISTRY = tyro.constructors.ConstructorRegistry()
-
-
-@_REGISTRY.primitive_rule
-def _choice_or_nothing(info: Any) -> Any:
-    """Offer the choices of ``Literal | None`` in their order; tyro's own would be that of a set."""
-    first, *rest = get_args(info.type) or (None,)
-    if rest != [type(None)] or get_origin(first) is not Literal:
-        return None
-    choices = get_args(first)
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{" + ",".join(choices) + "}",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: value is None or value in choices,
-        str_from_instance=lambda value: [str(value)],
-        choices=choices,
-    )
-
 
 _MOST_CHARACTERS = 2000
 """Of a line that is printed about an error."""
@@ -196,66 +173,8 @@ def _reader_left() -> int:
 
 
 def _parse(arguments: list[str]) -> Options:
-    """Turn the arguments into options.
-
-    Raises:
-        InputError: A value breaks its rule.
-        SystemExit: The help was asked for, or tyro has said what is wrong.
-    """
-    # tyro knows of the one subcommand alone, so what it suggests for a typo is an option of that.
-    command = _COMMANDS.get(arguments[0]) if arguments else None
-
-    def parse() -> Options:
-        options: Options = tyro.cli(
-            command.options if command else _all_commands(),
-            prog=f"lowmem-reft {arguments[0]}" if command else "lowmem-reft",
-            description=None if command else _DESCRIPTION,
-            args=arguments[1:] if command else arguments,
-            config=(
-                tyro.conf.OmitArgPrefixes,  # --rank, not --method.rank
-                tyro.conf.DisallowNone,  # "--rank INT", not "--rank {None}|INT"
-                tyro.conf.FlagCreatePairsOff,  # every flag is off by default: no --no-json
-            ),
-            registry=_REGISTRY,
-        )
-        return options
-
-    # tyro would print what a dataclass refuses under a name of its own and wrap the message, so it
-    # speaks only when it is asked for help.
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
-            return parse()
-    except SystemExit as left:
-        error: BaseException | None = left
-        while error is not None:
-            if isinstance(error, InputError):
-                raise error from None
-            error = error.__context__
-        name = f"lowmem-reft {arguments[0]}" if command else "lowmem-reft"
-        if left.code and (said := _unknown(arguments) or complaint.one_line(box.getvalue())):
-            print(f"{name}: error: {said}; see {name} --help", file=sys.stderr)
-            raise SystemExit(left.code) from None
-    return parse()
-
-
-def _unknown(arguments: list[str]) -> str:
-    """Say which command or which options there are not; empty if it is something else."""
-    command = _COMMANDS.get(arguments[0]) if arguments else None
-    if command is None:
-        named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
-        return complaint.misspelled(named, _COMMANDS, "command")
-    flags = complaint.known_flags(command.options)
-    return complaint.misspelled(complaint.given_flags(arguments[1:]), flags, "options")
-
-
-def _all_commands() -> Any:
-    """Return the union of all subcommands' options."""
-    named = [
-        Annotated[command.options, tyro.conf.subcommand(name)]
-        for name, command in _COMMANDS.items()
-    ]
-    return Union[tuple(named)]  # noqa: UP007 - there is no | of a list
+    kinds = {name: command.options for name, command in _COMMANDS.items()}
+    return parsing.parse(arguments, kinds, _DESCRIPTION)
 
 
 def _run(command: _Command, options: Options) -> int:

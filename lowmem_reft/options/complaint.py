@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any
+
+from lowmem_reft.options import written
 
 _FLAG = re.compile(r"--[\w-]+")
 _MOST_CHARACTERS = 400
@@ -76,16 +77,9 @@ def given_flags(words: Sequence[str]) -> list[str]:
 
 def known_flags(options: Any) -> list[str]:
     """Return every flag of a class of options, its other names too."""
-    found = ["--help"]
-    for item in fields(options):
-        hint = get_type_hints(options, include_extras=True)[item.name]
-        kind = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
-        if is_dataclass(kind):
-            found += known_flags(kind)
-            continue
-        found.append(f"--{item.name.replace('_', '-')}")
-        for extra in getattr(hint, "__metadata__", ()):
-            found += getattr(extra, "aliases", None) or ()
+    found = ["--help", "--config"]
+    for name, leaf in written.leaves(options).items():
+        found += [written.flag(name), *leaf.aliases]
     return found
 
 

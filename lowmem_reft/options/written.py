@@ -9,9 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
 
 AnyOptions = TypeVar("AnyOptions")
+
+
+class Leaf(NamedTuple):
+    """A value of a class of options."""
+
+    hint: Any
+    """Its type."""
+    usual: Any
+    """Its default; ``dataclasses.MISSING`` if it has none."""
+    group: Any
+    """Its class, if it is a group of further values."""
+    aliases: tuple[str, ...] = ()
+    """Other flags of it."""
+    positional: bool = False
+    """Whether it is written as a word without a flag."""
 
 
 def values(options: Any) -> dict[str, Any]:
@@ -25,13 +42,13 @@ def values(options: Any) -> dict[str, Any]:
 
 def types(kind: Any) -> dict[str, Any]:
     """Return the type of every value of a class of options, by its name."""
-    return {name: hint for name, (hint, _) in _leaves(kind).items()}
+    return {name: leaf.hint for name, leaf in leaves(kind).items()}
 
 
 def given(options: Any) -> dict[str, Any]:
     """Return by name what is not the default; values without a default are always given."""
-    usual = _leaves(type(options))
-    return {name: value for name, value in values(options).items() if value != usual[name][1]}
+    known = leaves(type(options))
+    return {name: value for name, value in values(options).items() if value != known[name].usual}
 
 
 def flags(
@@ -50,9 +67,13 @@ def flags(
     words = []
     for name, value in given(options).items():
         if name not in without:
-            flag = f"--{name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, text(name, value)]
+            words += [flag(name)] if value is True else [flag(name), text(name, value)]
     return words
+
+
+def flag(name: str) -> str:
+    """Return how a value's name is written on a command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def changed(options: AnyOptions, **new: Any) -> AnyOptions:
@@ -82,33 +103,49 @@ def build(kind: type[AnyOptions], /, **content: Any) -> AnyOptions:
         InputError: A value breaks its rule.
     """
     own: dict[str, Any] = {}
-    for name, (hint, usual, group) in _fields(kind).items():
+    for name, field in _fields(kind).items():
+        group, usual = field.group, field.usual
         if group is None or is_dataclass(content.get(name)):
-            own |= {name: _value(hint, content.pop(name))} if name in content else {}
+            own |= {name: _value(field.hint, content.pop(name))} if name in content else {}
         elif isinstance(content.get(name), dict):
             own[name] = build(group, **content.pop(name))
-        elif inner := {leaf: content.pop(leaf) for leaf in types(group) if leaf in content}:
+        elif inner := {leaf: content.pop(leaf) for leaf in leaves(group) if leaf in content}:
             own[name] = build(group, **(values(usual) if is_dataclass(usual) else {}) | inner)
     return kind(**own, **content)
 
 
-def _fields(kind: Any) -> dict[str, tuple[Any, Any, Any]]:
-    """Type and default of every field, and the type again if the field is a group."""
-    hints, found = get_type_hints(kind), {}
-    for item in fields(kind):
-        hint = hints[item.name]
-        usual = item.default if item.default_factory is MISSING else item.default_factory()
-        found[item.name] = hint, usual, hint if is_dataclass(hint) else None
+def leaves(kind: Any, usual_group: Any = None) -> dict[str, Leaf]:
+    """Return every value of a class of options, those of its groups where the group stands.
+
+    Args:
+        kind: The class.
+        usual_group: An instance whose values are the defaults instead of those of the class.
+    """
+    found: dict[str, Leaf] = {}
+    for name, field in _fields(kind).items():
+        usual = getattr(usual_group, name, field.usual)
+        inner = usual if is_dataclass(usual) else None
+        if field.group is None:
+            found[name] = field._replace(usual=usual)
+        else:
+            found |= leaves(field.group, inner)
     return found
 
 
-def _leaves(kind: Any, usual_group: Any = None) -> dict[str, tuple[Any, Any]]:
-    """Type and default of every value; the default of a group may say other ones than its class."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for name, (hint, usual, group) in _fields(kind).items():
-        usual = getattr(usual_group, name, usual)
-        inner = usual if is_dataclass(usual) else None
-        found |= {name: (hint, usual)} if group is None else _leaves(group, inner)
+def _fields(kind: Any) -> dict[str, Leaf]:
+    hints, found = get_type_hints(kind, include_extras=True), {}
+    for item in fields(kind):
+        hint = hints[item.name]
+        hint, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        usual = item.default if item.default_factory is MISSING else item.default_factory()
+        aliases = [alias for extra in extras for alias in getattr(extra, "aliases", None) or ()]
+        found[item.name] = Leaf(
+            hint,
+            usual,
+            hint if is_dataclass(hint) else None,
+            tuple(aliases),
+            tyro.conf.Positional in extras,
+        )
     return found
 
 

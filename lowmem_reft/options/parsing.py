@@ -1,0 +1,115 @@
+"""A command line becomes options of a subcommand, by tyro; what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tyro
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.options import complaint, run_file
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _choice_or_nothing(info: Any) -> Any:
+    """Offer the choices of ``Literal | None`` in their order; tyro's own would be that of a set."""
+    first, *rest = get_args(info.type) or (None,)
+    if rest != [type(None)] or get_origin(first) is not Literal:
+        return None
+    choices = get_args(first)
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or value in choices,
+        str_from_instance=lambda value: [str(value)],
+        choices=choices,
+    )
+
+
+def parse(arguments: list[str], commands: Mapping[str, Any], description: str) -> Any:
+    """Turn the arguments into options.
+
+    Args:
+        arguments: Those of the process; the first names the subcommand.
+        commands: The class of options of each subcommand.
+        description: What the help of the program says.
+
+    Raises:
+        InputError: A value breaks its rule.
+        SystemExit: The help was asked for, or what is wrong has been said.
+    """
+    # tyro knows of the one subcommand alone, so what it suggests for a typo is an option of that.
+    kind = commands.get(arguments[0]) if arguments else None
+    name = f"lowmem-reft {arguments[0]}" if kind else "lowmem-reft"
+    words, entries = arguments, dict[str, run_file.Entry]()
+    if kind:
+        words, entries = _with_file(arguments, kind)
+        description = f"{inspect.getdoc(kind)}\n\n{run_file.HELP}"
+
+    def parsed() -> Any:
+        return tyro.cli(
+            kind or _any_of(commands),
+            prog=name,
+            description=description,
+            args=words,
+            config=(
+                tyro.conf.OmitArgPrefixes,  # --rank, not --method.rank
+                tyro.conf.DisallowNone,  # "--rank INT", not "--rank {None}|INT"
+                tyro.conf.FlagCreatePairsOff,  # every flag is off by default: no --no-json
+            ),
+            registry=_REGISTRY,
+        )
+
+    # tyro would print what a dataclass refuses under a name of its own and wrap the message, so it
+    # speaks only when it is asked for help.
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            return parsed()
+    except SystemExit as left:
+        error: BaseException | None = left
+        while error is not None:
+            if isinstance(error, InputError):
+                raise InputError(run_file.blamed(str(error), entries)) from None
+            error = error.__context__
+        said = _unknown(arguments, commands) or complaint.one_line(box.getvalue())
+        if left.code and said:
+            said = run_file.blamed(said, entries)
+            print(f"{name}: error: {said}; see {name} --help", file=sys.stderr)
+            raise SystemExit(left.code) from None
+    return parsed()
+
+
+def _with_file(arguments: list[str], kind: Any) -> tuple[list[str], dict[str, run_file.Entry]]:
+    """Return the words after the command's name, with those of ``--config FILE`` before them."""
+    words, path = run_file.take(arguments[1:])
+    if path is None:
+        return words, {}
+    given = complaint.given_flags(words)
+    entries = run_file.read(path, arguments[0], kind, given=given)
+    own = [word for entry in entries.values() for word in entry.words]
+    return [*own, *run_file.without_off_switches(words, kind)], entries
+
+
+def _unknown(arguments: list[str], commands: Mapping[str, Any]) -> str:
+    """Say which command or which options there are not; empty if it is something else."""
+    kind = commands.get(arguments[0]) if arguments else None
+    if kind is None:
+        named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+        return complaint.misspelled(named, commands, "command")
+    given = complaint.given_flags(run_file.without_off_switches(arguments[1:], kind))
+    return complaint.misspelled(given, complaint.known_flags(kind), "options")
+
+
+def _any_of(commands: Mapping[str, Any]) -> Any:
+    """Return the union of all subcommands' options."""
+    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()]
+    return Union[tuple(named)]  # noqa: UP007 - there is no | of a list
