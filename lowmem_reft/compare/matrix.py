@@ -27,6 +27,7 @@ from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.compare.sources import Sources, find_all_sources, with_embedded_rows
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine.locks import alone
+from lowmem_reft.machine.run_files import write_run_file
 from lowmem_reft.methods.entries import MethodSpec, expand_methods, parse_methods
 from lowmem_reft.options import CompareOptions, Workers, written
 from lowmem_reft.options.values import parse_seeds
@@ -78,6 +79,7 @@ def run_comparison(
     every_source = [*find_all_sources(options)]
     runner = _Runner(options, child_command)
     with alone(options.output_dir, options.output_dir / ".lock"):
+        write_run_file(options.output_dir, "compare", options)
         cells = [
             cell
             for sources in every_source

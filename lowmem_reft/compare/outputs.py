@@ -9,6 +9,7 @@ from pathlib import Path
 from lowmem_reft.data.rows import Row, as_records, write_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.destinations import check_directory, check_not_read, read_or_none
+from lowmem_reft.machine.run_files import NAME, check_run_file
 from lowmem_reft.options import CompareOptions, SweepOptions
 
 _REPORT = (
@@ -34,6 +35,7 @@ def check_comparison(options: CompareOptions | SweepOptions) -> None:
         # Whoever goes on from a sweep.json says himself what is wrong with it.
         is_ours=None if isinstance(options, SweepOptions) else _holds_results,
     )
+    check_run_file(options.output_dir)
     if options.reuse.reuse_dir is not None:
         check_directory("reuse_dir", options.reuse.reuse_dir)
 
@@ -69,7 +71,7 @@ def keep_rows(options: CompareOptions | SweepOptions, name: str, rows: Sequence[
 
 def _holds_others(directory: Path) -> bool:
     """Whether there is no cell and something that is never ours."""
-    ours = {each.rstrip("/") for each in (*_REPORT, *_ROWS, "sweep.json", ".lock", "timing/")}
+    ours = {each.rstrip("/") for each in (*_REPORT, *_ROWS, "sweep.json", ".lock", "timing/", NAME)}
     names = {path.name for path in directory.iterdir()}
     return "cells" not in names and bool(names - ours)
 

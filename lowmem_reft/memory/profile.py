@@ -17,6 +17,7 @@ from lowmem_reft.machine.destinations import check_directory, read_or_none
 from lowmem_reft.machine.devices import device_name, dtype_name, resolve_device, resolve_storage
 from lowmem_reft.machine.files import write_json
 from lowmem_reft.machine.provenance import versions
+from lowmem_reft.machine.run_files import check_run_file, write_run_file
 from lowmem_reft.memory.live import CATEGORIES, LiveMemory, label_model, track
 from lowmem_reft.memory.measure import Measured, measure
 from lowmem_reft.memory.planner import GIB, Card, Planner, read_config
@@ -49,6 +50,7 @@ def run_profile(options: ProfileOptions) -> dict[str, Any]:
         written=("profile.json", "timeline.png", "timeline.html"),
         is_ours=_holds_profile,
     )
+    check_run_file(options.output_dir)
     device = resolve_device(options.model.device)
     setting = _setting(options, device)
     lengths = lengths_of(options.lengths)
@@ -159,6 +161,7 @@ def _write(
     directory = options.output_dir
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "profile.json", result)
+    write_run_file(directory, "profile", options)
     title = f"{options.model.model}, {options.method.method}: live memory in one training step"
     png = draw_timeline(directory / "timeline.png", live.timeline, title=title)
     paths = {"png": str(png), "html": None}

@@ -1,4 +1,4 @@
-"""Options in a file: ``lowmem-reft COMMAND --config run.yaml``, and the one that a run writes.
+"""Options in a file: ``lowmem-reft COMMAND --config run.yaml``.
 
 The file names options as the command line does, without the hyphens in front, one below the other;
 there are no groups in it. YAML and TOML are read. A flag overrides what the file says.
@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.machine.files import plain, write_text_whole
 from lowmem_reft.options import written
-
-NAME = "run.yaml"
-"""The file that a run writes beside its result."""
 
 COMMAND = "command"
 """The name under which a file may say what it is for."""
@@ -126,37 +122,6 @@ def blamed(message: str, entries: Mapping[str, Entry]) -> str:
         if name in entries:
             return f"{entries[name].place}: {message}"
     return message
-
-
-def write(directory: Path, command: str, options: Any, **resolved: Any) -> None:
-    """Write what a run was given and what was resolved, so that ``--config`` repeats it.
-
-    Args:
-        directory: Where its result goes.
-        command: The command.
-        options: Its options.
-        resolved: Values by the names of options, in place of those given; None leaves one out.
-    """
-    import yaml
-
-    content = {**written.values(options), **resolved}
-    kept = {name: value for name, value in content.items() if value is not None}
-    known = written.leaves(type(options))
-    kept = {name: value for name, value in kept.items() if not known[name].positional}
-    text = yaml.safe_dump(
-        plain({COMMAND: command, **{name: _as_yaml(value) for name, value in kept.items()}}),
-        sort_keys=False,
-        allow_unicode=True,
-        width=1000,
-    )
-    said = f"# lowmem-reft {command} --config {NAME} runs this again; flags override it.\n"
-    write_text_whole(directory / NAME, said + text)
-
-
-def _as_yaml(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _off(name: str, leaves: Mapping[str, written.Leaf]) -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lowmem_reft.machine.destinations import check_directory, check_file, read_or_none
 from lowmem_reft.machine.files import parse_json
+from lowmem_reft.machine.run_files import check_run_file
 
 if TYPE_CHECKING:
     from lowmem_reft.options import EvaluateOptions, GenerateOptions, TrainOptions
@@ -44,6 +45,7 @@ def check_training(options: TrainOptions) -> None:
         sources=sources,
         is_ours=None if options.run.resume else _is_run,
     )
+    check_run_file(options.run.output_dir)
     _check_stores(options.reuse.reuse_dir)
 
 

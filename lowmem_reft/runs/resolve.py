@@ -26,12 +26,12 @@ from lowmem_reft.data.tokens import (
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
-from lowmem_reft.machine.devices import resolve_storage
+from lowmem_reft.machine.devices import dtype_name, resolve_storage
 from lowmem_reft.methods.attach import check_run, check_target_modules
 from lowmem_reft.methods.card import TrainingCard, merge_card
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.entries import resolve_learning_rate
-from lowmem_reft.methods.table import find_method
+from lowmem_reft.methods.table import all_options, find_method
 from lowmem_reft.methods.tokenizers import template_digest, vocabulary_digest
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
     from lowmem_reft.data.rows import Row
     from lowmem_reft.options import OptimOptions, TrainOptions
+
+
+_OF_THE_CARD = ("storage", "task_type", "template", "joint", "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,18 @@ class Run:
             self.options.optim,
             lambda: self.config.get_text_config().hidden_size,
         )
+
+    @property
+    def as_resolved(self) -> dict[str, Any]:
+        """What options stand for that name no value, by their names: for the run's own file."""
+        return {
+            **{name: getattr(self.card, name) for name in _OF_THE_CARD},
+            "compute_dtype": dtype_name(self.compute_dtype),
+            "lr": self.optim.lr,
+            **all_options(self.options.method),
+            # What it chose is written out, and how a run goes on is not a setting.
+            **{"memory_gib": None, "resume": None, "dry_run": None},
+        }
 
     @property
     def directory(self) -> Path:

@@ -13,6 +13,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import write_json
 from lowmem_reft.machine.provenance import versions
+from lowmem_reft.machine.run_files import write_run_file
 from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.loading import load_frozen
@@ -67,6 +68,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     run = fit_into_memory(run)
     with held(run):
         run_id, begun = prepare_directory(run, validation)
+        if processes.is_main():
+            write_run_file(run.directory, "train", run.options, **run.as_resolved)
         return _train(run, validation, held_out, run_id, begun)
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from lowmem_reft import cli
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.run_files import NAME, check_run_file, write_run_file
 from lowmem_reft.options import (
     CompareOptions,
     DataOptions,
     GenerateOptions,
     ModelOptions,
     TrainOptions,
-    run_file,
     written,
 )
 
@@ -49,8 +49,8 @@ def parsed(tmp_path: Path, command: str, text: str, *words: str, name: str = "ru
 )
 def test_what_is_written_is_read_as_it_was(tmp_path: Path, options: Any) -> None:
     command = type(options).__name__.removesuffix("Options").lower()
-    run_file.write(tmp_path, command, options)
-    path = tmp_path / run_file.NAME
+    write_run_file(tmp_path, command, options)
+    path = tmp_path / NAME
     assert cli._parse([command, "--config", str(path)]) == options
 
 
@@ -129,3 +129,11 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run.ini").write_text("")
     with pytest.raises(InputError, match=r"config must end in \.yaml"):
         cli._parse(["train", "--config", str(tmp_path / "run.ini")])
+
+
+def test_a_file_of_options_that_no_run_wrote_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text("model: m\n")
+    with pytest.raises(InputError, match="output_dir must be a new file, or one that"):
+        check_run_file(tmp_path)
+    write_run_file(tmp_path, "generate", written.build(GenerateOptions, model="m"))
+    check_run_file(tmp_path)

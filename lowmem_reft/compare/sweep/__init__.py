@@ -29,6 +29,7 @@ from lowmem_reft.compare.sweep.space import Space, grid, parse_space, size
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine.files import parse_json, write_json
 from lowmem_reft.machine.locks import alone
+from lowmem_reft.machine.run_files import write_run_file
 from lowmem_reft.methods.entries import MethodSpec, parse_methods
 from lowmem_reft.options import CompareOptions, SweepOptions
 
@@ -65,6 +66,7 @@ def run_sweep(
     trials, sources, final = find_rows(options)
     path = options.output_dir / FILE_NAME
     with alone(options.output_dir, options.output_dir / ".lock"):
+        write_run_file(options.output_dir, "sweep", options)
         known = _read(path)
         tasks = [
             _task(options, sampler, trials, sources, spec, space, known)
