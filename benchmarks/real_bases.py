@@ -53,7 +53,7 @@ SHARED_RATES = {
     "qlora, equal": "qlora",
     "qdora": "qlora",
 }
-"""Methods that take another one's rate: one search for a family."""
+"""Methods that take another one's rate where they have none: one search for a family."""
 
 MULTIPLES = "0.3,1,3,10"
 """Of each method's own rate, in the search."""
@@ -98,7 +98,7 @@ BASES = {
             ),
         },
         searched="trec",
-        rates={"loreft, all": 2.4e-3, "qlora": 1.6e-3},
+        rates={"loreft, all": 7.2e-4, "loreft, upper": 2.4e-3, "qlora": 5.3e-4},
     ),
     "minilm": Base(
         task_type="SEQ_CLS",
@@ -205,7 +205,8 @@ def entries(config: Config, base: Base) -> list[str]:
         if name == "red_loreft" and base.task_type == "SEQ_CLS":
             values = {**values, "positions": "all"}
         if not config.search:
-            values = {**values, "lr": f"{base.rates[SHARED_RATES.get(name, name)]:g}"}
+            rate = base.rates[name if name in base.rates else SHARED_RATES[name]]
+            values = {**values, "lr": f"{rate:g}"}
         found.append(write_entry(method, values))
     return found
 
