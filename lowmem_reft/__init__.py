@@ -13,7 +13,8 @@ Importing the package loads no torch; each name below is imported when it is fir
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from lowmem_reft import _former, _peft_hook
 from lowmem_reft.errors import InputError
@@ -21,6 +22,8 @@ from lowmem_reft.machine import notices
 from lowmem_reft.machine.lazy import names_on_use
 
 if TYPE_CHECKING:
+    from lowmem_reft import compare
+    from lowmem_reft.api import evaluate, generate, plan, train
     from lowmem_reft.base.loading import load_base, load_tokenizer, save_base
     from lowmem_reft.reft.composition import keep_orthogonal
     from lowmem_reft.reft.config import ReftConfig
@@ -33,21 +36,33 @@ __all__ = [
     "ReftConfig",
     "ReftModel",
     "__version__",
+    "compare",
+    "evaluate",
+    "generate",
     "keep_orthogonal",
     "load_base",
     "load_tokenizer",
+    "plan",
     "save_base",
+    "train",
 ]
 
-__getattr__, __dir__ = names_on_use(
+_named, __dir__ = names_on_use(
     __name__,
     {
+        "api": ["evaluate", "generate", "plan", "train"],
         "reft.composition": ["keep_orthogonal"],
         "base.loading": ["load_base", "load_tokenizer", "save_base"],
         "reft.config": ["ReftConfig"],
         "reft.tuner": ["ReftModel"],
     },
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``compare``, a package that can be called, or what a module has under a name."""
+    return importlib.import_module(f"{__name__}.compare") if name == "compare" else _named(name)
+
 
 notices.hide()  # first: the tuners import who says them
 _former.install()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 
@@ -27,3 +28,14 @@ def names_on_use(
         return value
 
     return get, lambda: sorted({*vars(sys.modules[package]), *home})
+
+
+def call_as(package: str, function: str) -> None:
+    """Let a package be called as the function ``module:name`` is, which is imported then."""
+    module, _, name = function.partition(":")
+
+    class Callable(ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    sys.modules[package].__class__ = Callable
