@@ -137,3 +137,15 @@ def test_a_file_of_options_that_no_run_wrote_is_not_replaced(tmp_path: Path) -> 
         check_run_file(tmp_path)
     write_run_file(tmp_path, "generate", written.build(GenerateOptions, model="m"))
     check_run_file(tmp_path)
+
+
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_files_to_copy_are_read(path: Path) -> None:
+    comment, command = path.read_text(), path.read_text().split("command: ")[1].split()[0]
+    assert f"lowmem-reft {command} --config recipes/configs/{path.name} --data FILE" in comment
+    words = ["--data", "d"] + (["--output-dir", "o"] if command == "train" else [])
+    options = cli._parse([command, "--config", str(path), *words])
+    assert written.given(options)["model"].startswith("meta-llama/")
