@@ -33,7 +33,7 @@ from typing import Any, TypeAlias
 from lowmem_reft import __version__
 from lowmem_reft.base import import_bitsandbytes_without_compiler
 from lowmem_reft.errors import InputError, is_full_disk, is_out_of_memory, is_wrong_path
-from lowmem_reft.machine import processes
+from lowmem_reft.machine import own_modules, processes
 from lowmem_reft.machine.files import plain
 from lowmem_reft.machine.progress import show_bars
 from lowmem_reft.machine.terminal import for_stream, harmless
@@ -106,6 +106,7 @@ _LAUNCHER_ENDS_ALL_S = 2.0
 
 _DESCRIPTION = f"""ReFT, LoRA and QLoRA on a frozen 4- or 8-bit base (version {__version__}).
 
+--import NAME imports a module of yours first, which adds interventions, methods or tasks.
 LOWMEM_REFT_DEBUG=1 in the environment shows the traceback of a failure."""
 
 _OUT_OF_MEMORY_ADVICE = (
@@ -132,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(arguments[0], f"this is now lowmem-reft {now}; use that name", code=0)
         arguments[0] = now
     try:
+        arguments = own_modules.take(arguments)
         options = _parse(arguments)
         if processes.num_processes() > 1 and not isinstance(options, TrainOptions):
             raise InputError(

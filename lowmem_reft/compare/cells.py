@@ -15,6 +15,7 @@ from typing import Any
 from lowmem_reft.compare.cell import Cell
 from lowmem_reft.compare.sources import Examples, Sources
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine import own_modules
 from lowmem_reft.methods.entries import MethodSpec, resolve_learning_rate
 from lowmem_reft.methods.table import find_method, given_options
 from lowmem_reft.options import (
@@ -236,6 +237,8 @@ def _config(
     if evaluate.beside.forgetting is not None:
         limit = evaluate.beside.forgetting_limit
         config["forgetting"] = {"text": sources.forgetting_digest, "limit": limit}
+    if imported := own_modules.digests():
+        config["imported"] = imported
     if train is None:
         return config
     method = find_method(train.method.method)

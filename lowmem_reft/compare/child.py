@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lowmem_reft.compare.cell import EMPTY_RESULT, Cell, Result
 from lowmem_reft.compare.engines.launch import leave_result
-from lowmem_reft.machine import provenance
+from lowmem_reft.machine import own_modules, provenance
 from lowmem_reft.machine.devices import device_name
 from lowmem_reft.machine.files import open_itself, parse_json, write_json
 from lowmem_reft.options import TrainOptions
@@ -34,6 +34,7 @@ def run_cell(cell: Cell) -> Result:
     on CUDA.
     """
     start = time.perf_counter()
+    own_modules.load()
     trained: Result = {"num_trainable_params": 0, "trainable_percent": 0.0, "adapter_bytes": 0}
     if cell.train is not None:
         trained = _train_once(cell.train, _training_key(cell))

@@ -22,7 +22,14 @@ from typing import Any
 
 from lowmem_reft.compare.cell import Cell, Result, write_cell
 from lowmem_reft.compare.engines.launch import available_threads, result_or_cause
-from lowmem_reft.compare.engines.node import Input, Part, data_files, read_content, run_on_node
+from lowmem_reft.compare.engines.node import (
+    HANDED_OVER,
+    Input,
+    Part,
+    data_files,
+    read_content,
+    run_on_node,
+)
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.machine.files import open_itself
@@ -165,7 +172,7 @@ class RayEngine:
         import ray
 
         self._arguments = tuple(child_command[1:])
-        self._threads = os.environ.get("OMP_NUM_THREADS")
+        self._variables = {name: os.environ.get(name) for name in HANDED_OVER}
         self._task = ray.remote(num_returns="streaming", max_retries=0)(run_on_node)
         self._inputs: dict[str, Any] = {}
 
@@ -198,7 +205,7 @@ class RayEngine:
                 content,
                 os.path.abspath(cell.directory),
                 self._arguments,
-                self._threads,
+                self._variables,
                 *references,
             ),
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem_reft.compare.engines.launch import LOG_FILE, cause_of_death, join_child, start_child
+from lowmem_reft.machine import own_modules
 from lowmem_reft.machine.files import parse_json, write_json
 
 _FOLLOWED = (LOG_FILE, "train/epochs.jsonl")
@@ -42,11 +43,16 @@ class Input(NamedTuple):
     data: bytes
 
 
+HANDED_OVER = ("OMP_NUM_THREADS", own_modules.VARIABLE)
+"""Ray has a number of threads of its own, which would change the order of sums; and modules of the
+user's, which the nodes must have too."""
+
+
 def run_on_node(
     content: dict[str, Any],
     directory: str,
     arguments: Sequence[str],
-    threads: str | None,
+    variables: dict[str, str | None],
     *inputs: Input,
 ) -> Iterator[Part | str]:
     """Run a cell, yield the parts of its files, and last how its process ended.
@@ -55,8 +61,7 @@ def run_on_node(
         content: ``cell.json``.
         directory: The cell's directory on the driver, where its options point to.
         arguments: Of Python, which is the node's own: what runs one cell.
-        threads: OMP_NUM_THREADS of the driver. Ray has a value of its own, which would change the
-            order of sums.
+        variables: ``HANDED_OVER`` of the driver's environment.
         inputs: Files that the options name.
     """
     with tempfile.TemporaryDirectory(prefix="lowmem-reft-") as temporary:
@@ -69,10 +74,8 @@ def run_on_node(
             moved[name] = str(copy)
         options = {name: _moved(content[name], moved) for name in ("train", "evaluate")}
         path = write_json(here / "cell.json", {**content, **options})
-        environment = dict(os.environ)
-        environment.pop("OMP_NUM_THREADS", None)
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = threads
+        environment = {name: value for name, value in os.environ.items() if name not in variables}
+        environment |= {name: value for name, value in variables.items() if value is not None}
         handed_over: dict[str, int] = {}
         process = start_child([sys.executable, *arguments], path, environment)
         try:
