@@ -18,7 +18,8 @@ from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.kernels import num_quantized
 from lowmem_reft.memory.predict import Lengths, Predictor, Setting
 from lowmem_reft.memory.reuse import ReusePlan, plan_reuse
-from lowmem_reft.memory.shapes import config_of
+from lowmem_reft.memory.shapes import config_of, nearest_names
+from lowmem_reft.options import OptimOptions
 
 GIB = 2**30
 
@@ -53,7 +54,7 @@ class Card:
             )
         if gpu is not None:
             found = find_gpu(gpu)
-            return cls(name=found.name, memory_bytes=found.memory_mib * 2**20, bf16=found.has_bf16)
+            return cls(name=found.name, memory_bytes=found.torch_bytes, bf16=found.has_bf16)
         if memory_gib is None:
             return None
         if not memory_gib > 0:
@@ -110,8 +111,13 @@ class Plan:
 
     @property
     def worst_bytes(self) -> int:
-        """Return the tensors alive at the worst moment of loading, training and evaluation."""
-        return max(self.peak_bytes, self.loading_peak_bytes, self.evaluation_peak_bytes)
+        """Return the tensors alive at the worst moment of loading and training.
+
+        With ``resident upper`` the store is built by a pass through all blocks, one after the
+        other, which takes no more than scoring.
+        """
+        building = self.evaluation_peak_bytes if self.setting.resident == "upper" else 0
+        return max(self.peak_bytes, self.loading_peak_bytes, building)
 
     @property
     def required_bytes(self) -> int:
@@ -160,7 +166,15 @@ def read_config(model: str | Path) -> Any:
     path = Path(model)
     if (path / "config.json").is_file():
         path = path / "config.json"
-    config = _read_config_file(path) if path.suffix == ".json" else load_config(model)
+    if path.suffix == ".json":
+        return check_sizes(_read_config_file(path), model)
+    try:
+        config = load_config(model)
+    except InputError as error:
+        if path.exists() or str(model).startswith(("/", ".", "~")):
+            raise
+        names = ", ".join(nearest_names(str(model)))
+        raise InputError(f"{error}, or take a short name: {names}") from error
     return check_sizes(config, model)
 
 
@@ -224,7 +238,7 @@ class Planner:
         self.config = config
         self.card = card
         self._predictor: Predictor | None = None
-        self._peaks: dict[tuple[Setting, Lengths], int] = {}
+        self._known: dict[tuple[str, Setting, Lengths], int] = {}
 
     def predictor(self, setting: Setting) -> Predictor:
         """Return the predictor of a setting; asked twice in a row, the same one.
@@ -238,10 +252,27 @@ class Planner:
 
     def training_peak_bytes(self, setting: Setting, lengths: Lengths) -> int:
         """Return the predicted peak of a training step, margin included."""
-        key = (setting, lengths)
-        if key not in self._peaks:
-            self._peaks[key] = with_margin(self.predictor(setting).training(lengths).peak_bytes)
-        return self._peaks[key]
+        key = ("training", setting, lengths)
+        if key not in self._known:
+            self._known[key] = with_margin(self.predictor(setting).training(lengths).peak_bytes)
+        return self._known[key]
+
+    def evaluation_peak_bytes(self, setting: Setting, lengths: Lengths) -> int:
+        """Return the predicted peak of scoring choices, margin included."""
+        key = ("evaluation", setting, lengths)
+        if key not in self._known:
+            predictor = self.predictor(setting)
+            counted = predictor.evaluation(lengths).peak_bytes + predictor.streamed_bytes()
+            self._known[key] = with_margin(counted)
+        return self._known[key]
+
+    def needed_bytes(self, setting: Setting, lengths: Lengths) -> int:
+        """Return the most that a training needs, from loading its base on: `Plan.worst_bytes`."""
+        loading = with_margin(loading_peak_bytes(self.predictor(setting)))
+        building = 0
+        if setting.resident == "upper":
+            building = self.evaluation_peak_bytes(setting, lengths)
+        return max(self.training_peak_bytes(setting, lengths), loading, building)
 
     def reuse(self, setting: Setting, lengths: Lengths, num_examples: int) -> ReusePlan | None:
         """Return what training could reuse; None if nothing is constant."""
@@ -255,7 +286,6 @@ class Planner:
         breakdown = dict(peak.breakdown_bytes)
         breakdown["workspace"] = breakdown.get("workspace", 0) + peak_bytes - peak.num_bytes
         streamed = predictor.streamed_bytes()
-        evaluation = with_margin(predictor.evaluation(lengths).peak_bytes + streamed)
         generation = None
         if setting.task_type == "CAUSAL_LM":
             generation = with_margin(predictor.generation(lengths).peak_bytes + streamed)
@@ -265,7 +295,7 @@ class Planner:
             peak_place=str(peak.place),
             largest=[storage.as_json() for storage in peak.largest],
             loading_peak_bytes=with_margin(loading_peak_bytes(predictor)),
-            evaluation_peak_bytes=evaluation,
+            evaluation_peak_bytes=self.evaluation_peak_bytes(setting, lengths),
             generation_peak_bytes=generation,
             host_bytes=predictor.host_bytes(lengths.batch_size * lengths.seq_len),
             num_trainable_params=predictor.trainable_parameters,
@@ -306,7 +336,7 @@ def plan(
         model: Hub id, directory, config.json or a short name (``shapes.SHAPES``).
         gpu: A card's name (``cards.GPUS``).
         memory_gib: The memory of a card in GiB instead.
-        lengths: Tokens and examples; default: one example of 2,048 tokens.
+        lengths: Tokens and examples; default: those of ``train``, 8 examples of 512 tokens.
         num_examples: Examples of the data set, for what could be reused.
         setting: Fields of ``Setting``: storage, method, memory, ...
 
@@ -317,4 +347,5 @@ def plan(
     if card is not None:
         setting = {"bf16": card.bf16, **setting}
     planner = Planner(read_config(model), card)
-    return planner.plan(Setting(**setting), lengths or Lengths(), num_examples=num_examples)
+    lengths = lengths or Lengths(batch_size=OptimOptions().batch_size)
+    return planner.plan(Setting(**setting), lengths, num_examples=num_examples)

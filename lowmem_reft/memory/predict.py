@@ -127,7 +127,7 @@ def stored_as(reuse: str, resident: str) -> Literal["off", "trunk", "prefix"]:
 class Lengths:
     """How much goes through the model at once."""
 
-    seq_len: int = 2048
+    seq_len: int = 512
     """Tokens of prompt + response of the longest example."""
     response_len: int | None = None
     """Supervised tokens of it; default: half."""

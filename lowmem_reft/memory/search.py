@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.memory.planner import Planner
+from lowmem_reft.memory.planner import Planner, loading_peak_bytes
 from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.methods.table import find_method
 from lowmem_reft.options import MemoryOptions, written
@@ -50,7 +50,10 @@ def estimated_cost(setting: Setting, lengths: Lengths) -> float:
 
 
 def memory_ladder(config: Any, seq_len: int, setting: Setting) -> list[MemoryOptions]:
-    """Return ways to save memory that the setting's method can be trained with, none to all."""
+    """Return ways to save memory that the setting's method can be trained with, little to all.
+
+    Those that the setting has already stay in every one.
+    """
     untied = not getattr(config.get_text_config(), "tie_word_embeddings", False)
     mlp_tokens = max(4096, seq_len // 8)
     plain = MemoryOptions()
@@ -66,7 +69,20 @@ def memory_ladder(config: Any, seq_len: int, setting: Setting) -> list[MemoryOpt
             rungs.append(replace(rungs[-1], offload_activations=True))
         if untied and method.allows_embedding_on_host:
             rungs += [replace(rung, embedding_on_host=True) for rung in rungs]
-    return rungs
+    return list(dict.fromkeys(_both(rung, setting.memory) for rung in rungs))
+
+
+def _both(rung: MemoryOptions, given: MemoryOptions) -> MemoryOptions:
+    """Return a way to save memory that saves at least as much as either."""
+    checkpointing = [way for way in (rung, given) if way.activation_checkpointing] or [given]
+    tokens = [way.mlp_tokens for way in (rung, given) if way.mlp_tokens is not None]
+    return MemoryOptions(
+        activation_checkpointing=checkpointing[0].activation_checkpointing,
+        checkpoint_every=min(way.checkpoint_every for way in checkpointing),
+        offload_activations=rung.offload_activations or given.offload_activations,
+        mlp_tokens=min(tokens, default=None),
+        embedding_on_host=rung.embedding_on_host or given.embedding_on_host,
+    )
 
 
 def fit(
@@ -80,8 +96,8 @@ def fit(
     """Return the fastest way to run a training that the card holds; None if there is none.
 
     The product of batch size and gradient accumulation stays, so what is learned does too. The
-    setting's ways to save memory are chosen here, and its storage among ``storages`` if there are
-    any; ``report`` is told what is being tried.
+    setting's own ways to save memory are kept and others added, and its storage is chosen among
+    ``storages`` if there are any; ``report`` is told what is being tried.
 
     Raises:
         InputError: The planner has no card, or the setting is impossible.
@@ -90,10 +106,17 @@ def fit(
     if card is None:
         raise InputError("gpu must be given (or memory_gib) to fit into, got neither; give one")
     best: Candidate | None = None
+    known: dict[tuple[str, bool], tuple[int, int]] = {}
     ladder = memory_ladder(planner.config, lengths.seq_len, setting)
     for storage, memory in itertools.product(storages or (setting.storage,), ladder):
         way = replace(setting, storage=storage, memory=memory)
-        held = planner.predictor(way).base_bytes()
+        of_base = (storage, memory.embedding_on_host)
+        if of_base not in known:
+            predictor = planner.predictor(way)
+            known[of_base] = predictor.base_bytes(), loading_peak_bytes(predictor)
+        held, loading = known[of_base]
+        if not card.holds(loading):
+            continue
         per_example = 0.0  # as far as larger forward passes have shown
         for option in _split(way, lengths):
             if best is not None and option.cost >= best.cost:
@@ -103,7 +126,9 @@ def fit(
                 continue
             report(describe(option))
             peak = planner.training_peak_bytes(option.setting, option.lengths)
-            if card.holds(peak):
+            if card.holds(peak) and card.holds(
+                planner.needed_bytes(option.setting, option.lengths)
+            ):
                 best = option
                 break
             per_example = (peak - held) / size
@@ -155,7 +180,7 @@ def longest_seq_len(
             report(f"{seq_len:,} tokens")
             rungs = memory_ladder(planner.config, seq_len, setting)
             way = replace(setting, memory=rungs[-1])
-            peak = planner.training_peak_bytes(way, Lengths(seq_len=seq_len))
+            peak = planner.needed_bytes(way, Lengths(seq_len=seq_len))
             known[seq_len] = card.memory_bytes - card.required_bytes(peak)
         return known[seq_len]
 

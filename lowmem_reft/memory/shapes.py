@@ -5,6 +5,7 @@ Written by hand from the models' public descriptions; only what sizes and operat
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import transformers
@@ -63,6 +64,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Short name to the fields of the model's configuration."""
 
+HUB_IDS = {
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-14b": "Qwen/Qwen3-14B",
+    "qwen3-32b": "Qwen/Qwen3-32B",
+}
+"""Short name to what ``train`` is given: the model's name on the hub."""
+
 
 def config_of(name: str) -> Any | None:
     """Return the configuration that a short name stands for; None for any other name."""
@@ -71,3 +84,13 @@ def config_of(name: str) -> Any | None:
         return None
     fields = dict(fields)
     return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def nearest_names(name: str) -> list[str]:
+    """Return all short names, those that are most like ``name``, or its last part, first."""
+    wanted = name.rpartition("/")[2].lower()
+
+    def likeness(known: str) -> float:
+        return difflib.SequenceMatcher(None, wanted, known).ratio()
+
+    return sorted(SHAPES, key=likeness, reverse=True)

@@ -35,9 +35,11 @@ from lowmem_reft.options.groups import ReuseOptions as ReuseOptions
 from lowmem_reft.options.groups import RunOptions as RunOptions
 from lowmem_reft.options.groups import ScoringOptions as ScoringOptions
 from lowmem_reft.options.planning import LengthOptions as LengthOptions
+from lowmem_reft.options.planning import PlannedRowsOptions as PlannedRowsOptions
 from lowmem_reft.options.planning import PlanOptions as PlanOptions
 from lowmem_reft.options.planning import ProfileOptions as ProfileOptions
 from lowmem_reft.options.planning import ShapeOptions as ShapeOptions
+from lowmem_reft.options.planning import StepOptions as StepOptions
 from lowmem_reft.options.planning import StoreOptions as StoreOptions
 from lowmem_reft.options.planning import TableOptions as TableOptions
 from lowmem_reft.options.running import BesideOptions as BesideOptions

@@ -317,7 +317,8 @@ class MemoryOptions:
     """Keep the input embedding in host memory, where the output head does not share it."""
     memory_gib: float | None = None
     """Fit into this much memory: the fastest split of the batch and the ways to save memory that
-    are needed are chosen before anything is loaded; what cannot fit is refused."""
+    are needed are chosen before anything is loaded; what cannot fit is refused. Default of train:
+    what is free on the device."""
 
     def __post_init__(self) -> None:
         """Check the counts."""
@@ -366,6 +367,9 @@ class RunOptions(Switches):
     """Seed of the adapter's initialisation, the data order and dropout."""
     resume: bool = False
     """Go on from the last checkpoint in --output-dir."""
+    no_fit: bool = False
+    """Run as the options say, though the memory that is free may be too little: else, without
+    --memory-gib, a run that does not fit is fitted into what is free, or refused."""
     save_steps: int | None = None
     """Optimizer steps between checkpoints; default: one every epoch."""
     logging_steps: int = 10

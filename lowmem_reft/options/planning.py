@@ -7,19 +7,26 @@ from pathlib import Path
 from typing import Literal
 
 from lowmem_reft.errors import MOST_OF_A_STEP, InputError, check_at_most, check_counts
-from lowmem_reft.options.groups import MemoryOptions, MethodOptions, ModelOptions
+from lowmem_reft.options.groups import (
+    DataOptions,
+    MemoryOptions,
+    MethodOptions,
+    ModelOptions,
+    PromptOptions,
+)
 from lowmem_reft.options.values import ComputeDtype, Storage, Switches, TaskType, check_directory
+from lowmem_reft.options.written import given
 
 
 @dataclass(frozen=True, kw_only=True)
 class LengthOptions:
     """How much goes through the model at once."""
 
-    seq_len: int = 2048
+    seq_len: int = 512
     """Tokens of prompt + response of the longest example."""
     response_len: int | None = None
     """Supervised tokens of it; default: half."""
-    batch_size: int = 1
+    batch_size: int = 8
     """Examples per forward pass."""
     gradient_accumulation: int = 1
     """Forward passes per optimizer step."""
@@ -46,17 +53,39 @@ class LengthOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedRowsOptions(DataOptions):
+    """The rows to plan for, instead of lengths."""
+
+    data: str = ""
+    """JSONL, JSON, CSV or Parquet file, or a datasets id: --seq-len, --response-len and
+    --num-examples are then those of its rows, as train reads them, and --model must have a
+    tokenizer."""
+    prompts: PromptOptions = field(default_factory=PromptOptions)
+
+    def __post_init__(self) -> None:
+        """Check the counts, and that there are rows for what is said of them."""
+        super().__post_init__()
+        if not self.data:
+            for name, value in given(self).items():
+                raise InputError(
+                    f"{name} must come with data, got {value} alone; add --data FILE, or give "
+                    "--seq-len"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShapeOptions:
     """The base as it would be loaded."""
 
     model: str = "llama-3.1-8b"
     """Hub id, directory, config.json, or a known model by its short name (llama-3.2-1b,
-    llama-3.2-3b, llama-3.1-8b, llama-3.3-70b, qwen3-4b, qwen3-8b, qwen3-14b, qwen3-32b); with
-    --table several, separated by commas."""
+    llama-3.2-3b, llama-3.1-8b, llama-3.3-70b, qwen3-4b, qwen3-8b, qwen3-14b, qwen3-32b), which
+    train knows by its hub id; with --table several, separated by commas."""
     storage: Storage | None = None
     """How the frozen weights are stored; default: the method's own (nf4 for loreft and qlora)."""
     compute_dtype: ComputeDtype = "auto"
-    """Arithmetic of the base: auto is bf16 (fp32 with --device cpu)."""
+    """Arithmetic of the base: auto is bf16 where the card has it, else fp32; with --device cpu what
+    train takes on this machine."""
     task_type: TaskType = "CAUSAL_LM"
     """CAUSAL_LM, or SEQ_CLS for a classification head."""
     attn_implementation: str | None = None
@@ -105,23 +134,56 @@ class TableOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What else a training step's memory depends on."""
+
+    optim: str = "adamw_torch"
+    """Optimizer: adamw_torch, adamw_torch_fused or sgd."""
+    loss: Literal["chunked", "model"] = "chunked"
+    """chunked: ours, on supervised tokens; model: the model's own, with logits for all tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanOptions(Switches):
     """Predict the peak memory of training before a byte is loaded; no weights, no GPU needed."""
 
     shape: ShapeOptions = field(default_factory=ShapeOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
     lengths: LengthOptions = field(default_factory=LengthOptions)
+    rows: PlannedRowsOptions = field(default_factory=PlannedRowsOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     store: StoreOptions = field(default_factory=StoreOptions)
+    step: StepOptions = field(default_factory=StepOptions)
     gpu: str | None = None
     """A card to fit into, by name (a10, 4090, 3060, t4, ...); or give --memory-gib."""
-    optim: str = "adamw_torch"
-    """Optimizer: adamw_torch, adamw_torch_fused or sgd."""
-    loss: Literal["chunked", "model"] = "chunked"
-    """chunked: ours, on supervised tokens; model: the model's own, with logits for all tokens."""
     fit: bool = False
-    """Search the fastest setting that fits and the longest context, and print the train command."""
+    """Search the fastest setting that fits and the longest context, and print the train command;
+    where not even the upper blocks alone fit, the exit code is 3."""
     longest: TableOptions = field(default_factory=TableOptions)
+
+    def __post_init__(self) -> None:
+        """Check that lengths are said once, and that a step that is fitted is one of train's."""
+        lengths = given(self.lengths) | given(self.store)
+        for name in ("seq_len", "response_len", "num_examples"):
+            if self.rows.data and name in lengths:
+                raise InputError(
+                    f"{name} must be left out with data, got {lengths[name]}: the rows say it; "
+                    "leave out one of the two"
+                )
+        if self.fit and self.step.loss == "model":
+            raise InputError(
+                "loss must be chunked with fit, got 'model': train has no other; leave it out"
+            )
+        if self.fit and self.shape.attn_implementation is not None:
+            raise InputError(
+                f"attn_implementation must be left out with fit, got "
+                f"{self.shape.attn_implementation!r}: train takes what transformers picks"
+            )
+        if self.rows.data and self.longest.table:
+            raise InputError(
+                f"data must be left out with table, got {self.rows.data!r}: a table looks for the "
+                "longest examples itself"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +192,7 @@ class ProfileOptions(Switches):
 
     model: ModelOptions
     method: MethodOptions = field(default_factory=MethodOptions)
-    lengths: LengthOptions = field(default_factory=lambda: LengthOptions(seq_len=256))
+    lengths: LengthOptions = field(default_factory=lambda: LengthOptions(seq_len=256, batch_size=1))
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     loss: Literal["chunked", "model"] = "chunked"
     """chunked: ours, on supervised tokens; model: the model's own, with logits for all tokens."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lowmem_reft import InputError
 from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, GPUS, _plain, find_gpu
+from lowmem_reft.memory.planner import Card
 
 DRIVER_NAMES = {
     "NVIDIA A10": "a10",
@@ -83,6 +86,21 @@ def test_memory_is_what_the_box_says_less_what_the_driver_keeps(gpu):
     on_the_box_gb = int(gpu.name.split()[-2])
     # The H200's and the H100 NVL's are decimal; error correction on GDDR6 takes a sixteenth.
     assert 0.92 * on_the_box_gb <= gpu.memory_mib / 1024 <= 1.002 * on_the_box_gb
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_torch_has_a_little_less_and_no_report_has_less_than_is_assumed(gpu):
+    kept = 1 - gpu.torch_bytes / (gpu.memory_mib * 2**20)
+    assert 0.008 < kept < 0.06
+    assumed = replace(gpu, torch_gib=None).torch_bytes
+    assert gpu is GPUS["t4"] or assumed <= gpu.torch_bytes
+
+
+@pytest.mark.parametrize(("key", "gib"), [("3060", 11.75), ("4060", 7.75)])
+def test_a_card_is_planned_with_what_torch_has_of_it(key, gib):
+    card = Card.find(gpu=key)
+    assert card is not None
+    assert card.memory_bytes == round(gib * 2**30)
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)

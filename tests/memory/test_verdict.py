@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lowmem_reft import cli
+from lowmem_reft import InputError, cli
+from lowmem_reft.base.loading import load_tokenizer
+from lowmem_reft.data.rows import load_rows
+from lowmem_reft.data.tokens import encode_rows
 from lowmem_reft.memory.planner import GIB, Card, Planner, plan, read_config
 from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.memory.reuse import ReusePlan
-from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len
-from lowmem_reft.memory.shapes import config_of
-from lowmem_reft.options import (
-    MemoryOptions,
-    MethodOptions,
-)
+from lowmem_reft.memory.search import Candidate, describe, fit, longest_seq_len, memory_ladder
+from lowmem_reft.memory.shapes import config_of, nearest_names
+from lowmem_reft.memory.verdict import run_plan
+from lowmem_reft.options import MemoryOptions, MethodOptions, PlanOptions, written
 from planned_llama import LLAMA
 
 LOREFT = MethodOptions(method="loreft", rank=4, positions="f7+l7")
@@ -262,14 +264,30 @@ def test_train_flags_hold_every_way_to_save_memory() -> None:
     )
 
 
+def test_ways_to_save_memory_that_were_given_stay(config_file: Path) -> None:
+    config = read_config(config_file)
+    given = MemoryOptions(
+        activation_checkpointing=True, checkpoint_every=2, mlp_tokens=512, embedding_on_host=True
+    )
+    ladder = memory_ladder(config, 4096, Setting(memory=replace(given, memory_gib=8.0)))
+    assert ladder[0] == given
+    assert all(rung.checkpoint_every <= 2 for rung in ladder)
+    assert all(rung.mlp_tokens == 512 and rung.embedding_on_host for rung in ladder)
+    assert ladder[-1] == replace(given, checkpoint_every=1, offload_activations=True)
+    assert len(set(ladder)) == len(ladder) == 3
+
+
 def test_dequantized_blocks_of_llama_8b_take_two_bytes_a_weight() -> None:
     found = reuse_of("llama-3.1-8b", Lengths(seq_len=256), layers="15", positions="l1")
     assert found is not None
     per_block = 4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336
     assert found.dequantized_bytes == 16 * 2 * per_block
-    planned = plan("llama-3.1-8b", gpu="4090", method=MethodOptions(layers="15", positions="l1"))
+    long = Lengths(seq_len=2048)
+    method = MethodOptions(layers="15", positions="l1")
+    planned = plan("llama-3.1-8b", gpu="4090", method=method, lengths=long)
     assert (planned.fits, planned.fits_dequantized) == (True, True)
-    planned = plan("llama-3.1-8b", memory_gib=12, method=MethodOptions(layers="15"))
+    method = MethodOptions(layers="15")
+    planned = plan("llama-3.1-8b", memory_gib=12, method=method, lengths=long)
     assert planned.fits_dequantized is False
 
 
@@ -304,6 +322,8 @@ def test_json_has_the_names_that_scripts_rely_on(
     assert code == 0
     assert result["fits"] is True
     assert result["longest_seq_len"] > 128
+    assert result["train_command"].startswith("lowmem-reft train --model ")
+    assert (result["nothing_fits"], result["upper"]) == (False, None)
     code, out, _ = run(capsys, *common, "--method", "qlora")
     assert json.loads(out.splitlines()[-1])["reuse"] is None
     code, out, _ = run(capsys, *common, "--gpu", "a10")
@@ -324,6 +344,89 @@ def test_people_get_a_table_the_line_of_the_peak_and_a_verdict(
         "lowmem-reft train --model",
     ):
         assert words in out
+
+
+def test_what_fits_nowhere_is_said_after_the_upper_blocks_were_tried(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(memory_gib: str) -> tuple[dict[str, Any], str]:
+        arguments = ("--model", str(config_file), "--fit", "--memory-gib", memory_gib)
+        options = written.build(
+            PlanOptions, model=str(config_file), fit=True, memory_gib=float(memory_gib)
+        )
+        return run_plan(options), capsys.readouterr().out + " ".join(arguments)
+
+    result, said = found("0.4")
+    assert result["nothing_fits"]
+    assert result["train_command"] is None
+    assert result["upper"] is None
+    assert "nor with the last block alone on the card (--resident upper)" in said
+
+
+def test_the_upper_half_is_offered_as_another_training(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = Planner(read_config(config_file)).predictor(Setting()).base_bytes()
+    needed_gib = 0.95 * held / GIB + 0.5
+    options = written.build(
+        PlanOptions, model=str(config_file), seq_len=32, fit=True, memory_gib=needed_gib
+    )
+    result, said = run_plan(options), capsys.readouterr().out
+    assert result["train_command"] is None
+    assert not result["nothing_fits"]
+    assert result["upper"]["num_blocks"] == 2
+    for words in ("with only the upper half edited: another training", "--resident upper"):
+        assert words in said
+    assert "--layers upper:0.5 " in result["upper"]["command"]
+
+
+def test_an_unknown_model_is_answered_with_the_short_names_nearest_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_config(model: str) -> None:
+        raise InputError(f"model must be a hub id, got {model!r}")
+
+    monkeypatch.setattr("lowmem_reft.memory.planner.load_config", load_config)
+    code, _, err = run(capsys, "--model", "llama-3.1-7b")
+    assert code == 2
+    assert "got 'llama-3.1-7b', or take a short name: llama-3.1-8b, llama-3." in err
+    assert nearest_names("Qwen/Qwen3-14B")[0] == "qwen3-14b"
+
+
+def test_the_lengths_are_those_of_the_rows(
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "the lazy dog is", "response": word} for word in ("good", "bad " * 9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("--model", str(tiny_llama_dir), "--data", str(path), "--device", "cpu")
+    code, out, _ = run(capsys, *common, "--template", "Q: {prompt}", "--layers", "2")
+    assert code == 0
+    tokenizer = load_tokenizer(tiny_llama_dir)
+    encoded = encode_rows(load_rows(path), tokenizer, template="Q: {prompt}", max_length=512)
+    longest = max(len(example["input_ids"]) for example in encoded.examples)
+    assert f"8 × {longest} tokens per forward pass" in out
+    assert "for 2 examples:" in out
+    assert "the process itself: about" in out
+    code, _, err = run(capsys, *common, "--seq-len", "64")
+    assert code == 2
+    assert "seq_len must be left out with data, got 64" in err
+
+
+def test_rows_of_the_table_are_shown_as_they_come(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    def longest(*_: Any) -> int:
+        shown.append(capsys.readouterr().out)
+        return 1024
+
+    monkeypatch.setattr("lowmem_reft.memory.verdict.longest_seq_len", longest)
+    assert run(capsys, "--table", "--model", str(config_file))[0] == 0
+    assert "8 GiB" in shown[0]  # the titles come first
+    assert "1,024" in shown[6]  # and the first row before the second is begun
+    assert not any(shown[1:6])
 
 
 def test_the_table_has_a_row_per_model_and_method(
@@ -348,6 +451,9 @@ def test_the_table_has_a_row_per_model_and_method(
         (("--seq-len", "0"), "seq_len must be at least 1"),
         (("--num-examples", "0"), "num_examples must be at least 1"),
         (("--optim", "adafactor"), "optim must be one of adamw_torch"),
+        (("--max-length", "64"), "max_length must come with data"),
+        (("--fit", "--loss", "model"), "loss must be chunked with fit"),
+        (("--storage", "bf16", "--compute-dtype", "fp32"), "compute_dtype must be auto or bf16"),
         (("--positions", "x3"), "positions"),
         (("--model", "/nonexistent/config.json"), "model must be a config.json"),
     ],
