@@ -20,7 +20,7 @@ from lowmem_reft.compare.engines.launch import CHILD_COMMAND
 from lowmem_reft.compare.lr_search import check_search, search_rates
 from lowmem_reft.compare.outputs import check_comparison
 from lowmem_reft.compare.queue import run_cells
-from lowmem_reft.compare.report.console import Progress, print_table
+from lowmem_reft.compare.report.console import Progress, print_table, print_verdicts
 from lowmem_reft.compare.report.rates import in_words
 from lowmem_reft.compare.report.relative import relate
 from lowmem_reft.compare.report.table import aggregate
@@ -93,6 +93,7 @@ def run_comparison(
     rows = aggregate(results)
     if not options.quiet:
         print_table(rows)
+        print_verdicts(files["verdict"])
     return {
         **files,
         "num_cells": len(results),

@@ -138,7 +138,10 @@ def test_a_result_has_the_fields_that_scripts_rely_on(options, fake_cell):
     assert result["tokens_per_s"] is None  # nan is no JSON
     assert result["config"]["optim"]["lr"] == 9e-4  # of rank 8 on a base of 4096
     stored = options.output_dir / "cells" / "loreft-seed0" / "result.json"
-    assert json.loads(stored.read_text()) == result
+    assert json.loads(stored.read_text()) == {**result, "verdict": None}
+    [verdict] = result["verdict"]  # what only all cells together say
+    assert set(verdict) == {"task", "take", "reason"}
+    assert verdict["task"] == "numbers"
 
 
 def test_finished_cells_are_not_run_again(options, fake_cell):

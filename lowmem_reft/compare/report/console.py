@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.report.table import Measure, Summary, columns
+from lowmem_reft.compare.report.verdict import Verdict, sentences
 from lowmem_reft.data.tasks.metrics import unit_of
 from lowmem_reft.machine.terminal import harmless
 
@@ -97,6 +98,14 @@ def print_table(rows: Sequence[Summary], console: Console | None = None) -> None
         for error in row.errors:
             line = harmless(f"{row.method} {error}")
             console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_verdicts(verdicts: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """Print which method to take; each is a line where no one is watching."""
+    console = console or Console(stderr=True)
+    for line in sentences([Verdict(**each) for each in verdicts]):
+        text = harmless(line)
+        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _table(

@@ -13,7 +13,7 @@ from typing import Any
 from lowmem_reft.compare.cell import EMPTY_RESULT, what_is_wrong
 from lowmem_reft.compare.outputs import check_report
 from lowmem_reft.compare.report import write_results
-from lowmem_reft.compare.report.console import print_table
+from lowmem_reft.compare.report.console import print_table, print_verdicts
 from lowmem_reft.compare.report.relative import relate
 from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.errors import InputError
@@ -42,6 +42,7 @@ def run_report(options: ReportOptions) -> dict[str, Any]:
     rows = aggregate(results)
     if not options.quiet:
         print_table(rows)
+        print_verdicts(written["verdict"])
     return {**written, "num_cells": len(results), "rows": [asdict(row) for row in rows]}
 
 
@@ -66,7 +67,7 @@ def join(sources: Sequence[Path], *, relative_to: Path) -> list[dict[str, Any]]:
             predictions = cell.get("predictions")
             if predictions:
                 predictions = os.path.relpath(path.parent / predictions, relative_to)
-            joined = {**EMPTY_RESULT, **cell, "predictions": predictions}
+            joined = {**EMPTY_RESULT, **cell, "predictions": predictions, "verdict": None}
             cells[cell["task"], cell["method"], cell["seed"]] = joined
             config = cell.get("config") or {}
             base = (config.get("model") or {}).get("model")
