@@ -158,6 +158,13 @@ def read_cell(path: Path) -> Cell:
     )
 
 
+def cell_files(directory: Path) -> list[Path]:
+    """The ``cell.json`` of every cell that was begun in the directory of a comparison, by path."""
+    # Those of named tasks are in a folder for each.
+    patterns = ("cells/*/cell.json", "cells/*/*/cell.json")
+    return sorted(path for pattern in patterns for path in directory.glob(pattern))
+
+
 def failed_result(cell: Cell, error: str, wall_time_s: float) -> Result:
     """The row of a cell that did not finish: what was known before, and the error on one line."""
     error = " ".join(error.split())[:_MAX_ERROR_CHARACTERS]

@@ -16,6 +16,7 @@ from typing import Any
 from lowmem_reft.compare import report
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.cells import build_cells
+from lowmem_reft.compare.earlier import find_earlier
 from lowmem_reft.compare.engines.launch import CHILD_COMMAND
 from lowmem_reft.compare.lr_search import check_search, search_rates
 from lowmem_reft.compare.outputs import check_comparison
@@ -27,6 +28,7 @@ from lowmem_reft.compare.report.table import aggregate
 from lowmem_reft.compare.sources import Sources, find_all_sources, with_embedded_rows
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine.locks import alone
+from lowmem_reft.machine.terminal import for_stream
 from lowmem_reft.methods.entries import MethodSpec, expand_methods, parse_methods
 from lowmem_reft.options import CompareOptions, Workers, written
 from lowmem_reft.options.values import parse_seeds
@@ -48,7 +50,8 @@ def run_comparison(
     """Run the matrix task x method x seed, the untuned base first, and write the report.
 
     Args:
-        options: What to compare; finished cells in ``options.output_dir`` are not run again.
+        options: What to compare; finished cells in ``options.output_dir`` are not run again, and
+            those of other methods and seeds stay in the report where these options give the same.
         child_command: Replaces the process that runs a cell.
 
     Returns:
@@ -78,20 +81,24 @@ def run_comparison(
     every_source = [*find_all_sources(options)]
     runner = _Runner(options, child_command)
     with alone(options.output_dir, options.output_dir / ".lock"):
-        cells = [
-            cell
-            for sources in every_source
-            for cell in _cells_of_task(options, specs, fixed, sources, runner)
-        ]
+        cells: list[Cell] = []
+        planned = []
+        for sources in every_source:
+            of_task, chosen_options = _cells_of_task(options, specs, fixed, sources, runner)
+            cells += of_task
+            planned.append((chosen_options, sources))
         results = [
             # A cell that had finished before may have been chosen for another reason.
             {**result, **{name: cell.record[name] for name in _REASONS if name in cell.record}}
             for cell, result in zip(cells, runner.run(cells, options.workers), strict=True)
         ]
-        results = relate(results)
+        earlier = find_earlier(options.output_dir, {cell.directory for cell in cells}, planned)
+        results = relate([*results, *earlier.kept])
         files = report.write_results(results, options.output_dir)
     rows = aggregate(results)
     if not options.quiet:
+        for note in earlier.notes():
+            print(f"lowmem-reft compare: {for_stream(note, sys.stderr)}", file=sys.stderr)
         print_table(rows)
         print_verdicts(files["verdict"])
     return {
@@ -135,8 +142,11 @@ def _cells_of_task(
     fixed: Sequence[bool],
     sources: Sources,
     runner: _Runner,
-) -> list[Cell]:
-    """The cells of one task, with equal budgets and searched rates if they are asked for."""
+) -> tuple[list[Cell], CompareOptions]:
+    """The cells of one task, with equal budgets and searched rates if they are asked for.
+
+    And the options that they are built from: an equal budget changes them.
+    """
     seeds = parse_seeds(options.matrix.seeds)
     reasons: list[dict[str, Any]] = [{} for _ in specs]
     if options.matrix.lr_search is not None:
@@ -165,7 +175,7 @@ def _cells_of_task(
     cells = build_cells(options, specs, seeds, sources)
     for cell in cells:
         cell.record.update(of_method.get(cell.record["method"], {}))
-    return cells
+    return cells, options
 
 
 def is_refused(result: Result) -> bool:

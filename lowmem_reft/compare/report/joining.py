@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowmem_reft.compare.cell import EMPTY_RESULT, what_is_wrong
+from lowmem_reft.compare.cell import EMPTY_RESULT, cell_files, what_is_wrong
+from lowmem_reft.compare.engines.launch import stored_result
 from lowmem_reft.compare.outputs import check_report
 from lowmem_reft.compare.report import write_results
 from lowmem_reft.compare.report.console import print_table, print_verdicts
@@ -49,8 +50,9 @@ def run_report(options: ReportOptions) -> dict[str, Any]:
 def join(sources: Sequence[Path], *, relative_to: Path) -> list[dict[str, Any]]:
     """Return the cells of all sources in their order, each once, the last of equal ones.
 
-    A task that two sources scored on different rows, over different bases or by different metrics
-    is named on standard error: its methods are not comparable.
+    A directory without ``results.json`` gives the cells that have ended, and is named as
+    unfinished. A task that two sources scored on different rows, over different bases or by
+    different metrics is named on standard error: its methods are not comparable.
 
     Args:
         sources: Output directories of comparisons, or files with their results.
@@ -63,7 +65,7 @@ def join(sources: Sequence[Path], *, relative_to: Path) -> list[dict[str, Any]]:
     scored: dict[str, dict[str, Path]] = {}
     for source in sources:
         path = source / "results.json" if source.is_dir() else source
-        for cell in _read(path, source):
+        for cell in _unfinished(source) or _read(path, source):
             predictions = cell.get("predictions")
             if predictions:
                 predictions = os.path.relpath(path.parent / predictions, relative_to)
@@ -83,6 +85,28 @@ def join(sources: Sequence[Path], *, relative_to: Path) -> list[dict[str, Any]]:
                 file=sys.stderr,
             )
     return list(cells.values())
+
+
+def _unfinished(source: Path) -> list[dict[str, Any]]:
+    """The cells of a comparison that has not ended, or was killed; none if that is no such one.
+
+    How many there are is said on standard error; those that were not begun are not known here.
+    """
+    if not source.is_dir() or (source / "results.json").is_file():
+        return []
+    begun = cell_files(source)
+    found = [stored_result(path.with_name("result.json")) for path in begun]
+    results = [result for result in found if result is not None]
+    if begun:
+        failed = sum(result["error"] is not None for result in results)
+        print(
+            f"lowmem-reft report: the comparison in {source} has not ended: "
+            f"{len(results) - failed} cells have finished, {failed} failed and "
+            f"{len(begun) - len(results)} were begun and have no result; those that are to come "
+            "are missing too. The same compare command runs the rest",
+            file=sys.stderr,
+        )
+    return results
 
 
 def _read(path: Path, source: Path) -> list[dict[str, Any]]:
