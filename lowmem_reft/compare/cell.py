@@ -5,6 +5,8 @@ This is data alone; ``child.py`` runs it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from reprlib import repr as shortened
@@ -85,6 +87,9 @@ _TYPES: dict[str, Any] = {
 }
 """Of the fields of a result; the others are numbers, or None."""
 
+TRAINED_FILE = "trained.json"
+"""Key and result of a training that has ended, in its directory."""
+
 _MAX_ERROR_CHARACTERS = 500
 
 
@@ -156,6 +161,16 @@ def read_cell(path: Path) -> Cell:
         evaluate=written.build(EvaluateOptions, **content["evaluate"]),
         record=content["record"],
     )
+
+
+def training_key(cell: Cell) -> str:
+    """Digest of all that the adapter depends on: the cell's config without what it is scored on."""
+    config = {
+        name: value
+        for name, value in cell.record["config"].items()
+        if name not in ("eval_data", "scoring", "forgetting")
+    }
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def cell_files(directory: Path) -> list[Path]:

@@ -40,8 +40,8 @@ EMBEDDED_METHODS = (
 )
 
 
-_REASONS = ("budget", "lr_search")
-"""Fields of a result that say why its settings were chosen."""
+_SAID_ANEW = ("task", "command", "budget", "lr_search")
+"""Fields of a result that are this run's, also where the cell has finished in another."""
 
 
 def run_comparison(
@@ -88,8 +88,7 @@ def run_comparison(
             cells += of_task
             planned.append((chosen_options, sources))
         results = [
-            # A cell that had finished before may have been chosen for another reason.
-            {**result, **{name: cell.record[name] for name in _REASONS if name in cell.record}}
+            {**result, **{name: cell.record[name] for name in _SAID_ANEW if name in cell.record}}
             for cell, result in zip(cells, runner.run(cells, options.workers), strict=True)
         ]
         earlier = find_earlier(options.output_dir, {cell.directory for cell in cells}, planned)
