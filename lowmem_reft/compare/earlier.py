@@ -61,10 +61,8 @@ def find_earlier(
         result = stored_result(path.with_name("result.json"))
         if path.parent in current or result is None or result["error"] is not None:
             continue  # what has not finished is no row
-        if result["task"] not in of_task:
-            why = "another task"
-        else:
-            why = _difference(result, *of_task[result["task"]])
+        same = of_task.get(result["task"])
+        why = "another task" if same is None else _difference(result, *same)
         if why is None:
             found.kept.append(result)
         else:

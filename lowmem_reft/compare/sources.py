@@ -227,7 +227,7 @@ def find_sources(options: CompareOptions) -> Sources:
     return _sources(
         options,
         {"evaluate": found.pop("eval"), **found},
-        task=task_name(paths["train"] if given.data is None else given.data),
+        task=task_name(given.data or str(embedded.task_files()[0])),
         template=given.template,
         train_template=given.template,
         scoring=with_metric(options.scoring, rows["eval"]),

@@ -43,7 +43,8 @@ def write_results(
         method to take, as a list of ``task``, ``take`` and ``reason``. A cell in ``results.json``
         has what is said of its task and of all tasks.
     """
-    from lowmem_reft.compare.report.comparison import Comparison  # matplotlib
+    # Matplotlib takes a second to import, which those who only read the column names need not.
+    from lowmem_reft.compare.report.comparison import Comparison
     from lowmem_reft.compare.report.table import ALL_TASKS
 
     directory.mkdir(parents=True, exist_ok=True)  # predictions are found by paths from there

@@ -46,7 +46,7 @@ def print_trials(content: dict[str, Any]) -> None:
     for search in content["searches"]:
         ranked = sorted(search["trials"], key=partial(_rank, search))
         table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title_justify="left")
-        table.add_column("trial", justify="right")
+        table.add_column("trial", justify="right", no_wrap=True, min_width=len("trial"))
         names = list(ranked[0]["settings"]) if ranked else []
         metric = titled(content["metric"] or "value", [content["metric"]])
         for title in (*names, metric, "held-out loss", "epochs", "s"):
