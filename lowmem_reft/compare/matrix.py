@@ -55,8 +55,9 @@ def run_comparison(
         child_command: Replaces the process that runs a cell.
 
     Returns:
-        ``output_dir``, ``results``, ``csv``, ``report`` (paths), ``num_cells``, ``num_failed`` and
-        ``rows``: the table's rows, each a method with means over its seeds.
+        ``output_dir``, ``results``, ``csv``, ``report`` (paths), ``verdict`` (which method to take,
+        by task), ``num_cells``, ``num_failed`` and ``rows``: the table's rows, each a method with
+        means over its seeds.
 
     Raises:
         InputError: The methods, seeds, model or data are wrong.

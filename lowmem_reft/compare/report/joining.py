@@ -31,8 +31,9 @@ def run_report(options: ReportOptions) -> dict[str, Any]:
         options: Which, and where to.
 
     Returns:
-        ``output_dir``, ``results``, ``csv``, ``report`` (paths), ``num_cells`` and ``rows``: the
-        table's rows, each a method with means over its seeds.
+        ``output_dir``, ``results``, ``csv``, ``report`` (paths), ``verdict`` (which method to take,
+        by task), ``num_cells`` and ``rows``: the table's rows, each a method with means over its
+        seeds.
 
     Raises:
         InputError: A source holds no results.
