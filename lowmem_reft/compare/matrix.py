@@ -56,8 +56,8 @@ def run_comparison(
 
     Returns:
         ``output_dir``, ``results``, ``csv``, ``report`` (paths), ``verdict`` (which method to take,
-        by task), ``num_cells``, ``num_failed`` and ``rows``: the table's rows, each a method with
-        means over its seeds.
+        by task), ``num_cells``, ``num_failed`` and ``rows``: a row for each method of this run,
+        with means over its seeds. The files and the table have what earlier runs left, too.
 
     Raises:
         InputError: The methods, seeds, model or data are wrong.
@@ -93,14 +93,14 @@ def run_comparison(
             for cell, result in zip(cells, runner.run(cells, options.workers), strict=True)
         ]
         earlier = find_earlier(options.output_dir, {cell.directory for cell in cells}, planned)
-        results = relate([*results, *earlier.kept])
-        files = report.write_results(results, options.output_dir)
-    rows = aggregate(results)
+        every_result = relate([*results, *earlier.kept])
+        files = report.write_results(every_result, options.output_dir)
     if not options.quiet:
         for note in earlier.notes():
             print(f"lowmem-reft compare: {for_stream(note, sys.stderr)}", file=sys.stderr)
-        print_table(rows)
+        print_table(aggregate(every_result))
         print_verdicts(files["verdict"])
+    results = every_result[: len(cells)]
     return {
         **files,
         "num_cells": len(results),
@@ -109,7 +109,7 @@ def run_comparison(
             result["error"] is not None and not (every and is_refused(result))
             for result in results
         ),
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) for row in aggregate(results)],
     }
 
 

@@ -74,6 +74,9 @@ def test_earlier_methods_and_seeds_stay_in_the_results_and_are_named(
     said = capsys.readouterr().err
     assert "lowmem-reft compare: kept from earlier runs: base[storage=nf4] seed 0, loreft" in said
     assert "left out" not in said
+    answer = run_comparison(changed(options, methods="lora[rank=2]", seeds="0", quiet=True))
+    assert [row["method"] for row in answer["rows"]] == ["base[storage=bf16]", "lora[rank=2]"]
+    assert answer["num_cells"] == 2
 
 
 @pytest.mark.parametrize(
