@@ -5,6 +5,8 @@ This is data alone; ``child.py`` runs it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from reprlib import repr as shortened
@@ -52,6 +54,7 @@ EMPTY_RESULT: Result = {
     "few_shot": None,
     "examples": None,
     "lr_search": None,
+    "verdict": None,
     "error": None,
     "storage": None,
     "model": None,
@@ -77,11 +80,15 @@ _TYPES: dict[str, Any] = {
     "few_shot": dict[str, Any] | None,
     "examples": list[str] | None,
     "lr_search": list[dict[str, str | float | bool | None]] | None,
+    "verdict": list[dict[str, str | None]] | None,
     "config": dict[str, Any] | None,
     "validation": list[dict[str, str | float | None]] | None,
     "loss_history": list[list[float | None]] | None,
 }
 """Of the fields of a result; the others are numbers, or None."""
+
+TRAINED_FILE = "trained.json"
+"""Key and result of a training that has ended, in its directory."""
 
 _MAX_ERROR_CHARACTERS = 500
 
@@ -154,6 +161,23 @@ def read_cell(path: Path) -> Cell:
         evaluate=written.build(EvaluateOptions, **content["evaluate"]),
         record=content["record"],
     )
+
+
+def training_key(cell: Cell) -> str:
+    """Digest of all that the adapter depends on: the cell's config without what it is scored on."""
+    config = {
+        name: value
+        for name, value in cell.record["config"].items()
+        if name not in ("eval_data", "scoring", "forgetting")
+    }
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def cell_files(directory: Path) -> list[Path]:
+    """The ``cell.json`` of every cell that was begun in the directory of a comparison, by path."""
+    # Those of named tasks are in a folder for each.
+    patterns = ("cells/*/cell.json", "cells/*/*/cell.json")
+    return sorted(path for pattern in patterns for path in directory.glob(pattern))
 
 
 def failed_result(cell: Cell, error: str, wall_time_s: float) -> Result:

@@ -39,6 +39,8 @@ _NOT_OF_A_CELL = {
 }
 """Options that a cell's command does not repeat, or says in another way."""
 
+_PATHS = ("model", "data", "examples", "forgetting")
+
 
 def build_cells(
     options: CompareOptions,
@@ -58,14 +60,12 @@ def build_cells(
         InputError: Two methods are the same, or would share a directory.
     """
     maker = _Maker(options, sources, folder)
-    of_storage = {spec.storage: spec.entry for spec in reversed(specs)}
     storages = list(dict.fromkeys(spec.storage for spec in specs))
     cells = []
     if options.base.task_type == "CAUSAL_LM":
-        cells = [maker.base(storage, of_storage[storage]) for storage in storages]
+        cells = [maker.base(storage) for storage in storages]
         if sources.examples:
-            shown = [(storage, seed) for storage in storages for seed in seeds]
-            cells += [maker.base(storage, of_storage[storage], seed) for storage, seed in shown]
+            cells += [maker.base(storage, seed) for storage in storages for seed in seeds]
     cells += [maker.tuned(spec, seed) for spec in specs for seed in seeds]
     if len({cell.directory for cell in cells}) < len(cells):
         raise InputError(
@@ -76,9 +76,21 @@ def build_cells(
 
 
 def command_line(options: CompareOptions, methods: str, seeds: int | str) -> str:
-    """The command that runs one cell, or several, again (and scores the base beside it)."""
+    """The command that trains one cell, or several, again (and scores the base beside it)."""
     start = ["lowmem-reft", "compare", "--methods", methods, "--seeds", str(seeds)]
     return shlex.join([*start, *written.flags(options, without=_NOT_OF_A_CELL)])
+
+
+def scoring_command(evaluate: EvaluateOptions) -> str:
+    """The command that scores a base as its cell does; files below this directory by that path."""
+
+    def text(name: str, value: Any) -> str:
+        path, here = Path(str(value)), Path.cwd()
+        is_below = name in _PATHS and path.is_absolute() and path.is_relative_to(here)
+        return str(path.relative_to(here)) if is_below else str(value)
+
+    flags = written.flags(evaluate, without=("predictions", "quiet"), text=text)
+    return shlex.join(["lowmem-reft", "evaluate", *flags])
 
 
 @dataclass(frozen=True)
@@ -89,18 +101,16 @@ class _Maker:
     sources: Sources
     folder: str
 
-    def base(self, storage: Any, method: str, shown_by: int | None = None) -> Cell:
-        """The untuned base; ``method`` is one that has it stored so, for the command.
-
-        ``shown_by`` is the seed that drew the examples before its prompts.
-        """
+    def base(self, storage: Any, shown_by: int | None = None) -> Cell:
+        """The untuned base; ``shown_by`` is the seed that drew the examples before its prompts."""
         examples = None if shown_by is None else self.sources.examples[shown_by]
         shots = "" if examples is None else f"shots={len(examples.rows)},"
         label, seed = f"base[{shots}storage={storage}]", shown_by or 0
         directory = self._directory(label, seed)
         evaluate = self._evaluate(storage, directory, adapter=None, examples=examples)
         evaluate = replace(evaluate, reuse=ReuseOptions(reuse="off"))
-        return self._cell(label, seed, directory, None, evaluate, method, examples)
+        command = scoring_command(evaluate)
+        return self._cell(label, seed, directory, None, evaluate, command, examples)
 
     def tuned(self, spec: MethodSpec, seed: int) -> Cell:
         options, sources = self.options, self.sources
@@ -133,7 +143,10 @@ class _Maker:
             reuse=replace(evaluate.reuse, dequantize_upper=options.reuse.dequantize_upper),
             run=RunOptions(output_dir=training, seed=seed, quiet=True),
         )
-        return self._cell(spec.label, seed, directory, train, evaluate, spec.entry)
+        task = None if options.scored.tasks is None else sources.task
+        own = written.changed(options, tasks=task, few_shot=None)
+        command = command_line(own, spec.entry, seed)
+        return self._cell(spec.label, seed, directory, train, evaluate, command)
 
     def _directory(self, label: str, seed: int, folder: str | None = None) -> Path:
         slug = re.sub(r"[^A-Za-z0-9.+=]+", "-", label).strip("-")
@@ -191,16 +204,11 @@ class _Maker:
         directory: Path,
         train: TrainOptions | None,
         evaluate: EvaluateOptions,
-        method: str,
+        command: str,
         examples: Examples | None = None,
     ) -> Cell:
-        """Put a cell together with what is known before it runs; ``method`` is for its command."""
-        sources, named = self.sources, self.options.scored.tasks is not None
-        options = written.changed(
-            self.options,
-            tasks=sources.task if named else None,
-            few_shot=None if examples is None else self.options.scored.few_shot,
-        )
+        """Put a cell together with what is known before it runs."""
+        sources = self.sources
         config = _config(sources, seed, train, evaluate)
         if examples is not None:
             config["prompts"]["examples"] = examples.digest
@@ -210,8 +218,8 @@ class _Maker:
             "seed": seed,
             "storage": evaluate.model.storage,
             "model": sources.model_name,
-            "command": command_line(options, method, seed),
-            "predictions": os.path.relpath(evaluate.predictions or "", options.output_dir),
+            "command": command,
+            "predictions": os.path.relpath(evaluate.predictions or "", self.options.output_dir),
             "examples": None if examples is None else list(examples.rows),
             "config": config,
             "key": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),

@@ -8,14 +8,12 @@ with it. What a killed process cannot write, the parent writes (``engines/launch
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import shutil
 import sys
 import time
 from pathlib import Path
 
-from lowmem_reft.compare.cell import EMPTY_RESULT, Cell, Result
+from lowmem_reft.compare.cell import EMPTY_RESULT, TRAINED_FILE, Cell, Result, training_key
 from lowmem_reft.compare.engines.launch import leave_result
 from lowmem_reft.machine import own_modules, provenance
 from lowmem_reft.machine.devices import device_name
@@ -37,7 +35,7 @@ def run_cell(cell: Cell) -> Result:
     own_modules.load()
     trained: Result = {"num_trainable_params": 0, "trainable_percent": 0.0, "adapter_bytes": 0}
     if cell.train is not None:
-        trained = _train_once(cell.train, _training_key(cell))
+        trained = _train_once(cell.train, training_key(cell))
     scored = run_evaluation(cell.evaluate)
     measured = {
         **trained,
@@ -58,10 +56,10 @@ def run_cell(cell: Cell) -> Result:
 
 
 def _train_once(options: TrainOptions, key: str) -> Result:
-    """Train, unless a cell of another task has left the adapter of the same training."""
+    """Train, unless a cell of another task, or of another scoring, has left the same adapter."""
     directory = options.run.output_dir
     directory.mkdir(parents=True, exist_ok=True)
-    done = directory / "trained.json"
+    done = directory / TRAINED_FILE
     with open_itself(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if done.is_file():
@@ -78,16 +76,6 @@ def _train_once(options: TrainOptions, key: str) -> Result:
             shutil.rmtree(made)
         write_json(done, {"key": key, "result": trained})
         return trained
-
-
-def _training_key(cell: Cell) -> str:
-    """Digest of all that the adapter depends on: the cell's config without what it is scored on."""
-    config = {
-        name: value
-        for name, value in cell.record["config"].items()
-        if name not in ("eval_data", "scoring", "forgetting")
-    }
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from typing import Any
 from lowmem_reft.compare import report
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.cells import build_cells
+from lowmem_reft.compare.earlier import find_earlier
 from lowmem_reft.compare.engines.launch import CHILD_COMMAND
 from lowmem_reft.compare.lr_search import check_search, search_rates
 from lowmem_reft.compare.outputs import check_comparison
 from lowmem_reft.compare.queue import run_cells
-from lowmem_reft.compare.report.console import Progress, print_table
+from lowmem_reft.compare.report.console import Progress, print_table, print_verdicts
 from lowmem_reft.compare.report.rates import in_words
 from lowmem_reft.compare.report.relative import relate
 from lowmem_reft.compare.report.table import aggregate
@@ -28,6 +29,7 @@ from lowmem_reft.compare.sources import Sources, find_all_sources, with_embedded
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine.locks import alone
 from lowmem_reft.machine.run_files import write_run_file
+from lowmem_reft.machine.terminal import for_stream
 from lowmem_reft.methods.entries import MethodSpec, expand_methods, parse_methods
 from lowmem_reft.options import CompareOptions, Workers, written
 from lowmem_reft.options.values import parse_seeds
@@ -39,8 +41,8 @@ EMBEDDED_METHODS = (
 )
 
 
-_REASONS = ("budget", "lr_search")
-"""Fields of a result that say why its settings were chosen."""
+_SAID_ANEW = ("task", "command", "budget", "lr_search")
+"""Fields of a result that are this run's, also where the cell has finished in another."""
 
 
 def run_comparison(
@@ -49,12 +51,14 @@ def run_comparison(
     """Run the matrix task x method x seed, the untuned base first, and write the report.
 
     Args:
-        options: What to compare; finished cells in ``options.output_dir`` are not run again.
+        options: What to compare; finished cells in ``options.output_dir`` are not run again, and
+            those of other methods and seeds stay in the report where these options give the same.
         child_command: Replaces the process that runs a cell.
 
     Returns:
-        ``output_dir``, ``results``, ``csv``, ``report`` (paths), ``num_cells``, ``num_failed`` and
-        ``rows``: the table's rows, each a method with means over its seeds.
+        ``output_dir``, ``results``, ``csv``, ``report`` (paths), ``verdict`` (which method to take,
+        by task), ``num_cells``, ``num_failed`` and ``rows``: a row for each method of this run,
+        with means over its seeds. The files and the table have what earlier runs left, too.
 
     Raises:
         InputError: The methods, seeds, model or data are wrong.
@@ -80,21 +84,25 @@ def run_comparison(
     runner = _Runner(options, child_command)
     with alone(options.output_dir, options.output_dir / ".lock"):
         write_run_file(options.output_dir, "compare", options)
-        cells = [
-            cell
-            for sources in every_source
-            for cell in _cells_of_task(options, specs, fixed, sources, runner)
-        ]
+        cells: list[Cell] = []
+        planned = []
+        for sources in every_source:
+            of_task, chosen_options = _cells_of_task(options, specs, fixed, sources, runner)
+            cells += of_task
+            planned.append((chosen_options, sources))
         results = [
-            # A cell that had finished before may have been chosen for another reason.
-            {**result, **{name: cell.record[name] for name in _REASONS if name in cell.record}}
+            {**result, **{name: cell.record[name] for name in _SAID_ANEW if name in cell.record}}
             for cell, result in zip(cells, runner.run(cells, options.workers), strict=True)
         ]
-        results = relate(results)
-        files = report.write_results(results, options.output_dir)
-    rows = aggregate(results)
+        earlier = find_earlier(options.output_dir, {cell.directory for cell in cells}, planned)
+        every_result = relate([*results, *earlier.kept])
+        files = report.write_results(every_result, options.output_dir)
     if not options.quiet:
-        print_table(rows)
+        for note in earlier.notes():
+            print(f"lowmem-reft compare: {for_stream(note, sys.stderr)}", file=sys.stderr)
+        print_table(aggregate(every_result))
+        print_verdicts(files["verdict"])
+    results = every_result[: len(cells)]
     return {
         **files,
         "num_cells": len(results),
@@ -103,7 +111,7 @@ def run_comparison(
             result["error"] is not None and not (every and is_refused(result))
             for result in results
         ),
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) for row in aggregate(results)],
     }
 
 
@@ -136,8 +144,11 @@ def _cells_of_task(
     fixed: Sequence[bool],
     sources: Sources,
     runner: _Runner,
-) -> list[Cell]:
-    """The cells of one task, with equal budgets and searched rates if they are asked for."""
+) -> tuple[list[Cell], CompareOptions]:
+    """The cells of one task, with equal budgets and searched rates if they are asked for.
+
+    And the options that they are built from: an equal budget changes them.
+    """
     seeds = parse_seeds(options.matrix.seeds)
     reasons: list[dict[str, Any]] = [{} for _ in specs]
     if options.matrix.lr_search is not None:
@@ -166,7 +177,7 @@ def _cells_of_task(
     cells = build_cells(options, specs, seeds, sources)
     for cell in cells:
         cell.record.update(of_method.get(cell.record["method"], {}))
-    return cells
+    return cells, options
 
 
 def is_refused(result: Result) -> bool:

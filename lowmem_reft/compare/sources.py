@@ -227,7 +227,7 @@ def find_sources(options: CompareOptions) -> Sources:
     return _sources(
         options,
         {"evaluate": found.pop("eval"), **found},
-        task=task_name(given.data) if given.data else "embedded-task",
+        task=task_name(given.data or str(embedded.task_files()[0])),
         template=given.template,
         train_template=given.template,
         scoring=with_metric(options.scoring, rows["eval"]),
@@ -255,6 +255,8 @@ def model_digest(model: str) -> str:
 def task_name(data: str) -> str:
     """A short name for the rows: the file's, or the folder's if the file is just called train."""
     path = Path(data)
+    if path == embedded.task_files()[0]:
+        return "embedded-task"
     if not path.suffix:
         return data
     return path.absolute().parent.name if path.stem in ("train", "training", "data") else path.stem

@@ -135,8 +135,13 @@ class ForgettingOptions:
     """Windows of that text that are scored, from its beginning."""
 
     def __post_init__(self) -> None:
-        """Check the count."""
+        """Check the count, and that there is a text that it is of."""
         check_counts(forgetting_limit=self.forgetting_limit)
+        if self.forgetting is None and self.forgetting_limit != ForgettingOptions.forgetting_limit:
+            raise InputError(
+                f"forgetting_limit must come with forgetting, got {self.forgetting_limit!r} alone; "
+                "add --forgetting"
+            )
 
     def check_task(self, task_type: str | None) -> None:
         """Refuse the text for a classifier, under whose head no token has a likelihood.

@@ -21,12 +21,13 @@ import pytest
 from fake_model import config_alone
 from lowmem_reft.cli import main
 from lowmem_reft.compare import report
-from lowmem_reft.compare.cell import EMPTY_RESULT, read_cell, write_cell
+from lowmem_reft.compare.cell import EMPTY_RESULT, read_cell, training_key, write_cell
 from lowmem_reft.compare.cells import build_cells, command_line
-from lowmem_reft.compare.child import _training_key, run_cell
+from lowmem_reft.compare.child import run_cell
 from lowmem_reft.compare.engines.node import data_files, read_content
 from lowmem_reft.compare.matrix import run_comparison
 from lowmem_reft.compare.sources import Sources, find_sources, task_name
+from lowmem_reft.data import embedded
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.locks import alone
 from lowmem_reft.methods.entries import parse_methods
@@ -138,7 +139,10 @@ def test_a_result_has_the_fields_that_scripts_rely_on(options, fake_cell):
     assert result["tokens_per_s"] is None  # nan is no JSON
     assert result["config"]["optim"]["lr"] == 9e-4  # of rank 8 on a base of 4096
     stored = options.output_dir / "cells" / "loreft-seed0" / "result.json"
-    assert json.loads(stored.read_text()) == result
+    assert json.loads(stored.read_text()) == {**result, "verdict": None}
+    [verdict] = result["verdict"]  # what only all cells together say
+    assert set(verdict) == {"task", "take", "reason"}
+    assert verdict["task"] == "numbers"
 
 
 def test_finished_cells_are_not_run_again(options, fake_cell):
@@ -328,10 +332,42 @@ def test_general_text_is_scored_by_every_cell_and_is_part_of_its_key(options, tm
         cells = build_cells(asked, methods, [0], find_sources(asked))
         keys.append([cell.record["key"] for cell in cells])
         assert {cell.evaluate.beside.forgetting for cell in cells} == {str(text)}
-        assert {_training_key(cell) for cell in cells[1:]} == {_training_key(plain[1])}
+        assert {training_key(cell) for cell in cells[1:]} == {training_key(plain[1])}
         assert data_files(read_content(write_cell(cells[0]))).count(str(text)) == 1
     assert f"--forgetting {text} --forgetting-limit 8" in cells[1].record["command"]
     assert len({tuple(each) for each in keys}) == len({key for each in keys for key in each}) / 2
+
+
+def test_a_finished_cell_that_is_scored_on_something_else_keeps_its_training(
+    options, fake_cell, tmp_path
+):
+    text = tmp_path / "wiki.txt"
+    text.write_text("once upon a time " * 50)
+    run_comparison(changed(options, methods="loreft"), child_command=fake_cell)
+    training = options.output_dir / "cells" / "loreft-seed0" / "train"
+    [cell] = build_cells(options, parse_methods("loreft"), [0], find_sources(options))[1:]
+
+    def train(key):
+        (training / "adapter").mkdir(parents=True, exist_ok=True)
+        (training / "adapter" / "adapter_model.safetensors").touch()
+        (training / "trained.json").write_text(json.dumps({"key": key, "result": {}}))
+
+    def is_kept(**change):
+        before = len(runs_of(options))
+        run_comparison(changed(options, methods="loreft", **change), child_command=fake_cell)
+        assert len(runs_of(options)) > before
+        return training.exists()
+
+    train(training_key(cell))
+    assert is_kept(forgetting=str(text))
+    assert is_kept(forgetting=str(text), eval_limit=2)
+    (training.parent / "result.json").write_text("{")  # what has not finished is trained again
+    assert not is_kept(forgetting=str(text), eval_limit=2)
+    train("another training")
+    assert not is_kept()
+    train(training_key(cell))
+    (training / "adapter" / "adapter_model.safetensors").unlink()
+    assert not is_kept(eval_limit=2)
 
 
 def test_forgetting_is_in_the_results_of_the_comparison_and_not_in_its_cells(options, tmp_path):
@@ -419,6 +455,7 @@ def test_the_command_line_names_what_is_not_the_default():
         ({"data": None}, "eval_data must come with data"),
         ({"model": "/no/such/model"}, "model must be a directory or a hub id"),
         ({"data": "missing.jsonl"}, "missing.jsonl"),
+        ({"forgetting_limit": 8}, "forgetting_limit must come with forgetting, got 8 alone"),
         ({"forgetting": "gone.txt"}, "forgetting must be an existing file, got 'gone.txt'"),
     ],
 )
@@ -438,6 +475,7 @@ def test_seeds_are_numbers():
         ("a/trec/train.jsonl", "trec"),
         ("a/numbers.csv", "numbers"),
         ("org/set:main", "org/set:main"),
+        (str(embedded.task_files()[0]), "embedded-task"),
     ],
 )
 def test_a_task_is_named_after_its_file_or_folder(data, name):

@@ -7,6 +7,7 @@ follow from the setting.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -21,7 +22,9 @@ from fake_model import config_alone
 from fake_trial import BAD_RANK, FAILS_RANK, FAKE_CELL, SLOW_RANK
 from lowmem_reft import cli
 from lowmem_reft.compare.sweep import choose_sampler, run_sweep
-from lowmem_reft.compare.sweep.search import Search, Trial, best_of
+from lowmem_reft.compare.sweep.best import best_of, remark
+from lowmem_reft.compare.sweep.console import print_trials
+from lowmem_reft.compare.sweep.search import Search, Trial
 from lowmem_reft.compare.sweep.space import Choices, Range, parse_space, size
 from lowmem_reft.data.rows import load_rows
 from lowmem_reft.errors import InputError
@@ -226,6 +229,62 @@ def test_a_grid_is_tried_for_every_method_and_the_best_of_each_named(options, fa
     assert first["settings"] == {"rank": "4", "lr": "1e-3"}
     assert first["epochs"] == pytest.approx([0.807, 0.857])
     assert (first["state"], first["num_trainable_params"]) == ("complete", 4)
+
+
+def tried(*outcomes, metric="accuracy", rows=400, **settings):
+    """Complete trials with these values and losses, and the settings of each."""
+    return [
+        Trial(
+            **{"number": n, "state": "complete", "metric": metric, "value": value, "loss": loss},
+            **{"num_examples": rows, "method": f"loreft[{n}]", "drawn": {}},
+            settings={name: texts[n] for name, texts in settings.items()},
+        )
+        for n, (value, loss) in enumerate(outcomes)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "others", "expected"),
+    [
+        # One standard error of 400 rows at 80 % is 2 points.
+        ([(0.80, 1.0), (0.785, 0.5), (0.77, 0.1)], {}, 1),
+        ([(0.80, 1.0), (0.785, 0.5)], {"rows": None}, 0),
+        ([(0.80, 1.0), (0.785, 0.5)], {"metric": "f1"}, 0),
+        ([(0.80, 1.0), (0.785, None)], {}, 0),
+        ([(0.80, None), (0.80, None)], {}, 0),
+        ([(0.79, 0.5), (0.80, 0.5), (0.80, 0.5)], {}, 1),
+        ([(1.0, 2.0), (0.99, 1.0)], {}, 0),
+    ],
+)
+def test_of_accuracies_within_a_standard_error_the_lowest_loss_is_the_best(
+    outcomes, others, expected
+):
+    trials = tried(*outcomes, **others)
+    assert best_of(trials).number == expected
+    assert best_of([]) is None
+
+
+def test_what_was_level_and_where_the_range_ends_is_said_of_the_best(capsys):
+    settings = {"rank": ["8", "16", "4"], "lr": ["1e-3", "2e-3", "4e-3"]}
+    settings |= {"dropout": ["0.1", "0", "0.2"], "layers": ["all", "8", "upper:0.5"]}
+    trials = tried((0.80, 1.0), (0.79, 0.5), (0.5, 0.1), **settings)
+    best = best_of(trials)
+    said = remark(trials, best)
+    assert said == (
+        "the lowest loss of 2 within 2.0 points of the highest accuracy, one standard error of 400 "
+        "validation rows; at the highest rank tried, so that a better one may lie beyond"
+    )
+    inside = tried((0.5, 1.0), (0.9, 1.0), (0.5, 1.0), rank=["4", "8", "16"])
+    assert remark(inside, best_of(inside)) == ""
+    one = tried((0.9, 1.0), (0.5, 1.0), rank=["1", "2"], lr=["1e-3", "1e-2"])
+    assert remark(one, best_of(one)).startswith("at the lowest lr tried")
+    search = {"method": "loreft", "best": 1, "importance": None}
+    search["trials"] = [vars(trial) for trial in trials]
+    row = {"method": best.method, "remark": said}
+    print_trials({"metric": "accuracy", "best": [row], "searches": [search], "command": None})
+    lines = capsys.readouterr().err.splitlines()
+    assert f"best: {said}" in lines
+    assert [line.split()[0] for line in lines[4:7]] == ["1", "0", "2"]  # the best comes first
 
 
 def test_of_losses_the_lowest_is_the_best_and_the_high_ones_are_stopped():
@@ -539,5 +598,9 @@ def test_a_real_search_scores_the_best_epoch_on_the_validation_rows(
     for trial in trials_of(options):
         assert len(trial["epochs"]) == 2
         assert trial["value"] == max(trial["epochs"])
-    best = max(trial["value"] for trial in trials_of(options))
-    assert answer["best"][0]["value"] == best
+        assert trial["num_examples"] == 4
+    trials = trials_of(options)
+    highest = max(trial["value"] for trial in trials)
+    error = math.sqrt(highest * (1 - highest) / 4)
+    level = [trial for trial in trials if trial["value"] >= highest - error]
+    assert answer["best"][0]["loss"] == min(trial["loss"] for trial in level)

@@ -84,8 +84,13 @@ def available_threads() -> int:
 
 def read_result(cell: Cell) -> Result | None:
     """The content of the cell's ``result.json``; None if there is none that is whole and sound."""
+    return stored_result(cell.result_path)
+
+
+def stored_result(path: Path) -> Result | None:
+    """The content of a ``result.json``, the same way."""
     try:
-        result = parse_json(cell.result_path.read_bytes())
+        result = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return {**EMPTY_RESULT, **result} if what_is_wrong(result) is None else None

@@ -7,14 +7,16 @@ import shutil
 import time
 from collections.abc import Sequence
 
-from lowmem_reft.compare.cell import Cell, Result, write_cell
+from lowmem_reft.compare.cell import TRAINED_FILE, Cell, Result, training_key, write_cell
 from lowmem_reft.compare.engines.launch import (
     available_threads,
     cause_of_death,
     join_child,
+    read_result,
     result_or_cause,
     start_child,
 )
+from lowmem_reft.machine.files import parse_json
 
 
 class ProcessRun:
@@ -23,8 +25,7 @@ class ProcessRun:
     def __init__(self, cell: Cell, command: Sequence[str], environment: dict[str, str]) -> None:
         """Start it."""
         self.cell = cell
-        # What an older configuration or a failed attempt left must not be mistaken for this run's.
-        shutil.rmtree(cell.directory, ignore_errors=True)
+        _clear(cell)
         path = write_cell(cell)
         self._start = time.perf_counter()
         self._process = start_child(command, path, environment)
@@ -46,6 +47,33 @@ class ProcessRun:
     def join(self, timeout_s: float) -> None:
         """Wait until the process is gone."""
         join_child(self._process, timeout_s)
+
+
+def _clear(cell: Cell) -> None:
+    """Remove what an older configuration or a failed attempt left, which is not this run's.
+
+    Only the training stays of a cell that has finished and is now scored on something else.
+    """
+    kept = cell.directory / "train" if _has_trained(cell) else None
+    for path in cell.directory.glob("*"):
+        if path.is_dir() and not path.is_symlink():
+            if path != kept:
+                shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _has_trained(cell: Cell) -> bool:
+    result, directory = read_result(cell), cell.directory / "train"
+    if cell.train is None or result is None or result["error"] is not None:
+        return False
+    if cell.train.run.output_dir != directory or not any(directory.glob("adapter/*.safetensors")):
+        return False
+    try:
+        trained = parse_json((directory / TRAINED_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(trained, dict) and trained.get("key") == training_key(cell)
 
 
 class ProcessEngine:

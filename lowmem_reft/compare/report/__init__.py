@@ -8,14 +8,17 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.compare.cell import EMPTY_RESULT
 from lowmem_reft.machine.files import write_json, write_text_whole, write_whole
 
+if TYPE_CHECKING:
+    from lowmem_reft.compare.report.comparison import Comparison
+
 _NESTED = (
     *("config", "versions", "loss_history", "validation", "breakdown_bytes", "extra"),
-    *("few_shot", "examples", "lr_search"),
+    *("few_shot", "examples", "lr_search", "verdict"),
 )
 
 CSV_FIELDS = tuple(name for name in EMPTY_RESULT if name not in _NESTED)
@@ -27,7 +30,7 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uFF1D\uFF0B\uFF0D\uFF20]")
 
 def write_results(
     results: Sequence[dict[str, Any]], directory: Path, *, texts: bool = True
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Write ``results.json``, ``results.csv`` and the report of a comparison.
 
     Args:
@@ -36,15 +39,29 @@ def write_results(
         texts: Whether the page may hold the texts of the examples.
 
     Returns:
-        The paths: ``output_dir``, ``results``, ``csv`` and ``report``.
+        The paths, ``output_dir``, ``results``, ``csv`` and ``report``; and ``verdict``: which
+        method to take, as a list of ``task``, ``take`` and ``reason``. A cell in ``results.json``
+        has what is said of its task and of all tasks.
     """
-    write_json(directory / "results.json", results)
-    write_csv(directory / "results.csv", results)
+    # Matplotlib takes a second to import, which those who only read the column names need not.
+    from lowmem_reft.compare.report.comparison import Comparison
+    from lowmem_reft.compare.report.table import ALL_TASKS
+
+    directory.mkdir(parents=True, exist_ok=True)  # predictions are found by paths from there
+    comparison = Comparison.read(results, directory, texts=texts)
+    verdict = [each._asdict() for each in comparison.verdicts]
+    judged = [
+        {**cell, "verdict": [each for each in verdict if each["task"] in (cell["task"], ALL_TASKS)]}
+        for cell in results
+    ]
+    write_json(directory / "results.json", judged)
+    write_csv(directory / "results.csv", judged)
     return {
         "output_dir": str(directory),
         "results": str(directory / "results.json"),
         "csv": str(directory / "results.csv"),
-        "report": str(write_report(results, directory, texts=texts)),
+        "report": str(write_report(results, directory, texts=texts, comparison=comparison)),
+        "verdict": verdict,
     }
 
 
@@ -66,8 +83,17 @@ def _no_formula(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
-def write_report(results: Sequence[dict[str, Any]], directory: Path, *, texts: bool = True) -> Path:
-    """Write the PNG plots and ``report.html``; the arguments are those of ``write_results``."""
+def write_report(
+    results: Sequence[dict[str, Any]],
+    directory: Path,
+    *,
+    texts: bool = True,
+    comparison: Comparison | None = None,
+) -> Path:
+    """Write the PNG plots and ``report.html``; the arguments are those of ``write_results``.
+
+    ``comparison`` is what was read of the results, if that has been done.
+    """
     # Matplotlib takes a second to import; whoever asks for the table alone need not wait for it.
     import matplotlib
 
@@ -77,7 +103,8 @@ def write_report(results: Sequence[dict[str, Any]], directory: Path, *, texts: b
     from lowmem_reft.compare.report.sections import SECTIONS
 
     directory.mkdir(parents=True, exist_ok=True)
-    comparison = Comparison.read(results, directory, texts=texts)
+    if comparison is None:
+        comparison = Comparison.read(results, directory, texts=texts)
     with matplotlib.rc_context({"text.parse_math": False}):  # names of users may hold dollar signs
         sections = [section for render in SECTIONS if (section := render(comparison)) is not None]
         for section in sections:

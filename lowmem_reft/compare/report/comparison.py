@@ -11,8 +11,9 @@ from typing import Any
 from lowmem_reft.compare.report.answers import TaskAnswers, read_answers
 from lowmem_reft.compare.report.figures import Style, method_styles
 from lowmem_reft.compare.report.names import find_reference, head, short_names
-from lowmem_reft.compare.report.significance import Significance, compare_with
+from lowmem_reft.compare.report.significance import Draws, Significance, score_draws
 from lowmem_reft.compare.report.table import TASK, Measure, Summary, aggregate, over_tasks
+from lowmem_reft.compare.report.verdict import Verdict, decide
 from lowmem_reft.data.tasks.metrics import gain, unit_of
 
 MAX_NAME = 24
@@ -131,17 +132,29 @@ class Comparison:
         return find_reference(self.tuned)
 
     @cached_property
+    def draws(self) -> dict[str, Draws]:
+        """By task: every method that has answers, on the same draws of the task's examples."""
+        scored = {
+            task: score_draws(answers, [row.method for row in self.rows_of(task)])
+            for task, answers in self.answers.items()
+        }
+        return {task: draws for task, draws in scored.items() if draws is not None}
+
+    @cached_property
     def significance(self) -> dict[str, Significance]:
         """By task: what is tuned or prompted, and has answers, against the reference, if it has."""
-        found = {}
-        for task, answers in self.answers.items():
-            if self.reference in answers.methods:
-                some = [m for m in (*self.tuned, *self.prompted) if m in answers.methods]
-                others = [method for method in some if method != self.reference]
-                compared = compare_with(answers, self.reference, others)
-                if compared is not None:
-                    found[task] = compared
-        return found
+        if self.reference is None:
+            return {}
+        compared = {
+            task: draws.against(self.reference, [*self.tuned, *self.prompted])
+            for task, draws in self.draws.items()
+        }
+        return {task: found for task, found in compared.items() if found is not None}
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """Which method to take: over all tasks first, if there are several, then on each."""
+        return decide(self)
 
 
 def _budget(budget: Any) -> str:

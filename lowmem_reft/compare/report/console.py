@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
-from collections.abc import Sequence
-from typing import Any
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from rich import progress
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lowmem_reft.compare.cell import Cell, Result
 from lowmem_reft.compare.report.table import Measure, Summary, columns
+from lowmem_reft.compare.report.verdict import Verdict, sentences
 from lowmem_reft.data.tasks.metrics import unit_of
 from lowmem_reft.machine.terminal import harmless
 
@@ -27,22 +32,57 @@ _LEAST_FIRST = (
 _TEXT_WIDTH = 16
 """Names are folded to this before a column is left out."""
 
+_INDENT, _JOINED = "  ", "\N{NO-BREAK SPACE}"
+
+
+class _Started(NamedTuple):
+    """A cell that runs."""
+
+    name: str
+    trains: bool
+    start: float
+    """By the clock of the progress, seconds."""
+
+
+class _TimeLeft(progress.ProgressColumn):
+    """The estimate, which goes down while cells run."""
+
+    def __init__(self, words: Callable[[], str]) -> None:
+        super().__init__()
+        self._words = words
+
+    def render(self, task: progress.Task) -> Text:
+        return Text(self._words(), style="progress.remaining")
+
 
 class Progress:
-    """A bar with the running cells and a line for each that ended; only lines in a log file."""
+    """A bar with the running cells and a line for each that ended; only lines in a log file.
+
+    Once a cell that trains has ended, both say about how long the others will take: as long as
+    those that ended, as many at the same time as have been.
+    """
 
     def __init__(
-        self, num_cells: int, *, quiet: bool = False, console: Console | None = None
+        self,
+        num_cells: int,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Watch ``num_cells`` cells; ``quiet`` shows nothing."""
+        """Watch ``num_cells`` cells; ``quiet`` shows nothing. ``clock`` counts seconds."""
         self._console = console or Console(stderr=True, quiet=quiet, soft_wrap=True)
         self._num_cells = num_cells
         self._num_finished = 0
-        self._running: list[str] = []
+        self._clock = clock
+        self._running: list[_Started] = []
+        self._most_at_once = 1
+        self._took_s: list[float] = []
         self._bar = progress.Progress(
             progress.BarColumn(24),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
+            _TimeLeft(self._left),
             progress.TextColumn("{task.description}", markup=False),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
@@ -58,8 +98,9 @@ class Progress:
 
     def started(self, cell: Cell) -> None:
         """Name the cell beside the bar."""
-        self._running.append(cell.name)
-        self._bar.update(self._task, description=", ".join(self._running))
+        self._running.append(_Started(cell.name, cell.train is not None, self._clock()))
+        self._most_at_once = max(self._most_at_once, len(self._running))
+        self._bar.update(self._task, description=self._names())
 
     def finished(self, cell: Cell, result: Result, *, skipped: bool) -> None:
         """Move the bar and say how the cell ended."""
@@ -69,34 +110,88 @@ class Progress:
     def ended(self, name: str, outcome: str, *, ran: bool, failed: bool) -> None:
         """Move the bar and say how a cell that had been started, or had not to be, ended."""
         if ran:
-            self._running.remove(name)
+            cell = next(each for each in self._running if each.name == name)
+            self._running.remove(cell)
+            if cell.trains and not failed:
+                self._took_s.append(self._clock() - cell.start)
         self._num_finished += 1
-        self._bar.update(self._task, advance=1, description=", ".join(self._running))
-        line = harmless(f"[{self._num_finished}/{self._num_cells}] {name}: {outcome}")
+        self._bar.update(self._task, advance=1, description=self._names())
+        left = f", {words}" if (words := self._left()) else ""
+        line = harmless(f"[{self._num_finished}/{self._num_cells}] {name}: {outcome}{left}")
         self._console.print(line, style="red" if failed else None, markup=False, highlight=False)
+
+    def _names(self) -> str:
+        return ", ".join(cell.name for cell in self._running)
+
+    def _left(self) -> str:
+        """About how long it will still take, in words; nothing while that cannot be known."""
+        running = [*self._running]  # the bar is drawn by another thread
+        num_waiting = self._num_cells - self._num_finished - len(running)
+        if not self._took_s or not (num_waiting or running):
+            return ""
+        each, now = statistics.fmean(self._took_s), self._clock()
+        begun = sum(max(0.0, each - (now - cell.start)) for cell in running if cell.trains)
+        return f"about {_duration((num_waiting * each + begun) / self._most_at_once)} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def print_table(rows: Sequence[Summary], console: Console | None = None) -> None:
     """Print the rows; what failed follows below, with the reason.
 
     Columns that matter least are left out until the rest fits; all are in the files and on the
-    page.
+    page. Where even those that matter most do not, each method has lines of its own.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal:
         console.width = _WIDE
     shown = columns(rows)
-    endless = console.options.update(width=sys.maxsize)
+    fits = _fits(console, shown, rows)
     for name in _LEAST_FIRST:
-        narrowest = _table(shown, rows, text_width=_TEXT_WIDTH)
-        if console.measure(narrowest, options=endless).minimum <= console.width:
+        if fits:
             break
         shown = [column for column in shown if column.field != name]
-    console.print(_table(shown, rows))
+        fits = _fits(console, shown, rows)
+    if fits:
+        console.print(_table(shown, rows))
+    else:
+        _print_lines(console, shown, rows)
     for row in rows:
         for error in row.errors:
             line = harmless(f"{row.method} {error}")
             console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _fits(console: Console, shown: Sequence[Measure], rows: Sequence[Summary]) -> bool:
+    endless = console.options.update(width=sys.maxsize)
+    narrowest = _table(shown, rows, text_width=_TEXT_WIDTH)
+    return console.measure(narrowest, options=endless).minimum <= console.width
+
+
+def _print_lines(console: Console, shown: Sequence[Measure], rows: Sequence[Summary]) -> None:
+    """Each method's name, whole, and below it what was measured, broken between the figures."""
+    names = [column for column in shown if column.kind == "text"]
+    measures = [column for column in shown if column.kind != "text"]
+    for row in rows:
+        name = ", ".join(column.text(row) for column in names)
+        console.print(Text(harmless(name), style="bold", overflow="fold"))
+        found = (f"{column.title} {column.text(row)}".replace(" ", _JOINED) for column in measures)
+        lines = textwrap.wrap(", ".join(found), max(1, console.width - len(_INDENT)))
+        text = "\n".join(_INDENT + line.replace(_JOINED, " ") for line in lines)
+        console.print(harmless(text), markup=False, highlight=False)
+
+
+def print_verdicts(verdicts: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """Print which method to take; each is a line where no one is watching."""
+    console = console or Console(stderr=True)
+    for line in sentences([Verdict(**each) for each in verdicts]):
+        text = harmless(line)
+        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _table(

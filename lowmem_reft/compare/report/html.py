@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from lowmem_reft.compare.report.comparison import Comparison
 from lowmem_reft.compare.report.figures import svg_text
 from lowmem_reft.compare.report.table import Measure
+from lowmem_reft.compare.report.verdict import sentences
 from lowmem_reft.machine.pages import templates
 
 _MANY_ROWS = 60
@@ -65,7 +66,10 @@ class Section:
 def render_page(comparison: Comparison, sections: Sequence[Section]) -> str:
     """One self-contained page: opens from a file, fetches nothing, fits a phone."""
     return _TEMPLATES.get_template("report.html").render(
-        title=comparison.title, summary=comparison.summary, sections=sections
+        title=comparison.title,
+        summary=comparison.summary,
+        verdicts=sentences(comparison.verdicts),
+        sections=sections,
     )
 
 

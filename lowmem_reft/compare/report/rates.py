@@ -16,9 +16,14 @@ def chosen(trials: Trials) -> dict[str, Any] | None:
 def at_edge(trials: Trials) -> str | None:
     """The end of the range at which the best rate is: ``lowest`` or ``highest``; None if inside."""
     best, rates = chosen(trials), [trial["lr"] for trial in trials]
-    if best is None or len(trials) == 1 or min(rates) < best["lr"] < max(rates):
+    return None if best is None else end_of(best["lr"], rates)
+
+
+def end_of(best: float, tried: Sequence[float]) -> str | None:
+    """The end of what was tried at which the best is; None if inside, or if one alone was tried."""
+    if len(set(tried)) < 2 or min(tried) < best < max(tried):
         return None
-    return "lowest" if best["lr"] == min(rates) else "highest"
+    return "lowest" if best == min(tried) else "highest"
 
 
 def in_words(trials: Trials) -> str:

@@ -69,6 +69,84 @@ class Significance:
     num_resamples: int
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draws:
+    """Methods of one task, scored on all their common examples and on the same draws of them."""
+
+    metric: str
+    num_examples: int
+    num_resamples: int
+    scores: dict[str, Floats]
+    """By method: (1 + draws,), on all examples first."""
+
+    def value(self, method: str) -> float:
+        """The method's metric on all examples."""
+        return float(self.scores[method][0])
+
+    def against(self, reference: str, methods: Sequence[str]) -> Significance | None:
+        """Compare methods with one of them; those that were not scored are left out.
+
+        Returns:
+            None if there is nothing to compare.
+        """
+        others = [name for name in methods if name in self.scores and name != reference]
+        if reference not in self.scores or not others:
+            return None
+        found = {m: _difference(self.scores[m] - self.scores[reference]) for m in others}
+        corrected = holm([difference.p for difference in found.values()])
+        return Significance(
+            reference=reference,
+            metric=self.metric,
+            differences={
+                name: replace(difference, p_holm=p)
+                for (name, difference), p in zip(found.items(), corrected, strict=True)
+            },
+            num_examples=self.num_examples,
+            num_resamples=self.num_resamples,
+        )
+
+
+def score_draws(
+    answers: TaskAnswers,
+    methods: Sequence[str],
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Draws | None:
+    """Score methods on draws of the examples that all of them answered.
+
+    Args:
+        answers: What the methods answered.
+        methods: Those to score.
+        num_resamples: Draws.
+        seed: Of the draws; all methods are scored on the same ones.
+
+    Returns:
+        None if there is nothing to draw from. Methods without answers, or with answers that do not
+        give the values that the cells have, are left out.
+    """
+    num_examples = len(answers.examples)
+    scorers = {
+        name: scorer
+        for name in methods
+        if name in answers.methods
+        and (scorer := _scorer(answers, answers.methods[name])) is not None
+    }
+    if num_examples < 2 or not scorers:
+        return None
+    parts: dict[str, list[Floats]] = {name: [] for name in scorers}
+    draws = draw_counts(num_examples, num_resamples, seed)
+    for counts in itertools.chain([np.ones((1, num_examples))], draws):  # first all, as they are
+        for name, score in scorers.items():
+            parts[name].append(score(counts))
+    return Draws(
+        metric=answers.metric,
+        num_examples=num_examples,
+        num_resamples=num_resamples,
+        scores={name: np.concatenate(part) for name, part in parts.items()},
+    )
+
+
 def compare_with(
     answers: TaskAnswers,
     reference: str,
@@ -77,48 +155,10 @@ def compare_with(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Significance | None:
-    """Compare methods with a reference on the examples that all of them answered.
-
-    Args:
-        answers: What the methods answered.
-        reference: The method to compare with.
-        methods: The others.
-        num_resamples: Draws.
-        seed: Of the draws; all methods are scored on the same ones.
-
-    Returns:
-        None if there is nothing to compare. Methods without answers, or with answers that do not
-        give the values that the cells have, are left out.
-    """
-    num_examples = len(answers.examples)
-    if num_examples < 2:
-        return None
-    scorers = {
-        name: scorer
-        for name in (reference, *methods)
-        if name in answers.methods
-        and (scorer := _scorer(answers, answers.methods[name])) is not None
-    }
-    if reference not in scorers or len(scorers) < 2:
-        return None
-    parts: dict[str, list[Floats]] = {name: [] for name in scorers}
-    draws = draw_counts(num_examples, num_resamples, seed)
-    for counts in itertools.chain([np.ones((1, num_examples))], draws):  # first all, as they are
-        for name, score in scorers.items():
-            parts[name].append(score(counts))
-    scores = {name: np.concatenate(part) for name, part in parts.items()}
-    found = {m: _difference(scores[m] - scores[reference]) for m in scorers if m != reference}
-    corrected = holm([difference.p for difference in found.values()])
-    return Significance(
-        reference=reference,
-        metric=answers.metric,
-        differences={
-            name: replace(difference, p_holm=p)
-            for (name, difference), p in zip(found.items(), corrected, strict=True)
-        },
-        num_examples=num_examples,
-        num_resamples=num_resamples,
-    )
+    """Compare methods with a reference; the arguments are those of the two steps before."""
+    every = (reference, *methods)
+    draws = score_draws(answers, every, num_resamples=num_resamples, seed=seed)
+    return None if draws is None else draws.against(reference, methods)
 
 
 def draw_counts(num_examples: int, num_resamples: int, seed: int) -> Iterator[Floats]:

@@ -98,6 +98,8 @@ class Measure:
         return text
 
 
+ALL_TASKS = "all tasks"
+"""What the rows of means over tasks have as their task."""
 METHOD = Measure("method", "method", kind="text")
 TASK = Measure("task", "task", kind="text")
 _MEASURES = (
@@ -207,7 +209,7 @@ def _reason(error: str) -> str:
 def _mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The cells of one method and seed, one per task, as if they were one cell."""
     metrics = {cell["metric"] for cell in cells}
-    mean = {**cells[0], "task": "all tasks"}
+    mean = {**cells[0], "task": ALL_TASKS}
     mean["metric"] = metrics.pop() if len(metrics) == 1 else "mean"
     averaged = ("value", *_MEANS, *TO_REFERENCE)
     for name in (*averaged, *_LARGEST, "build_time_s"):

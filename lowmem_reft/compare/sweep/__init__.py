@@ -21,10 +21,11 @@ from lowmem_reft.compare.engines.launch import CHILD_COMMAND
 from lowmem_reft.compare.outputs import check_comparison
 from lowmem_reft.compare.report.console import Progress
 from lowmem_reft.compare.sources import Sources
+from lowmem_reft.compare.sweep.best import best_of, remark
 from lowmem_reft.compare.sweep.console import Told, print_trials
 from lowmem_reft.compare.sweep.rows import find_rows
 from lowmem_reft.compare.sweep.runner import Task, run_trials
-from lowmem_reft.compare.sweep.search import Search, Trial, best_of, read_trial
+from lowmem_reft.compare.sweep.search import Search, Trial, read_trial
 from lowmem_reft.compare.sweep.space import Space, grid, parse_space, size
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine.files import parse_json, write_json
@@ -203,6 +204,7 @@ def _save(
             {
                 "searched": task.spec.label,
                 **{n: getattr(trial, n) for n in ("method", "value", "loss", "settings")},
+                "remark": remark(task.trials, trial),
             }
             for task, trial in best
         ],

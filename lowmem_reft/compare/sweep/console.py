@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -41,10 +42,11 @@ class Told:
 def print_trials(content: dict[str, Any]) -> None:
     """Print each method's best trials, what mattered, and the command for the test rows."""
     out = Console(stderr=True, soft_wrap=True)
+    remarks = {row["method"]: row["remark"] for row in content["best"]}
     for search in content["searches"]:
-        ranked = sorted(search["trials"], key=_rank)
+        ranked = sorted(search["trials"], key=partial(_rank, search))
         table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title_justify="left")
-        table.add_column("trial", justify="right")
+        table.add_column("trial", justify="right", no_wrap=True, min_width=len("trial"))
         names = list(ranked[0]["settings"]) if ranked else []
         metric = titled(content["metric"] or "value", [content["metric"]])
         for title in (*names, metric, "held-out loss", "epochs", "s"):
@@ -56,6 +58,9 @@ def print_trials(content: dict[str, Any]) -> None:
         out.print(table)
         if len(ranked) > _SHOWN:
             out.print(f"and {len(ranked) - _SHOWN} more in sweep.json", highlight=False)
+        words = [remarks.get(trial["method"]) for trial in ranked if _is_best(search, trial)]
+        for said in filter(None, words):
+            out.print(f"best: {said}", markup=False, highlight=False)
         if search["importance"]:
             shares = (f"{name} {100 * share:.0f} %" for name, share in search["importance"].items())
             out.print(f"importance: {', '.join(shares)}", highlight=False)
@@ -64,10 +69,12 @@ def print_trials(content: dict[str, Any]) -> None:
         out.print(content["command"], markup=False, highlight=False)
 
 
-def _rank(trial: dict[str, Any]) -> tuple[int, float, float]:
+def _rank(search: dict[str, Any], trial: dict[str, Any]) -> tuple[bool, int, float, float]:
+    """The best first, then those that ended by value."""
     state = ("complete", "pruned").index(trial["state"]) if trial["error"] is None else 2
     value, loss = trial["value"], trial["loss"]
-    return state, -gain(trial["metric"], value or 0.0), float("inf") if loss is None else loss
+    loss = float("inf") if loss is None else loss
+    return not _is_best(search, trial), state, -gain(trial["metric"], value or 0.0), loss
 
 
 def _is_best(search: dict[str, Any], trial: dict[str, Any]) -> bool:

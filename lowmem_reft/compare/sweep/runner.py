@@ -38,7 +38,7 @@ class Task:
     """The cell of a setting."""
 
 
-_MEASURED = ("metric", "num_trainable_params", "peak_bytes", "wall_time_s")
+_MEASURED = ("metric", "num_examples", "num_trainable_params", "peak_bytes", "wall_time_s")
 """Of a cell's result and of its trial alike."""
 
 

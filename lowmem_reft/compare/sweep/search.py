@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as shortened
 from typing import Any, Literal, get_type_hints
 
 from lowmem_reft.compare.sweep.space import Choices, Range, Space, as_text
-from lowmem_reft.data.tasks.metrics import gain, is_lower_better
+from lowmem_reft.data.tasks.metrics import is_lower_better
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import fits
 
@@ -44,6 +43,8 @@ class Trial:
     loss: float | None = None
     epochs: list[float | None] = field(default_factory=list)
     """``value`` after each epoch; None is no number."""
+    num_examples: int | None = None
+    """Validation rows that ``value`` is of."""
     num_trainable_params: int | None = None
     peak_bytes: int | None = None
     wall_time_s: float | None = None
@@ -174,18 +175,6 @@ class Search:
 def settings_of(drawn: dict[str, Any]) -> dict[str, str]:
     """A drawn setting as it is written."""
     return {name: as_text(value) for name, value in drawn.items()}
-
-
-def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """The complete trial with the best value; of equal ones the lower loss, then the earlier."""
-    complete = [trial for trial in trials if trial.state == "complete"]
-
-    def rank(trial: Trial) -> tuple[float, float, int]:
-        assert trial.value is not None
-        loss = float("inf") if trial.loss is None else trial.loss
-        return gain(trial.metric, trial.value), -loss, -trial.number
-
-    return max(complete, key=rank, default=None)
 
 
 def _distribution(part: Choices | Range) -> Any:

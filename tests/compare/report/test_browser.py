@@ -138,6 +138,18 @@ def test_the_page_does_not_scroll_sideways(page):
     assert too_wide == []
 
 
+def test_value_and_difference_are_seen_without_scrolling(page):
+    page.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
+    right = ask(
+        page,
+        "[...document.querySelectorAll('#ranking details table thead th:nth-child(3)')]"
+        ".map((e) => e.getBoundingClientRect().right - "
+        "e.closest('.scroll').getBoundingClientRect().right)",
+    )
+    assert right
+    assert max(right) <= 0
+
+
 def test_every_chart_is_drawn_with_its_text(page):
     page.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
     boxes = ask(

@@ -34,7 +34,13 @@ from lowmem_reft.compare.report.sections import (
     runs,
 )
 from lowmem_reft.compare.report.table import aggregate, columns, markdown, over_tasks
-from lowmem_reft.options import DataOptions, EvaluateOptions, ModelOptions
+from lowmem_reft.options import (
+    DataOptions,
+    EvaluateOptions,
+    ModelOptions,
+    RunOptions,
+    TrainOptions,
+)
 
 HOSTILE = '<script>alert("x")</script> & [bold]more[/bold] $\\frac{$ |'
 
@@ -180,6 +186,22 @@ def test_the_terminal_table_is_not_cut_but_leaves_out_what_matters_least(results
     assert [words for words in measured if words not in text] == [*left_out]
 
 
+@pytest.mark.parametrize("width", [40, 50, 60])
+def test_on_a_narrow_terminal_every_name_is_whole_with_its_figures_below(width):
+    name = "loreft[rank=8,lr=4e-3,storage=bf16,positions=f7+l7]"
+    large = {"num_trainable_params": 26_214_400, "adapter_bytes": 10**9, "train_time_s": 1e5}
+    cells = [base(), result(name, **large), result("qlora", **large), failed("dora")]
+    console = Console(width=width, force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        print_table(aggregate(cells), console)
+    lines = capture.get().splitlines()
+    assert name in "".join(line for line in lines if not line.startswith(" "))
+    assert {"base[storage=nf4]", "qlora", "dora"} <= set(lines)
+    assert max(map(len, lines)) <= width
+    figures = " ".join(line.strip() for line in lines)
+    assert "accuracy % 80.0, trainable 26,214,400, adapter KiB 976,562.5, peak MiB 30.0," in figures
+
+
 def test_brackets_in_names_and_errors_are_shown_as_they_are(capsys):
     console = Console(width=120)
     print_table(aggregate([result("loreft[red]"), failed("x", error=HOSTILE)]), console)
@@ -201,6 +223,38 @@ def test_progress_is_plain_lines_where_no_one_is_watching(tmp_path, capsys):
     first, second = captured.err.splitlines()
     assert first == "[1/2] loreft[r=2] seed 1: accuracy 80.0 % in 3 s"
     assert second.startswith("[2/2] loreft[r=2] seed 1: failed: ValueError: no (see ")
+
+
+def test_the_time_left_is_told_from_the_cells_that_trained_and_how_many_run_at_once(
+    tmp_path, capsys
+):
+    seconds = [0.0]
+    evaluate = EvaluateOptions(model=ModelOptions(model="m"), data=DataOptions(data="d"))
+    run = RunOptions(output_dir=tmp_path)
+    train = TrainOptions(model=ModelOptions(model="m"), data=DataOptions(data="d"), run=run)
+    base_cell, *tuned = (
+        Cell(directory=tmp_path, train=how, evaluate=evaluate, record={"method": name, "seed": 0})
+        for name, how in (("base", None), ("a", train), ("b", train), ("c", train))
+    )
+    with Progress(8, clock=lambda: seconds[0]) as progress:
+        progress.finished(base_cell, result(), skipped=True)
+        progress.started(base_cell)
+        seconds[0] = 5.0
+        progress.finished(base_cell, result(), skipped=False)  # which trains nothing
+        progress.started(tuned[0])
+        progress.started(tuned[1])
+        seconds[0] = 605.0
+        progress.finished(tuned[0], result(), skipped=False)
+        progress.started(tuned[2])
+        seconds[0] = 705.0
+        progress.finished(tuned[1], failed(), skipped=False)  # which tells nothing
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("about ")[2] for line in lines] == [
+        "",
+        "",
+        "20 min left",  # four of 600 s, two at the same time; the one that runs is due
+        "19 min left",  # three, and 500 s of the one that runs
+    ]
 
 
 def test_quiet_progress_says_nothing(tmp_path, capsys):
@@ -337,7 +391,7 @@ def test_the_ranking_says_what_is_better_than_the_reference_and_how_surely(with_
     assert "Not told apart from qlora: lora. (100 examples)" in text
     order = re.findall(r"(\d) (loreft|lora|qlora|dora|base)\b", text)
     assert [name for _, name in order][:5] == ["loreft", "lora", "qlora", "dora", "base"]
-    assert "90.0 ± 0.0 2 ▲ +10.0 +5.0 to +16.0" in text
+    assert "90.0 ± 0.0 ▲ +10.0 +5.0 to +16.0" in text
     assert "Other seeds move it too" in text
     assert set(comparison.significance["trec"].differences) == {"loreft", "lora[rank=8]", "dora"}
 
@@ -345,6 +399,12 @@ def test_the_ranking_says_what_is_better_than_the_reference_and_how_surely(with_
 def test_without_qlora_the_first_tuned_method_is_the_reference(with_answers, tmp_path):
     cells = [cell for cell in with_answers if cell["method"] != "qlora"]
     assert "Clearly worse than loreft: " in ranking.render(Comparison.read(cells, tmp_path)).body
+
+
+def test_value_and_difference_stand_beside_the_name(with_answers, tmp_path):
+    body = str(ranking.render(Comparison.read(with_answers, tmp_path)).body)
+    titles = [plain(title) for title in re.findall(r"<th scope=\"col\".*?</th>", body, re.DOTALL)]
+    assert titles[:3] == ["method", "accuracy %", "against qlora"]
 
 
 def test_without_predictions_the_ranking_says_that_it_cannot_tell(results):

@@ -42,9 +42,8 @@ def _task_ranking(comparison: Comparison, task: str) -> list[Markup]:
     columns = [
         Column("method", lambda row: html.method(row.method, ranks.get(row.method)), "text"),
         Column(titled(metric, [metric]), _value),
-        *shown([Measure("seeds", "num_seeds")]),
     ]
-    costs = shown(measured(_COSTS, rows))
+    costs = shown(measured((Measure("seeds", "num_seeds"), *_COSTS), rows))
     rising = is_lower_better(metric)
     if found is None:
         return [table([*columns, *costs], rows, by=1, rising=rising)]
