@@ -366,6 +366,8 @@ class RunOptions(Switches):
     """Seed of the adapter's initialisation, the data order and dropout."""
     resume: bool = False
     """Go on from the last checkpoint in --output-dir."""
+    overwrite: bool = False
+    """Replace the run in --output-dir, whatever its settings are."""
     save_steps: int | None = None
     """Optimizer steps between checkpoints; default: one every epoch."""
     logging_steps: int = 10
@@ -378,6 +380,11 @@ class RunOptions(Switches):
         """Check the counts, the seed and the trackers."""
         check_counts(save_steps=self.save_steps, logging_steps=self.logging_steps)
         check_directory("output_dir", self.output_dir)
+        if self.resume and self.overwrite:
+            raise InputError(
+                "overwrite must be left out with resume, got both; one goes on with the run, the "
+                "other begins anew"
+            )
         check_seed(self.seed)
         if self.report_to != "all":
             for name in self.report_to.split(","):
