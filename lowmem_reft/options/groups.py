@@ -66,17 +66,19 @@ class DataOptions:
     """The rows to train on or to score."""
 
     data: str
-    """JSONL, JSON, CSV or Parquet file, or a datasets id."""
+    """JSONL, JSON, CSV or Parquet file, or a datasets id; or several with commas between them, of
+    which @WEIGHT takes a share: a.jsonl,b.jsonl@0.5 takes half of b's rows, drawn by the seed."""
     split: str = "train"
     """Split of a datasets id; files have only one."""
     template: str | None = None
     """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; default: the adapter's
     own, else "{prompt}". {messages} rows use the tokenizer's chat template."""
     max_length: int | None = None
-    """Tokens of prompt + response; longer prompts are cut from the left, a response that does not
-    fit is an error. Default: the adapter's own, else 512."""
+    """Tokens of prompt + response. Of longer prompts the oldest turns give way, then the text is
+    cut from the left; template and system message stay, and where these do not fit beside the
+    response, that is an error. Default: the adapter's own, else 512."""
     limit: int | None = None
-    """Use only the first N rows."""
+    """Use only the first N rows (of several files, of each)."""
 
     def __post_init__(self) -> None:
         """Check the counts and the template."""

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 FILE_NAME = "run.json"
 ADAPTER = "adapter"
-NUM_STEPS = "num_steps"
-"""How long the run was to go on: its name in ``run.json``, where it is no setting."""
 _BEFORE = "adapter-before"
 
 _OF_THE_CARD = ("storage", "compute_dtype", "task_type", "template", "max_length", "seed")
@@ -114,7 +112,7 @@ def _prepare(run: Run, validation: Sequence[Row]) -> tuple[str, Checkpoint | Non
         checkpoint = _go_on_from(run, begun.get("id"))
         begun.setdefault("id", uuid.uuid4().hex if checkpoint is None else checkpoint.note["run"])
     # From here on checkpoints and results of an earlier run count for nothing.
-    known = {**settings, NUM_STEPS: _num_steps(run), "id": begun["id"]}
+    known = {**settings, **_length(run), "id": begun["id"]}
     text = json.dumps(known, indent=2) + "\n"
     write_text_whole(directory / FILE_NAME, text)
     sync(directory)
@@ -214,7 +212,7 @@ def _check_free(run: Run, begun: dict[str, Any], settings: dict[str, Any]) -> No
             f"{str(directory)!r}; add --resume, choose another directory, or replace them with "
             "--overwrite"
         )
-    differing = _differing(begun, {**settings, NUM_STEPS: _num_steps(run)})
+    differing = _differing(begun, {**settings, **_length(run)})
     if is_finished and (differing or not begun):
         raise InputError(
             f"output_dir must not hold a finished run with other settings, got {str(directory)!r}: "
@@ -268,6 +266,7 @@ def _settings(run: Run, validation: Sequence[Row]) -> dict[str, Any]:
     }
     if validation:
         settings |= asdict(with_metric(run.options.scoring, validation))
+        settings["eval_steps"] = run.options.choosing.eval_steps
     return settings
 
 
@@ -306,6 +305,11 @@ def _check_length(run: Run, step: int) -> None:
             + ("" if name == "max_steps" else f", which are {num_steps} steps")
             + "; raise it, or use that checkpoint's adapter"
         )
+
+
+def _length(run: Run) -> dict[str, Any]:
+    """Return what decides how long a run goes on, which may change when it is resumed."""
+    return {"num_steps": _num_steps(run), "patience": run.options.choosing.patience}
 
 
 def _num_steps(run: Run) -> int:
