@@ -395,9 +395,10 @@ def _all_too_long(
     size, fewest = too_long[first]
     text = (
         f"{rows[first].source}: response must leave room for the prompt in max_length "
-        f"{max_length}, got {size} tokens, and the prompt needs {fewest} with its template and "
-        "system message"
+        f"{max_length}, got {size} tokens"
     )
+    if fewest > 2:  # more than BOS and a token
+        text += f", and the prompt needs {fewest} with its template and system message"
     if others:
         named = ", ".join(f"{rows[index].source} ({too_long[index][0]})" for index in others[:3])
         more = ", ..." if len(others) > 3 else ""
