@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.cutting import cut_prompt
 from lowmem_reft.data.joint import bos_of, end_response, one_begins_another, tokenized, with_end
 from lowmem_reft.data.rows import Row, class_index
 from lowmem_reft.data.texts import written
@@ -38,11 +39,14 @@ class EncodedRows:
 
 
 class RowsTooLongError(InputError):
-    """Rows whose responses leave no room for a prompt; ``indices`` are theirs among the rows."""
+    """Rows whose responses leave no room for a prompt.
 
-    def __init__(self, message: str, indices: list[int]) -> None:
+    ``indices`` are theirs among the rows, ``longest`` is the max_length that all would need.
+    """
+
+    def __init__(self, message: str, indices: list[int], longest: int) -> None:
         super().__init__(message)
-        self.indices = indices
+        self.indices, self.longest = indices, longest
 
 
 def encode_rows(
@@ -58,7 +62,7 @@ def encode_rows(
     Labels are -100 on the prompt, then the tokens of the response and EOS. The right choice of a
     ``choices`` row gets no EOS unless one of its choices begins another: what is trained is what
     ``encode_choices`` scores, and a base whose EOS was never trained would spend most of its loss
-    on it. Prompts that do not fit are cut from the left; BOS stays.
+    on it. Prompts that do not fit are cut, see ``cutting``.
 
     Args:
         rows: Rows with a response.
@@ -81,7 +85,8 @@ def encode_rows(
     for row, response, ends in zip(rows, responses, with_end(rows, tokenizer), strict=True):
         if ends:
             end_response(row, response, tokenizer)
-    prompts = _fitted(rows, encoded, list(map(len, responses)), tokenizer, max_length)
+    sizes = list(map(len, responses))
+    prompts = _fitted(rows, encoded, sizes, tokenizer, template, max_length)
     examples = [_example(*pair) for pair in zip(prompts, responses, strict=True)]
     return _encoded(examples, _cuts(encoded, prompts))
 
@@ -140,7 +145,7 @@ def encode_all_choices(
                 f"{list(row.choices)}; write them otherwise"
             )
     sizes = [max(map(len, responses)) for _, responses in encoded]
-    prompts = _fitted(rows, encoded, sizes, tokenizer, max_length)
+    prompts = _fitted(rows, encoded, sizes, tokenizer, template, max_length)
     cuts = _cuts(encoded, prompts)
     return [
         _encoded([_example(prompt, response) for response in responses], [cut])
@@ -155,14 +160,14 @@ def encode_prompts(
     template: str = "{prompt}",
     max_length: int = 512,
 ) -> EncodedRows:
-    """Tokenize prompts alone for generation: the tokens they have in training, cut from the left.
+    """Tokenize prompts alone for generation: the tokens they have in training, cut as there.
 
     Raises:
-        InputError: If the template is wrong or a prompt has no token.
+        InputError: If the template is wrong, a prompt has no token, or its frame is too long.
     """
     texts = [written(row, tokenizer, template=template, joint="none", responses=()) for row in rows]
     encoded = tokenized(rows, texts, tokenizer)
-    prompts = _fitted(rows, encoded, [0] * len(rows), tokenizer, max_length)
+    prompts = _fitted(rows, encoded, [0] * len(rows), tokenizer, template, max_length)
     return _encoded([{"input_ids": prompt} for prompt in prompts], _cuts(encoded, prompts))
 
 
@@ -218,7 +223,8 @@ def encode_those_that_fit(
         first = rows[error.indices[0]].source
         warnings.warn(
             f"{len(wrong)} of {len(rows)} rows were left out, the first is {first}: their "
-            "responses leave no room for a prompt in max_length",
+            "responses leave no room for a prompt in max_length; the longest needs "
+            f"{error.longest}",
             stacklevel=2,
         )
         return kept, encode(kept)
@@ -348,9 +354,10 @@ def _fitted(
     encoded: Sequence[tuple[list[int], list[list[int]]]],
     num_responses: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
+    template: str,
     max_length: int,
 ) -> list[list[int]]:
-    """The last tokens of each prompt that fit beside its response, after its BOS.
+    """What of each prompt fits beside its response, with the prompt's frame: see ``cutting``.
 
     Raises:
         InputError: A prompt has no token, or (``RowsTooLongError``) responses leave no room.
@@ -364,35 +371,40 @@ def _fitted(
                 f"{row.source}: prompt must have a token of its own before the response, got none; "
                 "make it longer"
             )
-        head = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-        room = max_length - size - len(head)
-        if room < 1:
-            too_long[index] = size + len(head) + 1
-        kept.append(head + prompt[len(head) :][-max(room, 1) :])
+        fitting: list[int] | None = prompt
+        if len(prompt) + size > max_length:
+            fitting, fewest = cut_prompt(row, prompt, max_length - size, tokenizer, template)
+            if fitting is None:
+                too_long[index] = size, fewest
+        kept.append(fitting or prompt)
     if too_long:
-        raise RowsTooLongError(
-            _all_too_long(rows, too_long, num_responses, max_length), [*too_long]
-        )
+        longest = max(map(sum, too_long.values()))
+        text = _all_too_long(rows, too_long, max_length, longest)
+        raise RowsTooLongError(text, [*too_long], longest)
     return kept
 
 
 def _all_too_long(
-    rows: Sequence[Row], too_long: dict[int, int], sizes: Sequence[int], max_length: int
+    rows: Sequence[Row], too_long: dict[int, tuple[int, int]], max_length: int, longest: int
 ) -> str:
-    """Name the rows that do not fit, and what would."""
+    """Name the rows that do not fit, and what would.
+
+    ``too_long`` has the tokens of a row's response and the fewest of its prompt.
+    """
     first, *others = too_long
+    size, fewest = too_long[first]
     text = (
         f"{rows[first].source}: response must leave room for the prompt in max_length "
-        f"{max_length}, got {sizes[first]} tokens"
+        f"{max_length}, got {size} tokens"
     )
+    if fewest > 2:  # more than BOS and a token
+        text += f", and the prompt needs {fewest} with its template and system message"
     if others:
-        named = ", ".join(f"{rows[index].source} ({sizes[index]})" for index in others[:3])
+        named = ", ".join(f"{rows[index].source} ({too_long[index][0]})" for index in others[:3])
         more = ", ..." if len(others) > 3 else ""
         text += f", and {len(others)} more of {len(rows)} rows do not fit: {named}{more}"
-    return (
-        f"{text}; raise max_length (to {max(too_long.values())} for all), shorten the response, or "
-        "leave such rows out with --long-rows drop"
-    )
+    rest = ", shorten the response, or leave such rows out with --long-rows drop" if size else ""
+    return f"{text}; raise max_length (to {longest} for all){rest}"
 
 
 def _cuts(

@@ -187,16 +187,20 @@ def merge_card(
 
 
 def find_adapter(directory: Path) -> Path:
-    """Return the directory that holds the adapter: the given one or its ``adapter`` folder.
+    """Return the directory that holds the adapter: the given one, or the folder of a run in it.
+
+    A run has it in ``adapter``, a cell of a comparison in ``train/adapter``.
 
     Raises:
-        InputError: Neither holds one, or it asks for code or files of others.
+        InputError: None of these holds one, or it asks for code or files of others.
     """
-    for path in (directory, directory / "adapter"):
+    places = [directory / folder for folder in ("", "adapter", "train/adapter")]
+    for path in places:
         if (path / "adapter_config.json").is_file():
             check_adapter_config(path)
             return path
+    looked_for = ", ".join(str(path / "adapter_config.json") for path in places)
     raise InputError(
-        f"adapter must be a directory with adapter_config.json, got {str(directory)!r}; "
-        "give the adapter_dir that train printed"
+        f"adapter must be a directory with adapter_config.json, got {str(directory)!r} and none of "
+        f"{looked_for}; give the adapter_dir that train printed"
     )

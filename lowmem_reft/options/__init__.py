@@ -44,6 +44,7 @@ from lowmem_reft.options.planning import StoreOptions as StoreOptions
 from lowmem_reft.options.planning import TableOptions as TableOptions
 from lowmem_reft.options.running import BesideOptions as BesideOptions
 from lowmem_reft.options.running import ChatOptions as ChatOptions
+from lowmem_reft.options.running import ChoosingOptions as ChoosingOptions
 from lowmem_reft.options.running import DecodingOptions as DecodingOptions
 from lowmem_reft.options.running import EvaluateOptions as EvaluateOptions
 from lowmem_reft.options.running import GenerateOptions as GenerateOptions

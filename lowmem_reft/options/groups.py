@@ -66,17 +66,19 @@ class DataOptions:
     """The rows to train on or to score."""
 
     data: str
-    """JSONL, JSON, CSV or Parquet file, or a datasets id."""
+    """JSONL, JSON, CSV or Parquet file, or a datasets id; or several with commas between them, of
+    which @WEIGHT takes a share: a.jsonl,b.jsonl@0.5 takes half of b's rows, drawn by the seed."""
     split: str = "train"
     """Split of a datasets id; files have only one."""
     template: str | None = None
     """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; default: the adapter's
     own, else "{prompt}". {messages} rows use the tokenizer's chat template."""
     max_length: int | None = None
-    """Tokens of prompt + response; longer prompts are cut from the left, a response that does not
-    fit is an error. Default: the adapter's own, else 512."""
+    """Tokens of prompt + response. Of longer prompts the oldest turns give way, then the text is
+    cut from the left; template and system message stay, and where these do not fit beside the
+    response, that is an error. Default: the adapter's own, else 512."""
     limit: int | None = None
-    """Use only the first N rows."""
+    """Use only the first N rows (of several files, of each)."""
 
     def __post_init__(self) -> None:
         """Check the counts and the template."""
@@ -375,6 +377,8 @@ class RunOptions(Switches):
     no_fit: bool = False
     """Run as the options say, though the memory that is free may be too little: else, without
     --memory-gib, a run that does not fit is fitted into what is free, or refused."""
+    overwrite: bool = False
+    """Replace the run in --output-dir, whatever its settings are."""
     save_steps: int | None = None
     """Optimizer steps between checkpoints; default: one every epoch."""
     logging_steps: int = 10
@@ -387,6 +391,11 @@ class RunOptions(Switches):
         """Check the counts, the seed and the trackers."""
         check_counts(save_steps=self.save_steps, logging_steps=self.logging_steps)
         check_directory("output_dir", self.output_dir)
+        if self.resume and self.overwrite:
+            raise InputError(
+                "overwrite must be left out with resume, got both; one goes on with the run, the "
+                "other begins anew"
+            )
         check_seed(self.seed)
         if self.report_to != "all":
             for name in self.report_to.split(","):

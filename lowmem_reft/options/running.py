@@ -28,6 +28,21 @@ from lowmem_reft.options.written import given
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChoosingOptions:
+    """When validation rows are scored, and when that ends the training."""
+
+    eval_steps: int | None = None
+    """Optimizer steps between scores of --validation-data; default: one after every epoch. The last
+    step is scored as well, and the adapter of the best one is kept."""
+    patience: Annotated[int | None, tyro.conf.arg(aliases=("--early-stopping-patience",))] = None
+    """Stop after so many scores of --validation-data in a row that were no better than the best."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(eval_steps=self.eval_steps, patience=self.patience)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Fine-tune one adapter on a frozen base."""
 
@@ -35,6 +50,7 @@ class TrainOptions:
     data: DataOptions
     prompts: PromptOptions = field(default_factory=PromptOptions)
     held_out: HeldOutOptions = field(default_factory=HeldOutOptions)
+    choosing: ChoosingOptions = field(default_factory=ChoosingOptions)
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
@@ -42,13 +58,22 @@ class TrainOptions:
     reuse: ReuseOptions = field(default_factory=ReuseOptions)
     run: RunOptions
 
+    def __post_init__(self) -> None:
+        """Check that there is something to choose by."""
+        for name, value in given(self.choosing).items():
+            if self.held_out.validation_data is None:
+                raise InputError(
+                    f"{name} must come with validation_data, got {value} alone; add "
+                    "--validation-data FILE"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShownDataOptions(DataOptions):
     """The rows to show."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """JSONL, JSON, CSV or Parquet file, or a datasets id."""
+    """JSONL, JSON, CSV or Parquet file, or a datasets id; or several, as in train."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +89,9 @@ class ShowOptions(Switches):
     """Hub id or local directory of the base, whose tokenizer and config.json are read."""
     task_type: TaskType = "CAUSAL_LM"
     """CAUSAL_LM, or SEQ_CLS for a classification head on {"text", "label"} rows."""
-    positions: str = "f7+l7"
-    """Tokens that are edited: f7+l7, f3, l1 or all of the prompt, response, l1+response, every."""
+    positions: str | None = None
+    """Tokens that are edited: f7+l7, f3, l1 or all of the prompt, response, l1+response, every;
+    default: those of train."""
     num: int = 5
     """Rows to show; the figures are those of all."""
 
@@ -147,7 +173,8 @@ class EvaluateOptions(Switches):
     prompts: ScoredPromptOptions = field(default_factory=ScoredPromptOptions)
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     adapter: Path | None = None
-    """Adapter directory; without it the base itself is scored."""
+    """Adapter directory, that of its run or of its cell in a comparison; without it the base itself
+    is scored."""
     beside: BesideOptions = field(default_factory=BesideOptions)
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
     batch_size: int = 16
@@ -244,8 +271,9 @@ class GenerateOptions(Switches):
 
     model: ModelOptions
     adapter: str | None = None
-    """Adapter directory, or several with commas between them: each answers every prompt, and so
-    does the base where __base__ is among them. Without it the base alone answers."""
+    """Adapter directory, that of its run or of its cell in a comparison, or several with commas
+    between them: each answers every prompt, and so does the base where __base__ is among them.
+    Without it the base alone answers."""
     input: Path | None = None
     """JSONL file with {"prompt"} or {"messages"} rows."""
     prompt: str | None = None
@@ -258,7 +286,7 @@ class GenerateOptions(Switches):
     template: str | None = None
     """How a prompt is written; default: as in each adapter's training, else "{prompt}"."""
     max_length: int | None = None
-    """Tokens of the prompt; longer ones are cut from the left and counted. Default: the adapter's
+    """Tokens of the prompt; longer ones are cut as in training, and counted. Default: the adapter's
     own, else 512."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     batch_size: int = 8

@@ -39,6 +39,7 @@ def prepare(
     batch_size: int,
     epochs: float | None,
     report: Report = lambda done, total: None,
+    told: Callable[[str], None] = lambda why: None,
 ) -> Reuse | None:
     """Build what a run can reuse, and prove it on batches; None goes the plain way.
 
@@ -53,6 +54,7 @@ def prepare(
         epochs: Passes over the data that training will make. None scores by likelihood: one pass
             costs as much as a store, which is worth it for the next time.
         report: Told about progress.
+        told: Told why nothing is reused where no warning says so.
 
     Returns:
         What to run from. If nothing can be reused, None; the reason is logged.
@@ -62,6 +64,7 @@ def prepare(
     """
     is_partial = ours(base_of(model)).residency is not None
     if options.reuse == "off" and not is_partial:
+        told("--reuse off")
         return None
     try:
         constant = find_constant(model, examples, prefix=options.reuse != "trunk")
@@ -88,6 +91,8 @@ def prepare(
                 f"({error}); load the whole base"
             ) from error
         expected = options.reuse == "auto" and isinstance(error, NothingToReuseError)
+        if expected:
+            told(str(error))
         level = logging.INFO if expected else logging.WARNING
         logger.log(level, "no frozen computation is reused: %s", error)
         return None

@@ -220,7 +220,7 @@ class Chat:
         if start:
             self.note(f"the first {start} messages do not fit {self.max_length} tokens any more")
         if is_cut:
-            self.note(f"the message is cut to its last {self.max_length} tokens")
+            self.note(f"the message is cut, to {self.max_length} tokens with what is around it")
         return ids
 
     def _template(self, name: str) -> str:

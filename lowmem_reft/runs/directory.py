@@ -78,15 +78,16 @@ def held(run: Run) -> Iterator[None]:
 def prepare_directory(run: Run, validation: Sequence[Row]) -> tuple[str, Checkpoint | None]:
     """Make the directory ready for a run: a new one, or one that goes on.
 
-    The checkpoints of a finished run make way for a new one. The rows of ``validation``, which
-    choose the best epoch, are a setting, too.
+    What a finished run has left makes way for the same run again, and with ``--overwrite`` for any.
+    The rows of ``validation``, which choose the best epoch, are a setting, too.
 
     Returns:
         The run's id, and the checkpoint to go on from: None begins.
 
     Raises:
         InputError: The checkpoints are of a run that has not finished and is not resumed; it is to
-            go on with other settings; or something there was not written by a run.
+            go on with other settings; a run with other settings has finished there; or something
+            there was not written by a run.
     """
     prepared = _prepare(run, validation) if processes.is_main() else ("", None)
     prepared = processes.agree(prepared)
@@ -104,14 +105,15 @@ def _prepare(run: Run, validation: Sequence[Row]) -> tuple[str, Checkpoint | Non
     begun = _begun(directory)
     _finish_replacing(directory)
     if not options.resume:
-        _check_free(directory, begun, quiet=options.quiet)
+        _check_free(run, begun, settings)
         begun, checkpoint = {"id": uuid.uuid4().hex}, None
     else:
         _check_same(directory, begun, settings)
         checkpoint = _go_on_from(run, begun.get("id"))
         begun.setdefault("id", uuid.uuid4().hex if checkpoint is None else checkpoint.note["run"])
     # From here on checkpoints and results of an earlier run count for nothing.
-    text = json.dumps({**settings, "id": begun["id"]}, indent=2) + "\n"
+    known = {**settings, **_length(run), "id": begun["id"]}
+    text = json.dumps(known, indent=2) + "\n"
     write_text_whole(directory / FILE_NAME, text)
     sync(directory)
     (directory / "result.json").unlink(missing_ok=True)
@@ -187,8 +189,9 @@ def _begun(directory: Path) -> dict[str, Any]:
     return begun
 
 
-def _check_free(directory: Path, begun: dict[str, Any], *, quiet: bool) -> None:
+def _check_free(run: Run, begun: dict[str, Any], settings: dict[str, Any]) -> None:
     """Refuse what is not to be replaced, and say that a finished run's adapter will be."""
+    directory, options = run.directory, run.options.run
     is_finished = (directory / "result.json").is_file()
     found = checkpoints.named_so(directory)
     for path in found:
@@ -201,12 +204,22 @@ def _check_free(directory: Path, begun: dict[str, Any], *, quiet: bool) -> None:
         if path.exists() and path.is_dir() != (name == ADAPTER):
             raise _not_ours(path)
     whole, _ = checkpoints.last_whole(directory, begun.get("id"))
+    if options.overwrite:
+        return
     if found and not is_finished and (whole is not None or not begun):
         raise InputError(
             f"output_dir must not hold checkpoints of an unfinished run, got "
-            f"{str(directory)!r}; add --resume, choose another directory or delete them"
+            f"{str(directory)!r}; add --resume, choose another directory, or replace them with "
+            "--overwrite"
         )
-    if is_finished and (directory / ADAPTER).is_dir() and not quiet:
+    differing = _differing(begun, {**settings, **_length(run)})
+    if is_finished and (differing or not begun):
+        raise InputError(
+            f"output_dir must not hold a finished run with other settings, got {str(directory)!r}: "
+            f"{', '.join(differing) or 'its settings are not known'}; choose another directory, or "
+            "replace that run with --overwrite"
+        )
+    if is_finished and (directory / ADAPTER).is_dir() and not options.quiet:
         print(f"the adapter in {directory} is replaced: a run has finished there", file=sys.stderr)
 
 
@@ -253,22 +266,27 @@ def _settings(run: Run, validation: Sequence[Row]) -> dict[str, Any]:
     }
     if validation:
         settings |= asdict(with_metric(run.options.scoring, validation))
+        settings["eval_steps"] = run.options.choosing.eval_steps
     return settings
 
 
 def _check_same(directory: Path, begun: dict[str, Any], settings: dict[str, Any]) -> None:
     """Refuse other settings than the run began with, where these are known."""
-    differing = [
-        f"{name} {_shown(value)} instead of {_shown(begun[name])}"
-        for name, value in settings.items()
-        if name in begun and begun[name] != value
-    ]
-    if differing:
+    if differing := _differing(begun, settings):
         raise InputError(
             f"resume must keep the settings that the run in {str(directory)!r} began with, got "
             f"{', '.join(differing)}; give the old ones, or choose another output_dir and leave "
             "--resume out"
         )
+
+
+def _differing(begun: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Say what is not as a run began with it, where that is known."""
+    return [
+        f"{name} {_shown(value)} instead of {_shown(begun[name])}"
+        for name, value in settings.items()
+        if name in begun and begun[name] != value
+    ]
 
 
 def _shown(value: Any) -> str:
@@ -279,8 +297,7 @@ def _shown(value: Any) -> str:
 
 def _check_length(run: Run, step: int) -> None:
     """Refuse fewer steps than were taken before the last checkpoint."""
-    optim = run.optim
-    num_steps = optim.num_steps(len(run.examples), num_processes=processes.num_processes())
+    optim, num_steps = run.optim, _num_steps(run)
     name, value = ("max_steps", num_steps) if optim.max_steps > 0 else ("epochs", optim.epochs)
     if num_steps < step:
         raise InputError(
@@ -288,3 +305,12 @@ def _check_length(run: Run, step: int) -> None:
             + ("" if name == "max_steps" else f", which are {num_steps} steps")
             + "; raise it, or use that checkpoint's adapter"
         )
+
+
+def _length(run: Run) -> dict[str, Any]:
+    """Return what decides how long a run goes on, which may change when it is resumed."""
+    return {"num_steps": _num_steps(run), "patience": run.options.choosing.patience}
+
+
+def _num_steps(run: Run) -> int:
+    return run.optim.num_steps(len(run.examples), num_processes=processes.num_processes())

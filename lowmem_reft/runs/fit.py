@@ -29,6 +29,7 @@ from lowmem_reft.methods.virtual_tokens import embeds_virtual_tokens, num_virtua
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.finite import check_weights
+from lowmem_reft.runs.said import Reports
 from lowmem_reft.runs.spent import Spent
 from lowmem_reft.runs.tracking import RunArguments
 from lowmem_reft.runs.trainer import ReusingRunTrainer, RunTrainer
@@ -83,8 +84,10 @@ def fit(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     callbacks: list[TrainerCallback] = [watch] if best is None else [watch, best]
+    reports = Reports(spent, quiet=run.options.run.quiet)
+    callbacks.append(reports)
     if best is not None:
-        best.spent = spent
+        best.spent, best.reports = spent, reports
     parts = {"run": run, "run_id": run_id, "begun": begun, "best": best, "spent": spent}
     trainer = _build_trainer(model, collator, reuse, callbacks, parts)
     trackers.hold(trainer)
@@ -92,6 +95,7 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(holding_tensors_alone("resume", checkpoint))
         stack.enter_context(_stopping_at_a_step(watch))
+        stack.enter_context(reports)
         if run.options.reuse.dequantize_upper == "on":
             _dequantize(stack, reuse)
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -99,17 +103,23 @@ def fit(
         peak = _cuda_peak(device)
         with _signals_waiting():
             peak = {**_peak_of_a_step(trainer, collator, run.examples, reuse), **peak}
-    if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
+    step, max_steps = trainer.state.global_step, trainer.state.max_steps
+    if best is not None and best.is_over and step < max_steps:
+        reports.say(
+            f"stopped after step {step} of {max_steps}: the last {run.options.choosing.patience} "
+            "scores were no better than the best"
+        )
+    if watch.interrupted and step < max_steps:
         raise KeyboardInterrupt(
-            f"a checkpoint of step {trainer.state.global_step} is in {run.directory}; "
-            "add --resume to go on"
+            f"a checkpoint of step {step} is in {run.directory}; add --resume to go on"
         )
     logs = trainer.state.log_history
     return {
         "train_loss": outcome.training_loss,
         "num_trainable_params": trainable,
         "trainable_percent": 100 * trainable / total,
-        "num_steps": trainer.state.global_step,
+        "num_steps": step,
+        "stopped_early": step < max_steps,
         **_speed(watch, run),
         **peak,
         "rss_bytes": peak_rss_bytes(),
@@ -149,8 +159,7 @@ def _build_trainer(
         data_collator=collator,
         **parts,
     )
-    if trainer.pop_callback(PrinterCallback) is not None and not run.options.run.quiet:
-        trainer.add_callback(_LossLines())
+    trainer.remove_callback(PrinterCallback)  # which prints dictionaries
     return trainer
 
 
@@ -178,7 +187,7 @@ def _training_arguments(run: Run) -> TrainingArguments:
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # a loss that is no number is not to look like one
         report_to=[name for name in options.report_to.split(",") if name != "none"],
-        disable_tqdm=options.quiet or not sys.stderr.isatty(),
+        disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
         use_cpu=run.options.model.device == "cpu" or not torch.cuda.is_available(),
@@ -230,6 +239,7 @@ def _prepare_reuse(model: PeftModel, collator: Collator, run: Run) -> Reuse | No
     epochs = optim.epochs
     if optim.max_steps > 0:
         epochs = optim.max_steps * processes.effective_batch(optim) / len(run.examples)
+    why: list[str] = []
     with counter("computing what is constant", quiet=quiet) as report:
         reuse = prepare(
             model,
@@ -240,9 +250,11 @@ def _prepare_reuse(model: PeftModel, collator: Collator, run: Run) -> Reuse | No
             batch_size=optim.batch_size,
             epochs=epochs,
             report=report,
+            told=why.append,
         )
-    if reuse is not None and not quiet:
-        print(f"reuse: {reuse.describe()}", file=sys.stderr)
+    said = why if reuse is None else [reuse.describe()]
+    if said and not quiet:
+        print(f"reuse: {'off, ' if reuse is None else ''}{said[0]}", file=sys.stderr)
     return reuse
 
 
@@ -311,19 +323,6 @@ def _peak_of_a_step(
         "reserved_bytes": None,
         "breakdown_bytes": memory.peak.breakdown_bytes,
     }
-
-
-class _LossLines(TrainerCallback):
-    """Prints a line for each loss report where there is no terminal to show a bar on."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Print it."""
-        if logs and "loss" in logs and state.is_world_process_zero:
-            print(
-                f"step {state.global_step}/{state.max_steps}  epoch {logs['epoch']:.2f}  "
-                f"loss {logs['loss']:.4g}  learning rate {logs['learning_rate']:.3g}",
-                file=sys.stderr,
-            )
 
 
 @dataclass

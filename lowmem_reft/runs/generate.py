@@ -336,7 +336,7 @@ def _encode(
         if encoded.num_cut_prompts and not num_cut:
             warnings.warn(
                 f"{encoded.num_cut_prompts} of {len(rows)} prompts had more than max_length "
-                f"{max_length} tokens and were cut from the left; raise max_length",
+                f"{max_length} tokens and were cut; raise max_length",
                 stacklevel=3,
             )
         num_cut += encoded.num_cut_prompts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem_reft.data.mixture import parts_of
 from lowmem_reft.machine.destinations import check_directory, check_file, read_or_none
 from lowmem_reft.machine.files import parse_json
 from lowmem_reft.machine.run_files import check_run_file
@@ -33,7 +34,7 @@ def check_training(options: TrainOptions) -> None:
     held_out = options.held_out
     sources = {
         "model": options.model.model,
-        "data": options.data.data,
+        **{f"data {part.source}": part.source for part in parts_of(options.data.data)},
         "validation_data": held_out.validation_data,
         "eval_data": held_out.eval_data,
     }

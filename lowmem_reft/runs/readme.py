@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lowmem_reft.data.mixture import parts_of
 from lowmem_reft.machine.devices import device_name, dtype_name
 from lowmem_reft.machine.markdown import code, fenced, plain, table
 from lowmem_reft.options import TrainOptions, written
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 _TASKS = ("text-classification", "text-generation")
 """The hub's names: of other tasks, of a language model's."""
 
-_UNSAID = {"json", "quiet", "resume"}
+_UNSAID = {"json", "quiet", "resume", "overwrite"}
 """Options that say nothing about the adapter."""
 
-_FILES = {"model", "data", "validation_data", "eval_data"}
+_FILES = {"model", "validation_data", "eval_data"}
 """Options whose text may be a file or a folder; the others that name one hold a ``Path``."""
 
 _SETTINGS = (
@@ -40,14 +41,14 @@ _SETTINGS = (
 
 def write_model_card(run: Run, result: dict[str, Any]) -> None:
     """Write ``README.md`` beside the adapter, from what ``run_training`` returns so far."""
-    card, rows = run.card, run.options.data.data
+    card, parts = run.card, parts_of(run.options.data.data)
     name = run.directory.resolve().name
     data = ModelCardData(
         base_model=None if Path(card.base).exists() else card.base,
         library_name="peft",
         pipeline_tag=_TASKS[card.task_type == "CAUSAL_LM"],
         tags=["lowmem-reft", str(card.method)],
-        datasets=None if Path(rows).exists() else [rows],
+        datasets=[part.source for part in parts if not Path(part.source).exists()] or None,
         model_name=name,
         eval_results=_eval_results(run, result),
     )
@@ -66,6 +67,11 @@ def command_of(options: TrainOptions, num_processes: int = 1) -> str:
 
 
 def _shareable(name: str, value: Any) -> str:
+    if name == "data":
+        return ",".join(
+            _portable(part.source) + (f"@{part.weight:g}" if part.weight != 1 else "")
+            for part in parts_of(value)
+        )
     return _portable(value) if isinstance(value, Path) or name in _FILES else str(value)
 
 
@@ -127,6 +133,8 @@ def _settings(directory: Path) -> str:
 def _training(run: Run, result: dict[str, Any]) -> str:
     optim = run.optim
     length = f"{optim.max_steps} steps" if optim.max_steps > 0 else f"{optim.epochs:g} epochs"
+    if result.get("stopped_early"):
+        length += f" (stopped early after {result['num_steps']} steps)"
     batch = f"{optim.batch_size} x {optim.gradient_accumulation} accumulation"
     if result["num_processes"] > 1:
         batch += f" x {result['num_processes']} processes"

@@ -15,7 +15,8 @@ from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.loading import load_tokenizer
-from lowmem_reft.data.rows import as_choices, label_names, load_rows, rows_digest
+from lowmem_reft.data.mixture import load_mixture
+from lowmem_reft.data.rows import as_choices, label_names, rows_digest
 from lowmem_reft.data.texts import unused_arguments
 from lowmem_reft.data.tokens import (
     EncodedRows,
@@ -62,7 +63,9 @@ class Run:
     tokenizer: Any
     """The base's tokenizer."""
     encoded: EncodedRows
-    """The rows to train on."""
+    """The rows to train on, as tokens."""
+    rows: Sequence[Row] = ()
+    """The rows that these are of."""
 
     @property
     def examples(self) -> list[dict[str, Any]]:
@@ -126,7 +129,7 @@ def resolve(options: TrainOptions) -> Run:
     """
     model, data = options.model, options.data
     prompts = options.prompts
-    rows = load_rows(data.data, split=data.split, limit=data.limit)
+    rows = load_mixture(data.data, split=data.split, limit=data.limit, seed=options.run.seed)
     rows = of_turns(rows, prompts.turns)
     card = merge_card(
         None,
@@ -183,6 +186,7 @@ def resolve(options: TrainOptions) -> Run:
         compute_dtype=dtype,
         tokenizer=tokenizer,
         encoded=encoded,
+        rows=rows,
     )
     ids = [example["input_ids"] for example in run.examples]
     run.limits.check([row.source for row in rows], ids, virtual=run.num_virtual)

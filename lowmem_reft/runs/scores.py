@@ -28,7 +28,7 @@ class Scores:
     num_tokens: list[int] = field(default_factory=list)
     """Tokens of each right response; 1 for a class or a number."""
     num_cut_prompts: int = 0
-    """Prompts that were cut from the left to fit."""
+    """Prompts that were cut to fit."""
     texts: list[str] = field(default_factory=list)
     """What was generated, where answers were."""
     metric: str = "accuracy"

@@ -11,7 +11,6 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -19,15 +18,17 @@ from rich.text import Text
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.data.rows import as_choices, label_names, read_rows
+from lowmem_reft.data.mixture import read_mixture
+from lowmem_reft.data.rows import as_choices, label_names
 from lowmem_reft.data.texts import unused_arguments
 from lowmem_reft.data.tokens import encode_labelled, encode_rows
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.card import merge_card
-from lowmem_reft.options import ModelOptions
+from lowmem_reft.methods.table import all_options
+from lowmem_reft.options import MethodOptions, ModelOptions
 from lowmem_reft.reft.config import ReftConfig
-from lowmem_reft.reft.positions import find_prompt
+from lowmem_reft.runs.marked import end_ids_of, legend, marked, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,18 +44,6 @@ NAMED_ROWS = 5
 
 _WHOLE = 2**31
 """A max_length that cuts nothing."""
-
-_MARKS = {
-    "prompt": ("", "", ""),
-    "edited": ("[", "]", "cyan"),
-    "supervised": ("{", "}", "green"),
-    "end": ("<<", ">>", "bold magenta"),
-    "edited supervised": ("[{", "}]", "green"),
-    "edited end": ("[<<", ">>]", "bold magenta"),
-}
-"""How each part is written around its tokens, and in which style."""
-
-_SHOWN = {" ": "·", "\n": "↵", "\t": "→"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +72,8 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
     Raises:
         InputError: An option, the file, a row or the model is wrong.
     """
-    data, edit = options.data, ReftConfig(task_type=options.task_type, positions=options.positions)
+    data, positions = options.data, options.positions or all_options(MethodOptions())["positions"]
+    edit = ReftConfig(task_type=options.task_type, positions=positions)
     model = ModelOptions(model=options.model, task_type=options.task_type)
     card = merge_card(
         None,
@@ -92,7 +82,7 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
         max_length=data.max_length,
         joint=options.prompts.joint,
     )
-    read = read_rows(data.data, split=data.split, limit=data.limit)
+    read = read_mixture(data.data, split=data.split, limit=data.limit)
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model, config=config)
     names = label_names(read.rows) if read.rows[0].kind == "label" else None
@@ -106,7 +96,7 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
         return encode_rows(rows, tokenizer, **{**card.prompts, "max_length": max_length})
 
     seen = _seen(rows, encode, card.max_length)
-    end_ids = _end_ids(tokenizer, config)
+    end_ids = end_ids_of(tokenizer, config)
     result = {
         "data": data.data,
         "model": options.model,
@@ -117,7 +107,7 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
         "unused_template_arguments": unused_arguments(rows, tokenizer),
         "template": None if rows[0].kind in ("messages", "label", "target") else card.template,
         "max_length": card.max_length,
-        "positions": options.positions,
+        "positions": positions,
         **_figures(seen, tokenizer, end_ids),
         "rows": [_shown(each, tokenizer, edit, end_ids) for each in seen[: options.num]],
     }
@@ -138,12 +128,6 @@ def _seen(rows: Sequence[Row], encode: Encode, max_length: int) -> list[_Seen]:
                 trained = None
         seen.append(_Seen(row=row, whole=whole, trained=trained))
     return seen
-
-
-def _end_ids(tokenizer: Any, config: Any) -> set[int]:
-    """Ids that end an answer, by the tokenizer and by the base's configuration."""
-    own = getattr(config.get_text_config(), "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
 def _figures(seen: Sequence[_Seen], tokenizer: Any, end_ids: set[int]) -> dict[str, Any]:
@@ -194,48 +178,18 @@ def _spread(sizes: list[int]) -> dict[str, int]:
 
 def _shown(each: _Seen, tokenizer: Any, edit: ReftConfig, end_ids: set[int]) -> dict[str, Any]:
     """One row's tokens, and which of them are what; as far as it goes if it does not fit."""
-    example = each.trained or each.whole
-    ids, labels = example["input_ids"], example["labels"]
-    mask = torch.ones((1, len(ids)), dtype=torch.long)
-    is_labelled = isinstance(labels, list)
-    prompt = find_prompt(mask, torch.tensor([labels]) if is_labelled else None)
-    edited = edit.groups(prompt, attended=mask.bool())[0] >= 0
-    supervised = [i for i, label in enumerate(labels if is_labelled else []) if label >= 0]
-    shown = {
-        "source": each.row.source,
-        "fits": each.trained is not None,
-        "ids": ids,
-        "tokens": tokenizer.convert_ids_to_tokens(ids),
-        "texts": [_text_of(token, tokenizer) for token in ids],
-        "prompt": [i for i in range(len(ids)) if i not in set(supervised)],
-        "edited": edited.nonzero().flatten().tolist(),
-        "supervised": supervised,
-        "end": [i for i in supervised if ids[i] in end_ids],
-    }
-    return shown if is_labelled else {**shown, "label": each.row.label or each.row.target}
-
-
-def _text_of(token_id: int, tokenizer: Any) -> str:
-    """The text of one token; the token's name where it is a part of a letter."""
-    token = str(tokenizer.convert_ids_to_tokens(token_id))
-    text = str(tokenizer.decode([token_id]))
-    if not text or "\ufffd" in text:
-        return token
-    # Decoded alone, a token that begins a word loses the space before it.
-    return f" {text}" if token[:1] in "▁Ġ" and not text[0].isspace() else text
+    parts = parts_of(each.row, each.trained or each.whole, tokenizer, edit, end_ids)
+    return {**parts, "fits": each.trained is not None}
 
 
 def _print(result: dict[str, Any], *, quiet: bool) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if not quiet:
-        legend = Text("tokens: prompt  ")
-        for part in ("edited", "supervised", "end"):
-            opening, closing, style = _MARKS[part]
-            legend.append(f"{opening}{part}{closing}", style=style).append("  ")
-        legend.append("(| between tokens, · space, ↵ new line)")
-        console.print(legend)
+        about = "(| between tokens, · space, ↵ new line)"
+        console.print(Text("tokens: prompt  ").append(legend()).append(about))
         for row in result["rows"]:
-            console.print(_marked(row))
+            head = f"\n{row['source']}{'' if row['fits'] else ' (does not fit)'}\n"
+            console.print(Text(head).append(marked(row)))
         console.print()
     spreads = [Column(name, justify="right") for name in ("min", "median", "p95", "max")]
     table = Table("tokens", *spreads, box=None, pad_edge=False)
@@ -244,36 +198,6 @@ def _print(result: dict[str, Any], *, quiet: bool) -> None:
     console.print(table)
     for line in _said(result):
         console.print(line, markup=False)
-
-
-def _marked(row: dict[str, Any]) -> Text:
-    """A row with its parts marked: also without colour."""
-    text = Text(f"\n{row['source']}{'' if row['fits'] else ' (does not fit)'}\n", style="")
-    kinds, edited = ["prompt"] * len(row["ids"]), set(row["edited"])
-    for kind in ("edited", "supervised", "end"):
-        for index in row[kind]:
-            both = kind != "edited" and index in edited
-            kinds[index] = f"edited {kind}" if both else kind
-    start = 0
-    while start < len(kinds):
-        stop = start
-        while stop < len(kinds) and kinds[stop] == kinds[start]:
-            stop += 1
-        opening, closing, style = _MARKS[kinds[start]]
-        tokens = "|".join(map(_visible, row["texts"][start:stop]))
-        text.append(f"{opening}{tokens}{closing}", style=style).append(" ")
-        start = stop
-    if "label" in row:
-        text.append(f"label: {_visible(str(row['label']))}", style="green")
-    return text
-
-
-def _visible(text: str) -> str:
-    """Spaces and line breaks as signs; what would move a terminal's cursor as an escape."""
-    return "".join(
-        _SHOWN.get(letter) or (letter if letter.isprintable() else repr(letter)[1:-1])
-        for letter in text
-    )
 
 
 def _said(result: dict[str, Any]) -> list[str]:

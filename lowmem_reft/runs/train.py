@@ -17,6 +17,7 @@ from lowmem_reft.machine.run_files import write_run_file
 from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.loading import load_frozen
+from lowmem_reft.runs.before import say_before
 from lowmem_reft.runs.directory import held, prepare_directory, save_whole
 from lowmem_reft.runs.finite import check_score
 from lowmem_reft.runs.fit import fit
@@ -47,10 +48,11 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         the most that was allocated), ``breakdown_bytes`` (of that step, by category),
         ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the
         process), ``loss_history`` ([step, loss] pairs), ``num_cut_prompts``, ``reuse`` (the mode
-        used), ``store_bytes``, ``build_time_s``, ``versions``; with
-        ``validation_data`` ``validation`` (a score per epoch), ``best_epoch``, whose weights the
-        adapter has, and ``validation_value``; with ``eval_data`` ``eval`` and ``eval_accuracy``
-        (None where nothing but the loss was asked for).
+        used), ``store_bytes``, ``build_time_s``, ``stopped_early`` (before its last step, by
+        ``patience``), ``versions``; with
+        ``validation_data`` ``validation`` (a score per epoch, or every ``eval_steps``),
+        ``best_epoch``, whose weights the adapter has, and ``validation_value``; with ``eval_data``
+        ``eval`` and ``eval_accuracy`` (None where nothing but the loss was asked for).
 
     Raises:
         InputError: An option, a file or a row is wrong.
@@ -70,6 +72,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         run_id, begun = prepare_directory(run, validation)
         if processes.is_main():
             write_run_file(run.directory, "train", run.options, **run.as_resolved)
+        say_before(run, num_validation=len(validation), begun=begun)
         return _train(run, validation, held_out, run_id, begun)
 
 
@@ -90,7 +93,13 @@ def _train(
 
     best = None
     if validation:
-        best = BestEpoch(model, lambda: scored(validation, "validation_data"), run.directory, begun)
+        best = BestEpoch(
+            model,
+            lambda: scored(validation, "validation_data"),
+            run.directory,
+            begun,
+            run.options.choosing,
+        )
     with Trackers(run) as trackers:
         result = fit(model, run, best, trackers, run_id=run_id, begun=begun)
         _save_adapter(model, run)

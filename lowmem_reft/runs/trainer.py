@@ -96,9 +96,11 @@ class RunMixin(_Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, unless the run had taken its last step before it was ended.
 
-        In an epoch of which ``max_steps`` left a part the Trainer would take another step.
+        In an epoch of which ``max_steps`` left a part, or after validation rows have ended the run,
+        the Trainer would take another step.
         """
-        if self.state.global_step < self.state.max_steps:
+        is_over = self.control.should_training_stop
+        if self.state.global_step < self.state.max_steps and not is_over:
             trainer: Any = super()
             trainer._run_epoch(*args, **kwargs)
 

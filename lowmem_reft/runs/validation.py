@@ -1,9 +1,11 @@
 """The best epoch: scores validation rows after each and keeps the weights of the best one.
 
-``epochs.jsonl`` in the run's directory has a line per epoch, for whoever looks on: its score, and
-what the training had spent by then (optimizer steps, their seconds, tokens with padding and
-without). ``best.safetensors`` holds what was trainable after the best one. A run that goes on takes
-both from its checkpoint instead, so that neither can be ahead of it.
+With ``--eval-steps`` rows are scored after so many optimizer steps instead; what is called an epoch
+here is then a part of one. ``epochs.jsonl`` in the run's directory has a line for each score, for
+whoever looks on: the score, and what the training had spent by then (optimizer steps, their
+seconds, tokens with padding and without). ``best.safetensors`` holds what was trainable after the
+best one. A run that goes on takes both from its checkpoint instead, so that neither can be ahead of
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,13 +29,18 @@ from lowmem_reft.data.tasks.metrics import gain
 from lowmem_reft.machine.files import write_text_whole, write_whole
 from lowmem_reft.machine.processes import agree, is_main, set_trained_values, trained_values
 from lowmem_reft.runs.checkpoints import BEST, EPOCHS_FILE, Checkpoint
+from lowmem_reft.runs.said import Reports
 from lowmem_reft.runs.spent import Spent
+
+if TYPE_CHECKING:
+    from lowmem_reft.options import ChoosingOptions
 
 
 class BestEpoch(TrainerCallback):
     """Scores the model after every epoch; ``restore`` puts the weights of the best one back.
 
-    The better value counts; of two equal ones the one with the lower loss, then the earlier.
+    The better value counts; of two equal ones the one with the lower loss, then the earlier. Where
+    as many as ``patience`` in a row were no better than the best, the training ends.
     """
 
     def __init__(
@@ -42,15 +49,20 @@ class BestEpoch(TrainerCallback):
         score: Callable[[], dict[str, Any]],
         directory: Path,
         begun: Checkpoint | None,
+        choosing: ChoosingOptions,
     ) -> None:
         """Start anew, or after the epochs that the checkpoint ``begun`` holds.
 
-        ``score`` returns ``metric``, ``value`` and, where known, ``loss`` of the model as it is.
+        ``score`` returns ``metric``, ``value`` and, where known, ``loss`` of the model as it is;
+        ``choosing`` says when it is asked, and when that ends the training.
         """
         self._model, self._score, self._directory = model, score, directory
+        self._choosing = choosing
         self.epochs: list[dict[str, Any]] = [] if begun is None else [*begun.note["epochs"]]
         self.spent = Spent()
         """What the training has spent; ``fit`` gives the one that counts."""
+        self.reports = Reports(self.spent, quiet=True)
+        """Told every score; ``fit`` gives those that are heard."""
         if not is_main():
             return
         if self.epochs and begun is not None:
@@ -66,24 +78,45 @@ class BestEpoch(TrainerCallback):
         """The line of the best epoch so far; None before the first one."""
         return max(self.epochs, key=_rank, default=None)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the last scores, as many as ``patience``, were no better than the best."""
+        patience, best = self._choosing.patience, self.best
+        if patience is None or best is None:
+            return False
+        return len(self.epochs) - 1 - self.epochs.index(best) >= patience
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score an epoch that was over when its checkpoint was saved, and not scored yet."""
         if not state.global_step:
             return
-        if float(state.epoch).is_integer() or state.global_step >= state.max_steps:
-            self._score_epoch(state)
+        step, every = state.global_step, self._choosing.eval_steps
+        is_due = float(state.epoch).is_integer() if every is None else step % every == 0
+        if is_due or step >= state.max_steps:
+            self._score_epoch(state, control)
+        control.should_training_stop = self.is_over
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """With ``eval_steps``: what ``on_epoch_end`` does."""
+        every, is_last = self._choosing.eval_steps, state.global_step >= state.max_steps
+        if every is not None and (state.global_step % every == 0 or is_last):
+            self._score_unless_interrupted(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score, write the line, and keep the weights if they are the best ones."""
-        if control.should_training_stop and state.global_step < state.max_steps:
-            return  # interrupted: what is over is scored when the run goes on
-        self._score_epoch(state)
+        if self._choosing.eval_steps is None:
+            self._score_unless_interrupted(state, control)
 
-    def _score_epoch(self, state: Any) -> None:
-        epoch = round(float(state.epoch), 4)
-        if any(known["epoch"] == epoch for known in self.epochs):
+    def _score_unless_interrupted(self, state: Any, control: Any) -> None:
+        if control.should_training_stop and state.global_step < state.max_steps:
+            return  # what is over is scored when the run goes on
+        self._score_epoch(state, control)
+
+    def _score_epoch(self, state: Any, control: Any) -> None:
+        if any(known.get("num_steps") == state.global_step for known in self.epochs):
             return
-        with _same_draws():
+        epoch = round(float(state.epoch), 4)
+        with self.reports.paused(), _same_draws():
             summary = agree(self._score())
         line = {"epoch": epoch, **{name: summary.get(name) for name in ("metric", "value", "loss")}}
         line |= {"num_steps": state.global_step, **self.spent.of_all()}
@@ -92,6 +125,11 @@ class BestEpoch(TrainerCallback):
         if is_main():
             self._write({name: value.cpu().contiguous() for name, value in values.items()})
         self._model.train()
+        assert self.best is not None
+        self.reports.score(line, self.best)
+        if self.is_over:
+            # The checkpoint lets a run that is resumed end here again.
+            control.should_save = control.should_training_stop = True
 
     def _write(self, weights: dict[str, Any]) -> None:
         """Write the epochs and, unless there are none, the weights of the best one."""

@@ -515,7 +515,7 @@ def test_choices_share_the_prompt_have_no_eos_and_are_trained_as_they_are_scored
     tokenizer: Any,
 ) -> None:
     row = _choice_row("was it good?", "positive", "negative film", "ok")
-    for max_length in (512, 28):
+    for max_length in (512, 40):
         encoded = encode_choices(row, tokenizer, template=TEMPLATE, max_length=max_length)
         parts = [_parts(example) for example in encoded.examples]
         assert len({tuple(prompt) for prompt, _ in parts}) == 1

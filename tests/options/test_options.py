@@ -17,6 +17,7 @@ from lowmem_reft.options import (
     TRACKERS,
     BaseOptions,
     ChatOptions,
+    ChoosingOptions,
     CompareOptions,
     DataOptions,
     DecodingOptions,
@@ -33,6 +34,7 @@ from lowmem_reft.options import (
     RunOptions,
     ScoredOptions,
     ScoringOptions,
+    TrainOptions,
 )
 
 REQUIRED = {
@@ -138,6 +140,17 @@ def test_a_tracker_that_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch) -
     RunOptions(output_dir=Path("out"), report_to="tensorboard")
     with pytest.raises(InputError, match="got 'wandb'; install wandb"):
         RunOptions(output_dir=Path("out"), report_to="tensorboard,wandb")
+
+
+def test_what_chooses_an_adapter_needs_validation_rows(tmp_path: Path) -> None:
+    for choosing in (ChoosingOptions(patience=2), ChoosingOptions(eval_steps=5)):
+        with pytest.raises(InputError, match=r"(patience|eval_steps) must come with validation_da"):
+            TrainOptions(
+                model=ModelOptions(model="m"),
+                data=DataOptions(data="rows.jsonl"),
+                choosing=choosing,
+                run=RunOptions(output_dir=tmp_path),
+            )
 
 
 def test_directories_that_are_files_are_refused(tmp_path: Path) -> None:

@@ -827,7 +827,11 @@ def _options(tmp_path: Path, **changes: Any) -> TrainOptions:
             resident=changes.get("resident", "all"),
         ),
         run=RunOptions(
-            output_dir=tmp_path / "run", seed=changes.get("seed", 0), logging_steps=1, quiet=True
+            output_dir=tmp_path / "run",
+            seed=changes.get("seed", 0),
+            logging_steps=1,
+            quiet=True,
+            overwrite=True,
         ),
     )
 

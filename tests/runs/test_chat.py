@@ -205,9 +205,10 @@ def test_the_oldest_messages_give_way(talk: Any, chat_dir: Path) -> None:
     out, err = talk(chat_dir, "--max-length", "24", say="the lazy dog jumps over\na fox\n")
     assert out.endswith("\n" + shown(continued(chat_dir, None, "u: a fox\na:")))
     assert "the first 2 messages do not fit 24 tokens any more" in err
-    _, err = talk(chat_dir, "--max-length", "4", say="the lazy dog\n")
-    assert "the message is cut to its last 4 tokens" in err
-    assert talk(chat_dir, "--max-length", "4", "--quiet", say="the lazy dog\n")[1] == ""
+    say = "the lazy dog jumps over " * 4 + "\n"
+    _, err = talk(chat_dir, "--max-length", "16", say=say)
+    assert "the message is cut, to 16 tokens with what is around it" in err
+    assert talk(chat_dir, "--max-length", "16", "--quiet", say=say)[1] == ""
 
 
 def test_commands_that_cannot_be_obeyed_say_why(talk: Any, chat_dir: Path, adapters: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_checkpoint_of_the_run_before_is_not_gone_on_from(
     run_training(other)
     kept = tmp_path / "kept"
     shutil.copytree(other.run.output_dir / "checkpoint-2", kept)
-    run_training(options)
+    run_training(with_run(options, overwrite=True))
     first = adapter_of(options)
     shutil.rmtree(options.run.output_dir / "checkpoint-4")
     shutil.copytree(kept, options.run.output_dir / "checkpoint-7")

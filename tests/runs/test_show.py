@@ -68,6 +68,12 @@ def test_edited_tokens_of_the_answer_are_marked_too(
     assert line.endswith("[?] [{·good}] [<<</s>>>] ")
 
 
+def test_without_positions_those_of_training_are_edited(data: Path, tiny_llama_dir: Path) -> None:
+    result = _show(data, tiny_llama_dir, json=True, num=1)
+    assert result["positions"] == "all"
+    assert result["rows"][0]["edited"] == result["rows"][0]["prompt"]
+
+
 def test_a_classifier_has_no_answer_to_edit(data: Path, tiny_llama_dir: Path) -> None:
     with pytest.raises(InputError, match=r"positions must edit the prompt with task_type SEQ_CLS"):
         _show(data, tiny_llama_dir, positions="response", task_type="SEQ_CLS")

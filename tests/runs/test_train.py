@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,16 @@ def test_a_run_goes_on_for_longer_and_with_another_split_of_the_batch(begun: Tra
     assert result["num_steps"] == 6
 
 
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end where their directory is ready."""
+
+    def begun(*_: object) -> None:
+        raise InputError("begun")
+
+    monkeypatch.setattr("lowmem_reft.runs.train._attach", begun)
+
+
 def test_a_run_that_replaces_an_adapter_says_so(
     options: TrainOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +241,41 @@ def test_a_run_that_replaces_an_adapter_says_so(
     for is_there in (False, True):
         run_training(options)
         assert (said in capsys.readouterr().err) == is_there
+
+
+def test_a_finished_run_with_other_settings_is_replaced_on_request_alone(
+    options: TrainOptions, no_training: None
+) -> None:
+    directory = options.run.output_dir
+    for name, content in {
+        "rank 4 instead of 8": {"method": replace(options.method, rank=4)},
+        "num_steps 4 instead of 8": {"optim": replace(options.optim, epochs=1)},
+    }.items():
+        with pytest.raises(InputError, match="begun"):
+            run_training(options)
+        (directory / "result.json").write_text("{}")
+        with pytest.raises(InputError, match=f"finished run with other settings, .*: {name}; "):
+            run_training(replace(options, **content))
+        assert (directory / "result.json").is_file()
+        with pytest.raises(InputError, match="begun"):
+            run_training(with_run(replace(options, **content), overwrite=True))
+        assert not (directory / "result.json").exists()
+
+
+def test_checkpoints_of_an_unfinished_run_are_replaced_on_request(
+    options: TrainOptions, no_training: None
+) -> None:
+    (options.run.output_dir / "checkpoint-7").mkdir(parents=True)
+    with pytest.raises(InputError, match="replace them with --overwrite"):
+        run_training(options)
+    with pytest.raises(InputError, match="begun"):
+        run_training(with_run(options, overwrite=True))
+    assert not (options.run.output_dir / "checkpoint-7").exists()
+
+
+def test_a_run_is_not_resumed_and_replaced_at_once(options: TrainOptions) -> None:
+    with pytest.raises(InputError, match="overwrite must be left out with resume"):
+        with_run(options, resume=True, overwrite=True)
 
 
 def test_without_a_terminal_losses_are_lines_and_quiet_leaves_them_out(
@@ -243,7 +289,9 @@ def test_without_a_terminal_losses_are_lines_and_quiet_leaves_them_out(
     run_training(with_run(options, quiet=False))
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.search(r"^step 2/2  epoch 0\.50  loss \S+  learning rate \S+$", err, re.MULTILINE)
+    line = r"^step 2/2 loss \d\S+ lr \d\S+ \S+ steps/s$"
+    assert re.search(line, err, re.MULTILINE)
+    assert "{'" not in err
 
 
 def test_checkpoints_of_an_unfinished_run_are_not_trained_over(options: TrainOptions) -> None:
@@ -252,7 +300,9 @@ def test_checkpoints_of_an_unfinished_run_are_not_trained_over(options: TrainOpt
     with pytest.raises(InputError, match="output_dir must not hold checkpoints of an unfinished"):
         run_training(options)
     (options.run.output_dir / "result.json").write_text("{}")  # it had finished after all
-    run_training(options)
+    with pytest.raises(InputError, match="its settings are not known"):
+        run_training(options)
+    run_training(with_run(options, overwrite=True))
     assert not checkpoint.exists()
 
 
@@ -391,8 +441,13 @@ def test_find_adapter_accepts_the_run_directory_and_refuses_others(
 ) -> None:
     result = run_training(options)
     assert find_adapter(options.run.output_dir) == Path(result["adapter_dir"])
-    with pytest.raises(InputError, match="adapter must be a directory"):
+    looked_for = r"adapter must be a directory .* none of .*, \S+/train/adapter/adapter_config.json"
+    with pytest.raises(InputError, match=looked_for):
         find_adapter(tmp_path)
+    cell = tmp_path / "cell"
+    (cell / "train").mkdir(parents=True)
+    shutil.move(result["adapter_dir"], cell / "train" / "adapter")
+    assert find_adapter(cell) == find_adapter(cell / "train") == cell / "train" / "adapter"
 
 
 def test_dequantizing_what_is_not_quantized_is_said_to_have_no_effect(

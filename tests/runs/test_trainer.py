@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -183,8 +184,7 @@ def test_a_run_that_goes_on_for_longer_follows_the_longer_schedule_from_its_firs
 
 
 def _rates(said: str) -> list[str]:
-    lines = [line for line in said.splitlines() if line.startswith("step ")]
-    return [line.rpartition("learning rate ")[2] for line in lines]
+    return re.findall(r"^step \S+ loss \S+ lr (\S+) ", said, re.MULTILINE)
 
 
 def test_a_run_that_max_steps_ended_inside_an_epoch_takes_no_further_step_when_resumed(

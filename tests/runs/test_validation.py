@@ -13,12 +13,14 @@ from transformers import AutoTokenizer
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.options import (
+    ChoosingOptions,
     DataOptions,
     EvaluateOptions,
     HeldOutOptions,
     MethodOptions,
     ModelOptions,
     OptimOptions,
+    ReuseOptions,
     RunOptions,
     ScoringOptions,
     TrainOptions,
@@ -201,6 +203,90 @@ def test_an_interrupted_run_keeps_its_best_epoch(
     assert_same(weights(resumed), weights(whole))
 
 
+def chosen_by(options: TrainOptions, **choosing: int) -> TrainOptions:
+    return replace(options, choosing=ChoosingOptions(**choosing))
+
+
+def test_a_run_ends_where_nothing_gets_better_and_is_finished(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = replace(options, optim=replace(options.optim, epochs=9))
+    stopping = chosen_by(longer, patience=2)
+    scores_of([0.2, 0.9, 0.5, 0.9], monkeypatch)  # as good as the best is not better
+    result = run_training(stopping)
+    assert (result["stopped_early"], result["num_steps"], result["best_epoch"]) == (True, 8, 2)
+    assert (options.run.output_dir / "result.json").is_file()
+    again = run_training(with_run(stopping, resume=True))
+    names = ("stopped_early", "num_steps", "validation", "train_loss", "loss_history")
+    assert {name: again[name] for name in names} == {name: result[name] for name in names}
+    assert_same(weights(again), weights(result))
+    # What has stopped goes on with more patience, to where it would have come at once.
+    scores_of([0.3, 0.8], monkeypatch)
+    more = run_training(with_run(chosen_by(longer, patience=4), resume=True))
+    assert (more["num_steps"], len(more["validation"])) == (12, 6)
+    assert_same(weights(more), weights(result))
+
+
+def test_a_run_that_ends_with_its_last_step_has_not_stopped_early(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores_of([0.9, 0.5, 0.5], monkeypatch)
+    result = run_training(chosen_by(options, patience=2))
+    assert (result["stopped_early"], result["num_steps"]) == (False, 6)
+
+
+@pytest.mark.parametrize("reuse", ["off", "prefix"])
+def test_scoring_between_steps_changes_nothing_else_and_keeps_the_best(
+    options: TrainOptions, tmp_path: Path, reuse: str
+) -> None:
+    options = replace(
+        options,
+        method=MethodOptions(rank=2, layers="1", positions="l1"),
+        reuse=ReuseOptions(reuse=reuse),
+    )
+    plain = run_training(
+        replace(with_run(options, output_dir=tmp_path / "plain"), held_out=HeldOutOptions())
+    )
+    scored = run_training(chosen_by(options, eval_steps=4))
+    assert scored["reuse"] == plain["reuse"] == reuse
+    assert (scored["train_loss"], scored["loss_history"]) == (
+        plain["train_loss"],
+        plain["loss_history"],
+    )
+    lines = scored["validation"]
+    assert [(line["num_steps"], line["epoch"]) for line in lines] == [(4, 2), (6, 3)]
+
+
+def test_an_interrupted_run_is_scored_every_so_many_steps_as_if_it_had_not_been(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = chosen_by(with_run(options, save_steps=2), eval_steps=1, patience=3)
+    values = [0.4, 0.2, 0.9, 0.1, 0.5, 0.3]
+    scores_of(values, monkeypatch)
+    whole = run_training(with_run(options, output_dir=tmp_path / "whole"))
+    assert [line["epoch"] for line in whole["validation"]] == [0.5, 1, 1.5, 2, 2.5, 3]
+    assert not whole["stopped_early"]
+
+    def interrupt(watch: fit._StepWatch, args: object, state: object, control: object, **_: object):
+        watch.interrupted = state.global_step == 3
+        original(watch, args, state, control)
+
+    original = fit._StepWatch.on_step_end
+    scores_of(values, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit._StepWatch, "on_step_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(options)
+    resumed = run_training(with_run(options, resume=True))
+    times = {"train_time_s"}
+    for one, two in zip(resumed["validation"], whole["validation"], strict=True):
+        assert {n: one[n] for n in one.keys() - times} == {n: two[n] for n in two.keys() - times}
+    assert resumed["best_epoch"] == whole["best_epoch"] == 1.5
+    assert_same(weights(resumed), weights(whole))
+    with pytest.raises(InputError, match="eval_steps 2 instead of 1"):
+        run_training(with_run(chosen_by(options, eval_steps=2), resume=True))
+
+
 def test_a_new_run_forgets_the_epochs_of_an_old_one(
     options: TrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +310,7 @@ def test_each_epoch_says_what_the_training_had_spent(
     rows = [json.loads(line) for line in Path(options.data.data).read_text().splitlines()]
     rows[0]["prompt"] += " is the film good or bad?" * 3  # so that there is padding
     Path(options.data.data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = with_run(options, overwrite=True)
     texts = [f"{row['prompt']} {row['choices'][row['answer']]}" for row in rows]
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     padded = 6 * (max(lengths) + max(lengths[1:]))  # one of two batches of six has the long row

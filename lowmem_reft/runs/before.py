@@ -1,0 +1,127 @@
+"""What a run says before it begins: the rows as the model sees them, the method and its steps."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from lowmem_reft.machine import processes
+from lowmem_reft.machine.devices import dtype_name
+from lowmem_reft.machine.terminal import harmless
+from lowmem_reft.methods.configs import build_peft_config
+from lowmem_reft.methods.table import all_options
+from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.lora_reft import LoraReftConfig
+from lowmem_reft.runs.marked import end_ids_of, legend, marked, parts_of
+
+if TYPE_CHECKING:
+    from lowmem_reft.runs.checkpoints import Checkpoint
+    from lowmem_reft.runs.resolve import Run
+
+_MOST_CHARACTERS = 480
+"""Of the first row, its beginning and its end together."""
+
+_SETTINGS = {
+    "rank": ("rank", "r"),
+    "layers": ("layers",),
+    "positions": ("positions",),
+    "alpha": ("lora_alpha",),
+    "num_virtual_tokens": ("num_virtual_tokens",),
+}
+"""What is said of a method, and what an adapter's configuration calls it."""
+
+
+def say_before(run: Run, *, num_validation: int, begun: Checkpoint | None) -> None:
+    """Print it on standard error, unless the run is quiet.
+
+    Args:
+        run: The run.
+        num_validation: Rows that are scored meanwhile.
+        begun: The checkpoint that it goes on from; None begins.
+    """
+    if run.options.run.quiet:
+        return
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    for line in (_rows(run), *_first_row(run), _method(run), _steps(run, begun)):
+        console.print(line)
+    if num_validation:
+        console.print(_validation(run, num_validation))
+
+
+def _rows(run: Run) -> str:
+    lengths = [len(example["input_ids"]) for example in run.examples]
+    number, num_cut = len(lengths), run.encoded.num_cut_prompts
+    what = f"{number:,} from {run.options.data.data}"
+    if run.rows[0].messages:
+        turns = sum(len(row.messages) for row in run.rows)
+        trained = (
+            "one for each answer of a chat"
+            if run.options.prompts.turns == "all"
+            else f"chats of {turns:,} messages, the last of each trained"
+        )
+        what += f" ({trained})"
+    cut = f"{num_cut:,} cut ({num_cut / number:.1%})"
+    if num_cut:
+        cut += f" by {run.encoded.num_cut_tokens:,} tokens in all"
+    return harmless(
+        f"rows: {what}; tokens: median {statistics.median_low(lengths):,}, longest "
+        f"{max(lengths):,} of max_length {run.card.max_length:,}; {cut}"
+    )
+
+
+def _first_row(run: Run) -> tuple[Text, Text]:
+    """The first row as the model sees it, shortened in its middle."""
+    end_ids = end_ids_of(run.tokenizer, run.config)
+    parts = parts_of(run.rows[0], run.examples[0], run.tokenizer, _configs(run)[1], end_ids)
+    text, half = marked(parts), _MOST_CHARACTERS // 2
+    if len(text) > _MOST_CHARACTERS:
+        text = text[:half].append(" ... ").append(text[-half:])
+    return Text(f"first row ({harmless(parts['source'])}), prompt ").append(legend()), text
+
+
+def _method(run: Run) -> str:
+    adapter, edit = _configs(run)
+    found = all_options(run.options.method)
+    for name, names in _SETTINGS.items():
+        values = [getattr(config, own, None) for config in (edit, adapter) for own in names]
+        known = [value for value in values if value is not None]
+        if known and name not in found:
+            found[name] = known[0]
+    settings = [f"{name} {value}" for name, value in found.items() if value is not None]
+    stored = f"base {run.card.storage} computed in {dtype_name(run.compute_dtype)}"
+    rate = f"learning rate {run.optim.lr:.2g}"
+    blocks = f"{_num_layers(run)} blocks"
+    return f"method: {', '.join([str(run.card.method), *settings, rate])}; {stored}, {blocks}"
+
+
+def _configs(run: Run) -> tuple[Any, ReftConfig | None]:
+    """The adapter's configuration, and the one that says which tokens are edited, if any are."""
+    adapter: Any = build_peft_config(
+        run.options.method, task_type=run.card.task_type, num_layers=_num_layers(run)
+    )
+    if isinstance(adapter, LoraReftConfig):
+        return adapter, adapter.reft_config()
+    return adapter, adapter if isinstance(adapter, ReftConfig) else None
+
+
+def _num_layers(run: Run) -> int:
+    return int(run.config.get_text_config().num_hidden_layers)
+
+
+def _steps(run: Run, begun: Checkpoint | None) -> str:
+    optim = run.optim
+    number = optim.num_steps(len(run.examples), num_processes=processes.num_processes())
+    length = "" if optim.max_steps > 0 else f" ({optim.epochs:g} epochs)"
+    on = "" if begun is None else f", on from step {begun.step}"
+    rows = processes.effective_batch(optim)
+    return f"steps: {number:,} of {rows:,} rows{length}, {optim.schedule} schedule{on}"
+
+
+def _validation(run: Run, number: int) -> str:
+    every, patience = run.options.choosing.eval_steps, run.options.choosing.patience
+    when = "after every epoch" if every is None else f"every {every:,} steps"
+    stop = "" if patience is None else f"; {patience} scores that are no better end the run"
+    return f"validation: {number:,} rows {when}{stop}"

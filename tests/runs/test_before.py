@@ -1,0 +1,104 @@
+"""What a run says before it begins, on standard error."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lowmem_reft.errors import InputError
+from lowmem_reft.options import ChoosingOptions, MethodOptions, ReuseOptions, TrainOptions
+from lowmem_reft.runs.train import run_training
+from small_runs import small_run, with_optim, with_run
+from written import json_lines
+
+CHAT = [
+    {"role": "user", "content": "is the film good?"},
+    {"role": "assistant", "content": "good"},
+]
+
+
+@pytest.fixture
+def options(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainOptions:
+    """A run that ends where its base would be loaded."""
+
+    def begun(*_: object) -> None:
+        raise InputError("begun")
+
+    monkeypatch.setattr("lowmem_reft.runs.train._attach", begun)
+    return with_run(small_run(tiny_llama_dir, tmp_path, validated=True), quiet=False)
+
+
+def said(options: TrainOptions, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    with pytest.raises(InputError, match="begun"):
+        run_training(options)
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.splitlines()
+
+
+def test_rows_first_row_method_and_steps_are_said(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = replace(options, choosing=ChoosingOptions(eval_steps=2, patience=3))
+    rows, first, tokens, method, steps, validation = said(chosen, capsys)
+    data = options.data.data
+    wanted = rf"rows: 4 from {re.escape(data)}; tokens: median \d+, longest \d+ of max_length 512; "
+    assert re.fullmatch(wanted + r"0 cut \(0\.0%\)", rows)
+    assert first.startswith(f"first row ({data}:1), prompt [edited]  {{supervised}}  <<end>>")
+    assert tokens.startswith("is|·the|")
+    assert re.search(r"\[:\] \{.*good.*\}", tokens)  # l1: the last token of the prompt
+    assert re.fullmatch(
+        r"method: loreft, positions l1, rank 2, layers all, learning rate 0\.01; "
+        r"base fp32 computed in fp32, \d+ blocks",
+        method,
+    )
+    assert steps == "steps: 4 of 2 rows (2 epochs), constant schedule"
+    assert validation == (
+        "validation: 4 rows every 2 steps; 3 scores that are no better end the run"
+    )
+
+
+def test_cut_rows_are_a_share_and_a_long_row_is_shortened(
+    options: TrainOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"prompt": "is the film good? " * 60, "response": "bad"}
+    data = json_lines(tmp_path / "long.jsonl", long, {"prompt": "good?", "response": "good"})
+    options = replace(
+        options, data=replace(options.data, data=str(data), max_length=200), method=MethodOptions()
+    )
+    rows, _, tokens, *_ = said(options, capsys)
+    assert re.search(r"longest 200 of max_length 200; 1 cut \(50\.0%\) by \d+ tokens in all$", rows)
+    assert len(tokens) < 500
+    assert " ... " in tokens
+    assert tokens.endswith("?] {·b|ad} <<</s>>> ")
+
+
+def test_of_a_method_without_positions_no_token_is_marked_as_edited(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = said(replace(options, method=MethodOptions(method="lora")), capsys)
+    assert "[" not in lines[2]
+    assert lines[3].startswith("method: lora, rank 16, ")
+    both = said(replace(options, method=MethodOptions(method="lora_reft", positions="l1")), capsys)
+    assert "[:]" in both[2]
+
+
+def test_quiet_says_nothing_of_it(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said(with_run(options, quiet=True), capsys) == []
+
+
+def test_a_run_says_why_nothing_is_reused(
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = with_optim(small_run(tiny_llama_dir, tmp_path), max_steps=1)
+    options = with_run(options, quiet=False, overwrite=True)
+    edited_first = replace(options, method=MethodOptions(rank=2, positions="f1"))
+    run_training(edited_first)
+    assert re.search(r"^reuse: off, \w+", capsys.readouterr().err, re.MULTILINE)
+    run_training(replace(edited_first, reuse=ReuseOptions(reuse="off")))
+    assert "reuse: off, --reuse off\n" in capsys.readouterr().err
