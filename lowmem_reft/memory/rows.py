@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from lowmem_reft.options import PlanOptions
 
 
-def longest_of(examples: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Return the ``seq_len`` and ``response_len`` to plan for: the most that any example has."""
-    return {
-        "seq_len": max(len(example["input_ids"]) for example in examples),
-        "response_len": max(_num_supervised(example["labels"]) for example in examples),
-    }
+def longest_of(examples: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Return the tokens, and the supervised ones, to plan for: the most that any example has."""
+    return (
+        max(len(example["input_ids"]) for example in examples),
+        max(_num_supervised(example["labels"]) for example in examples),
+    )
 
 
 def _num_supervised(labels: Any) -> int:

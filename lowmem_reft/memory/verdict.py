@@ -68,7 +68,8 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
     if options.rows.data:
         examples, num_labels = read_examples(options, planner.config)
         setting, num_examples = replace(setting, num_labels=num_labels), len(examples)
-        lengths = replace(lengths, **longest_of(examples))
+        seq_len, response_len = longest_of(examples)
+        lengths = replace(lengths, seq_len=seq_len, response_len=response_len)
     found: dict[str, Any] = {}
     if options.fit:
         found, setting, lengths = _search(options, planner, setting, lengths, report)

@@ -379,6 +379,8 @@ class RunOptions(Switches):
     --memory-gib, a run that does not fit is fitted into what is free, or refused."""
     overwrite: bool = False
     """Replace the run in --output-dir, whatever its settings are."""
+    dry_run: bool = False
+    """Say what would be trained and whether it fits into memory; nothing is loaded or written."""
     save_steps: int | None = None
     """Optimizer steps between checkpoints; default: one every epoch."""
     logging_steps: int = 10

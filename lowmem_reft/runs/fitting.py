@@ -52,7 +52,7 @@ def fit_into_memory(run: Run) -> Run:
     budget = options.memory.memory_gib
     if budget is None:
         return _fit_into_what_is_free(run)
-    planner, setting, lengths = _planned(run, Card.find(memory_gib=budget))
+    planner, setting, lengths = planned(run, Card.find(memory_gib=budget))
     chosen = fit(planner, setting, lengths, report=reporter(quiet=options.run.quiet))
     if chosen is None:
         raise InputError(_refusal(planner, setting, lengths, f"got {budget:g}"))
@@ -67,7 +67,7 @@ def _fit_into_what_is_free(run: Run) -> Run:
     card = free_card(resolve_device(options.model.device))
     if card is None or not _is_predicted(run):
         return run
-    planner, setting, lengths = _planned(run, card)
+    planner, setting, lengths = planned(run, card)
     setting = _with_known_optimizer(setting)
     try:
         if card.holds(most_bytes(run.config, setting, lengths, num_virtual=run.num_virtual)):
@@ -138,7 +138,7 @@ def setting_that_fits(options: TrainOptions) -> str | None:
         card = free_card(device)
         if card is None or not _is_predicted(run):
             return None
-        planner, setting, lengths = _planned(run, card)
+        planner, setting, lengths = planned(run, card)
         setting = _with_known_optimizer(setting)
         needed = card.required_bytes(planner.needed_bytes(setting, lengths))
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -152,13 +152,13 @@ def setting_that_fits(options: TrainOptions) -> str | None:
 
 def required_gib(run: Run) -> float:
     """Return the memory that a run needs as the user gave it, as ``--memory-gib`` counts."""
-    planner, setting, lengths = _planned(run, Card(name="", memory_bytes=0))
+    planner, setting, lengths = planned(run, Card(name="", memory_bytes=0))
     assert planner.card is not None
     needed = planner.card.required_bytes(planner.needed_bytes(setting, lengths))
     return math.ceil(1e4 * needed / GIB) / 1e4
 
 
-def _planned(run: Run, card: Card | None) -> tuple[Planner, Setting, Lengths]:
+def planned(run: Run, card: Card | None) -> tuple[Planner, Setting, Lengths]:
     """Return what predicts a run on a card: as the user gave it, on its longest example."""
     options = run.options
     device = resolve_device(options.model.device)
@@ -175,8 +175,10 @@ def _planned(run: Run, card: Card | None) -> tuple[Planner, Setting, Lengths]:
         resident=options.reuse.resident,
         **Setting.of_device(device),
     )
+    seq_len, response_len = longest_of(run.examples)
     lengths = Lengths(
-        **longest_of(run.examples),
+        seq_len=seq_len,
+        response_len=response_len,
         batch_size=options.optim.batch_size,
         gradient_accumulation=options.optim.gradient_accumulation,
     )

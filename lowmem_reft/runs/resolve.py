@@ -102,7 +102,7 @@ class Run:
             "lr": self.optim.lr,
             **all_options(self.options.method),
             # What it chose is written out, and how a run goes on is not a setting.
-            **{"memory_gib": None, "resume": None, "dry_run": None},
+            **dict.fromkeys(("memory_gib", "resume", "overwrite", "dry_run")),
         }
 
     @property

@@ -19,6 +19,7 @@ from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.loading import load_frozen
 from lowmem_reft.runs.before import say_before
 from lowmem_reft.runs.directory import held, prepare_directory, save_whole
+from lowmem_reft.runs.dry_run import dry_run
 from lowmem_reft.runs.finite import check_score
 from lowmem_reft.runs.fit import fit
 from lowmem_reft.runs.fitting import fit_into_memory
@@ -52,7 +53,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         ``patience``), ``versions``; with
         ``validation_data`` ``validation`` (a score per epoch, or every ``eval_steps``),
         ``best_epoch``, whose weights the adapter has, and ``validation_value``; with ``eval_data``
-        ``eval`` and ``eval_accuracy`` (None where nothing but the loss was asked for).
+        ``eval`` and ``eval_accuracy`` (None where nothing but the loss was asked for). With
+        ``dry_run`` what ``dry_run.dry_run`` says instead; nothing is loaded or written.
 
     Raises:
         InputError: An option, a file or a row is wrong.
@@ -68,6 +70,9 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     check_scoring(options.scoring)
     validation, held_out = _read_held_out(run, "validation"), _read_held_out(run, "eval")
     run = fit_into_memory(run)
+    if options.run.dry_run:
+        say_before(run, num_validation=len(validation), begun=None)
+        return dry_run(run)
     with held(run):
         run_id, begun = prepare_directory(run, validation)
         if processes.is_main():
