@@ -3,7 +3,8 @@
 Parsed by tyro from the dataclasses in ``options``, so every flag, default and help text is
 written there. Nothing heavy is imported before the options are known to be well-formed.
 
-Exit codes: 0; 2: input that the user can fix; 1: any other failure; 130: Ctrl-C or SIGTERM.
+Exit codes: 0; 2: input that the user can fix; 3: plan --fit finds nothing that fits; 1: any other
+failure; 130: Ctrl-C or SIGTERM.
 With ``--json`` the last line of standard output is one JSON object; all else goes to stderr.
 """
 
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0]
     try:
         with _sigterm_as_interrupt(), _warnings_in_one_line(command):
-            num_failed = _run(_COMMANDS[command], options)
+            result = _run(_COMMANDS[command], options)
     except BrokenPipeError:
         return _reader_left()
     except KeyboardInterrupt:
@@ -162,8 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if processes.lost_a_process(error):
             lost = "error: another process of this run has ended"
             return _report(command, lost, _what_is_kept(options), code=1)
-        return _report(command, *_explain(error), code=1)
-    if num_failed:
+        return _report(command, *_explain(error, options), code=1)
+    if result.get("nothing_fits"):
+        return 3
+    if num_failed := int(result.get("num_failed", 0)):
         return _report(command, f"error: {num_failed} cells failed; the table names them", code=1)
     return 0
 
@@ -179,8 +182,8 @@ def _parse(arguments: list[str]) -> Options:
     return parsing.parse(arguments, kinds, _DESCRIPTION)
 
 
-def _run(command: _Command, options: Options) -> int:
-    """Run the handler, print its result and return how many cells of a comparison failed."""
+def _run(command: _Command, options: Options) -> dict[str, Any]:
+    """Run the handler, print its result and return it."""
     said = written.values(options)
     as_json, quiet = said.get("json", False), said["quiet"] or not processes.is_main()
     show_bars(not quiet)
@@ -192,7 +195,7 @@ def _run(command: _Command, options: Options) -> int:
         result = handler(options)
         processes.stop()
     if not processes.is_main():
-        return 0
+        return {}
     if as_json:
         print(json.dumps(plain(result), allow_nan=False, default=str))
     elif isinstance(options, GenerateOptions):
@@ -200,7 +203,7 @@ def _run(command: _Command, options: Options) -> int:
     elif not command.prints_tables:
         _print_summary(result)
     sys.stdout.flush()
-    return int(result.get("num_failed", 0))
+    return result
 
 
 def _hide_bars_of_transformers() -> None:
@@ -322,17 +325,26 @@ def _what_is_kept(options: Options) -> str:
     return kept
 
 
-def _explain(error: Exception) -> tuple[str, str]:
+def _explain(error: Exception, options: Options) -> tuple[str, str]:
     """What went wrong and what to do, for a failure that is not simply bad input."""
     message = str(error) or type(error).__name__
     if is_out_of_memory(error):
-        return f"error: out of memory: {message}", _OUT_OF_MEMORY_ADVICE
+        return f"error: out of memory: {message}", _advice(options)
     if is_full_disk(error):
         return f"error: the disk is full: {message}", "free some space and run the command again"
     return (
         f"error: {type(error).__name__}: {message}",
         "set LOWMEM_REFT_DEBUG=1 in the environment for the traceback",
     )
+
+
+def _advice(options: Options) -> str:
+    """Return what to do about too little memory: of a training, the setting that would fit."""
+    found = None
+    if isinstance(options, TrainOptions):
+        fitting = importlib.import_module("lowmem_reft.runs.fitting")
+        found = fitting.setting_that_fits(options)
+    return _OUT_OF_MEMORY_ADVICE if found is None else f"this would fit: {found}"
 
 
 def _wrong_path(error: Exception) -> str:

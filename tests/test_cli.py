@@ -244,6 +244,23 @@ def test_debug_shows_the_traceback(fake_training, capsys, monkeypatch):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_too_little_memory_names_the_setting_that_would_fit(
+    fake_training, tiny_llama_dir, tmp_path, capsys
+):
+    fake_training(raising(MemoryError()))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a cat", "response": "runs"}\n' * 8)
+    words = ["train", "--model", str(tiny_llama_dir), "--data", str(rows), "--storage", "fp32"]
+    assert cli.main([*words, "--output-dir", str(tmp_path / "out")]) == 1
+    assert "this would fit: --storage fp32 --batch-size" in capsys.readouterr().err
+
+
+def test_a_plan_that_finds_nothing_exits_with_3(tiny_llama_dir, capsys):
+    words = ["plan", "--model", str(tiny_llama_dir), "--seq-len", "64", "--device", "cpu", "--fit"]
+    assert cli.main([*words, "--memory-gib", "0.0002"]) == 3
+    assert cli.main([*words, "--memory-gib", "1"]) == 0
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
