@@ -69,6 +69,7 @@ class Size:
     epochs: float = 3
     batch_size: int = 8
     max_length: int = 192
+    long_rows: Literal["refuse", "drop"] = "refuse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,13 @@ BASES = {
             **dict.fromkeys(("boolq", "arc-easy", "openbookqa"), _CHOICES),
             "mawps": Size(train=160, validation=40, scored=100),
             "ultrafeedback1k": Size(
-                train=100, validation=20, scored=60, epochs=2, batch_size=4, max_length=256
+                train=160,
+                validation=40,
+                scored=120,
+                epochs=2,
+                batch_size=4,
+                max_length=320,
+                long_rows="drop",  # three in four
             ),
         },
         searched="trec",
@@ -174,6 +181,7 @@ def options_of(config: Config, base: Base, task: str) -> CompareOptions:
         "validation_limit": size.validation,
         "eval_limit": size.scored,
         "max_length": size.max_length,
+        "long_rows": size.long_rows,
         "optim": OptimOptions(epochs=size.epochs, batch_size=size.batch_size),
         "workers": config.workers,
         "output_dir": config.output_dir / task,

@@ -111,7 +111,8 @@ def _check_worthwhile(layers: int, tokens: int, constant: Constant, epochs: floa
     plain = epochs * (layers + upper) * tokens
     share = (layers * tokens + epochs * 2 * upper * kept) / plain
     if share > WORTHWHILE:
-        raise NothingToReuseError(f"it would save only {100 * (1 - share):.0f} % of the arithmetic")
+        saved = "nothing" if share >= 1 else f"only {100 * (1 - share):.0f} %"
+        raise NothingToReuseError(f"it would save {saved} of the arithmetic")
 
 
 def _build(

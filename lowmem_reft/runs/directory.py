@@ -19,6 +19,7 @@ from lowmem_reft.data.rows import rows_digest
 from lowmem_reft.data.tasks.metrics import with_metric
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
+from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.files import parse_json, sync, sync_tree, write_text_whole
 from lowmem_reft.machine.locks import alone
 from lowmem_reft.methods.table import all_options
@@ -37,7 +38,7 @@ FILE_NAME = "run.json"
 ADAPTER = "adapter"
 _BEFORE = "adapter-before"
 
-_OF_THE_CARD = ("storage", "compute_dtype", "task_type", "template", "max_length", "seed")
+_OF_THE_CARD = ("storage", "task_type", "template", "max_length", "seed")
 _OF_THE_OPTIMIZER = (
     "lr",
     "schedule",
@@ -186,6 +187,8 @@ def _begun(directory: Path) -> dict[str, Any]:
             f"{path} must hold the settings of a run, got something else; move it or choose "
             "another output_dir"
         )
+    if begun.get("compute_dtype") == "auto":
+        del begun["compute_dtype"]  # earlier releases did not say what it stood for
     return begun
 
 
@@ -257,6 +260,7 @@ def _settings(run: Run, validation: Sequence[Row]) -> dict[str, Any]:
         "model": f"checkpoint {card.base_digest}" if card.base_digest else card.base,
         "data": f"rows {card.data_digest}",
         **{name: getattr(card, name) for name in _OF_THE_CARD},
+        "compute_dtype": dtype_name(run.compute_dtype),
         **method,
         # Those of profiles and defaults too: another release may have others.
         **{name: value for name, value in resolved.items() if method[name] is None},

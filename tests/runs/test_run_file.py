@@ -27,6 +27,15 @@ def test_a_run_is_repeated_by_its_own_file(tiny_llama_dir: Path, tmp_path: Path)
     assert adapter_of(again) == adapter_of(options)
 
 
+def test_it_is_the_same_run_in_the_same_directory(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    options = written.changed(small_run(tiny_llama_dir, tmp_path), compute_dtype="auto")
+    run_training(options)
+    path = options.run.output_dir / "run.yaml"
+    run_training(cli._parse(["train", "--config", str(path)]))  # not refused as another one
+    with pytest.raises(InputError, match=r"a finished run with other settings.*: rank 3 instead"):
+        run_training(cli._parse(["train", "--config", str(path), "--rank", "3"]))
+
+
 def test_the_file_holds_what_defaults_stood_for(tiny_llama_dir: Path, tmp_path: Path) -> None:
     options = small_run(tiny_llama_dir, tmp_path)
     options = written.changed(options, lr=None, rank=None, memory_gib=3.0)
