@@ -25,7 +25,7 @@ LOWER := sed -nE '/^(dependencies|docs|eval|ray|report|sweep|trl) = /,/^]/ s/^  
 NAMES := echo transformers; sed -nE '/^(dependencies|dev) = /,/^]/ s/^    "([A-Za-z0-9_-]+)[^;"]*(;[^"]*)?",$$/\1\2/p' pyproject.toml
 NEWEST := $(VENV)-newest
 
-.PHONY: setup test faults compare check docs format bench lock lower-bounds newest contracts-newest newest-versions clean help
+.PHONY: setup test faults compare check docs notebooks format bench lock lower-bounds newest contracts-newest newest-versions clean help
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -54,6 +54,9 @@ check: $(STAMP) ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: $(STAMP) ## Run the notebooks and keep what they print and draw
+	OMP_NUM_THREADS=1 $(BIN)/python docs/notebooks/execute.py
 
 docs: $(STAMP) ## Build the documentation into site/; a broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

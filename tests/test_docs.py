@@ -26,7 +26,7 @@ from lowmem_reft.compare.engines import processes
 from lowmem_reft.compare.engines.launch import leave_result, result_or_cause
 from lowmem_reft.data.tasks.registry import TASKS
 from lowmem_reft.reft.interventions import INTERVENTIONS
-from snippets import Runner, read_blocks
+from snippets import Block, Runner, read_blocks
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -114,6 +114,19 @@ def runner(
         arguments=QUICK,
         printed=lambda: "".join(capfd.readouterr()),
     )
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs_and_holds_its_outputs(path: Path, runner: Runner) -> None:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        code = "".join(cell["source"]).replace("epochs=8", "epochs=1")
+        runner.run(Block(place=path.name, language="python", title=None, code=code))
+    kinds = [output["output_type"] for cell in cells for output in cell["outputs"]]
+    assert kinds.count("display_data") == 2
+    assert kinds.count("stream") >= 5
+    assert str(ROOT) not in path.read_text(encoding="utf-8")
 
 
 @pytest.fixture
