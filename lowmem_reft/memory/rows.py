@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lowmem_reft.options import PlanOptions
 
 
-def longest_of(examples: Sequence[dict[str, Any]]) -> dict[str, int]:
+def longest_of(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the ``seq_len`` and ``response_len`` to plan for: the most that any example has."""
     return {
         "seq_len": max(len(example["input_ids"]) for example in examples),
