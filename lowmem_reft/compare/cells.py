@@ -141,7 +141,7 @@ class _Maker:
             optim=resolve_learning_rate(spec.options, optim, lambda: sources.hidden_size),
             memory=options.memory,
             reuse=replace(evaluate.reuse, dequantize_upper=options.reuse.dequantize_upper),
-            run=RunOptions(output_dir=training, seed=seed, quiet=True, overwrite=True),
+            run=RunOptions(output_dir=training, seed=seed, quiet=True, overwrite=True, no_fit=True),
         )
         task = None if options.scored.tasks is None else sources.task
         own = written.changed(options, tasks=task, few_shot=None)

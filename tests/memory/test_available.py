@@ -11,7 +11,7 @@ import torch
 from lowmem_reft.memory.available import _available_bytes, _left_by_groups, free_card, most_bytes
 from lowmem_reft.memory.planner import Planner, read_config
 from lowmem_reft.memory.predict import Lengths, Setting
-from lowmem_reft.options import MethodOptions
+from lowmem_reft.options import MethodOptions, written
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_the_bound_is_above_the_prediction(
     config_file: Path, method: dict[str, Any], setting: dict[str, Any], lengths: Lengths
 ) -> None:
     config = read_config(config_file)
-    planned = Setting(method=MethodOptions(**method), **setting)
+    planned = Setting(method=written.build(MethodOptions, **method), **setting)
     virtual = method.get("num_virtual_tokens", 20 if method["method"] == "p_tuning" else 0)
     bound = most_bytes(config, planned, lengths, num_virtual=virtual)
     needed = Planner(config).needed_bytes(planned, lengths)
