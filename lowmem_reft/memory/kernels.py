@@ -24,9 +24,9 @@ from torch import Tensor
 from lowmem_reft.machine.devices import has_real_bf16
 
 BF16_PRODUCT_BYTES = 2**18
-"""Scratch per thread of a bf16 matrix product on a CPU (oneDNN; measured: up to 0.19 MiB).
+"""Scratch per thread of a bf16 matrix product on a CPU (oneDNN; measured: up to 0.19 MiB)."""
 
-One that does not compute in bf16 sums in fp32 instead: 4 bytes for each number of the product."""
+_FEW_ROWS, _MOST_INNER = 256, 1024
 
 _PRODUCTS = ("aten::mm", "aten::bmm", "aten::linear", "aten::addmm")
 
@@ -68,9 +68,7 @@ class Kernels:
         """Return what the kernel of an operator allocates for itself while it runs."""
         name = operator._schema.name
         if self.device_type == "cpu" and name in _PRODUCTS and args[-1].dtype == torch.bfloat16:
-            if has_real_bf16(torch.device("cpu")):
-                return torch.get_num_threads() * BF16_PRODUCT_BYTES
-            return 4 * _numel_of_product(name, args)
+            return _bf16_product_bytes(name, args)
         if self.device_type == "cpu" and name.rstrip("_") in _POINTWISE:
             return _promoted_bytes(args, in_place=name.endswith("_"))
         if name == "aten::_safe_softmax":  # which scores are of a masked token
@@ -153,12 +151,38 @@ def num_quantized(layer: Any, *, int8: bool = True) -> int:
     return layer.in_features * layer.out_features if isinstance(weight, kinds) else 0
 
 
-def _numel_of_product(name: str, args: Any) -> int:
-    """Return how many numbers a matrix product has; of a batch, one of its products."""
+def _bf16_product_bytes(name: str, args: Any) -> int:
+    """Return the scratch of a bf16 product on this CPU: oneDNN's, by how it multiplies.
+
+    With AMX the right matrix is copied in the order of its tiles, a part at a time, and so is a
+    left one that is transposed. How much depends on all sizes; this is the most that was measured
+    (K from 32 to 128,256). A CPU that does not compute in bf16 sums in fp32 instead: 4 bytes for
+    each number of the product.
+    """
     if name == "aten::linear":
-        return int(args[0].shape[:-1].numel() * args[1].shape[0])
-    left, right = args[1:3] if name == "aten::addmm" else args[:2]
-    return int(left.shape[-2] * right.shape[-1])
+        left, columns = args[0], args[1].shape[0]
+    else:
+        left, right = args[1:3] if name == "aten::addmm" else args[:2]
+        columns = right.shape[-1]
+    rows = left.shape[:-1].numel() if name == "aten::linear" else left.shape[-2]
+    if not has_real_bf16(torch.device("cpu")):
+        return int(4 * rows * columns)
+    if not torch.cpu.get_capabilities().get("amx_bf16"):
+        return torch.get_num_threads() * BF16_PRODUCT_BYTES
+
+    inner, few = int(left.shape[-1]), rows <= _FEW_ROWS
+
+    def tiles(count: int) -> int:
+        most = 9 * 2**17 if inner <= _MOST_INNER else (2 if few else 3) * 2**20
+        return min(2 * (inner + 63) * (count + 63), most)
+
+    # Of few rows the columns are gone through one tile at a time.
+    is_narrow = few and inner <= 2 * _MOST_INNER
+    is_transposed = name == "aten::linear" or right.stride(-1) != 1
+    copied = tiles(1 if is_narrow and is_transposed else int(columns))
+    if left.stride(-1) != 1:
+        copied += tiles(int(rows))
+    return torch.get_num_threads() * (copied + 2**14)
 
 
 def _promoted_bytes(args: Any, *, in_place: bool) -> int:

@@ -32,6 +32,7 @@ from lowmem_reft.methods.choices import choices_log_likelihood
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.options import MemoryOptions, MethodOptions
 from lowmem_reft.reuse.reuse import Reuse
+from scratch import most_scratch
 
 VOCAB, NUM_LAYERS, RESPONSE = 2048, 4, 64
 COMMON = {
@@ -264,7 +265,7 @@ def test_the_predicted_peak_is_what_the_allocator_sees(
     predicted, measured = memory.peak_bytes, measured_peak_bytes(case, load(case))
     said = f"predicted {predicted:,} measured {measured:,} ratio {predicted / measured:.4f}"
     assert measured <= 1.01 * predicted, said
-    assert predicted <= 1.03 * measured, said
+    assert predicted <= 1.03 * measured + most_scratch(case.setting.compute_dtype), said
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -618,5 +619,5 @@ def test_a_reused_step_takes_what_is_predicted(
     measured = measure(
         torch.device("cpu"), lambda: training_step(model, batch, optimizer, forward=forward)
     )
-    ratio = predicted / (held + measured.allocated_bytes)
-    assert 1 <= ratio <= 1.03
+    least = held + measured.allocated_bytes
+    assert least <= predicted <= 1.03 * least + most_scratch(compute_dtype)

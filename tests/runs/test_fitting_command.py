@@ -80,7 +80,7 @@ def test_the_printed_command_is_predicted_as_it_was_planned(
         tokenizer=None,
         encoded=EncodedRows(examples=[example], num_cut_prompts=0, num_cut_tokens=0),
     )
-    _, of_train, its_lengths = fitting._planned(run, card)
+    _, of_train, its_lengths = fitting.planned(run, card)
     assert (of_train, its_lengths) == (chosen.setting, chosen.lengths)
     assert card.holds(planner.needed_bytes(of_train, its_lengths))
 
