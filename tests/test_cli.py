@@ -148,7 +148,7 @@ def test_flags_are_flat_and_reach_the_handler(fake_training):
 )
 def test_activation_checkpointing_has_a_short_name(arguments, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_run", lambda _, parsed: seen.append(parsed) or 0)
+    monkeypatch.setattr(cli, "_run", lambda _, parsed: seen.append(parsed) or {})
     for flag in ("--checkpointing", "--activation-checkpointing"):
         assert cli.main([*arguments, flag]) == 0
     short, long = seen

@@ -269,9 +269,9 @@ def test_prompts_have_the_tokens_that_they_have_in_training(
     assert [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)] == expected
     pairs = [lm._encode_pair(text, " four </s>") for text in texts]
     assert [context for context, _ in pairs] == expected
-    short, _ = lm.tok_batch_encode(texts, left_truncate_len=4)
-    cut = encode_prompts(rows, tokenizer, max_length=4).examples
-    if template != TEMPLATES["with BOS"]:
+    if template is None:  # what a chat template writes comes as text, which has no frame to keep
+        short, _ = lm.tok_batch_encode(texts, left_truncate_len=4)
+        cut = encode_prompts(rows, tokenizer, max_length=4).examples
         assert short.tolist() == [example["input_ids"] for example in cut]
 
 

@@ -191,7 +191,7 @@ def test_the_command_in_the_card_is_parsed_to_the_same_settings(
     words = shlex.split(command_of(options))
     assert words[:2] == ["lowmem-reft", "train"]
     seen: list[Any] = []
-    monkeypatch.setattr(cli, "_run", lambda _, parsed: seen.append(parsed) or 0)
+    monkeypatch.setattr(cli, "_run", lambda _, parsed: seen.append(parsed) or {})
     assert cli.main(words[1:]) == 0
     assert (seen[0].method, seen[0].optim) == (options.method, options.optim)
     assert seen[0].data == replace(options.data, data="films.jsonl")
