@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 FAILS, KILLED, KILLS_WORKER, SLOW = 0.5, 0.25, 0.125, 0.0625
 
 FAKE_CELL = f"""
-import os, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from lowmem_reft.compare import cell
 from lowmem_reft.compare.engines.launch import leave_result
@@ -60,7 +60,9 @@ def run_cell(todo):
         (adapter / "adapter_model.safetensors").write_bytes(bytes(range(256)))
         (todo.train.run.output_dir / "checkpoint-1").mkdir()
         (todo.train.run.output_dir / "checkpoint-1" / "optimizer.pt").write_text("large")
-    todo.evaluate.predictions.write_text("{{}}\\n" * len(rows))
+    answer = dict(prompt="", prediction="even", reference="even", correct=True)
+    lines = [json.dumps(dict(source=f"rows.jsonl:{{i}}", **answer)) for i in range(len(rows))]
+    todo.evaluate.predictions.write_text("\\n".join(lines) + "\\n")
     measured = dict(metric="accuracy", value=0.5 + todo.record["seed"] / 10,
                     num_examples=len(rows), wall_time_s=1.0)
     return {{**cell.EMPTY_RESULT, **measured, **todo.record}}
