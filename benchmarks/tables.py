@@ -73,7 +73,8 @@ def against_reference(result: list[dict[str, Any]]) -> str:
     """A row per method, best mean first: what it takes, its values, and where it is behind.
 
     Signs say where the paired bootstrap tells a method from the reference (Holm over the methods of
-    a set): + ahead, - behind. The last column counts sets on which its mean is not lower.
+    a set): + ahead, - behind. The last column counts sets on which its mean is not lower. What was
+    forgotten is the mean over the sets for which it was measured.
     """
     differences = {(row["task"], row["method"]): row.get("difference") for row in result}
     (reference,) = {found["reference"] for found in differences.values() if found}
@@ -91,10 +92,11 @@ def against_reference(result: list[dict[str, Any]]) -> str:
     titles = [
         task if metrics[task] == "accuracy" else f"{task}, {metrics[task]}" for task in metrics
     ]
-    lines = [
-        f"| method | trained | peak MiB | {' | '.join(titles)} | not lower |",
-        f"|:--|--:|--:|{'--:|' * len(titles)}--:|",
-    ]
+    lost = {name: [r.forgetting for r in of.values() if r.forgetting] for name, of in rows.items()}
+    has_lost = any(lost.values())
+    more = ["forgotten, nats"] if has_lost else []
+    titles = ["method", "trained", "peak MiB", *more, *titles, "not lower"]
+    lines = [f"| {' | '.join(titles)} |", f"|:--|{'--:|' * (len(titles) - 1)}"]
     for method in sorted(rows, key=place):
         by_task = rows[method]
         cells = [
@@ -105,6 +107,8 @@ def against_reference(result: list[dict[str, Any]]) -> str:
         peaks = [row.peak_bytes for row in by_task.values() if row.peak_bytes]
         peak = f"{statistics.median(peaks) / 2**20:,.0f}" if peaks else "–"
         kept = "" if method == reference else f"{ahead[method]} of {len(metrics)}"
+        if has_lost:
+            cells.insert(0, f"{statistics.fmean(lost[method]):.2f}" if lost[method] else "–")
         lines.append(f"| {method} | {trained:,} | {peak} | {' | '.join(cells)} | {kept} |")
     return "\n".join([*lines, "", _origin(result), ""])
 
