@@ -18,6 +18,7 @@ import tyro
 
 from lowmem_reft.compare.report.answers import read_answers
 from lowmem_reft.compare.report.joining import join
+from lowmem_reft.compare.report.relative import relate
 from lowmem_reft.compare.report.significance import compare_with
 
 POINTS = 50
@@ -37,8 +38,8 @@ class Collect:
 
 
 def collect(directories: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """Return the cells of all directories, each once."""
-    return join(directories, relative_to=Path())
+    """Return the cells of all directories, each once, with what they say beside each other."""
+    return relate(join(directories, relative_to=Path()))
 
 
 def compared(cells: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:

@@ -7,16 +7,17 @@ A value is written under its own name, whatever group of options it stands in: `
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 AnyOptions = TypeVar("AnyOptions")
 
 
-class Leaf(NamedTuple):
+@dataclass(frozen=True)
+class Leaf:
     """A value of a class of options."""
 
     hint: Any
@@ -126,7 +127,7 @@ def leaves(kind: Any, usual_group: Any = None) -> dict[str, Leaf]:
         usual = getattr(usual_group, name, field.usual)
         inner = usual if is_dataclass(usual) else None
         if field.group is None:
-            found[name] = field._replace(usual=usual)
+            found[name] = replace(field, usual=usual)
         else:
             found |= leaves(field.group, inner)
     return found

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ def write_results(
 
     directory.mkdir(parents=True, exist_ok=True)  # predictions are found by paths from there
     comparison = Comparison.read(results, directory, texts=texts)
-    verdict = [each._asdict() for each in comparison.verdicts]
+    verdict = [asdict(each) for each in comparison.verdicts]
     judged = [
         {**cell, "verdict": [each for each in verdict if each["task"] in (cell["task"], ALL_TASKS)]}
         for cell in results

@@ -10,6 +10,7 @@ prompted: where training does not beat it, it is what to take.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem_reft.compare.report.names import head
@@ -28,7 +29,8 @@ _BESIDE = ("qlora", "lora")
 _BITS: dict[str | None, int] = {"nf4": 4, "fp4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
 
 
-class Verdict(NamedTuple):
+@dataclass(frozen=True)
+class Verdict:
     """What to take on one task, or on all."""
 
     task: str
