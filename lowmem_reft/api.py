@@ -24,6 +24,7 @@ from lowmem_reft.options import (
     CompareOptions,
     EvaluateOptions,
     GenerateOptions,
+    ModelOptions,
     PlanOptions,
     TrainOptions,
     written,
@@ -53,9 +54,9 @@ class TrainResult(Result):
 
     def load(self) -> tuple[Any, Any]:
         """Return the base with the adapter on it, in evaluation mode, and the tokenizer."""
+        # Here, as they import torch.
         from lowmem_reft.methods.card import load_card
         from lowmem_reft.methods.loading import load_adapted
-        from lowmem_reft.options import ModelOptions
 
         adapter = Path(self["adapter_dir"])
         card = load_card(adapter)

@@ -82,7 +82,9 @@ def option_docstrings(class_name):
             continue
         annotation = ast.unparse(node.annotation)
         if annotation.endswith("Options"):
+            made = re.search(r"default_factory=(\w+Options)", ast.unparse(node.value or node))
             fields |= option_docstrings(annotation)
+            fields |= option_docstrings(made[1]) if made else {}
         else:
             assert isinstance(following, ast.Expr), (
                 f"{class_name}.{node.target.id} has no docstring"
