@@ -73,8 +73,8 @@ def against_reference(result: list[dict[str, Any]]) -> str:
     """A row per method, best mean first: what it takes, its values, and where it is behind.
 
     Signs say where the paired bootstrap tells a method from the reference (Holm over the methods of
-    a set): + ahead, - behind. The last column counts sets on which its mean is not lower. What was
-    forgotten is the mean over the sets for which it was measured.
+    a set): + ahead, - behind. The last column counts sets on which its mean is not lower. Methods
+    that were not run on every set are left out.
     """
     differences = {(row["task"], row["method"]): row.get("difference") for row in result}
     (reference,) = {found["reference"] for found in differences.values() if found}
@@ -83,11 +83,13 @@ def against_reference(result: list[dict[str, Any]]) -> str:
     for row in aggregate(result):
         rows.setdefault(row.method, {})[row.task] = row
         metrics[row.task] = row.metric or metrics.get(row.task, "")
+    # Means over other sets would not be comparable.
+    rows = {name: of for name, of in rows.items() if len(of) == len(metrics)}
     ahead = {name: _sets_kept(by_task, rows[reference]) for name, by_task in rows.items()}
 
-    def place(method: str) -> tuple[bool, float]:
+    def place(method: str) -> float:
         values = [gain(metrics[task], row.value_mean) for task, row in rows[method].items()]
-        return len(values) < len(metrics), -statistics.fmean(values)
+        return -statistics.fmean(values)
 
     titles = [
         task if metrics[task] == "accuracy" else f"{task}, {metrics[task]}" for task in metrics
