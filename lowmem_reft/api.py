@@ -12,7 +12,6 @@ import importlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -27,6 +26,7 @@ from lowmem_reft.options import (
     ModelOptions,
     PlanOptions,
     TrainOptions,
+    complaint,
     written,
 )
 
@@ -209,12 +209,7 @@ def _rows_file(folder: Path, name: str, value: Any) -> Any:
 def _checked(command: str, name: str, value: Any, leaves: Mapping[str, written.Leaf]) -> Any:
     """Return a value as the options hold it; refuse what there is not, and what it cannot be."""
     if name not in leaves:
-        similar = get_close_matches(name, leaves, n=1)
-        raise InputError(
-            f"{name} must be an option of {command}, got no such one"
-            + (f"; similar: {similar[0]}" if similar else "")
-            + f"; see lowmem-reft {command} --help"
-        )
+        raise InputError(complaint.no_option(name, command, leaves))
     hint = leaves[name].hint
     if isinstance(value, list | tuple):
         separator = ";" if name == "layers" else ","

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lowmem_reft.data.templates import encode
-from lowmem_reft.data.texts import written
+from lowmem_reft.data.texts import num_shared, written
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,8 +48,8 @@ def cut_prompt(
     head, tail = (_ids(text, tokenizer, row.source) for text in frame)
     if tokens[0] == tokenizer.bos_token_id and head[:1] != tokens[:1]:
         head = [tokens[0], *head]
-    start = _num_shared(head, tokens)
-    fewest = start + _num_shared(tail[::-1], tokens[start:][::-1]) + 1
+    start = num_shared(head, tokens)
+    fewest = start + num_shared(tail[::-1], tokens[start:][::-1]) + 1
     if fewest > size:
         return None, fewest
     return tokens[:start] + tokens[len(tokens) - (size - start) :], fewest
@@ -103,13 +103,3 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase, source: str) -> list[int
     arguments = {"add_special_tokens": False, "verbose": False}
     ids: list[int] = encode(tokenizer, [text], source=source, **arguments)["input_ids"][0]
     return ids
-
-
-def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    number = 0
-    for one, two in zip(first, second, strict=False):
-        if one != two:
-            break
-        number += 1
-    return number

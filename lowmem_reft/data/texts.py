@@ -152,7 +152,7 @@ def _after_reasoning(row: Row, tokenizer: PreTrainedTokenizerBase, prompt: str, 
         InputError: The template writes something else, or the row's reasoning has no place.
     """
     history = _rendered(row, tokenizer, row.prompt_messages)
-    block = _BLOCK.search(prompt, _num_shared(history, prompt))
+    block = _BLOCK.search(prompt, num_shared(history, prompt))
     tags = re.findall(r"<[^<>]*>", block[0]) if block is not None else []
     is_open = len(tags) == 1
     if (
@@ -197,7 +197,7 @@ def _line(text: str) -> str:
     return f"{text.strip()}\n" if text.strip() else ""
 
 
-def _num_shared(first: str, second: str) -> int:
-    """Length of the common start."""
+def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return how many letters, or tokens, both begin with."""
     differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differ, min(len(first), len(second)))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem_reft.errors import InputError
+from lowmem_reft.options import complaint
 
 VARIABLE = "LOWMEM_REFT_IMPORT"
 """Names with commas between them."""
@@ -27,14 +28,7 @@ def take(arguments: Sequence[str]) -> list[str]:
     Raises:
         InputError: No name follows, or a module cannot be imported.
     """
-    rest, names = [], []
-    words = iter(arguments)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag == _FLAG:
-            names.append(value if equals else next(words, ""))
-        else:
-            rest.append(word)
+    rest, names = complaint.without_flag(arguments, _FLAG)
     if "" in names:
         raise InputError("import must be followed by a module's name, got none; for example my_own")
     if names:

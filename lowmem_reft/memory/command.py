@@ -67,7 +67,7 @@ def train_command(options: PlanOptions, chosen: Candidate) -> str:
     words = ["lowmem-reft", "train"]
     for name, value in written.values(train).items():
         if value is not None and (name in given or name in _ALWAYS):
-            flag = f"--{name.replace('_', '-')}"
+            flag = written.flag(name)
             words += [flag] if value is True else [flag, str(value)]
     return shlex.join(words)
 

@@ -75,6 +75,29 @@ def given_flags(words: Sequence[str]) -> list[str]:
     ]
 
 
+def without_flag(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
+    """Return the words without a flag that takes a value, and its values; "" where none follows."""
+    rest, values = [], []
+    left = iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if name == flag:
+            values.append(value if equals else next(left, ""))
+        else:
+            rest.append(word)
+    return rest, values
+
+
+def no_option(name: str, command: str, known: Iterable[str]) -> str:
+    """Say that a command has no option of a name, and which is the nearest."""
+    similar = get_close_matches(name, list(known), n=1)
+    meant = f"; similar: {similar[0]}" if similar else ""
+    return (
+        f"{name} must be an option of {command}, got no such one{meant}; see "
+        f"lowmem-reft {command} --help"
+    )
+
+
 def known_flags(options: Any) -> list[str]:
     """Return every flag of a class of options, its other names too."""
     found = ["--help", "--config"]

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_origin
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import written
+from lowmem_reft.options import complaint, written
 
 COMMAND = "command"
 """The name under which a file may say what it is for."""
@@ -46,14 +45,7 @@ def take(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     Raises:
         InputError: There is no file after it, or it stands there twice.
     """
-    rest, files = [], []
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != _FLAG:
-            rest.append(word)
-            continue
-        files.append(value if equals else next(words, ""))
+    rest, files = complaint.without_flag(arguments, _FLAG)
     if len(files) > 1 or "" in files:
         raise InputError(
             f"config must be one YAML or TOML file, got {', '.join(map(repr, files))}; name one"
@@ -91,12 +83,7 @@ def read(path: Path, command: str, kind: Any, *, given: Sequence[str] = ()) -> d
         if name in found:
             raise InputError(f"{place}: {name} must stand there once, got it again; leave one out")
         if name not in leaves:
-            similar = get_close_matches(name, leaves, n=1)
-            meant = f"; similar: {similar[0]}" if similar else ""
-            raise InputError(
-                f"{place}: {name} must be an option of {command}, got no such one{meant}; see "
-                f"lowmem-reft {command} --help"
-            )
+            raise InputError(f"{place}: {complaint.no_option(name, command, leaves)}")
         if leaves[name].positional:
             raise InputError(
                 f"{place}: {name} must be given on the command line of {command}, got it in a "
