@@ -30,14 +30,17 @@ from lowmem_reft.errors import InputError
 NUM_TRAIN, NUM_OTHER = 40, 10
 SPLITS = ("train", "validation", "test")
 WITH_CLASSES = [
-    name for name, task in TASKS.items() if task.scoring == "likelihood" and task.metric != "loss"
+    name
+    for name, task in TASKS.items()
+    if task.scoring == "likelihood" and task.metric != "loss" and not name.endswith("-cloze")
 ]
 
 
 def choice_record(i: int, labels: str = "answer1/answer2/answer3") -> dict[str, str]:
     answer = labels.split("/")[i % 2]
+    options = " ".join(f"{label.capitalize()}: {label[-1]}." for label in labels.split("/"))
     return {
-        "instruction": f"Please choose: question {i}\n\nAnswer format: {labels}",
+        "instruction": f"Please choose: question {i}\n\n{options}\n\nAnswer format: {labels}",
         "input": "",
         "output": f"the correct answer is {answer}",
         "answer": answer,
@@ -494,6 +497,29 @@ def test_tasks_are_found_by_the_names_that_papers_write(name: str, found: str) -
     assert find_task(name).name == found
 
 
+def test_a_choice_written_out_is_the_same_question_with_its_options_as_responses(
+    tmp_path: Path,
+) -> None:
+    record = {
+        "instruction": "Please choose the correct answer to the question: Which: A or B?\n\n"
+        "Answer1: an ice. Answer2: Answer4: fire Answer3: 3 Answer4: rain\n\n"
+        "Answer format: answer1/answer2/answer3/answer4",
+        "output": "the correct answer is answer2",
+        "answer": "answer2",
+    }
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    for name in ("arc-easy", "arc-challenge", "openbookqa"):
+        (row,) = load_task(f"{name}-cloze", "test", data_dir=tmp_path)
+        assert row.prompt == "Which: A or B?"
+        assert row.choices == ("an ice.", "Answer4: fire", "3", "rain")
+        assert row.response == "Answer4: fire"
+        assert find_task(f"{name}-cloze").template == "Question: {prompt}\nAnswer:"
+    record["instruction"] = "Which?\n\nAnswer1: ice Answer3: fire\n\nAnswer format: answer1/answer2"
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    with pytest.raises(InputError, match=r"test\.json:1: a row must be"):
+        load_task("arc-easy-cloze", "test", data_dir=tmp_path)
+
+
 # Records as the hub has them, and the prompt and response that they become.
 HUB = {
     "boolq": (
@@ -546,6 +572,11 @@ HUB = {
         "Please choose the correct answer to the question: Q\n\nAnswer1: x Answer2: y\n\n"
         "Answer format: answer1/answer2",
         "the correct answer is answer1",
+    ),
+    "arc-challenge-cloze": (
+        {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+        "Q?",
+        "y",
     ),
     "gsm8k": (gsm8k_record(4), "4 and 1?", "<<4+1=5>>It is.\nThe final answer is: 5"),
     "aqua": (

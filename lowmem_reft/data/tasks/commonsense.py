@@ -3,6 +3,8 @@
 A record is ``{"instruction": "... Answer format: answer1/answer2", "output": "the correct answer is
 answer2", "answer": "answer2"}``; the choices are "the correct answer is ..." with every label that
 the instruction names. Records of the original sets on the hub are brought into this form first.
+ARC and OpenBookQA are there with the options written out too (``arc-easy-cloze``): the question
+alone is the prompt, as in the evaluation harness, which small bases can answer.
 The paper trains on the mix of all eight (``commonsense170k``) and tests on each.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,13 +43,33 @@ def _listed(record: Any) -> dict[str, Any]:
 _convert = converter(_FORM, _listed)
 
 
-def _from_hub(listed: Callable[[Any], dict[str, str]]) -> Convert:
+def _written_out(record: Any) -> dict[str, Any]:
+    """The question of a record in LLM-Adapters' form, and its options in words."""
+    listed = _listed(record)
+    question, _, rest = listed["prompt"].removeprefix(_QUESTION).rpartition("\n\nAnswer1: ")
+    options, texts = rest.rpartition("\n\n")[0], []
+    for number in range(2, len(listed["choices"]) + 1):
+        text, mark, options = options.partition(f" Answer{number}: ")
+        if not mark:
+            raise ValueError(f"there is no answer{number}")
+        texts.append(text)
+    return {
+        "prompt": str.strip(question),
+        "choices": (*texts, options),
+        "answer": listed["answer"],
+    }
+
+
+_convert_written_out = converter(_FORM, _written_out)
+
+
+def _from_hub(listed: Callable[[Any], dict[str, str]], convert_it: Convert = _convert) -> Convert:
     """Return the converter for records that ``listed`` brings into LLM-Adapters' form."""
 
     def convert(record: Any, place: str) -> Example:
         with refusing(record, place, "one of the original set"):
             brought = listed(record)
-        return _convert(brought, place)
+        return convert_it(brought, place)
 
     return convert
 
@@ -118,12 +141,12 @@ _task = partial(
 )
 
 
-def _files(*directories: str) -> tuple[LocalFiles, ...]:
+def _files(*directories: str, convert: Convert = _convert) -> tuple[LocalFiles, ...]:
     """LLM-Adapters' files of a set."""
     return (
         LocalFiles(
             directories=directories,
-            convert=_convert,
+            convert=convert,
             rule="held_out",
             train=("train.json",),
             test=("test.json",),
@@ -142,6 +165,24 @@ _open_test = partial(
     convert=_from_hub(_multiple_choice),
 )
 _PARQUET = "refs/convert/parquet"
+
+
+def _multiple_choice_tasks(
+    name: str, *, about: str, hub: HubSet, directory: str, labels: tuple[str, ...] = ()
+) -> tuple[Task, Task]:
+    """Return a set with its options to be chosen by label, and by their own words."""
+    return (
+        _task(name=name, about=about, local=_files(directory), hub=hub, labels=labels),
+        _task(
+            name=f"{name}-cloze",
+            about=f"{about}; options written out",
+            template="Question: {prompt}\nAnswer:",
+            answer=None,
+            local=_files(directory, convert=_convert_written_out),
+            hub=replace(hub, convert=_from_hub(_multiple_choice, _convert_written_out)),
+        ),
+    )
+
 
 TASKS = (
     _task(
@@ -198,23 +239,23 @@ TASKS = (
         ),
         labels=("option1", "option2"),
     ),
-    _task(
-        name="arc-easy",
+    *_multiple_choice_tasks(
+        "arc-easy",
         about="school science questions, the easy ones",
-        local=_files("ARC-Easy"),
         hub=_open_test(id="allenai/ai2_arc", config="ARC-Easy"),
+        directory="ARC-Easy",
     ),
-    _task(
-        name="arc-challenge",
+    *_multiple_choice_tasks(
+        "arc-challenge",
         about="school science questions that retrieval and co-occurrence get wrong",
-        local=_files("ARC-Challenge"),
         hub=_open_test(id="allenai/ai2_arc", config="ARC-Challenge"),
+        directory="ARC-Challenge",
     ),
-    _task(
-        name="openbookqa",
+    *_multiple_choice_tasks(
+        "openbookqa",
         about="elementary science questions that need a fact and common knowledge",
-        local=_files("openbookqa"),
         hub=_open_test(id="allenai/openbookqa", config="main"),
+        directory="openbookqa",
         labels=("answer1", "answer2", "answer3", "answer4"),
     ),
 )
