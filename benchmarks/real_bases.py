@@ -127,7 +127,7 @@ BASES = {
             "ia3": 9e-3,
             "full": 1e-4,
         },
-        # A classifier has no answer to edit or to stand before, and transformers' BERT reads no keys
+        # A classifier has no answer to edit, or to stand before; transformers' BERT reads no keys
         # and values.
         without=("loreft, every", "loreft, upper l7", "prefix"),
     ),
