@@ -4,12 +4,15 @@
 ``results.json`` of output directories of ``lowmem-reft compare``: cells in their order, the last
 one of equal ones, loss histories thinned to 50 points. Failed cells stay, with their errors. With
 ``--reference METHOD`` each cell also says how far its method is from that one on its task, by the
-paired bootstrap over the answers, which are not kept.
+paired bootstrap over the answers. These are kept without their texts in ``NAME.answers.gz``, so
+that a file kept before can be given among the directories, and later cells be paired with it.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,22 +27,72 @@ from lowmem_reft.compare.report.significance import compare_with
 POINTS = 50
 """Most points of a loss history."""
 
+ANSWER = ("source", "prediction", "reference", "correct", "loss", "num_tokens")
+"""What is kept of an answer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Collect:
     """What to join."""
 
     directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Output directories of comparisons."""
+    """Output directories of comparisons, and files that were kept before."""
     output: Path
     """Where the file goes."""
     reference: str | None = None
     """The method, as it is called in the results, that the others are compared with."""
 
 
-def collect(directories: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """Return the cells of all directories, each once, with what they say beside each other."""
-    return relate(join(directories, relative_to=Path()))
+def collect(directories: tuple[Path, ...], scratch: Path) -> list[dict[str, Any]]:
+    """Return the cells of all directories, each once, with what they say beside each other.
+
+    Args:
+        directories: Of comparisons, or files that were kept.
+        scratch: A directory for the answers of these.
+    """
+    cells = relate(join(directories, relative_to=Path()))
+    kept = {key: path for source in directories for key, path in unpacked(source, scratch).items()}
+    return [{**cell, "predictions": cell["predictions"] or kept.get(_key(cell))} for cell in cells]
+
+
+def unpacked(source: Path, scratch: Path) -> dict[tuple[str, ...], str]:
+    """Write each cell's answers that were kept with a file; return where, by task, method, seed."""
+    found: dict[tuple[str, ...], str] = {}
+    if not answers_of(source).is_file():
+        return found
+    with gzip.open(answers_of(source), "rt", encoding="utf-8") as lines:
+        for line in lines:
+            cell = json.loads(line)
+            path = scratch / f"{source.stem}-{len(found)}.jsonl"
+            rows = [dict(zip(ANSWER, row, strict=True)) for row in cell["answers"]]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            found[_key(cell)] = str(path)
+    return found
+
+
+def pack(cells: list[dict[str, Any]], path: Path) -> None:
+    """Write the answers of all cells that have them, a line each."""
+    text = ""
+    for cell in cells:
+        if not cell["predictions"]:
+            continue
+        rows = map(json.loads, Path(cell["predictions"]).read_text(encoding="utf-8").splitlines())
+        answers = [
+            [row["source"].replace("\\", "/").rpartition("/")[2], *map(row.get, ANSWER[1:])]
+            for row in rows
+        ]
+        named = {name: cell[name] for name in ("task", "method", "seed")}
+        text += json.dumps({**named, "answers": answers}, separators=(",", ":")) + "\n"
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def answers_of(output: Path) -> Path:
+    """Where the answers of a file are kept."""
+    return output.with_suffix(".answers.gz")
+
+
+def _key(cell: dict[str, Any]) -> tuple[str, ...]:
+    return cell["task"], cell["method"], str(cell["seed"])
 
 
 def compared(cells: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
@@ -66,9 +119,11 @@ def thinned(cell: dict[str, Any]) -> dict[str, Any]:
 
 def main(options: Collect) -> int:
     """Write the file; say how many cells there are and which failed."""
-    cells = collect(options.directories)
-    if options.reference is not None:
-        cells = compared(cells, options.reference)
+    with tempfile.TemporaryDirectory() as scratch:
+        cells = collect(options.directories, Path(scratch))
+        pack(cells, answers_of(options.output))
+        if options.reference is not None:
+            cells = compared(cells, options.reference)
     cells = [thinned(cell) for cell in cells]
     options.output.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
     failed = [f"{cell['task']} {cell['method']}" for cell in cells if cell["error"]]

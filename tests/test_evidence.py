@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,36 @@ def test_what_is_kept_says_how_far_a_method_is_from_the_reference(tmp_path: Path
     assert [word.strip() for word in rows["loreft"]] == ["90.0 +", "1.500 -", "1 of 2"]
     assert [word.strip() for word in rows["red"]] == ["47.5", "0.500 +", "1 of 2"]
     assert [word.strip() for word in rows["qlora"]] == ["50.0", "1.000", ""]
+
+
+def test_cells_measured_later_are_paired_with_what_was_kept(tmp_path: Path) -> None:
+    """Twice the same cells: all at once, and in two sessions with only the kept file between."""
+    first = [
+        cell("qlora", "trec", "accuracy", 20, 1.0, tmp_path),
+        cell("red", "trec", "accuracy", 25, 1.1, tmp_path),
+    ]
+    later = [cell("loreft", "trec", "accuracy", 33, 0.9, tmp_path)]
+    for name, cells in (("whole", [*first, *later]), ("first", first), ("later", later)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(cells))
+
+    def kept(output: str, *sources: str) -> list[Any]:
+        paths = tuple(tmp_path / f"{source}.json" for source in sources)
+        options = collect.Collect(
+            directories=paths, output=tmp_path / f"{output}.json", reference="qlora"
+        )
+        assert collect.main(options) == 0
+        return json.loads(options.output.read_text())
+
+    whole = kept("kept_whole", "whole")
+    assert kept("kept_first", "first") != whole
+    for path in tmp_path.glob("*.jsonl"):
+        if not path.name.startswith("loreft"):
+            path.unlink()
+    assert kept("kept_both", "kept_first", "later") == whole
+    differences = {each["method"]: each["difference"] for each in whole}
+    assert differences["loreft"]["value"] == pytest.approx(13 / NUM_EXAMPLES)
+    packed = collect.answers_of(tmp_path / "kept_both.json").read_bytes()
+    assert len(gzip.decompress(packed).splitlines()) == 3
 
 
 @pytest.mark.parametrize("name", real_bases.BASES)
