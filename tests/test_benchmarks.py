@@ -89,6 +89,7 @@ def test_generate_benchmark_measures_adapters_beside_the_bare_base(tmp_path: Pat
         "LoReFT r4, l1",
         "LoReFT r4, f7+l7",
         "LoReFT r4, all",
+        "LoReFT r4, every",
         "LoReFT r4, f7+l7, an adapter per row",
         "LoRA r16, not merged",
         "LoRA r16, not merged, an adapter per row",
@@ -100,6 +101,7 @@ def test_generate_benchmark_measures_adapters_beside_the_bare_base(tmp_path: Pat
         assert row["tokens_per_s"] > 0
     assert [(entry["theirs"], round(entry["goal"], 2)) for entry in result["ratios"]] == [
         *[("bare base", 1.02)] * 3,
+        ("bare base", 1.03),
         ("LoReFT r4, f7+l7", 1.11),
         ("bare base", 1.02),
         ("LoRA r16, not merged", 1.11),
