@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "loreft, every": ("loreft", {"rank": "8", "positions": "every"}),
     "loreft, f7+l7": ("loreft", {"rank": "8", "positions": "f7+l7"}),
     "loreft, upper": ("loreft", {"rank": "8", "positions": "all", "layers": "upper:0.5"}),
-    "loreft, upper l7": ("loreft", {"rank": "8", "positions": "l7", "layers": "upper:0.5"}),
+    "loreft, upper l3": ("loreft", {"rank": "8", "positions": "l3", "layers": "upper:0.5"}),
     "red_loreft": ("red_loreft", {"rank": "8"}),
     "red": ("red", {}),
     "bottleneck": ("bottleneck", {"rank": "8"}),
@@ -50,7 +50,7 @@ SHARED_RATES = {
     "loreft, every": "loreft, all",
     "loreft, f7+l7": "loreft, all",
     "loreft, upper": "loreft, all",
-    "loreft, upper l7": "loreft, upper",
+    "loreft, upper l3": "loreft, upper",
     "red_loreft": "loreft, all",
     "qlora, equal": "qlora",
     "qdora": "qlora",
@@ -129,7 +129,7 @@ BASES = {
         },
         # A classifier has no answer to edit, or to stand before; transformers' BERT reads no keys
         # and values.
-        without=("loreft, every", "loreft, upper l7", "prefix"),
+        without=("loreft, every", "loreft, upper l3", "prefix"),
     ),
 }
 
