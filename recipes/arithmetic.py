@@ -54,7 +54,7 @@ SETTING = Setting(
     optim=OptimOptions(epochs=12, batch_size=16, gradient_accumulation=2, warmup_ratio=0.1),
 )
 SMALL = Setting(
-    methods="loreft[rank=8,layers=all,positions=f7+l7,lr=4e-3],qlora[rank=8,lr=1e-3]",
+    methods="loreft[rank=8,layers=upper:0.5,positions=l3,lr=2.4e-3],qlora[rank=8,lr=5.3e-4]",
     tasks="mawps,svamp",
     train_task="mawps",
     seeds="42",

@@ -65,7 +65,7 @@ TASKS = {
 }
 
 SMALL = Setting(
-    methods="loreft[rank=8,layers=all,positions=f3+l3,lr=4e-3],lora[rank=8,lr=2e-3]",
+    methods="loreft[rank=8,layers=upper:0.5,positions=all,lr=2.9e-3],lora[rank=8,lr=2e-3]",
     tasks="sst2,mrpc,cola,rte,stsb",
     seeds="42",
     num_train=500,

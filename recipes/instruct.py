@@ -72,8 +72,7 @@ SETTING = Setting(
     optim=OptimOptions(epochs=9, batch_size=4, gradient_accumulation=32, warmup_ratio=0.0),
 )
 SMALL = Setting(
-    methods="loreft[rank=4,layers=3;9;18;24,positions=f5+l5,tie=sides,lr=4e-3],"
-    "qlora[rank=8,lr=5e-4]",
+    methods="loreft[rank=8,layers=upper:0.5,positions=l3,lr=2.4e-3],qlora[rank=8,lr=5.3e-4]",
     tasks="ultrafeedback1k",
     seeds="42",
     num_train=100,

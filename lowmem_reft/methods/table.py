@@ -266,7 +266,7 @@ REPLACING_THE_BASE = "WEIGHTS"
 """The PEFT type whose adapters overwrite the base, so that there is one at a time."""
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "fast": {"layers": "upper:0.5", "positions": "l3", "rank": 16},
+    "fast": {"layers": "upper:0.5", "positions": "l3", "rank": 8},
     "balanced": {"layers": "upper:0.5", "positions": "all", "rank": 16},
     "paper": {"layers": "all", "positions": "f7+l7", "rank": 8},
 }

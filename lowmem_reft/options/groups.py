@@ -211,8 +211,8 @@ class MethodOptions:
     method: str = "loreft"
     """Name in the method table, for example loreft, noreft, direft, red, lora, qlora."""
     profile: Literal["fast", "balanced", "paper"] | None = None
-    """Where ReFT edits, unless --layers, --positions or --rank say otherwise. fast: upper half, l3,
-    rank 16; balanced: upper half, all, rank 16; paper: all layers, f7+l7, rank 8."""
+    """Settings of ReFT that single options override: fast: upper half of the layers, l3, rank 8;
+    balanced: upper half, all, rank 16; paper: all layers, f7+l7, rank 8."""
     rank: int | None = None
     """Rank of the intervention or width of a bottleneck (default 8), rank of the LoRA update
     (default 16) or width of P-tuning's network (default 128)."""

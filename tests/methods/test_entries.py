@@ -125,9 +125,9 @@ def test_the_rank_of_a_profile_counts_for_the_default_rate() -> None:
     rates = [
         resolve_learning_rate(options, OptimOptions(), lambda: 256).lr
         for options in (
-            MethodOptions(profile="fast"),
+            MethodOptions(profile="balanced"),
             MethodOptions(rank=16),
-            MethodOptions(profile="fast", rank=DEFAULT_RANK),
+            MethodOptions(profile="balanced", rank=DEFAULT_RANK),
             MethodOptions(),
         )
     ]
