@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -156,6 +156,29 @@ def required_gib(run: Run) -> float:
     assert planner.card is not None
     needed = planner.card.required_bytes(planner.needed_bytes(setting, lengths))
     return math.ceil(1e4 * needed / GIB) / 1e4
+
+
+def predicted(run: Run) -> dict[str, Any]:
+    """Predict the memory of a run, which goes by ``--memory-gib`` or what is free on its device.
+
+    Returns:
+        ``fits`` (None where the memory there is is not known), ``peak_bytes`` of a training step's
+        tensors, ``required_bytes`` from loading on, with what the driver takes, and
+        ``memory_bytes`` of the device.
+
+    Raises:
+        InputError: The memory of this kind of model or optimizer cannot be predicted.
+    """
+    budget, device = run.options.memory.memory_gib, resolve_device(run.options.model.device)
+    card = free_card(device) if budget is None else Card.find(memory_gib=budget)
+    planner, setting, lengths = planned(run, card)
+    needed, card = planner.needed_bytes(setting, lengths), planner.card
+    return {
+        "fits": None if card is None else card.holds(needed),
+        "peak_bytes": planner.training_peak_bytes(setting, lengths),
+        "required_bytes": needed if card is None else card.required_bytes(needed),
+        "memory_bytes": None if card is None else card.memory_bytes,
+    }
 
 
 def planned(run: Run, card: Card | None) -> tuple[Planner, Setting, Lengths]:
