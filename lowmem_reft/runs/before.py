@@ -70,7 +70,8 @@ def _rows(run: Run) -> str:
         what += f" ({trained})"
     cut = f"{num_cut:,} cut ({num_cut / number:.1%})"
     if num_cut:
-        cut += f" by {run.encoded.num_cut_tokens:,} tokens in all"
+        cut += f" by {run.encoded.num_cut_tokens:,} tokens in all, the longest row had "
+        cut += f"{run.encoded.longest:,}"
     return harmless(
         f"rows: {what}; tokens: median {statistics.median_low(lengths):,}, longest "
         f"{max(lengths):,} of max_length {run.card.max_length:,}; {cut}"

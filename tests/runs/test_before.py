@@ -102,7 +102,12 @@ def test_cut_rows_are_a_share_and_a_long_row_is_shortened(
         options, data=replace(options.data, data=str(data), max_length=200), method=MethodOptions()
     )
     rows, _, tokens, *_ = said(options, capsys)
-    assert re.search(r"longest 200 of max_length 200; 1 cut \(50\.0%\) by \d+ tokens in all$", rows)
+    wanted = (
+        r"longest 200 of max_length 200; 1 cut \(50\.0%\) by (\d+) tokens in all, the longest row "
+    )
+    found = re.search(wanted + r"had (\d+)$", rows)
+    assert found
+    assert int(found[2]) == 200 + int(found[1])
     assert len(tokens) < 500
     assert " ... " in tokens
     assert tokens.endswith("?] {·b|ad} <<</s>>> ")
