@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
+from lowmem_reft.machine.progress import tell
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -90,6 +92,7 @@ class Reports(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
+        tell("step", state.global_step, state.max_steps)
         if self._bar is not None:
             said = " ".join(part for part in (self._loss, self._rate(state)) if part)
             said += f", {self._left(state)} left"
