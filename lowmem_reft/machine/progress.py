@@ -70,7 +70,8 @@ def last_told(log: Path) -> str:
             tail = file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
-    return ("", *re.findall(r"^progress: (.+)\n", tail, re.MULTILINE))[-1]
+    told: list[str] = re.findall(r"^progress: (.+)\n", tail, re.MULTILINE)
+    return told[-1] if told else ""
 
 
 @contextmanager

@@ -111,7 +111,8 @@ def _metavar(hint: Any) -> str:
     if hint is bool:
         return ""
     if get_origin(hint) is Literal:
-        return "{" + ",".join(map(str, get_args(hint))) + "}"
+        choices = ",".join(map(str, get_args(hint)))
+        return "{" + (choices if len(choices) < 60 else choices.replace(",", ", ")) + "}"
     inner = [part for part in get_args(hint) if part not in (type(None), ...)]
     if get_origin(hint) is tuple:
         return f"{_metavar(inner[0])} ..."

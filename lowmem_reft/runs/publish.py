@@ -6,11 +6,10 @@ private. An upload that fails loses nothing, as the adapter is saved by then.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from lowmem_reft.base.stored import in_one_line
 from lowmem_reft.errors import InputError
@@ -25,13 +24,10 @@ def check_repository(repo_id: str) -> None:
     Raises:
         InputError: See above.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo_id, re.ASCII):
         raise InputError(
-            f"push_to_hub must be the id of a repository, got {repo_id!r}; write NAME or USER/NAME "
-            f"({in_one_line(error)})"
-        ) from error
+            f"push_to_hub must be the id of a repository, got {repo_id!r}; write NAME or USER/NAME"
+        )
     if constants.HF_HUB_OFFLINE:
         raise InputError(
             f"push_to_hub must be left out offline, got {repo_id!r} with HF_HUB_OFFLINE set; unset "

@@ -161,7 +161,7 @@ def test_the_help_of_a_command_is_nothing_but_its_help(
 def test_training_says_nothing_of_its_own_accord(trained: dict[str, Any]) -> None:
     out, err = trained["written"]
     said = re.compile(
-        r"(rows: .*|first row .*|\[.*[|].*|method: .*|steps: .*|validation: .*|reuse: .*"
+        r"(rows: .*|first row .*|\[.*[|].*|method: .*|steps: .*|memory: .*|validation: .*|reuse: .*"
         r"|epoch \d .*|step \d.*)"
     )
     assert [line for line in err.splitlines() if not said.fullmatch(line)] == []
