@@ -71,7 +71,7 @@ class Size:
     epochs: float = 3
     batch_size: int = 8
     max_length: int = 192
-    long_rows: Literal["refuse", "drop"] = "refuse"
+    long_rows: Literal["cut", "drop"] = "cut"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,8 @@ class Config:
     """auto measures on a CUDA device, if there is one; cpu measures on this processor."""
     output_dir: Path = Path("a10-results")
     """Adapters and stores."""
+    overwrite: bool = False
+    """Replace what a run with other settings has left there."""
 
     def __post_init__(self) -> None:
         """Check the counts and the storages."""
@@ -215,7 +217,7 @@ def measure(config: Config, storage: Any, way: str, data: str) -> dict[str, Any]
                 epochs=config.epochs, batch_size=BATCH_SIZE, lr=LEARNING_RATE, warmup_ratio=0.0
             ),
             reuse=ReuseOptions(reuse=chosen["reuse"], resident=chosen["resident"]),
-            run=RunOptions(output_dir=directory, quiet=True),
+            run=RunOptions(output_dir=directory, overwrite=config.overwrite, quiet=True),
         )
     )
     gc.collect()  # the next way's memory is its own

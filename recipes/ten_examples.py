@@ -88,6 +88,8 @@ class Config:
     """Of the adapter's start and the order of the rows."""
     output_dir: Path = Path("ten-examples")
     """Takes the adapter, the answers and results.json."""
+    overwrite: bool = False
+    """Replace what a run with other settings has left there."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -154,7 +156,12 @@ def main(config: Config) -> dict[str, Any]:
                 epochs=config.epochs, batch_size=len(ROWS), lr=config.lr, schedule="cosine"
             ),
             reuse=ReuseOptions(reuse="off"),
-            run=RunOptions(output_dir=config.output_dir / "run", seed=config.seed, quiet=True),
+            run=RunOptions(
+                output_dir=config.output_dir / "run",
+                seed=config.seed,
+                overwrite=config.overwrite,
+                quiet=True,
+            ),
         )
     )
     adapter = Path(trained["adapter_dir"])

@@ -113,6 +113,31 @@ def test_help_shows_every_option_with_its_docstring(command, capsys):
         assert " ".join(docstring.split()) in words
 
 
+def test_help_begins_with_what_must_be_given_and_what_most_runs_give(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert said.startswith("usage: lowmem-reft train --model STR --data STR --output-dir PATH [")
+    parts = {part.partition(":")[0]: part for part in said.split("\n\n")}
+    assert list(parts)[3:7] == ["required", "often given", "model", "data"]
+    flags = re.findall(r"^  (--[a-z-]+)", said, re.MULTILINE)
+    assert flags[:3] == ["--model", "--data", "--output-dir"]
+    often = {"--method", "--storage", "--epochs", "--lr", "--batch-size", "--validation-data"}
+    assert often < set(flags[3:10])
+    assert all(f"\n  {flag}" in parts["often given"] for flag in flags[3:10])
+    assert len(flags) == len(set(flags))
+    assert re.search(r"dropout\.\s+\(default: 0\)", said)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_no_default_that_is_none(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    assert not re.search(r"default:[│\s]+None", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("flag", ["--version", "-V"])
 def test_version_is_printed(flag, capsys):
     assert cli.main([flag]) == 0

@@ -202,8 +202,8 @@ def test_the_reference_holds_every_option_of_every_subcommand(
             cli.main([*command.split(), "--help"])
         shown = capsys.readouterr().out
         flags = re.findall(r"^[│ ] (?:-\w, )?(--[a-z][a-z-]+)", shown, re.MULTILINE)
-        assert flags[0] == "--help"
-        missing = [flag for flag in flags[1:] if f"<code>{flag}</code>" not in section]
+        flags.remove("--help")
+        missing = [flag for flag in flags if f"<code>{flag}</code>" not in section]
         assert (command, missing) == (command, [])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +49,19 @@ def test_a_few_steps_leave_an_adapter_and_a_report(recipe: ModuleType, tmp_path:
     assert result["num_trainable_params"] == 6 * 4 * (2 * 128 + 1)  # R, W and b in six blocks
     assert result["peak_bytes"] > 0
     assert result["num_exact"]["before"] == 0
+
+
+def test_a_run_with_other_settings_is_replaced_on_request(
+    recipe: ModuleType, tmp_path: Path
+) -> None:
+    def main(seed: int, **more: bool) -> None:
+        config = recipe.Config(rank=1, epochs=1, device="cpu", output_dir=tmp_path, seed=seed)
+        recipe.main(replace(config, **more))
+
+    main(0)
+    with pytest.raises(InputError, match=r"finished run with other settings.*with --overwrite"):
+        main(1)
+    main(1, overwrite=True)
 
 
 def test_rows_are_learned_by_heart(

@@ -2,7 +2,8 @@
 
 It leaves ``result.json`` beside that file whether the run succeeds or raises. The process is the
 unit of isolation: its peak memory is the method's own, and one that is killed takes nothing else
-with it. What a killed process cannot write, the parent writes (``engines/launch.py``).
+with it. Its log says how far it is. What a killed process cannot write, the parent writes
+(``engines/launch.py``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lowmem_reft.compare.engines.launch import leave_result
 from lowmem_reft.machine import own_modules, provenance
 from lowmem_reft.machine.devices import device_name
 from lowmem_reft.machine.files import open_itself, parse_json, write_json
+from lowmem_reft.machine.progress import say_in_lines
 from lowmem_reft.options import TrainOptions
 from lowmem_reft.runs.checkpoints import OWN
 from lowmem_reft.runs.evaluate import run_evaluation
@@ -79,4 +81,5 @@ def _train_once(options: TrainOptions, key: str) -> Result:
 
 
 if __name__ == "__main__":
+    say_in_lines()
     sys.exit(leave_result(Path(sys.argv[1]), run_cell))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,12 +86,7 @@ def load_mixture(
     Raises:
         InputError: As there.
     """
-    read = read_mixture(source, split=split, limit=limit, seed=seed)
-    if read.ignored:
-        warnings.warn(
-            f"{source}: columns that are ignored: {', '.join(read.ignored)}", stacklevel=2
-        )
-    return read.rows
+    return read_mixture(source, split=split, limit=limit, seed=seed).rows_of(source)
 
 
 def _part(text: str, source: str, name: str) -> Part:

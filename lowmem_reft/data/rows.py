@@ -56,6 +56,13 @@ class ReadRows:
     ignored: tuple[str, ...]
     """Columns that hold something and that nothing reads."""
 
+    def rows_of(self, source: str | Path) -> list[Row]:
+        """Return the rows of what ``load_...`` was asked for; warn of columns that are ignored."""
+        if self.ignored:
+            named = ", ".join(self.ignored)
+            warnings.warn(f"{source}: columns that are ignored: {named}", stacklevel=3)
+        return self.rows
+
 
 def load_rows(
     source: str | Path,
@@ -79,11 +86,7 @@ def load_rows(
         InputError: If the source cannot be read or a row is wrong; the message names file and line.
     """
     read = read_rows(source, split=split, limit=limit, require_response=require_response)
-    if read.ignored:
-        warnings.warn(
-            f"{source}: columns that are ignored: {', '.join(read.ignored)}", stacklevel=2
-        )
-    return read.rows
+    return read.rows_of(source)
 
 
 def read_rows(

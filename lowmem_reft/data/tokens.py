@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lowmem_reft.data import IGNORED_LABEL
@@ -36,6 +37,8 @@ class EncodedRows:
     """Prompts (texts, for classification) that did not fit whole."""
     num_cut_tokens: int
     """Tokens that were cut from them in all."""
+    longest: int = 0
+    """Most tokens of an example, before any was cut."""
 
 
 class RowsTooLongError(InputError):
@@ -218,7 +221,7 @@ def encode_those_that_fit(
     except RowsTooLongError as error:
         wrong = set(error.indices)
         kept = [row for index, row in enumerate(rows) if index not in wrong]
-        if long_rows == "refuse" or not kept:
+        if long_rows == "cut" or not kept:
             raise
         first = rows[error.indices[0]].source
         warnings.warn(
@@ -316,8 +319,13 @@ class Collator:
 
 
 def _encoded(examples: list[dict[str, Any]], cuts: list[int]) -> EncodedRows:
+    # The choices of a row share a prompt, and so what was cut from it.
+    sizes = (len(each["input_ids"]) + cut for each, cut in zip(examples, cycle(cuts)))
     return EncodedRows(
-        examples=examples, num_cut_prompts=sum(cut > 0 for cut in cuts), num_cut_tokens=sum(cuts)
+        examples=examples,
+        num_cut_prompts=sum(cut > 0 for cut in cuts),
+        num_cut_tokens=sum(cuts),
+        longest=max(sizes, default=0),
     )
 
 

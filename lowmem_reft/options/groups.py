@@ -98,9 +98,10 @@ class PromptOptions:
     turns: Turns = "last"
     """What is trained and scored of {messages} rows: the last message, or all of the assistant's,
     each after everything before it, as at inference (a row each)."""
-    long_rows: LongRows = "refuse"
-    """Responses that leave no room for a prompt in --max-length: refuse names them all, drop leaves
-    their rows out and says how many."""
+    long_rows: LongRows = "cut"
+    """Rows longer than --max-length: prompts are cut and counted, responses never are. Where these
+    leave no room for a prompt, cut refuses the rows and names them all, drop leaves them out and
+    says how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,6 +389,9 @@ class RunOptions(Switches):
     report_to: str = "none"
     """Trackers, comma-separated, by their transformers names (tensorboard, wandb, ...); all: those
     that are installed."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub for the adapter and its README.md, made private before the
+    training if it is not there, and pushed to after it."""
 
     def __post_init__(self) -> None:
         """Check the counts, the seed and the trackers."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import tyro
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import complaint, run_file
+from lowmem_reft.options import complaint, help, run_file, written
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 
@@ -85,6 +85,9 @@ def parse(arguments: list[str], commands: Mapping[str, Any], description: str) -
             said = run_file.blamed(said, entries)
             print(f"{name}: error: {said}; see {name} --help", file=sys.stderr)
             raise SystemExit(left.code) from None
+        if not left.code and kind and "action" not in written.own_leaves(kind):
+            print(help.help_of(name, kind, run_file.HELP))
+            raise
     return parsed()
 
 

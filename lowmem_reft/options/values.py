@@ -40,7 +40,7 @@ Joint = Literal["auto", "space", "none"]
 
 Turns = Literal["last", "all"]
 
-LongRows = Literal["refuse", "drop"]
+LongRows = Literal["cut", "drop"]
 
 Workers = int | Literal["ray"]
 

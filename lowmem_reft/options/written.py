@@ -30,6 +30,8 @@ class Leaf:
     """Other flags of it."""
     positional: bool = False
     """Whether it is written as a word without a flag."""
+    metavar: str | None = None
+    """What the help calls its value, if not by its type."""
 
 
 def values(options: Any) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def build(kind: type[AnyOptions], /, **content: Any) -> AnyOptions:
         InputError: A value breaks its rule.
     """
     own: dict[str, Any] = {}
-    for name, field in _fields(kind).items():
+    for name, field in own_leaves(kind).items():
         group, usual = field.group, field.usual
         if group is None or is_dataclass(content.get(name)):
             own |= {name: _value(field.hint, content.pop(name))} if name in content else {}
@@ -123,7 +125,7 @@ def leaves(kind: Any, usual_group: Any = None) -> dict[str, Leaf]:
         usual_group: An instance whose values are the defaults instead of those of the class.
     """
     found: dict[str, Leaf] = {}
-    for name, field in _fields(kind).items():
+    for name, field in own_leaves(kind).items():
         usual = getattr(usual_group, name, field.usual)
         inner = usual if is_dataclass(usual) else None
         if field.group is None:
@@ -133,7 +135,8 @@ def leaves(kind: Any, usual_group: Any = None) -> dict[str, Leaf]:
     return found
 
 
-def _fields(kind: Any) -> dict[str, Leaf]:
+def own_leaves(kind: Any) -> dict[str, Leaf]:
+    """Return the values of a class of options, and its groups as one value each."""
     hints, found = get_type_hints(kind, include_extras=True), {}
     for item in fields(kind):
         hint = hints[item.name]
@@ -146,6 +149,7 @@ def _fields(kind: Any) -> dict[str, Leaf]:
             hint if is_dataclass(hint) else None,
             tuple(aliases),
             tyro.conf.Positional in extras,
+            next((extra.metavar for extra in extras if getattr(extra, "metavar", None)), None),
         )
     return found
 

@@ -1,4 +1,4 @@
-"""What a run says before it begins: the rows as the model sees them, the method and its steps."""
+"""What a run says before it begins: rows as the model sees them, method, steps and memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from lowmem_reft.base.stored import in_one_line
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.terminal import harmless
+from lowmem_reft.memory.planner import GIB
+from lowmem_reft.memory.verdict import gib
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.table import all_options
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.lora_reft import LoraReftConfig
+from lowmem_reft.runs.fitting import predicted
 from lowmem_reft.runs.marked import end_ids_of, legend, marked, parts_of
 
 if TYPE_CHECKING:
@@ -47,6 +51,7 @@ def say_before(run: Run, *, num_validation: int, begun: Checkpoint | None) -> No
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     for line in (_rows(run), *_first_row(run), _method(run), _steps(run, begun)):
         console.print(line)
+    console.print(_memory(run))
     if num_validation:
         console.print(_validation(run, num_validation))
 
@@ -65,7 +70,8 @@ def _rows(run: Run) -> str:
         what += f" ({trained})"
     cut = f"{num_cut:,} cut ({num_cut / number:.1%})"
     if num_cut:
-        cut += f" by {run.encoded.num_cut_tokens:,} tokens in all"
+        cut += f" by {run.encoded.num_cut_tokens:,} tokens in all, the longest row had "
+        cut += f"{run.encoded.longest:,}"
     return harmless(
         f"rows: {what}; tokens: median {statistics.median_low(lengths):,}, longest "
         f"{max(lengths):,} of max_length {run.card.max_length:,}; {cut}"
@@ -118,6 +124,25 @@ def _steps(run: Run, begun: Checkpoint | None) -> str:
     on = "" if begun is None else f", on from step {begun.step}"
     rows = processes.effective_batch(optim)
     return f"steps: {number:,} of {rows:,} rows{length}, {optim.schedule} schedule{on}"
+
+
+def _memory(run: Run) -> str:
+    if processes.num_processes() > 1:
+        return "memory: not predicted for several processes"
+    try:
+        found = predicted(run)
+    except Exception as error:  # of a kind of model that cannot be predicted, but may be trained
+        return f"memory: not predicted ({harmless(in_one_line(error))})"
+    there = found["memory_bytes"]
+    free = "" if there is None else f" of {_size(there)}"
+    return (
+        f"memory: predicted peak of a step {_size(found['peak_bytes'])}; needs "
+        f"{_size(found['required_bytes'])}{free} with loading and what is beside the tensors"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return gib(num_bytes) if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def _validation(run: Run, number: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -68,7 +68,6 @@ def _fit_into_what_is_free(run: Run) -> Run:
     if card is None or not _is_predicted(run):
         return run
     planner, setting, lengths = planned(run, card)
-    setting = _with_known_optimizer(setting)
     try:
         if card.holds(most_bytes(run.config, setting, lengths, num_virtual=run.num_virtual)):
             return run
@@ -96,11 +95,6 @@ def _is_predicted(run: Run) -> bool:
     """Return whether the memory of the run's optimizer is known, or next to nothing."""
     optim, method = run.options.optim.optim, run.options.method.method
     return optim in OPTIMIZERS or find_method(method).family != "weights"
-
-
-def _with_known_optimizer(setting: Setting) -> Setting:
-    """Let AdamW stand for an optimizer that is not predicted: of an adapter both are small."""
-    return setting if setting.optim in OPTIMIZERS else replace(setting, optim="adamw_torch")
 
 
 def _changed(run: Run, planner: Planner, chosen: Candidate, why: str) -> Run:
@@ -139,7 +133,6 @@ def setting_that_fits(options: TrainOptions) -> str | None:
         if card is None or not _is_predicted(run):
             return None
         planner, setting, lengths = planned(run, card)
-        setting = _with_known_optimizer(setting)
         needed = card.required_bytes(planner.needed_bytes(setting, lengths))
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         less = round(0.9 * min(needed, card.memory_bytes + held))
@@ -158,16 +151,42 @@ def required_gib(run: Run) -> float:
     return math.ceil(1e4 * needed / GIB) / 1e4
 
 
+def predicted(run: Run) -> dict[str, Any]:
+    """Predict the memory of a run, which goes by ``--memory-gib`` or what is free on its device.
+
+    Returns:
+        ``fits`` (None where the memory there is is not known), ``peak_bytes`` of a training step's
+        tensors, ``required_bytes`` from loading on, with what the driver takes, and
+        ``memory_bytes`` of the device.
+
+    Raises:
+        InputError: The memory of this kind of model or optimizer cannot be predicted.
+    """
+    budget, device = run.options.memory.memory_gib, resolve_device(run.options.model.device)
+    card = free_card(device) if budget is None else Card.find(memory_gib=budget)
+    planner, setting, lengths = planned(run, card)
+    needed, card = planner.needed_bytes(setting, lengths), planner.card
+    return {
+        "fits": None if card is None else card.holds(needed),
+        "peak_bytes": planner.training_peak_bytes(setting, lengths),
+        "required_bytes": needed if card is None else card.required_bytes(needed),
+        "memory_bytes": None if card is None else card.memory_bytes,
+    }
+
+
 def planned(run: Run, card: Card | None) -> tuple[Planner, Setting, Lengths]:
-    """Return what predicts a run on a card: as the user gave it, on its longest example."""
-    options = run.options
+    """Return what predicts a run on a card: as the user gave it, on its longest example.
+
+    AdamW stands for an optimizer that is not predicted: of an adapter both are small.
+    """
+    options, optim = run.options, run.options.optim.optim
     device = resolve_device(options.model.device)
     setting = Setting(
         storage=run.card.storage,
         compute_dtype=dtype_name(run.compute_dtype),
         method=options.method,
         memory=replace(options.memory, memory_gib=None),
-        optim=options.optim.optim,
+        optim=optim if optim in OPTIMIZERS or not _is_predicted(run) else "adamw_torch",
         task_type=run.card.task_type,
         num_labels=run.card.num_classes,
         # With all blocks there, the plain step must fit too: training may fall back to it.

@@ -1,7 +1,7 @@
 """What a training says of itself as it goes on: on standard error, nothing with ``--quiet``.
 
 On a terminal there is one bar with the loss, the rate and the time that is left; elsewhere a line
-for each report of the loss. Scores of validation rows are lines in both.
+with the same for each report of the loss. Scores of validation rows are lines in both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
+
+from lowmem_reft.machine.progress import tell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,6 +92,7 @@ class Reports(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
+        tell("step", state.global_step, state.max_steps)
         if self._bar is not None:
             said = " ".join(part for part in (self._loss, self._rate(state)) if part)
             said += f", {self._left(state)} left"
@@ -102,7 +105,8 @@ class Reports(TrainerCallback):
         self._loss = f"loss {logs['loss']:.4g}"
         if self._bar is None:
             rate = f"lr {logs['learning_rate']:.1e} {self._rate(state)}".rstrip()
-            self.say(f"step {state.global_step}/{state.max_steps} {self._loss} {rate}")
+            left = f", {self._left(state)} left" if state.global_step < state.max_steps else ""
+            self.say(f"step {state.global_step}/{state.max_steps} {self._loss} {rate}{left}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave a line where the bar was."""

@@ -24,6 +24,7 @@ from lowmem_reft.runs.finite import check_score
 from lowmem_reft.runs.fit import fit
 from lowmem_reft.runs.fitting import fit_into_memory
 from lowmem_reft.runs.outputs import check_training
+from lowmem_reft.runs.publish import check_repository, make_repository, publish
 from lowmem_reft.runs.readme import write_model_card
 from lowmem_reft.runs.resolve import resolve
 from lowmem_reft.runs.score import ScoringSettings, check_scoring, rows_to_score, score
@@ -53,7 +54,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         ``patience``), ``versions``; with
         ``validation_data`` ``validation`` (a score per epoch, or every ``eval_steps``),
         ``best_epoch``, whose weights the adapter has, and ``validation_value``; with ``eval_data``
-        ``eval`` and ``eval_accuracy`` (None where nothing but the loss was asked for). With
+        ``eval`` and ``eval_accuracy`` (None where nothing but the loss was asked for); with
+        ``push_to_hub`` ``hub_url``. With
         ``dry_run`` what ``dry_run.dry_run`` says instead; nothing is loaded or written.
 
     Raises:
@@ -65,6 +67,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         options = replace(options, run=replace(options.run, quiet=True))
     else:
         check_training(options)
+        if options.run.push_to_hub is not None:
+            check_repository(options.run.push_to_hub)
     set_seed(options.run.seed)
     run = resolve(options)
     check_scoring(options.scoring)
@@ -77,6 +81,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         run_id, begun = prepare_directory(run, validation)
         if processes.is_main():
             write_run_file(run.directory, "train", run.options, **run.as_resolved)
+            make_repository(run)
         say_before(run, num_validation=len(validation), begun=begun)
         return _train(run, validation, held_out, run_id, begun)
 
@@ -115,6 +120,8 @@ def _train(
             result["eval_accuracy"] = result["eval"].get("accuracy")
             _record(run, result)
         trackers.log(result)
+    if run.options.run.push_to_hub is not None and processes.is_main():
+        result["hub_url"] = publish(run)
     return result
 
 

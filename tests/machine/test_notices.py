@@ -161,7 +161,7 @@ def test_the_help_of_a_command_is_nothing_but_its_help(
 def test_training_says_nothing_of_its_own_accord(trained: dict[str, Any]) -> None:
     out, err = trained["written"]
     said = re.compile(
-        r"(rows: .*|first row .*|\[.*[|].*|method: .*|steps: .*|validation: .*|reuse: .*"
+        r"(rows: .*|first row .*|\[.*[|].*|method: .*|steps: .*|memory: .*|validation: .*|reuse: .*"
         r"|epoch \d .*|step \d.*)"
     )
     assert [line for line in err.splitlines() if not said.fullmatch(line)] == []
@@ -217,7 +217,7 @@ def test_a_comparison_says_nothing_but_its_cells_and_its_table(
     ours = re.compile(r"\[1/1\] loreft seed 0: accuracy .* s|( .*)?|Take loreft: .*")
     assert [line for line in err.splitlines() if not ours.fullmatch(line)] == []
     (log,) = (tmp_path / "out").glob("cells/*/log.txt")
-    bar = re.compile(r"Loading weights: .*|")
+    bar = re.compile(r"Loading weights: .*|progress: [a-z]+ \d+/\d+|")
     assert [line for line in log.read_text().splitlines() if not bar.fullmatch(line)] == []
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import ChoosingOptions, MethodOptions, ReuseOptions, TrainOptions
+from lowmem_reft.options import (
+    ChoosingOptions,
+    MethodOptions,
+    ReuseOptions,
+    TrainOptions,
+    written,
+)
 from lowmem_reft.runs.train import run_training
 from small_runs import small_run, with_optim, with_run
 from written import json_lines
@@ -43,7 +49,7 @@ def test_rows_first_row_method_and_steps_are_said(
     options: TrainOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = replace(options, choosing=ChoosingOptions(eval_steps=2, patience=3))
-    rows, first, tokens, method, steps, validation = said(chosen, capsys)
+    rows, first, tokens, method, steps, _, validation = said(chosen, capsys)
     data = options.data.data
     wanted = rf"rows: 4 from {re.escape(data)}; tokens: median \d+, longest \d+ of max_length 512; "
     assert re.fullmatch(wanted + r"0 cut \(0\.0%\)", rows)
@@ -61,6 +67,32 @@ def test_rows_first_row_method_and_steps_are_said(
     )
 
 
+def test_the_memory_that_is_said_is_that_of_the_dry_run(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = written.changed(options, memory_gib=4.0, reuse="off", checkpoint_every=1)
+    line = said(options, capsys)[-2]
+    found = run_training(written.changed(options, dry_run=True))
+    peak, needed = (found[name] / 2**20 for name in ("peak_bytes", "required_bytes"))
+    assert line == (
+        f"memory: predicted peak of a step {peak:.1f} MiB; needs {needed:.1f} MiB of 4.00 GiB "
+        "with loading and what is beside the tensors"
+    )
+
+
+def test_memory_that_cannot_be_predicted_is_said_to_be(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predicted(_: object) -> None:
+        raise NotImplementedError("no such operator on the meta device")
+
+    monkeypatch.setattr("lowmem_reft.runs.before.predicted", predicted)
+    wanted = "memory: not predicted (NotImplementedError: no such operator on the meta device)"
+    assert said(options, capsys)[-2] == wanted
+    monkeypatch.setattr("lowmem_reft.machine.processes.num_processes", lambda: 2)
+    assert said(options, capsys)[-2] == "memory: not predicted for several processes"
+
+
 def test_cut_rows_are_a_share_and_a_long_row_is_shortened(
     options: TrainOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +102,12 @@ def test_cut_rows_are_a_share_and_a_long_row_is_shortened(
         options, data=replace(options.data, data=str(data), max_length=200), method=MethodOptions()
     )
     rows, _, tokens, *_ = said(options, capsys)
-    assert re.search(r"longest 200 of max_length 200; 1 cut \(50\.0%\) by \d+ tokens in all$", rows)
+    wanted = (
+        r"longest 200 of max_length 200; 1 cut \(50\.0%\) by (\d+) tokens in all, the longest row "
+    )
+    found = re.search(wanted + r"had (\d+)$", rows)
+    assert found
+    assert int(found[2]) == 200 + int(found[1])
     assert len(tokens) < 500
     assert " ... " in tokens
     assert tokens.endswith("?] {·b|ad} <<</s>>> ")

@@ -52,6 +52,17 @@ def test_the_options_are_the_resolved_ones_and_run_again(
     assert run_training(again)["peak_bytes"] == said["peak_bytes"]
 
 
+def test_of_an_adapter_adamw_stands_for_an_optimizer_that_is_not_predicted(
+    options: TrainOptions,
+) -> None:
+    peak = run_training(options)["peak_bytes"]
+    assert run_training(written.changed(options, optim="paged_adamw_8bit"))["peak_bytes"] == peak
+    full = written.changed(options, method="full", rank=None, positions=None)
+    full = written.changed(full, optim="paged_adamw_8bit")
+    with pytest.raises(InputError, match=r"optim must be one of .*'paged_adamw_8bit'"):
+        run_training(full)
+
+
 def test_what_does_not_fit_is_refused_or_said(options: TrainOptions) -> None:
     with pytest.raises(InputError, match="memory_gib must be at least"):
         run_training(written.changed(options, memory_gib=1e-5))

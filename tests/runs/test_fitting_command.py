@@ -10,10 +10,11 @@ import torch
 
 from lowmem_reft import cli
 from lowmem_reft.data.tokens import EncodedRows
+from lowmem_reft.errors import InputError
 from lowmem_reft.memory import verdict
 from lowmem_reft.memory.command import train_command
 from lowmem_reft.memory.planner import Card, Planner, read_config
-from lowmem_reft.memory.predict import Lengths, Setting
+from lowmem_reft.memory.predict import Lengths, Predictor, Setting
 from lowmem_reft.memory.search import Candidate
 from lowmem_reft.memory.shapes import HUB_IDS, SHAPES
 from lowmem_reft.memory.upper import UpperFit, fit_upper
@@ -33,56 +34,92 @@ def parsed(command: str) -> TrainOptions:
     return options
 
 
-@pytest.mark.parametrize(
-    ("model", "memory_gib", "found"),
-    [
-        ("llama-3.1-8b", 8, "as asked"),
-        ("llama-3.1-8b", 4, "fewer blocks"),
-        ("qwen3-14b", 12, "as asked"),
-        ("llama-3.3-70b", 24, "fewer blocks"),
-        ("llama-3.1-8b", 1, "nothing"),
-    ],
-)
-def test_the_printed_command_is_predicted_as_it_was_planned(
-    monkeypatch: pytest.MonkeyPatch, model: str, memory_gib: float, found: str
-) -> None:
-    options = written.build(
+FOUND = {
+    "llama-3.1-8b": {4: "fewer blocks", 8: "as asked", 12: "as asked", 24: "as asked"},
+    "qwen3-14b": {4: "fewer blocks", 8: "fewer blocks", 12: "as asked", 24: "as asked"},
+    "llama-3.3-70b": dict.fromkeys((4, 8, 12, 24), "fewer blocks"),
+}
+"""What is found for a model and a card's GiB, with examples of 256 tokens, 128 of them answer."""
+
+
+def options_of(model: str, memory_gib: float) -> PlanOptions:
+    return written.build(
         PlanOptions, model=model, seq_len=256, batch_size=1, memory_gib=memory_gib, fit=True
     )
-    card = Card.find(memory_gib=memory_gib)
-    assert card is not None
-    planner = Planner(read_config(model), card)
-    setting, lengths = verdict.setting_of(options, card), verdict.lengths_of(options.lengths)
+
+
+def asked(options: PlanOptions, card: Card) -> tuple[Setting, Lengths]:
+    lengths = verdict.lengths_of(options.lengths)
     lengths = Lengths(**{**vars(lengths), "response_len": 128, "padded": None})
-    said, shown, shown_lengths = verdict._search(options, planner, setting, lengths, print)
-    upper: UpperFit | None = said["upper"]
-    assert said["nothing_fits"] == (found == "nothing")
-    assert (said["train_command"] is None) == (found != "as asked")
-    assert (upper is None) == (found != "fewer blocks")
-    if found == "nothing":
-        return
-    chosen = Candidate(setting=shown, lengths=shown_lengths, cost=0.0)
-    if upper is not None:
-        chosen = upper.candidate
-    train = parsed(said["train_command"] or said["upper_command"])
-    assert SHORT_NAMES[train.model.model] == model
-    assert train.memory.memory_gib == memory_gib
-    monkeypatch.setattr(fitting, "resolve_device", lambda _: torch.device("cuda", 0))
-    of_device = {"device_type": "cuda", "bf16": True}
-    monkeypatch.setattr(Setting, "of_device", staticmethod(lambda _: of_device))
-    labels = [-100] * 128 + [1] * 128
-    example: dict[str, Any] = {"input_ids": [1] * 256, "labels": labels}
-    run = Run(
+    return verdict.setting_of(options, card), lengths
+
+
+def run_of(train: TrainOptions, config: Any) -> Run:
+    """A run on one example, of a base that is a configuration alone."""
+    example: dict[str, Any] = {"input_ids": [1] * 256, "labels": [-100] * 128 + [1] * 128}
+    return Run(
         options=train,
         card=TrainingCard(base=train.model.model, storage=train.model.storage),
-        config=planner.config,
+        config=config,
         compute_dtype=torch.bfloat16,
         tokenizer=None,
         encoded=EncodedRows(examples=[example], num_cut_prompts=0, num_cut_tokens=0),
     )
-    _, of_train, its_lengths = fitting.planned(run, card)
-    assert (of_train, its_lengths) == (chosen.setting, chosen.lengths)
-    assert card.holds(planner.needed_bytes(of_train, its_lengths))
+
+
+@pytest.fixture
+def _on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are predicted as on a GPU; models that were built for a prediction are kept."""
+    monkeypatch.setattr(fitting, "resolve_device", lambda _: torch.device("cuda", 0))
+    of_device = {"device_type": "cuda", "bf16": True}
+    monkeypatch.setattr(Setting, "of_device", staticmethod(lambda _: of_device))
+    built: dict[Any, Predictor] = {}
+
+    def predictor(self: Planner, setting: Setting) -> Predictor:
+        key = id(self.config), setting
+        if key not in built:
+            built[key] = Predictor(self.config, setting)
+        return built[key]
+
+    monkeypatch.setattr(Planner, "predictor", predictor)
+
+
+@pytest.mark.usefixtures("_on_cuda")
+@pytest.mark.parametrize("model", FOUND)
+def test_the_printed_command_is_predicted_as_it_was_planned(model: str) -> None:
+    planner = Planner(read_config(model))  # one for all cards: what a setting takes is the same
+    for memory_gib, found in FOUND[model].items():
+        options = options_of(model, memory_gib)
+        card = planner.card = Card.find(memory_gib=memory_gib)
+        assert card is not None
+        setting, lengths = asked(options, card)
+        said, shown, shown_lengths = verdict._search(options, planner, setting, lengths, print)
+        upper: UpperFit | None = said["upper"]
+        assert (said["train_command"] is None) == (found != "as asked")
+        assert (upper is None) == (found != "fewer blocks")
+        chosen = Candidate(setting=shown, lengths=shown_lengths, cost=0.0)
+        if upper is not None:
+            chosen = upper.candidate
+        train = parsed(said["train_command"] or said["upper_command"])
+        assert SHORT_NAMES[train.model.model] == model
+        assert train.memory.memory_gib == memory_gib
+        _, of_train, its_lengths = fitting.planned(run_of(train, planner.config), card)
+        assert (of_train, its_lengths) == (chosen.setting, chosen.lengths)
+        assert card.holds(planner.needed_bytes(of_train, its_lengths))
+
+
+@pytest.mark.usefixtures("_on_cuda")
+def test_what_plan_finds_nothing_for_is_refused_by_train() -> None:
+    options = options_of("llama-3.1-8b", 1)
+    card = Card.find(memory_gib=1)
+    assert card is not None
+    planner = Planner(read_config("llama-3.1-8b"), card)
+    setting, lengths = asked(options, card)
+    said, *_ = verdict._search(options, planner, setting, lengths, print)
+    assert said["nothing_fits"]
+    train = parsed(train_command(options, Candidate(setting=setting, lengths=lengths, cost=0.0)))
+    with pytest.raises(InputError, match="memory_gib must be at least"):
+        fitting.fit_into_memory(run_of(train, planner.config))
 
 
 def test_what_was_given_to_plan_and_train_needs_is_not_dropped() -> None:

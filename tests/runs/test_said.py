@@ -39,7 +39,7 @@ def test_on_a_pipe_losses_and_scores_are_lines(capsys: pytest.CaptureFixture[str
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "step 10/20 loss 1.235 lr 9.0e-04 2 steps/s",
+        "step 10/20 loss 1.235 lr 9.0e-04 2 steps/s, 0:00:00 left",
         "epoch 1 accuracy 0.7500 loss 0.5000 best 0.7500 (epoch 1)",
         "step 20/20 loss 1.235 lr 9.0e-04 2 steps/s",
         "epoch 2 accuracy 0.5000 best 0.7500 (epoch 1)",

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich import progress
@@ -18,9 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem_reft.compare.cell import Cell, Result
+from lowmem_reft.compare.engines.launch import LOG_FILE
 from lowmem_reft.compare.report.table import Measure, Summary, columns
 from lowmem_reft.compare.report.verdict import Verdict, sentences
 from lowmem_reft.data.tasks.metrics import unit_of
+from lowmem_reft.machine.progress import last_told
 from lowmem_reft.machine.terminal import harmless
 
 _WIDE = 120
@@ -39,20 +42,21 @@ class _Started(NamedTuple):
     """A cell that runs."""
 
     name: str
+    log: Path
     trains: bool
     start: float
     """By the clock of the progress, seconds."""
 
 
-class _TimeLeft(progress.ProgressColumn):
-    """The estimate, which goes down while cells run."""
+class _Words(progress.ProgressColumn):
+    """Words that change while cells run."""
 
-    def __init__(self, words: Callable[[], str]) -> None:
+    def __init__(self, words: Callable[[], str], style: str = "") -> None:
         super().__init__()
-        self._words = words
+        self._words, self._style = words, style
 
     def render(self, task: progress.Task) -> Text:
-        return Text(self._words(), style="progress.remaining")
+        return Text(self._words(), style=self._style)
 
 
 class Progress:
@@ -82,8 +86,8 @@ class Progress:
             progress.BarColumn(24),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
-            _TimeLeft(self._left),
-            progress.TextColumn("{task.description}", markup=False),
+            _Words(self._left, "progress.remaining"),
+            _Words(self._at_work),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
         )
@@ -97,10 +101,10 @@ class Progress:
         self._bar.stop()
 
     def started(self, cell: Cell) -> None:
-        """Name the cell beside the bar."""
-        self._running.append(_Started(cell.name, cell.train is not None, self._clock()))
+        """Name the cell beside the bar, with the step it is at."""
+        log = cell.directory / LOG_FILE
+        self._running.append(_Started(cell.name, log, cell.train is not None, self._clock()))
         self._most_at_once = max(self._most_at_once, len(self._running))
-        self._bar.update(self._task, description=self._names())
 
     def finished(self, cell: Cell, result: Result, *, skipped: bool) -> None:
         """Move the bar and say how the cell ended."""
@@ -115,13 +119,15 @@ class Progress:
             if cell.trains and not failed:
                 self._took_s.append(self._clock() - cell.start)
         self._num_finished += 1
-        self._bar.update(self._task, advance=1, description=self._names())
+        self._bar.update(self._task, advance=1)
         left = f", {words}" if (words := self._left()) else ""
         line = harmless(f"[{self._num_finished}/{self._num_cells}] {name}: {outcome}{left}")
         self._console.print(line, style="red" if failed else None, markup=False, highlight=False)
 
-    def _names(self) -> str:
-        return ", ".join(cell.name for cell in self._running)
+    def _at_work(self) -> str:
+        """The cells that run, each with what its log says last of how far it is."""
+        running = [*self._running]  # the bar is drawn by another thread
+        return ", ".join(f"{cell.name} {last_told(cell.log)}".rstrip() for cell in running)
 
     def _left(self) -> str:
         """About how long it will still take, in words; nothing while that cannot be known."""

@@ -225,6 +225,33 @@ def test_progress_is_plain_lines_where_no_one_is_watching(tmp_path, capsys):
     assert second.startswith("[2/2] loreft[r=2] seed 1: failed: ValueError: no (see ")
 
 
+def test_the_bar_has_the_step_of_each_cell_that_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes a pipe a terminal for rich
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    evaluate = EvaluateOptions(model=ModelOptions(model="m"), data=DataOptions(data="d"))
+    cells = [
+        Cell(
+            directory=tmp_path / name,
+            train=None,
+            evaluate=evaluate,
+            record={"method": name, "seed": 0},
+        )
+        for name in ("lora", "red[r=1]")
+    ]
+    cells[0].directory.mkdir()
+    with Progress(2) as progress:
+        for cell in cells:
+            progress.started(cell)
+        (tmp_path / "lora" / "log.txt").write_text("progress: step 3/40\nfurther\n")
+        progress._bar.refresh()
+        progress.finished(cells[0], result("lora"), skipped=False)
+    said = capsys.readouterr().err
+    assert "lora seed 0 step 3/40, red[r=1] seed 0" in said
+    assert said.count("[1/2] lora seed 0") == 1
+
+
 def test_the_time_left_is_told_from_the_cells_that_trained_and_how_many_run_at_once(
     tmp_path, capsys
 ):
