@@ -24,6 +24,7 @@ from lowmem_reft.runs.finite import check_score
 from lowmem_reft.runs.fit import fit
 from lowmem_reft.runs.fitting import fit_into_memory
 from lowmem_reft.runs.outputs import check_training
+from lowmem_reft.runs.packing import refuse_early
 from lowmem_reft.runs.readme import write_model_card
 from lowmem_reft.runs.resolve import resolve
 from lowmem_reft.runs.score import ScoringSettings, check_scoring, rows_to_score, score
@@ -68,6 +69,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     set_seed(options.run.seed)
     run = resolve(options)
     check_scoring(options.scoring)
+    refuse_early(run)
     validation, held_out = _read_held_out(run, "validation"), _read_held_out(run, "eval")
     run = fit_into_memory(run)
     if options.run.dry_run:
