@@ -68,8 +68,10 @@ def check_score(summary: dict[str, Any], of: str, run: Run) -> None:
 def rows_of(batch: dict[str, Any], examples: Sequence[dict[str, Any]]) -> list[int]:
     """Return the numbers, from 1, of the examples with the tokens of a batch.
 
-    The batch is one of ``Collator``. Of equal examples all are named.
+    The batch is one of ``Collator``; else none are. Of equal examples all are named.
     """
+    if not {"attention_mask", "position_ids"} & batch.keys():
+        return []
     wanted = set(token_ids(batch))
     numbered = enumerate(examples, start=1)
     return [number for number, one in numbered if tuple(one["input_ids"]) in wanted]

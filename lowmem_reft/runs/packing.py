@@ -122,7 +122,7 @@ def _tried(model: Any) -> str | None:
         if not all(torch.equal(packed[index], beside[index]) for index in kept):
             name = type(base).__name__
             return f"what {name} computes of an example depends on those beside it in a row"
-    tolerance = TOLERANCE[dtype_name(packed[0].dtype)]
+    tolerance = TOLERANCE[dtype_name(base.get_input_embeddings().weight.dtype)]
     for index, ids in enumerate(first):
         alone = _logits(model, input_ids=[ids])[0]
         if not (packed[index] - alone).norm() <= tolerance * alone.norm():

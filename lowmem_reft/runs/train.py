@@ -46,11 +46,12 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     Returns:
         ``adapter_dir``, ``train_loss`` (mean over the steps of this process),
         ``num_trainable_params``, ``trainable_percent``, ``num_steps``, ``step_time_s`` (median),
-        ``tokens_per_s``, ``peak_bytes`` (live storages of a step on the longest examples; on CUDA
-        the most that was allocated), ``breakdown_bytes`` (of that step, by category),
-        ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the
-        process), ``loss_history`` ([step, loss] pairs), ``num_cut_prompts``, ``reuse`` (the mode
-        used), ``store_bytes``, ``build_time_s``, ``stopped_early`` (before its last step, by
+        ``tokens_per_s``, ``packing`` (on or off), ``real_percent`` (of the tokens that were
+        computed, those of rows), ``peak_bytes`` (live storages of a step on the longest
+        examples; on CUDA the most that was allocated), ``breakdown_bytes`` (of that step, by
+        category), ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the process),
+        ``loss_history`` ([step, loss] pairs), ``num_cut_prompts``, ``reuse`` (the mode used),
+        ``store_bytes``, ``build_time_s``, ``stopped_early`` (before its last step, by
         ``patience``), ``versions``; with
         ``validation_data`` ``validation`` (a score per epoch, or every ``eval_steps``),
         ``best_epoch``, whose weights the adapter has, and ``validation_value``; with ``eval_data``
