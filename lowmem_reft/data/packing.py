@@ -56,9 +56,10 @@ def is_of_rows(batch: dict[str, Any]) -> Tensor:
 
     A packed example has at least two tokens.
     """
-    if (mask := batch.get("attention_mask")) is not None:
-        return mask  # type: ignore[no-any-return]
-    positions = batch["position_ids"]
+    mask: Tensor | None = batch.get("attention_mask")
+    if mask is not None:
+        return mask
+    positions: Tensor = batch["position_ids"]
     begins = (positions == 0) & (positions.roll(-1, 1) == 1)
     begins[:, -1] = False
     return (positions > 0) | begins
