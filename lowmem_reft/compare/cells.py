@@ -254,9 +254,9 @@ def _config(
     name = {"method": train.method.method}
     held_out = {**asdict(train.held_out), "validation_data": sources.validation_digest}
     optim = asdict(train.optim)
-    for name in ("group_by_length", "packing"):  # which finished cells do not know
-        if optim[name] == getattr(OptimOptions, name):
-            del optim[name]
+    for unknown in ("group_by_length", "packing"):  # to finished cells
+        if optim[unknown] == getattr(OptimOptions, unknown):
+            del optim[unknown]
     return {
         **config,
         "data": {**asdict(train.data), "data": sources.train_digest},

@@ -91,7 +91,7 @@ def aligned(
     ``values`` holds one number for each token of each example, or more. With ``rows`` examples
     stand one after the other, the first token of each with ``fill``: see ``data.packing``.
     """
-    each = [
+    each: Sequence[Sequence[int]] = [
         numbers[shape.prefix : shape.length] for shape, numbers in zip(shapes, values, strict=True)
     ]
     if rows is not None:
@@ -127,8 +127,8 @@ def run_stacked(
     there = torch.device("cpu") if device.type == "meta" else device
     hidden = stacked.hidden.to(device, non_blocking=True)
     if stacked.rows is not None:
-        positions = joined([range(shape.length) for shape in stacked.shapes], stacked.rows)
-        placed = pad_sequence([torch.tensor(row) for row in positions], batch_first=True)
+        counted = joined([range(shape.length) for shape in stacked.shapes], stacked.rows)
+        placed = pad_sequence([torch.tensor(row) for row in counted], batch_first=True)
         arguments |= {"inputs_embeds": hidden, "position_ids": placed.to(there), "use_cache": False}
         with feeding(model, num_blocks, hidden):
             return (wrapped or model)(**arguments)
