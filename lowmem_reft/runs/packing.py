@@ -1,8 +1,8 @@
 """Whether examples can stand one after the other in rows as if each stood alone; tried on the base.
 
-What depends on its place in a row, or on the examples beside it, is no row of padding made
-smaller: encoders and recurrent blocks look at all that precedes, trained embeddings stand before
-each row. No list of architectures says so; a few tokens do.
+Encoders, recurrent blocks and some decoders look at all that stands in a row, and trained
+embeddings come before each row. No list of architectures says which do; a few tokens that are run
+through the base do.
 """
 
 from __future__ import annotations
