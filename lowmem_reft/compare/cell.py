@@ -35,6 +35,7 @@ EMPTY_RESULT: Result = {
     "step_time_s": None,
     "build_time_s": None,
     "tokens_per_s": None,
+    "real_percent": None,
     "reuse": None,
     "best_epoch": None,
     "validation_value": None,

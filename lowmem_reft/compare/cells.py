@@ -25,6 +25,7 @@ from lowmem_reft.options import (
     EvaluateOptions,
     HeldOutOptions,
     ModelOptions,
+    OptimOptions,
     ReuseOptions,
     RunOptions,
     ScoredPromptOptions,
@@ -253,8 +254,9 @@ def _config(
     name = {"method": train.method.method}
     held_out = {**asdict(train.held_out), "validation_data": sources.validation_digest}
     optim = asdict(train.optim)
-    if not train.optim.group_by_length:
-        del optim["group_by_length"]  # which finished cells do not know
+    for unknown in ("group_by_length", "packing"):  # to finished cells
+        if optim[unknown] == getattr(OptimOptions, unknown):
+            del optim[unknown]
     return {
         **config,
         "data": {**asdict(train.data), "data": sources.train_digest},

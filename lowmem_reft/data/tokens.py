@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.cutting import cut_prompt
 from lowmem_reft.data.joint import bos_of, end_response, one_begins_another, tokenized, with_end
+from lowmem_reft.data.packing import joined, packed_rows
 from lowmem_reft.data.rows import Row, class_index
 from lowmem_reft.data.texts import written
 from lowmem_reft.errors import InputError
@@ -281,19 +282,33 @@ class Collator:
 
     Gives ``input_ids`` and ``attention_mask`` (batch, seq) and, if the examples have them,
     ``token_type_ids`` (batch, seq) and ``labels``: (batch, seq) with -100 on the padding, or
-    (batch,) for classification and, in fp32, for regression.
+    (batch,) for classification and, in fp32, for regression. Packed, ``input_ids``, ``labels`` and
+    ``position_ids``, each (rows, seq).
     """
 
     tokenizer: PreTrainedTokenizerBase
     """Says which id pads (0 if it names none)."""
     padding_side: Literal["left", "right"] = "right"
     """Where padding goes; left for generation."""
+    packed: bool = False
+    """Put examples with labels of their tokens one after the other where that is less to compute:
+    see ``packing``."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad and stack the examples of a batch."""
         import torch
 
         sequences = [example["input_ids"] for example in examples]
+        rows = packed_rows([len(ids) for ids in sequences]) if self.packed else None
+        if rows is not None:
+            positions = [range(len(ids)) for ids in sequences]
+            labels = [example["labels"] for example in examples]
+            return {
+                "input_ids": self._stack(joined(sequences, rows), self.tokenizer.pad_token_id or 0),
+                "position_ids": self._stack(joined(positions, rows), 0),
+                # What stands before an example does not predict its first token.
+                "labels": self._stack(joined(labels, rows, first=IGNORED_LABEL), IGNORED_LABEL),
+            }
         batch = {
             "input_ids": self._stack(sequences, self.tokenizer.pad_token_id or 0),
             "attention_mask": self._stack([[1] * len(ids) for ids in sequences], 0),

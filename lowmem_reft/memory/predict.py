@@ -379,8 +379,8 @@ class Predictor:
             stored = [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
             for tensor in stored:
                 memory.add(tensor, "store")
-            parts = dict(zip(("hidden", "keys", "values"), stored, strict=True))
-            stacked = Stacked(shapes=shapes, **parts)
+            hidden, keys, values = stored
+            stacked = Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values)
             return run_stacked(self.model, split.num_blocks, stacked, **arguments)
 
         return forward

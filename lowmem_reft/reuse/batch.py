@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.caches import with_cache
 from lowmem_reft.base.partial import feeding
+from lowmem_reft.data.packing import joined
 from lowmem_reft.reuse.layout import Layout, Shape
 from lowmem_reft.reuse.store import CorruptShardError, Record
 
@@ -37,6 +38,9 @@ class Stacked:
     """(layers, batch, heads, prefix, head_dim): of the prefixes, padded on the left."""
     values: Tensor
     """The same shape."""
+    rows: Sequence[Sequence[int]] | None = None
+    """Which examples stand one after the other in each row of ``hidden``, where no example has a
+    prefix: see ``data.packing``. None: each in its own."""
 
     @property
     def prefix(self) -> int:
@@ -44,33 +48,56 @@ class Stacked:
         return self.keys.shape[3]
 
 
-def stack(records: Sequence[Record], layout: Layout, *, pinned: bool) -> Stacked:
-    """Stack what is stored of examples, where it is; in pinned memory if that is asked for."""
+def stack(
+    records: Sequence[Record],
+    layout: Layout,
+    *,
+    pinned: bool,
+    rows: Sequence[Sequence[int]] | None = None,
+) -> Stacked:
+    """Stack what is stored of examples, where it is; in pinned memory if that is asked for.
+
+    With ``rows`` examples without prefixes stand one after the other: see ``data.packing``.
+    """
     shapes = [Shape(record.keys.shape[2], record.hidden.shape[0]) for record in records]
-    suffix, prefix = (max(shape.suffix for shape in shapes), max(s.prefix for s in shapes))
+    prefix = max(shape.prefix for shape in shapes)
     batch, first = len(records), records[0].hidden
+    places = [[index] for index in range(batch)] if rows is None else rows
+    width = max(sum(shapes[index].suffix for index in row) for row in places)
     zeros = partial(torch.zeros, dtype=first.dtype, device=first.device, pin_memory=pinned)
-    hidden = zeros(batch, suffix, layout.hidden_size)
+    hidden = zeros(len(places), width, layout.hidden_size)
     size = (layout.num_cached_layers, batch, layout.num_kv_heads, prefix, layout.head_dim)
     keys, values = zeros(size), zeros(size)
+    for row, indices in enumerate(places):
+        stop = 0
+        for index in indices:
+            start, stop = stop, stop + shapes[index].suffix
+            hidden[row, start:stop] = records[index].hidden
     for row, (shape, record) in enumerate(zip(shapes, records, strict=True)):
-        hidden[row, : shape.suffix] = record.hidden
         if shape.prefix:
             keys[:, row, :, prefix - shape.prefix :] = record.keys
             values[:, row, :, prefix - shape.prefix :] = record.values
-    return Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values)
+    return Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values, rows=rows)
 
 
-def aligned(shapes: Sequence[Shape], values: Sequence[Sequence[int]], fill: int) -> Tensor:
+def aligned(
+    shapes: Sequence[Shape],
+    values: Sequence[Sequence[int]],
+    fill: int,
+    rows: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
     """Return one number per token, (batch, suffix): without prefixes, padded with ``fill``.
 
-    ``values`` holds one number for each token of each example, or more.
+    ``values`` holds one number for each token of each example, or more. With ``rows`` examples
+    stand one after the other, the first token of each with ``fill``: see ``data.packing``.
     """
-    rows = [
-        torch.tensor(numbers[shape.prefix : shape.length], dtype=torch.long)
-        for shape, numbers in zip(shapes, values, strict=True)
+    each: Sequence[Sequence[int]] = [
+        numbers[shape.prefix : shape.length] for shape, numbers in zip(shapes, values, strict=True)
     ]
-    return pad_sequence(rows, batch_first=True, padding_value=fill)
+    if rows is not None:
+        each = joined(each, rows, first=fill)
+    tensors = [torch.tensor(numbers, dtype=torch.long) for numbers in each]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 
 def run_stacked(
@@ -98,6 +125,13 @@ def run_stacked(
     device = device_of(base_of(model))
     # A prediction on the meta device needs the values of the masks as well.
     there = torch.device("cpu") if device.type == "meta" else device
+    hidden = stacked.hidden.to(device, non_blocking=True)
+    if stacked.rows is not None:
+        counted = joined([range(shape.length) for shape in stacked.shapes], stacked.rows)
+        placed = pad_sequence([torch.tensor(row) for row in counted], batch_first=True)
+        arguments |= {"inputs_embeds": hidden, "position_ids": placed.to(there), "use_cache": False}
+        with feeding(model, num_blocks, hidden):
+            return (wrapped or model)(**arguments)
     suffix, prefix = stacked.hidden.shape[1], stacked.prefix
     own, length = torch.tensor(
         [[shape.prefix, shape.length] for shape in stacked.shapes]
@@ -106,7 +140,6 @@ def run_stacked(
     mask = ((columns >= -own) & (columns < length - own)).long()
     # Padding repeats the last position: a table of positions may end there.
     positions = torch.minimum(own + torch.arange(suffix), length - 1)
-    hidden = stacked.hidden.to(device, non_blocking=True)
     arguments["attention_mask"] = mask.to(there)
     arguments["use_cache"] = bool(prefix)
     if input_ids is None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from lowmem_reft.base.partial import blocks_of
 from lowmem_reft.base.quantization import dequantized
 from lowmem_reft.base.residency import Residency
 from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.packing import packed_rows
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.processes import main_first
 from lowmem_reft.methods.constant import adapter_parts
@@ -95,6 +96,9 @@ class Reuse:
         report: Report = lambda done, total: None,
     ) -> None:
         started = time.perf_counter()
+        self.packs = False
+        """Whether examples of a batch stand one after the other in rows, as ``data.packing`` says;
+        not with prefixes."""
         self.model = model
         self.examples = examples
         self.training = training
@@ -113,7 +117,7 @@ class Reuse:
         self.was_built = False
         self._limit_bytes = limit_bytes
         self._build(report)
-        self._ahead = ReadAhead(lambda indices: self._stack(map(self.store.read, indices)))
+        self._ahead = ReadAhead(lambda indices: self._stack(indices, self.store.read))
         self.build_time_s = time.perf_counter() - started
 
     @property
@@ -322,7 +326,7 @@ class Reuse:
                 gradients of all processes.
             arguments: Further ones of the model's forward, such as ``labels``.
         """
-        stacked = self._ahead.take(indices) or self._stack(map(self.read, indices))
+        stacked = self._ahead.take(indices) or self._stack(indices, self.read)
         if self.recompute:
             stacked = self._with_prefixes(indices, stacked)
         if not is_causal(self.base):
@@ -338,12 +342,17 @@ class Reuse:
         """Begin to read what is stored of a batch that will be asked for."""
         self._ahead.announce(indices)
 
-    def _stack(self, records: Iterable[Record]) -> Stacked:
-        return stack(list(records), self.layout, pinned=device_of(self.base).type == "cuda")
+    def _rows(self, indices: Sequence[int]) -> list[list[int]] | None:
+        return packed_rows([self.shapes[i].length for i in indices]) if self.packs else None
+
+    def _stack(self, indices: Sequence[int], read: Callable[[int], Record]) -> Stacked:
+        pinned = device_of(self.base).type == "cuda"
+        return stack([*map(read, indices)], self.layout, pinned=pinned, rows=self._rows(indices))
 
     def _aligned(self, indices: Sequence[int], name: str, fill: int) -> Tensor:
         values = [self.examples[index][name] for index in indices]
-        return aligned([self.shapes[index] for index in indices], values, fill)
+        shapes = [self.shapes[index] for index in indices]
+        return aligned(shapes, values, fill, self._rows(indices))
 
     @torch.no_grad()
     def _with_prefixes(self, indices: Sequence[int], stacked: Stacked) -> Stacked:

@@ -47,6 +47,7 @@ _OF_THE_OPTIMIZER = (
     "max_grad_norm",
     "optim",
     "group_by_length",
+    "packing",
 )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowmem_reft.data.packing import token_ids
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 
@@ -67,13 +68,11 @@ def check_score(summary: dict[str, Any], of: str, run: Run) -> None:
 def rows_of(batch: dict[str, Any], examples: Sequence[dict[str, Any]]) -> list[int]:
     """Return the numbers, from 1, of the examples with the tokens of a batch.
 
-    ``input_ids`` and ``attention_mask`` are (batch, seq). Of equal examples all are named.
+    The batch is one of ``Collator``; else none are. Of equal examples all are named.
     """
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if ids is None or mask is None:
+    if not {"attention_mask", "position_ids"} & batch.keys():
         return []
-    pairs = zip(ids.cpu(), mask.bool().cpu(), strict=True)
-    wanted = {tuple(row[kept].tolist()) for row, kept in pairs}
+    wanted = set(token_ids(batch))
     numbered = enumerate(examples, start=1)
     return [number for number, one in numbered if tuple(one["input_ids"]) in wanted]
 

@@ -29,6 +29,7 @@ from lowmem_reft.methods.virtual_tokens import embeds_virtual_tokens, num_virtua
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.runs.finite import check_weights
+from lowmem_reft.runs.packing import packing
 from lowmem_reft.runs.said import Reports
 from lowmem_reft.runs.spent import Spent
 from lowmem_reft.runs.tracking import RunArguments
@@ -81,6 +82,7 @@ def fit(
     _say_effective_batch(run)
     collator = Collator(run.tokenizer)
     reuse = _prepare_reuse(model, collator, run)
+    collator = packing(model, collator, reuse, run)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     callbacks: list[TrainerCallback] = [watch] if best is None else [watch, best]
@@ -121,6 +123,8 @@ def fit(
         "num_steps": step,
         "stopped_early": step < max_steps,
         **_speed(watch, run),
+        "packing": "on" if collator.packed else "off",
+        "real_percent": _real_percent(spent, reports),
         **peak,
         "rss_bytes": peak_rss_bytes(),
         "loss_history": [[entry["step"], entry["loss"]] for entry in logs if "loss" in entry],
@@ -278,6 +282,17 @@ def _speed(watch: _StepWatch, run: Run) -> dict[str, Any]:
         "tokens_per_s": tokens_of_a_step / step_time if step_time else None,
         "train_time_s": watch.spent.time_s,
     }
+
+
+def _real_percent(spent: Spent, reports: Reports) -> float | None:
+    """Say and return which share of the tokens that were computed is of rows; None: not known."""
+    found = spent.of_all()
+    computed, real = found["num_computed_tokens"], found["num_real_tokens"]
+    if not computed or real is None:
+        return None
+    percent = 100 * real / computed
+    reports.say(f"{percent:.0f} % of {computed:,.0f} computed tokens were those of rows")
+    return percent
 
 
 def _cuda_peak(device: torch.device) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lowmem_reft.data.packing import is_of_rows
 from lowmem_reft.machine import processes
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Spent:
         return cls(num_virtual, before)
 
     def count(self, batch: dict[str, Any]) -> None:
-        """Count the tokens of a batch: ``attention_mask`` is (batch, seq)."""
-        mask = batch["attention_mask"]
+        """Count the tokens of a batch, packed or not."""
+        mask = is_of_rows(batch)
         self.num_computed += mask.numel() + len(mask) * self.num_virtual
         self.num_real = self.num_real + mask.sum().detach()
 

@@ -24,6 +24,7 @@ from lowmem_reft.runs.finite import check_score
 from lowmem_reft.runs.fit import fit
 from lowmem_reft.runs.fitting import fit_into_memory
 from lowmem_reft.runs.outputs import check_training
+from lowmem_reft.runs.packing import refuse_early
 from lowmem_reft.runs.publish import check_repository, make_repository, publish
 from lowmem_reft.runs.readme import write_model_card
 from lowmem_reft.runs.resolve import resolve
@@ -46,11 +47,12 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     Returns:
         ``adapter_dir``, ``train_loss`` (mean over the steps of this process),
         ``num_trainable_params``, ``trainable_percent``, ``num_steps``, ``step_time_s`` (median),
-        ``tokens_per_s``, ``peak_bytes`` (live storages of a step on the longest examples; on CUDA
-        the most that was allocated), ``breakdown_bytes`` (of that step, by category),
-        ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the
-        process), ``loss_history`` ([step, loss] pairs), ``num_cut_prompts``, ``reuse`` (the mode
-        used), ``store_bytes``, ``build_time_s``, ``stopped_early`` (before its last step, by
+        ``tokens_per_s``, ``packing`` (on or off), ``real_percent`` (of the tokens that were
+        computed, those of rows), ``peak_bytes`` (live storages of a step on the longest
+        examples; on CUDA the most that was allocated), ``breakdown_bytes`` (of that step, by
+        category), ``reserved_bytes`` (CUDA), ``rss_bytes`` (peak of the process),
+        ``loss_history`` ([step, loss] pairs), ``num_cut_prompts``, ``reuse`` (the mode used),
+        ``store_bytes``, ``build_time_s``, ``stopped_early`` (before its last step, by
         ``patience``), ``versions``; with
         ``validation_data`` ``validation`` (a score per epoch, or every ``eval_steps``),
         ``best_epoch``, whose weights the adapter has, and ``validation_value``; with ``eval_data``
@@ -72,6 +74,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     set_seed(options.run.seed)
     run = resolve(options)
     check_scoring(options.scoring)
+    refuse_early(run)
     validation, held_out = _read_held_out(run, "validation"), _read_held_out(run, "eval")
     run = fit_into_memory(run)
     if options.run.dry_run:

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,12 +108,12 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize("batches", [{}, {"group_by_length": True}, {"packing": "on"}])
 def test_a_killed_run_resumes_to_the_same_adapter_bitwise(
-    options: TrainOptions, tmp_path: Path, by_length: bool
+    options: TrainOptions, tmp_path: Path, batches: dict[str, Any]
 ) -> None:
     options = replace(options, method=replace(options.method, dropout=0.1))
-    options = replace(options, optim=replace(options.optim, group_by_length=by_length))
+    options = replace(options, optim=replace(options.optim, **batches))
     options = with_run(options, save_steps=3)
     whole = run_training(with_run(options, output_dir=tmp_path / "whole"))
     script = tmp_path / "killed.py"

@@ -28,7 +28,13 @@ from lowmem_reft.machine.terminal import harmless
 
 _WIDE = 120
 _LEAST_FIRST = (
-    *("tokens_to_reference", "steps_to_reference", "trainable_percent", "rss_bytes"),
+    *(
+        "tokens_to_reference",
+        "steps_to_reference",
+        "real_percent",
+        "trainable_percent",
+        "rss_bytes",
+    ),
     *("reserved_bytes", "loss", "tokens_per_s", "build_time_s", "time_to_reference_s"),
 )
 """Columns that are left out, in this order, where the terminal is narrow."""

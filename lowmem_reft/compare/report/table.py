@@ -42,6 +42,8 @@ class Summary:
     build_time_s: float | None
     """Longest over the seeds: others find the store that the first one built. None without one."""
     tokens_per_s: float | None
+    real_percent: float | None
+    """Of the tokens that were computed those of rows, the others being padding; mean, too."""
     forgetting: float | None
     """Rise of the loss on general text over the base's, nats per token; mean over the seeds."""
     reference_value: float | None
@@ -114,6 +116,7 @@ _MEASURES = (
     Measure("train s", "train_time_s", 1.0, 1),
     Measure("build s", "build_time_s", 1.0, 1),
     Measure("tokens/s", "tokens_per_s"),
+    Measure("real tokens %", "real_percent", 1.0, 1),
     Measure("forgetting", "forgetting", 1.0, 3),
     Measure("s to reference", "time_to_reference_s", 1.0, 1),
     Measure("steps to reference", "steps_to_reference"),
@@ -129,6 +132,7 @@ _MEANS = (
     "train_time_s",
     "wall_time_s",
     "tokens_per_s",
+    "real_percent",
     "forgetting",
     "reference_value",
 )
