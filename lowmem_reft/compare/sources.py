@@ -259,7 +259,10 @@ def _template(options: CompareOptions, rows: Sequence[Row]) -> str | None:
     card = merge_card(None, model, template=given, max_length=None, raw=raw)
     if given is not None or raw or rows[0].messages:
         return given
-    template = with_template(card, load_tokenizer(model.model)).template
+    try:
+        template = with_template(card, load_tokenizer(model.model)).template
+    except InputError:  # without a tokenizer no cell runs, and its row says why
+        return None
     if template != CHAT_TEMPLATE:
         return None
     if not options.quiet:
