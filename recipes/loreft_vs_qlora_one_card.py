@@ -153,7 +153,9 @@ def find_lengths(config: Config) -> Lengths:
     rows = load_rows(config.data or str(task_files()[0]), limit=config.limit)
     rows = as_choices(rows, label_names(rows) if rows[0].kind == "label" else None)
     tokenizer = load_tokenizer(config.model or str(model_dir()))
-    examples = encode_rows(rows, tokenizer, max_length=config.max_length).examples
+    template = "chat" if tokenizer.chat_template else "{prompt}"  # as the comparison asks them
+    encoded = encode_rows(rows, tokenizer, template=template, max_length=config.max_length)
+    examples = encoded.examples
     supervised = (
         sum(label != IGNORED_LABEL for label in example["labels"]) for example in examples
     )

@@ -241,7 +241,9 @@ def _config(
         "eval_data": {**asdict(evaluate.data), "data": sources.evaluate_digest},
         "scoring": {**asdict(evaluate.scoring), "batch_size": evaluate.batch_size},
     }
-    if prompts := written.given(evaluate.prompts):
+    prompts = written.given(evaluate.prompts)
+    prompts.pop("raw", None)  # which is what no template always meant
+    if prompts:
         config["prompts"] = prompts
     if evaluate.beside.forgetting is not None:
         limit = evaluate.beside.forgetting_limit

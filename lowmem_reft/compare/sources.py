@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.compare.outputs import keep_rows
 from lowmem_reft.data import embedded
 from lowmem_reft.data.few_shot import draw_examples
@@ -27,9 +29,17 @@ from lowmem_reft.data.rows import (
 from lowmem_reft.data.tasks.metrics import check_names, with_metric
 from lowmem_reft.data.tasks.registry import find_task, load_task
 from lowmem_reft.data.tasks.task import Split, Task
+from lowmem_reft.data.texts import described
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine import provenance
-from lowmem_reft.options import CompareOptions, ScoringOptions, written
+from lowmem_reft.methods.card import merge_card, with_template
+from lowmem_reft.options import (
+    CHAT_TEMPLATE,
+    CompareOptions,
+    ModelOptions,
+    ScoringOptions,
+    written,
+)
 from lowmem_reft.options.values import parse_seeds
 
 
@@ -63,6 +73,7 @@ class Sources:
     evaluate_digest: str
     task: str
     template: str | None = None
+    """How prompts are written; None: as they are, or as chats that they are already."""
     train_template: str | None = None
     scoring: ScoringOptions = _BY_ACCURACY
     """How the rows to evaluate on are scored. A metric is named: it is part of a cell's key."""
@@ -224,15 +235,39 @@ def find_sources(options: CompareOptions) -> Sources:
     for part in rewritten:
         paths[part] = str(keep_rows(options, f"data/{part}.jsonl", rows[part]))
     found = {part: (paths[part], own) for part, own in rows.items()}
+    template = _template(options, rows["train"])
     return _sources(
         options,
         {"evaluate": found.pop("eval"), **found},
         task=task_name(given.data or str(embedded.task_files()[0])),
-        template=given.template,
-        train_template=given.template,
+        template=template,
+        train_template=template,
         scoring=with_metric(options.scoring, rows["eval"]),
         train_scoring=with_metric(options.scoring, rows.get("validation", rows["eval"])),
     )
+
+
+def _template(options: CompareOptions, rows: Sequence[Row]) -> str | None:
+    """How the prompts of given rows are written, by name where it is the chat template.
+
+    Cells whose prompts are written as they are have the keys that they had before there was it.
+    """
+    given, raw = options.rows.template, options.rows.prompts.raw
+    model = ModelOptions(
+        model=options.base.model or str(embedded.model_dir()), task_type=options.base.task_type
+    )
+    card = merge_card(None, model, template=given, max_length=None, raw=raw)
+    if given is not None or raw or rows[0].messages:
+        return given
+    try:
+        template = with_template(card, load_tokenizer(model.model)).template
+    except InputError:  # without a tokenizer no cell runs, and its row says why
+        return None
+    if template != CHAT_TEMPLATE:
+        return None
+    if not options.quiet:
+        print(described(template, rows), file=sys.stderr)
+    return template
 
 
 def model_digest(model: str) -> str:

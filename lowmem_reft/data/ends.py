@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowmem_reft.data.templates import render
+from lowmem_reft.data.texts import around_answer
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_ANSWER = "lowmemreft"
-"""Stands for an answer in a chat that is written to see what follows."""
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, *, chats: bool = False) -> list[int]:
@@ -35,15 +32,13 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     Many tokens, such as those of "### End", are none: an answer may begin like them, and the EOS
     after them was trained.
     """
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = render(tokenizer, chat, source="a chat")
+        _, rest = around_answer(tokenizer, [{"role": "user", "content": "a"}], source="a chat")
     except InputError:  # rows are refused with more to say
         return None
-    _, answer, rest = text.rpartition(_ANSWER)
     rest = rest.lstrip()
     own = tokenizer.get_added_vocab() | dict(
         zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     )
     starts = [token for token in own if token.strip() and rest.startswith(token.strip())]
-    return own[max(starts, key=len)] if answer and starts else None
+    return own[max(starts, key=len)] if starts else None

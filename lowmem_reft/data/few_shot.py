@@ -15,7 +15,7 @@ from itertools import zip_longest
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.data.texts import written
+from lowmem_reft.data.texts import asked, written
 from lowmem_reft.data.tokens import encode_all_choices, encode_rows
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
@@ -83,7 +83,7 @@ def with_examples(
     Args:
         rows: Rows to score, all of one kind.
         examples: What is put before each, in this order. Of chats it is every turn but system
-            messages: there is one, the row's.
+            messages: there is one, the row's. With the template ``chat`` all are chats.
         tokenizer: The base's tokenizer.
         template: How a prompt is written, see ``tokens.encode_rows``; so are the next two.
         joint: What is put between prompt and response.
@@ -95,6 +95,7 @@ def with_examples(
     Raises:
         InputError: An example is among the rows, or of another kind than they are.
     """
+    rows, examples = asked(rows, template), asked(examples, template)
     _check(rows, examples)
     gap = separator(examples)
     how: dict[str, Any] = {"template": template, "joint": joint}

@@ -74,17 +74,28 @@ def checked_row(record: Record, where: str, *, require_response: bool) -> Row:
 
 def as_chat(row: Row, record: Record) -> Row:
     """Return a prompt and its response as a chat, after its system message and history."""
-    messages = [*record.history, {"role": "user", "content": row.prompt}]
+    messages = [*record.history, *one_turn(row).messages]
     if record.system is not None:
         messages.insert(0, {"role": "system", "content": record.system})
-    if row.response is not None:
-        messages.append({"role": "assistant", "content": row.response})
     return Row(
         source=row.source,
         messages=tuple(messages),
         response=row.response,
         template_arguments=record.template_arguments,
     )
+
+
+def one_turn(row: Row) -> Row:
+    """Return a row whose prompt is the user's message of a chat, and its response the answer."""
+    messages = [{"role": "user", "content": row.prompt}]
+    if row.response is not None:
+        messages.append(answer_of(row.response))
+    return replace(row, prompt="", messages=tuple(messages))
+
+
+def answer_of(text: str) -> dict[str, str]:
+    """Return a text as the assistant's message."""
+    return {"role": "assistant", "content": text}
 
 
 def _text_row(record: dict[str, Any], kind: str, where: str) -> Row:

@@ -5,17 +5,21 @@ chatted begins alike. Spaces at the joint belong to the response (" positive" is
 
 Chats are written by the tokenizer's chat template. The prompt is what the template writes for
 generation; where that opens or closes a block of reasoning that the template does not write before
-an answer (``<think>``), the answer follows the prompt and an open block is closed.
+an answer (``<think>``), the answer follows the prompt and an open block is closed. Where the
+template has no prompt for generation, it is what the template writes up to an answer.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lowmem_reft.data.row import answer_of, one_turn
 from lowmem_reft.data.templates import render
 from lowmem_reft.errors import InputError
+from lowmem_reft.options.values import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +38,37 @@ _NOTHING_BEFORE = frozenset(",.;:!?)]}>/\\=_%”’»")
 _BLOCK = re.compile(r"<([^<>/]*(?:think|thought|reason|channel|analysis)[^<>]*)>.*", re.DOTALL)
 """What a generation prompt ends with that leads a model into its reasoning, or past it."""
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_ANSWER = "lowmemreft"
+"""Stands for an answer, to see what a template writes before and after one."""
+
+
+def asked(rows: Sequence[Row], template: str) -> list[Row]:
+    """Return the rows as they are asked: with the template ``chat``, as chats of one turn."""
+    if template != CHAT_TEMPLATE:
+        return list(rows)
+    return [row if row.messages else one_turn(row) for row in rows]
+
+
+def described(template: str, rows: Sequence[Row]) -> str:
+    """Return in words how the prompts of rows, all of one kind, are written."""
+    if rows[0].messages:
+        return "prompts are written by the tokenizer's chat template"
+    if template == CHAT_TEMPLATE:
+        return "prompts are written by the tokenizer's chat template; --raw writes them as they are"
+    return f"prompts are written as {template!r}"
+
+
+def around_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **arguments: Any
+) -> tuple[str, str]:
+    """Return what the chat template writes up to an answer, and after it; nothing without one.
+
+    Raises:
+        InputError: As ``templates.render``; ``arguments`` are its.
+    """
+    text = render(tokenizer, [*messages, answer_of(_ANSWER)], **arguments)
+    before, answer, after = text.rpartition(_ANSWER)
+    return (before, after) if answer else ("", "")
 
 
 def written(
@@ -47,7 +82,8 @@ def written(
     r"""Return the prompt's text, without spaces at its end, and the text of each response after it.
 
     Args:
-        row: The row. The response of a chat is its last message, as the chat template writes it.
+        row: The row, as it is ``asked``. The response of a chat is its last message, as the chat
+            template writes it; its choices are written in the place of that.
         tokenizer: Has the chat template, and the special tokens after which nothing is put.
         template: How a prompt is written; ``\n`` in it is a new line.
         joint: What is put between prompt and response where neither has white space: a space,
@@ -60,8 +96,8 @@ def written(
     Raises:
         InputError: The template is wrong or does not suit the chat; the message names the row.
     """
-    if row.kind == "messages" or row.messages:
-        prompt, rest = _chat(row, tokenizer, answered=bool(responses))
+    if row.messages:
+        prompt, rest = _chat(row, tokenizer, responses)
     else:
         # An option on the command line holds a backslash and an n.
         template = template.replace("\\n", "\n")
@@ -74,6 +110,27 @@ def written(
         rest = [_between(prompt, text, joint, row, tokenizer) + text for text in responses]
     start = prompt.rstrip(" ")
     return start, [prompt[len(start) :] + text for text in rest]
+
+
+def up_to_answer(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **arguments: Any
+) -> str:
+    """Return a chat's prompt with what comes before an answer, if its template leaves that out.
+
+    Args:
+        prompt: As the chat template writes it for generation.
+        tokenizer: Has the template. If that knows no ``add_generation_prompt``, what it writes
+            before an answer is not there yet.
+        messages: The chat without the answer.
+        arguments: Of ``templates.render``.
+
+    Raises:
+        InputError: As there.
+    """
+    if "add_generation_prompt" in str(tokenizer.chat_template):
+        return prompt
+    before, _ = around_answer(tokenizer, messages, **arguments)
+    return before if before.startswith(prompt) else prompt
 
 
 def unused_arguments(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -100,26 +157,34 @@ def _between(
     return "" if glued else " "
 
 
-def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, *, answered: bool) -> tuple[str, list[str]]:
-    """The chat up to the response, and the response after it."""
+def _chat(
+    row: Row, tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]
+) -> tuple[str, list[str]]:
+    """The chat up to the response, without spaces at its end, and each response after it."""
     if tokenizer.chat_template is None:
         raise InputError(
-            f"{row.source}: messages must come with a tokenizer that has a chat template, "
-            "got none; use an instruction-tuned model or convert the rows to prompt and response"
+            f"{row.source}: messages must come with a tokenizer that has a chat template, got "
+            "none; use an instruction-tuned model, convert the rows to prompt and response, or "
+            "write those with --raw"
         )
     prompt = _rendered(row, tokenizer, row.prompt_messages, add_generation_prompt=True)
-    start, rest = prompt, []
-    if answered:
+    arguments = {**row.template_arguments, "source": row.source}
+    prompt = up_to_answer(prompt, tokenizer, row.prompt_messages, **arguments)
+    start, rest = prompt.rstrip(" "), []
+    for text in responses:
+        answered = row
+        if row.choices:
+            answered = replace(row, messages=(*row.prompt_messages, answer_of(text)))
         # White space after the end of the turn (ChatML's new line) belongs to the next turn.
-        whole = _rendered(row, tokenizer, list(row.messages)).rstrip()
-        if whole.startswith(prompt.rstrip(" ")):
-            start = prompt if whole.startswith(prompt) else prompt.rstrip(" ")
-            rest = [whole[len(start) :]]
+        whole = _rendered(row, tokenizer, list(answered.messages)).rstrip()
+        if whole.startswith(start):
+            rest.append(whole[len(start) :])
         else:
-            rest = [_after_reasoning(row, tokenizer, prompt, whole)]
-        _check_said(row, row.messages[-1:], rest[0])
-    asked = [message for message in row.prompt_messages if message["role"] == "user"]
-    _check_said(row, asked[-1:], prompt)
+            after = _after_reasoning(answered, tokenizer, prompt, whole)
+            rest.append(prompt[len(start) :] + after)
+        _check_said(row, answered.messages[-1:], rest[-1])
+    questions = [message for message in row.prompt_messages if message["role"] == "user"]
+    _check_said(row, questions[-1:], prompt)
     return start, rest
 
 

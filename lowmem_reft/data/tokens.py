@@ -12,7 +12,7 @@ from lowmem_reft.data.cutting import cut_prompt
 from lowmem_reft.data.joint import bos_of, end_response, one_begins_another, tokenized, with_end
 from lowmem_reft.data.packing import joined, packed_rows
 from lowmem_reft.data.rows import Row, class_index
-from lowmem_reft.data.texts import written
+from lowmem_reft.data.texts import asked, written
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def encode_rows(
         rows: Rows with a response.
         tokenizer: The base's tokenizer.
         template: How a prompt is written: ``{prompt}`` is replaced by it, ``\n`` is a new line.
-            Chats use the tokenizer's chat template instead.
+            ``chat``: it is the user's message, and the response the assistant's, in the tokenizer's
+            chat template, which chats are always written by.
         joint: What is put between prompt and response, see ``texts.written``.
         max_length: Most tokens of an example.
 
@@ -80,6 +81,7 @@ def encode_rows(
         InputError: If the template is wrong, a response does not fit (all such rows are named), or
             a tokenizer merges prompt and response; the message names the line.
     """
+    rows = asked(rows, template)
     texts = [
         written(row, tokenizer, template=template, joint=joint, responses=[_response(row)])
         for row in rows
@@ -135,6 +137,7 @@ def encode_all_choices(
             raise InputError(
                 f"{row.source}: a row must have choices, got a {row.kind} row; add them"
             )
+    rows = asked(rows, template)
     texts = [
         written(row, tokenizer, template=template, joint=joint, responses=row.choices)
         for row in rows
@@ -169,6 +172,7 @@ def encode_prompts(
     Raises:
         InputError: If the template is wrong, a prompt has no token, or its frame is too long.
     """
+    rows = asked(rows, template)
     texts = [written(row, tokenizer, template=template, joint="none", responses=()) for row in rows]
     encoded = tokenized(rows, texts, tokenizer)
     prompts = _fitted(rows, encoded, [0] * len(rows), tokenizer, template, max_length)

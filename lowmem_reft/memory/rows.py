@@ -16,7 +16,7 @@ from lowmem_reft.data.tokens import (
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.command import train_name
-from lowmem_reft.methods.card import merge_card
+from lowmem_reft.methods.card import merge_card, with_template
 from lowmem_reft.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def read_examples(options: PlanOptions, config: Any) -> tuple[list[dict[str, Any
         ModelOptions(model=name, task_type=task_type),
         template=given.template,
         max_length=given.max_length,
+        raw=prompts.raw,
         joint=prompts.joint,
     )
     rows = of_turns(load_rows(given.data, split=given.split, limit=given.limit), prompts.turns)
@@ -64,6 +65,7 @@ def read_examples(options: PlanOptions, config: Any) -> tuple[list[dict[str, Any
         )
     names = label_names(rows) if kind == "label" else None
     tokenizer = load_tokenizer(name, config=config)
+    card = with_template(card, tokenizer)
 
     def encode(some: Sequence[Row]) -> EncodedRows:
         if task_type == "SEQ_CLS":

@@ -9,7 +9,14 @@ from typing import Any
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import fits, parse_json, write_json
 from lowmem_reft.methods.trust import check_adapter_config
-from lowmem_reft.options import ComputeDtype, Joint, ModelOptions, Storage, TaskType
+from lowmem_reft.options import (
+    CHAT_TEMPLATE,
+    ComputeDtype,
+    Joint,
+    ModelOptions,
+    Storage,
+    TaskType,
+)
 
 FILE_NAME = "training.json"
 
@@ -27,7 +34,8 @@ class TrainingCard:
     task_type: str = "CAUSAL_LM"
     """PEFT task type; empty: not known."""
     template: str = "{prompt}"
-    """How a prompt was written."""
+    """How a prompt was written; ``chat``: by the tokenizer's chat template, as the user's message;
+    empty: not decided yet, see ``with_template``."""
     joint: Joint = "auto"
     """What was put between prompt and response."""
     max_length: int = 512
@@ -47,7 +55,7 @@ class TrainingCard:
     vocabulary_digest: str | None = None
     """Of the tokenizer, see ``tokenizers.vocabulary_digest``."""
     template_digest: str | None = None
-    """Of the chat template; None where no chats were trained."""
+    """Of the chat template; None where none was trained through."""
 
     @property
     def num_classes(self) -> int | None:
@@ -152,6 +160,7 @@ def merge_card(
     *,
     template: str | None,
     max_length: int | None,
+    raw: bool = False,
     joint: Joint | None = None,
 ) -> TrainingCard:
     """What a run goes by: what is given, else what the adapter was trained with, else the defaults.
@@ -159,14 +168,21 @@ def merge_card(
     Args:
         trained: The adapter's card; None without one.
         model: The base as the user gave it; ``compute_dtype`` auto counts as not given.
-        template: How a prompt is written; None: not given.
+        template: How a prompt is written; None: not given. Without an adapter it is then not
+            decided, as the tokenizer has a say in it: see ``with_template``.
         max_length: Tokens of prompt + response; None: not given.
+        raw: The template is to be "{prompt}".
         joint: What is put between prompt and response; None: not given.
 
     Raises:
-        InputError: The task type contradicts the card.
+        InputError: The task type contradicts the card, or ``raw`` the template.
     """
-    card = trained or TrainingCard(base="", storage=None)
+    if raw and template not in (None, "{prompt}"):
+        raise InputError(
+            f"raw must be left out with template, got {template!r}; prompts are written by one of "
+            "them"
+        )
+    card = trained or TrainingCard(base="", storage=None, template="")
     if trained is not None and card.task_type and model.task_type not in (None, card.task_type):
         raise InputError(
             f"task_type must be {card.task_type}, which the adapter was trained for, got "
@@ -176,7 +192,7 @@ def merge_card(
         "storage": model.storage,
         "compute_dtype": None if model.compute_dtype == "auto" else model.compute_dtype,
         "task_type": model.task_type,
-        "template": template,
+        "template": "{prompt}" if raw else template,
         "max_length": max_length,
         "joint": joint,
     }
@@ -184,6 +200,26 @@ def merge_card(
     defaults = {"base": model.model, "storage": "nf4", "task_type": "CAUSAL_LM"}
     unknown = {name: value for name, value in defaults.items() if not getattr(card, name)}
     return replace(card, **(unknown | given))
+
+
+def with_template(card: TrainingCard, tokenizer: Any) -> TrainingCard:
+    """Decide how prompts are written, where neither the user nor an adapter says it.
+
+    A model with a chat template is asked through it; a classifier reads texts as they are.
+
+    Raises:
+        InputError: It is to be the chat template, and the tokenizer has none.
+    """
+    has_one = bool(tokenizer.chat_template)
+    if card.template == CHAT_TEMPLATE and not has_one:
+        raise InputError(
+            f"template must be text with {{prompt}} where the tokenizer has no chat template, got "
+            f"{CHAT_TEMPLATE!r}; give the tokenizer of the training, or --raw"
+        )
+    if card.template:
+        return card
+    is_asked = has_one and card.task_type == "CAUSAL_LM"
+    return replace(card, template=CHAT_TEMPLATE if is_asked else "{prompt}")
 
 
 def find_adapter(directory: Path) -> Path:

@@ -9,14 +9,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.attach import complete
-from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
+from lowmem_reft.methods.card import (
+    TrainingCard,
+    find_adapter,
+    load_card,
+    merge_card,
+    with_template,
+)
 from lowmem_reft.methods.loading import fitting, load_adapted
 from lowmem_reft.methods.saved import holds_base_weights, put_on, read_config
 from lowmem_reft.methods.table import MIXED_IN_A_BATCH, REPLACING_THE_BASE
@@ -43,7 +49,12 @@ class NamedAdapter:
 
 
 def find_adapters(
-    given: str | None, model: ModelOptions, *, template: str | None, max_length: int | None
+    given: str | None,
+    model: ModelOptions,
+    *,
+    template: str | None,
+    max_length: int | None,
+    raw: bool = False,
 ) -> list[NamedAdapter]:
     """Find the adapters that an option names and check that they go together.
 
@@ -51,8 +62,9 @@ def find_adapters(
         given: Directories with commas between them, ``__base__`` for the base; None: the base.
         model: The base as the user gave it.
         template: How prompts are written; None: as in each adapter's training. The base is asked
-            as the first adapter is.
+            as the first adapter is; alone through its tokenizer's chat template, if it has one.
         max_length: Tokens of a prompt; None likewise.
+        raw: The template is to be "{prompt}".
 
     Raises:
         InputError: One is not there, names are not unique, or they do not go together.
@@ -64,7 +76,9 @@ def find_adapters(
     first = next((card for card in own if card is not None), None)
     adapters: list[NamedAdapter] = []
     for part, path, card in zip(parts, directories, own, strict=True):
-        read = merge_card(card if path else first, model, template=template, max_length=max_length)
+        read = merge_card(
+            card if path else first, model, template=template, max_length=max_length, raw=raw
+        )
         if read.task_type != "CAUSAL_LM":
             raise InputError(
                 f"task_type must be CAUSAL_LM to generate, got {read.task_type!r}; a classifier is "
@@ -76,7 +90,12 @@ def find_adapters(
             NamedAdapter(name=_name(part), peft_name=peft_name, directory=path, card=read)
         )
     _check_agreement(adapters)
-    return adapters
+    if all(each.card.template for each in adapters):
+        return adapters
+    # Of the base alone the tokenizer says how it is asked.
+    config = load_config(model.model)
+    tokenizer = tokenizer_for(model.model, None, adapters[0].card, config=config)
+    return [replace(each, card=with_template(each.card, tokenizer)) for each in adapters]
 
 
 def load_together(options: ModelOptions, adapters: Sequence[NamedAdapter]) -> tuple[Any, Any]:

@@ -42,6 +42,7 @@ from lowmem_reft.options.planning import ShapeOptions as ShapeOptions
 from lowmem_reft.options.planning import StepOptions as StepOptions
 from lowmem_reft.options.planning import StoreOptions as StoreOptions
 from lowmem_reft.options.planning import TableOptions as TableOptions
+from lowmem_reft.options.running import AskingOptions as AskingOptions
 from lowmem_reft.options.running import BesideOptions as BesideOptions
 from lowmem_reft.options.running import ChatOptions as ChatOptions
 from lowmem_reft.options.running import ChoosingOptions as ChoosingOptions
@@ -54,6 +55,7 @@ from lowmem_reft.options.running import ScoredPromptOptions as ScoredPromptOptio
 from lowmem_reft.options.running import ShownDataOptions as ShownDataOptions
 from lowmem_reft.options.running import ShowOptions as ShowOptions
 from lowmem_reft.options.running import TrainOptions as TrainOptions
+from lowmem_reft.options.values import CHAT_TEMPLATE as CHAT_TEMPLATE
 from lowmem_reft.options.values import OPTIMIZERS as OPTIMIZERS
 from lowmem_reft.options.values import SCHEDULES as SCHEDULES
 from lowmem_reft.options.values import TRACKERS as TRACKERS

@@ -71,7 +71,8 @@ class RowsOptions:
     eval_split: str = "test"
     """Split of --eval-data where that is a datasets id."""
     template: str | None = None
-    """How a prompt is written; default: the named task's, else "{prompt}"."""
+    """How a prompt is written (see train --template); default: the named task's, else chat if the
+    tokenizer has a chat template, else "{prompt}"."""
     max_length: int = 512
     """Tokens of prompt + response."""
     limit: int | None = None
@@ -93,6 +94,11 @@ class RowsOptions:
         Raises:
             InputError: There are both, or files without training rows.
         """
+        for option, task in named.items():
+            if self.prompts.raw and task is not None:
+                raise InputError(
+                    f"raw must be left out with {option}, got both; a task has prompts of its own"
+                )
         for name in ("data", "validation_data", "eval_data"):
             value = getattr(self, name)
             for option, task in named.items():

@@ -71,8 +71,9 @@ class DataOptions:
     split: str = "train"
     """Split of a datasets id; files have only one."""
     template: str | None = None
-    """How a prompt is written, for example "Question: {prompt}\\nAnswer:"; default: the adapter's
-    own, else "{prompt}". {messages} rows use the tokenizer's chat template."""
+    """How a prompt is written, for example "Question: {prompt}\\nAnswer:", or chat: as the user's
+    message, by the tokenizer's chat template. Default: the adapter's own, else chat if the
+    tokenizer has a chat template, else "{prompt}". {messages} rows always use the chat template."""
     max_length: int | None = None
     """Tokens of prompt + response. Of longer prompts the oldest turns give way, then the text is
     cut from the left; template and system message stay, and where these do not fit beside the
@@ -90,6 +91,9 @@ class DataOptions:
 class PromptOptions:
     """How rows become prompts and responses."""
 
+    raw: bool = False
+    """Write prompts as they are, also where the tokenizer has a chat template; {messages} rows need
+    it all the same."""
     joint: Joint | None = None
     """What is put between a prompt and a response that have no white space there: a space, none
     (what the file holds, as it is), or auto, which puts no space beside Chinese, Japanese or Thai,

@@ -266,6 +266,22 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AskingOptions:
+    """How prompts are written."""
+
+    template: str | None = None
+    """How a prompt is written, or chat: as the user's message, by the tokenizer's chat template.
+    Default: as in each adapter's training; of the base alone chat if its tokenizer has a chat
+    template, else "{prompt}"."""
+    raw: bool = False
+    """Write prompts as they are, also where the tokenizer has a chat template."""
+
+    def __post_init__(self) -> None:
+        """Check the template."""
+        check_template(self.template)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Switches):
     """Continue prompts from a file, or one prompt, with a base and one or several adapters."""
 
@@ -283,8 +299,7 @@ class GenerateOptions(Switches):
     command goes on where it was interrupted."""
     overwrite: bool = False
     """Write --output anew, whatever is there."""
-    template: str | None = None
-    """How a prompt is written; default: as in each adapter's training, else "{prompt}"."""
+    asking: AskingOptions = field(default_factory=AskingOptions)
     max_length: int | None = None
     """Tokens of the prompt; longer ones are cut as in training, and counted. Default: the adapter's
     own, else 512."""
@@ -293,9 +308,8 @@ class GenerateOptions(Switches):
     """Prompts per forward pass (left-padded), of several adapters together."""
 
     def __post_init__(self) -> None:
-        """Check the counts and the template."""
+        """Check the counts."""
         check_counts(batch_size=self.batch_size, max_length=self.max_length)
-        check_template(self.template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,9 +322,7 @@ class ChatOptions:
     /adapter NAME chooses another. Without it the base answers."""
     system: str | None = None
     """System message of the chat."""
-    template: str | None = None
-    """Write each message by this template, on its own, instead of the tokenizer's chat template;
-    default, where the tokenizer has none: as in the adapter's training, else "{prompt}"."""
+    asking: AskingOptions = field(default_factory=AskingOptions)
     max_length: int | None = None
     """Tokens of the conversation before an answer; the oldest messages that do not fit are left
     out. Default: as many as the model has positions for."""
@@ -319,6 +331,5 @@ class ChatOptions:
     """Say nothing but the answers."""
 
     def __post_init__(self) -> None:
-        """Check the count and the template."""
+        """Check the count."""
         check_counts(max_length=self.max_length)
-        check_template(self.template)

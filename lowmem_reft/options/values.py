@@ -44,6 +44,9 @@ LongRows = Literal["cut", "drop"]
 
 Workers = int | Literal["ray"]
 
+CHAT_TEMPLATE = "chat"
+"""The template that stands for the tokenizer's own chat template."""
+
 PyreftClass = Literal[
     "LoreftIntervention",
     "NoreftIntervention",
@@ -150,14 +153,15 @@ def check_device(device: str) -> None:
 
 
 def check_template(template: str | None) -> None:
-    """Refuse a template that leaves the prompt out.
+    """Refuse a template that leaves the prompt out; ``chat`` stands for the tokenizer's own.
 
     Raises:
         InputError: It does.
     """
-    if template is not None and "{prompt}" not in template:
+    if template not in (None, CHAT_TEMPLATE) and "{prompt}" not in str(template):
         raise InputError(
-            f"template must contain {{prompt}}, got {template!r}; write 'Question: {{prompt}}'"
+            f"template must contain {{prompt}}, got {template!r}; write 'Question: {{prompt}}', or "
+            "chat for the tokenizer's chat template"
         )
 
 

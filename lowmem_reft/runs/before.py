@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lowmem_reft.base.stored import in_one_line
+from lowmem_reft.data.texts import described
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.terminal import harmless
@@ -85,7 +86,10 @@ def _first_row(run: Run) -> tuple[Text, Text]:
     text, half = marked(parts), _MOST_CHARACTERS // 2
     if len(text) > _MOST_CHARACTERS:
         text = text[:half].append(" ... ").append(text[-half:])
-    return Text(f"first row ({harmless(parts['source'])}), prompt ").append(legend()), text
+    head = Text(f"first row ({harmless(parts['source'])}), prompt ").append(legend())
+    if run.card.task_type == "CAUSAL_LM":
+        head.append(harmless(f"({described(run.card.template, run.rows)})"))
+    return head, text
 
 
 def _method(run: Run) -> str:

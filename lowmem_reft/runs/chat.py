@@ -24,6 +24,7 @@ from lowmem_reft.data.tokens import encode_prompts
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.terminal import for_stream
 from lowmem_reft.methods.several import BASE, find_adapters, load_together
+from lowmem_reft.options import CHAT_TEMPLATE
 from lowmem_reft.runs.generate import continue_prompts, until_stop
 
 if TYPE_CHECKING:
@@ -48,8 +49,13 @@ def run_chat(options: ChatOptions) -> dict[str, Any]:
     Raises:
         InputError: An option is wrong, or something cannot be loaded.
     """
+    asking = options.asking
     adapters = find_adapters(
-        options.adapter, options.model, template=options.template, max_length=options.max_length
+        options.adapter,
+        options.model,
+        template=asking.template,
+        max_length=options.max_length,
+        raw=asking.raw,
     )
     model, tokenizer = load_together(options.model, adapters)
     chat = Chat(model, tokenizer, adapters, options)
@@ -81,7 +87,7 @@ class Chat:
         self.current = adapters[0].name
         self.system = options.system
         self.messages: list[dict[str, str]] = []
-        self.uses_chat_template = options.template is None and bool(tokenizer.chat_template)
+        self.is_told = options.asking.template is not None or options.asking.raw
         self.limits = Limits.of(model, tokenizer)
         self.max_length = self._find_max_length()
 
@@ -138,7 +144,7 @@ class Chat:
         names = [self.adapters[name].peft_name if name in self.adapters else BASE]
         decoding = self.options.decoding
         model, tokenizer = self.model, self.tokenizer
-        ends = end_ids(tokenizer, chats=self.uses_chat_template)
+        ends = end_ids(tokenizer, chats=self._by_chat_template(name))
         streamer = _Streamer(tokenizer, decoding.stop_texts, ends)
         try:
             (answer,) = continue_prompts(
@@ -151,19 +157,19 @@ class Chat:
         return answer.text
 
     def say_how_messages_are_written(self) -> None:
-        """Say it where it is not the chat template that the adapter was trained with."""
-        template = self._template(self.current)
-        if not self.uses_chat_template:
-            why = "" if self.options.template else "the tokenizer has no chat template: "
-            self.note(
-                f"{why}each message is written as {template!r} and answered on its own, without "
-                "those before it"
-            )
-        elif template != "{prompt}" and self.current != BASE:
-            self.note(
-                f"messages are written by the chat template; {self.current} was trained with "
-                f"--template {template!r}"
-            )
+        """Say it where it is not the chat template."""
+        if self._by_chat_template(self.current):
+            return
+        why = more = ""
+        if not self.tokenizer.chat_template:
+            why = "" if self.is_told else "the tokenizer has no chat template: "
+        elif not self.is_told:
+            why = "as in the training, "
+            more = "; --template chat writes them by the chat template"
+        self.note(
+            f"{why}each message is written as {self._template(self.current)!r} and answered on its "
+            f"own, without those before it{more}"
+        )
 
     def note(self, text: str) -> None:
         """Say something that is no answer, unless the user wants silence."""
@@ -189,7 +195,7 @@ class Chat:
         elif command in ("/reset", "/system"):
             self.messages = []
             self.system = self.system if command == "/reset" else argument or None
-            if command == "/system" and not self.uses_chat_template:
+            if command == "/system" and not self._by_chat_template(self.current):
                 self.complain("without a chat template there is no place for it")
         else:
             self.complain(f"{command} is no command; /help lists them")
@@ -198,6 +204,8 @@ class Chat:
         if name in self.adapters or name == BASE:
             before, self.current = self.current, name
             if self._template(name) != self._template(before):
+                if self._by_chat_template(name):
+                    self.note("messages are written by the chat template")
                 self.say_how_messages_are_written()
             elif self._as_adapter(name):
                 self.note(f"{name}{self._as_adapter(name)}")
@@ -209,7 +217,7 @@ class Chat:
 
     def _prompt(self, asked: Sequence[dict[str, str]], name: str) -> list[int]:
         """Return the tokens of a conversation, without the oldest messages if it is too long."""
-        if not self.uses_chat_template:
+        if not self._by_chat_template(name):
             row = Row(source="message", prompt=asked[-1]["content"])
             return self._encoded(row, self._template(name))[0]
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -224,17 +232,26 @@ class Chat:
         return ids
 
     def _template(self, name: str) -> str:
-        """Return how an adapter reads messages; the base is asked as the first adapter is."""
+        """Return how an adapter reads messages: as in its training, where that is known.
+
+        The base is asked as the first adapter is.
+        """
         first = next(iter(self.adapters.values()))
-        return self.adapters.get(name, first).card.template
+        card = self.adapters.get(name, first).card
+        # What another trainer saved does not say it, and what was trained on chats had no need to.
+        is_of_others = card.method is None and card.template == "{prompt}"
+        if self.is_told or not (is_of_others or card.template_digest):
+            return card.template
+        return CHAT_TEMPLATE if self.tokenizer.chat_template else card.template
+
+    def _by_chat_template(self, name: str) -> bool:
+        return self._template(name) == CHAT_TEMPLATE
 
     def _as_adapter(self, name: str) -> str:
         """Return in words that the base is asked in an adapter's way, where it is."""
         template = self._template(name)
-        is_own = name != BASE or self.uses_chat_template or self.options.template is not None
-        return (
-            "" if is_own or template == "{prompt}" else f", asked as the adapter is: {template!r}"
-        )
+        is_own = name != BASE or self.is_told or template in ("{prompt}", CHAT_TEMPLATE)
+        return "" if is_own else f", asked as the adapter is: {template!r}"
 
     def _encoded(self, row: Row, template: str = "{prompt}") -> tuple[list[int], bool]:
         encoded = encode_prompts(

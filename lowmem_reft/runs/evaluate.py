@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,11 +17,19 @@ from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.ours import ours
 from lowmem_reft.data.few_shot import separator, with_examples
 from lowmem_reft.data.rows import as_choices, label_names, load_rows
+from lowmem_reft.data.texts import described
 from lowmem_reft.errors import is_out_of_memory, naming
 from lowmem_reft.machine.files import write_text_whole
-from lowmem_reft.methods.card import TrainingCard, find_adapter, load_card, merge_card
+from lowmem_reft.methods.card import (
+    TrainingCard,
+    find_adapter,
+    load_card,
+    merge_card,
+    with_template,
+)
 from lowmem_reft.methods.loading import load_adapted
 from lowmem_reft.methods.tokenizers import tokenizer_for
+from lowmem_reft.options import CHAT_TEMPLATE
 from lowmem_reft.runs.forgetting import Windows, general_loss, windows_to_score
 from lowmem_reft.runs.outputs import check_evaluation
 from lowmem_reft.runs.score import (
@@ -71,6 +80,7 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         options.model,
         template=data.template,
         max_length=data.max_length,
+        raw=options.prompts.raw,
         joint=options.prompts.joint,
     )
     check_scoring(options.scoring)
@@ -86,6 +96,9 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         card = replace(card, label_names=label_names(rows))
     config = load_config(options.model.model)
     tokenizer = tokenizer_for(options.model.model, adapter, card, config=config)
+    card = with_template(card, tokenizer)
+    if trained is None and card.template == CHAT_TEMPLATE and not options.quiet:
+        print(described(card.template, rows), file=sys.stderr)
     limits = Limits.of(config, tokenizer, task_type=card.task_type)
     rows = rows_to_score(rows, tokenizer, card, _settings(options, None), options.prompts, limits)
     few_shot, stop = None, None

@@ -21,6 +21,7 @@ from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.data.ends import end_ids
 from lowmem_reft.data.rows import Row, load_rows
+from lowmem_reft.data.texts import described
 from lowmem_reft.data.tokens import Collator, encode_prompts
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import dtype_name, resolve_storage
@@ -35,7 +36,7 @@ from lowmem_reft.methods.several import (
     mixes_in_a_batch,
 )
 from lowmem_reft.methods.virtual_tokens import generate, num_virtual_tokens
-from lowmem_reft.options import DecodingOptions
+from lowmem_reft.options import CHAT_TEMPLATE, DecodingOptions
 from lowmem_reft.runs.answer_file import as_line, keep_answers, opened
 from lowmem_reft.runs.outputs import check_generation
 
@@ -60,8 +61,13 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
         InputError: An option, a file or a row is wrong.
     """
     rows = _rows(options)
+    asking = options.asking
     adapters = find_adapters(
-        options.adapter, options.model, template=options.template, max_length=options.max_length
+        options.adapter,
+        options.model,
+        template=asking.template,
+        max_length=options.max_length,
+        raw=asking.raw,
     )
     named = options.adapter is not None
     questions = [_question(row, each if named else None) for row in rows for each in adapters]
@@ -79,7 +85,8 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
         started = time.perf_counter()
         names = [each.peft_name for _ in rows for each in adapters]
         _say_how_the_base_is_asked(rows, adapters, options)
-        ends = end_ids(tokenizer, chats=any(row.messages for row in rows))
+        are_chats = any(each.card.template == CHAT_TEMPLATE for each in adapters)
+        ends = end_ids(tokenizer, chats=are_chats or any(row.messages for row in rows))
         new = _new_answers(model, tokenizer, prompts, names, num_kept, ends, options)
         answers = list(_written(new, questions, num_kept, options, run))
         texts = [*texts, *(answer.text for answer in answers)]
@@ -105,8 +112,9 @@ def _say_how_the_base_is_asked(
     rows: Sequence[Row], adapters: Sequence[NamedAdapter], options: GenerateOptions
 ) -> None:
     templates = {each.card.template for each in adapters if each.name == BASE} - {"{prompt}"}
-    if templates and options.template is None and not (rows[0].messages or options.quiet):
-        print(f"{BASE} is asked as the first adapter is: {templates.pop()!r}", file=sys.stderr)
+    if templates and options.asking.template is None and not (rows[0].messages or options.quiet):
+        as_first = f"{BASE} is asked as the first adapter is: " if len(adapters) > 1 else ""
+        print(as_first + described(templates.pop(), rows), file=sys.stderr)
 
 
 def _new_answers(

@@ -29,6 +29,7 @@ from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.ends import end_ids
+from lowmem_reft.data.texts import up_to_answer
 from lowmem_reft.data.tokens import Collator, encode_texts
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
@@ -42,6 +43,7 @@ from lowmem_reft.methods.virtual_tokens import (
     num_virtual_tokens,
     with_virtual_tokens,
 )
+from lowmem_reft.options import CHAT_TEMPLATE
 from lowmem_reft.reft.tuner import prompt_arguments, reft_configs
 
 if TYPE_CHECKING:
@@ -87,6 +89,11 @@ def run_harness(
         names = [name.strip() for name in options.harness.lm_eval.split(",")]
         manager = _task_manager(names, options.harness.include_path, quiet=options.quiet)
         tasks = [task for name in names for task in _load_task(name, manager)]
+        if card.template == CHAT_TEMPLATE and not options.harness.apply_chat_template:
+            logger.warning(
+                "the adapter was trained through the chat template, and the tasks' prompts are "
+                "written without it; add --apply-chat-template"
+            )
         model, tokenizer = load_adapted(options.model, adapter, card)
         lm = AdaptedModel(
             model,
@@ -139,6 +146,15 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         self._max_length = min(self.max_length, positions) - num_virtual_tokens(model)
         self.quiet = quiet
         self.num_cut_contexts = 0
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a chat as its template writes it, for generation as in training."""
+        text = str(super().apply_chat_template(chat_history, add_generation_prompt))
+        if not add_generation_prompt:
+            return text
+        return up_to_answer(text, self.tokenizer, chat_history, source="a task")
 
     def tok_encode(
         self,

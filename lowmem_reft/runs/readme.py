@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lowmem_reft.data.mixture import parts_of
 from lowmem_reft.machine.devices import device_name, dtype_name
 from lowmem_reft.machine.markdown import code, fenced, plain, table
-from lowmem_reft.options import TrainOptions, written
+from lowmem_reft.options import CHAT_TEMPLATE, TrainOptions, written
 
 if TYPE_CHECKING:
     from lowmem_reft.methods.card import TrainingCard
@@ -101,7 +101,7 @@ def _sections(run: Run, result: dict[str, Any], name: str) -> list[str]:
         ("training rows", f"{result['num_examples']:,}, SHA-256 `{card.data_digest}`"),
         (
             "prompts",
-            f"{code(repr(card.template))}, at most {card.max_length} tokens with the answer",
+            f"{_template(card)}, at most {card.max_length} tokens with the answer",
         ),
         ("seed", card.seed),
     ]
@@ -122,6 +122,12 @@ def _sections(run: Run, result: dict[str, Any], name: str) -> list[str]:
         "## Versions",
         _table(list(result["versions"].items()), ("package", "version")),
     ]
+
+
+def _template(card: TrainingCard) -> str:
+    if card.template == CHAT_TEMPLATE:
+        return "by the tokenizer's chat template"
+    return code(repr(card.template))
 
 
 def _settings(directory: Path) -> str:

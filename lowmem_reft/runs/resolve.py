@@ -29,11 +29,12 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.devices import dtype_name, resolve_storage
 from lowmem_reft.methods.attach import check_run, check_target_modules
-from lowmem_reft.methods.card import TrainingCard, merge_card
+from lowmem_reft.methods.card import TrainingCard, merge_card, with_template
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.entries import resolve_learning_rate
 from lowmem_reft.methods.table import all_options, find_method
 from lowmem_reft.methods.tokenizers import template_digest, vocabulary_digest
+from lowmem_reft.options import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,6 +137,7 @@ def resolve(options: TrainOptions) -> Run:
         model,
         template=data.template,
         max_length=data.max_length,
+        raw=prompts.raw,
         joint=prompts.joint,
     )
     kind = rows[0].kind
@@ -165,10 +167,12 @@ def resolve(options: TrainOptions) -> Run:
     )
     config = _check(options, card)
     tokenizer = load_tokenizer(model.model, config=config)
+    card = with_template(card, tokenizer)
+    through_chat = kind == "messages" or card.template == CHAT_TEMPLATE
     card = replace(
         card,
         vocabulary_digest=vocabulary_digest(tokenizer),
-        template_digest=template_digest(tokenizer) if kind == "messages" else None,
+        template_digest=template_digest(tokenizer) if through_chat else None,
     )
     if unused := unused_arguments(rows, tokenizer):
         warnings.warn(

@@ -20,11 +20,11 @@ from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.mixture import read_mixture
 from lowmem_reft.data.rows import as_choices, label_names
-from lowmem_reft.data.texts import unused_arguments
+from lowmem_reft.data.texts import described, unused_arguments
 from lowmem_reft.data.tokens import encode_labelled, encode_rows
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.card import merge_card
+from lowmem_reft.methods.card import merge_card, with_template
 from lowmem_reft.methods.table import all_options
 from lowmem_reft.options import MethodOptions, ModelOptions
 from lowmem_reft.reft.config import ReftConfig
@@ -80,11 +80,13 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
         model,
         template=data.template,
         max_length=data.max_length,
+        raw=options.prompts.raw,
         joint=options.prompts.joint,
     )
     read = read_mixture(data.data, split=data.split, limit=data.limit)
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model, config=config)
+    card = with_template(card, tokenizer)
     names = label_names(read.rows) if read.rows[0].kind == "label" else None
     rows = of_turns(read.rows, options.prompts.turns)
     if card.task_type != "SEQ_CLS":
@@ -106,6 +108,7 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
         "ignored_columns": list(read.ignored),
         "unused_template_arguments": unused_arguments(rows, tokenizer),
         "template": None if rows[0].kind in ("messages", "label", "target") else card.template,
+        "asked": described(card.template, rows) if card.task_type != "SEQ_CLS" else None,
         "max_length": card.max_length,
         "positions": positions,
         **_figures(seen, tokenizer, end_ids),
@@ -207,6 +210,8 @@ def _said(result: dict[str, Any]) -> list[str]:
     for name in ("ignored_columns", "unused_template_arguments"):
         if result[name]:
             lines.append(f"{name.replace('_', ' ')}: {', '.join(result[name])}")
+    if result["asked"]:
+        lines.append(result["asked"])
     lines.append(
         f"cut to max_length {limit}: {result['num_cut_rows']:,} rows, by "
         f"{result['num_cut_tokens']:,} tokens in all"

@@ -31,6 +31,11 @@ CHAT_TEMPLATES = {
     "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",
     "thinks not": "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant] <think>\n\n</think>\n\n{% endif %}",
+    "no generation prompt": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>"
+    "{% endfor %}",
+    "BOS, default system message": "<s>{% if messages[0].role != 'system' %}<|system|>Help.</s>"
+    "{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
     "space at the end": "{% for m in messages %}{{ m.role }}: {{ m.content }} </s>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
 }
@@ -192,10 +197,40 @@ def test_every_turn_of_a_chat_is_trained_after_what_is_asked_at_inference(
         assert known in tokenizer.decode(trained["input_ids"][len(prompt) :])
 
 
-def _chat(tokenizer: Any) -> Chat:
-    adapter = NamedAdapter(
-        name="tuned", peft_name="default", directory=None, card=TrainingCard(base="", storage=None)
+@FEW
+@given(
+    prompt=SAID,
+    responses=st.lists(SAID, min_size=2, max_size=3, unique_by=str.strip),
+    name=st.sampled_from([*CHAT_TEMPLATES]),
+)
+def test_a_prompt_asked_through_the_chat_template_has_the_same_tokens_wherever_it_is_read(
+    tokenizer: Any, prompt: str, responses: list[str], name: str
+) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATES[name]
+    row = Row(source="row 1", prompt=prompt, response=responses[0])
+    choices = Row(
+        source="row 1", prompt=prompt, choices=tuple(responses), answer=0, response=responses[0]
     )
+    user = {"role": "user", "content": prompt}
+    messages: Any = (user, {"role": "assistant", "content": responses[0]})
+    with _accepted():
+        asked = encode_prompts([row], tokenizer, template="chat").examples[0]["input_ids"]
+        (trained,) = encode_rows([row], tokenizer, template="chat").examples
+        (chosen,) = encode_rows([choices], tokenizer, template="chat").examples
+        scored = encode_choices(choices, tokenizer, template="chat").examples
+        chat = Row(source="row 1", messages=messages, response=responses[0])
+        assert encode_rows([chat], tokenizer).examples == [trained]
+    assert _prompt_of(trained) == asked
+    assert [_prompt_of(example) for example in scored] == [asked] * len(responses)
+    assert chosen == scored[0]
+    assert _chat(tokenizer, "chat")._prompt([user], "tuned") == asked
+    if tokenizer.bos_token not in (None, tokenizer.eos_token):
+        assert asked.count(tokenizer.bos_token_id) == CHAT_TEMPLATES[name].startswith("<s>")
+
+
+def _chat(tokenizer: Any, template: str = "{prompt}") -> Chat:
+    card = TrainingCard(base="", storage=None, template=template)
+    adapter = NamedAdapter(name="tuned", peft_name="default", directory=None, card=card)
     config = LlamaConfig(
         vocab_size=100_000, hidden_size=2, intermediate_size=2, num_hidden_layers=1,
         num_attention_heads=1, max_position_embeddings=10_000,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.card import TrainingCard, load_card, merge_card
+from lowmem_reft.methods.card import TrainingCard, load_card, merge_card, with_template
 from lowmem_reft.options import ModelOptions
 
 TRAINED = TrainingCard(
@@ -37,7 +38,54 @@ def test_what_is_given_goes_before_the_adapters_own() -> None:
 
 def test_without_an_adapter_there_are_defaults() -> None:
     card = merge_card(None, ModelOptions(model="m"), template=None, max_length=None)
-    assert card == TrainingCard(base="m", storage="nf4", task_type="CAUSAL_LM", max_length=512)
+    assert card == TrainingCard(base="m", storage="nf4", task_type="CAUSAL_LM", template="")
+    assert card.max_length == 512
+
+
+@pytest.mark.parametrize(
+    ("given", "has_one", "decided"),
+    [
+        ({}, True, "chat"),
+        ({}, False, "{prompt}"),
+        ({"raw": True}, True, "{prompt}"),
+        ({"raw": True, "template": "{prompt}"}, True, "{prompt}"),
+        ({"template": "Q: {prompt}"}, True, "Q: {prompt}"),
+        ({"template": "chat"}, True, "chat"),
+    ],
+)
+def test_a_model_with_a_chat_template_is_asked_through_it_unless_told_otherwise(
+    given: dict, has_one: bool, decided: str
+) -> None:
+    tokenizer = SimpleNamespace(chat_template="{{ messages }}" if has_one else None)
+    given = {"template": None, **given}
+    card = merge_card(None, ModelOptions(model="m"), max_length=None, **given)
+    assert with_template(card, tokenizer).template == decided
+    classifier = ModelOptions(model="m", task_type="SEQ_CLS")
+    card = merge_card(None, classifier, template=None, max_length=None)
+    assert with_template(card, tokenizer).template == "{prompt}"
+
+
+def test_an_adapter_keeps_the_way_it_was_trained_in(tmp_path: Path) -> None:
+    tokenizer = SimpleNamespace(chat_template="{{ messages }}")
+    for template in ("chat", "{prompt}", "Q: {prompt}"):
+        TrainingCard(base="m", storage="nf4", template=template).save(tmp_path)
+        card = merge_card(
+            load_card(tmp_path), ModelOptions(model="m"), template=None, max_length=None
+        )
+        assert with_template(card, tokenizer).template == template
+    (tmp_path / "training.json").write_text('{"base": "m", "storage": "nf4"}')
+    old = load_card(tmp_path)
+    assert old is not None
+    assert with_template(old, tokenizer).template == "{prompt}"
+
+
+def test_a_chat_template_that_there_is_not_and_two_ways_at_once_are_refused() -> None:
+    model = ModelOptions(model="m")
+    card = merge_card(None, model, template="chat", max_length=None)
+    with pytest.raises(InputError, match=r"template must be text with \{prompt\} where the token"):
+        with_template(card, SimpleNamespace(chat_template=None))
+    with pytest.raises(InputError, match=r"raw must be left out with template, got 'chat'"):
+        merge_card(None, model, template="chat", max_length=None, raw=True)
 
 
 def test_a_task_type_that_contradicts_the_card_is_refused() -> None:

@@ -148,13 +148,17 @@ def test_training_writes_down_what_its_prompts_were_read_with(base: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = TEMPLATE + "{% if add_generation_prompt %}a: {% endif %}"
     tokenizer.save_pretrained(base)
-    expected = {"prompt": None, "messages": template_digest(tokenizer)}
-    for row in ({"prompt": "a", "response": "b"}, {"messages": chat}):
-        file.write_text(json.dumps(row) + "\n")
-        name = next(iter(row))
-        out = base.parent / name
-        assert cli.main([*command.split(), str(file), "--output-dir", str(out)]) == 0
+    rows = {"prompt": {"prompt": "a", "response": "b"}, "messages": {"messages": chat}}
+    expected = {
+        ("prompt",): ("chat", template_digest(tokenizer)),
+        ("prompt", "--raw"): ("{prompt}", None),
+        ("messages",): ("chat", template_digest(tokenizer)),
+    }
+    for (name, *flags), wanted in expected.items():
+        file.write_text(json.dumps(rows[name]) + "\n")
+        out = base.parent / "".join([name, *flags])
+        assert cli.main([*command.split(), str(file), "--output-dir", str(out), *flags]) == 0
         card = load_card(out / "adapter")
         assert card is not None
         assert card.vocabulary_digest == vocabulary_digest(tokenizer)
-        assert card.template_digest == expected[name]
+        assert (card.template, card.template_digest) == wanted

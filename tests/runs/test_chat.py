@@ -46,14 +46,23 @@ def chat_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def adapters(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with two adapters, "one" and "two"."""
-    directory = tmp_path_factory.mktemp("adapters")
+    """A directory with two adapters, "one" and "two", trained through the chat template."""
+    return save_adapters(tiny_llama_dir, tmp_path_factory.mktemp("adapters"), "chat")
+
+
+@pytest.fixture(scope="module")
+def questioned(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, trained with a template."""
+    return save_adapters(tiny_llama_dir, tmp_path_factory.mktemp("adapters"), "question: {prompt}")
+
+
+def save_adapters(tiny_llama_dir: Path, directory: Path, template: str) -> Path:
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         config = ReftConfig(task_type="CAUSAL_LM", positions="f1+l2", init="paper")
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), config)
         model.save_pretrained(directory / name)
-        card = TrainingCard(base="b", storage="fp32", template="question: {prompt}")
+        card = TrainingCard(base="b", storage="fp32", template=template)
         card.save(directory / name)
     return directory
 
@@ -119,7 +128,7 @@ def test_adapters_take_turns_and_the_base_answers_beside_them(
     assert out == shown(*answers)
     assert len(set(answers)) == 3
     assert "__base__:" in err
-    assert "one was trained with --template 'question: {prompt}'" in err
+    assert "written" not in err
 
 
 def test_what_the_base_says_beside_an_adapter_is_not_remembered(
@@ -141,14 +150,14 @@ def test_the_system_message_starts_the_conversation(talk: Any, chat_dir: Path) -
 
 
 def test_without_a_chat_template_messages_are_written_as_in_training(
-    talk: Any, tiny_llama_dir: Path, adapters: Path
+    talk: Any, tiny_llama_dir: Path, questioned: Path
 ) -> None:
-    given = ["--adapter", f"{adapters}/two"]
+    given = ["--adapter", f"{questioned}/two"]
     out, err = talk(tiny_llama_dir, *given, say="a fox\n/base\na cat\n")
     asked = [("two", "a fox"), (None, "a fox"), ("two", "a cat")]
     assert out == shown(
         *(
-            continued(tiny_llama_dir, name and adapters / name, f"question: {text}")
+            continued(tiny_llama_dir, name and questioned / name, f"question: {text}")
             for name, text in asked
         )
     )
@@ -169,10 +178,10 @@ def test_a_token_that_ends_a_turn_is_not_shown_although_it_is_not_special(
 
 
 @pytest.fixture
-def unlike(adapters: Path, tmp_path: Path) -> str:
+def unlike(questioned: Path, tmp_path: Path) -> str:
     """Three adapters, of which the last was trained with another template."""
-    shutil.copytree(adapters, tmp_path, dirs_exist_ok=True)
-    shutil.copytree(adapters / "one", tmp_path / "three")
+    shutil.copytree(questioned, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(questioned / "one", tmp_path / "three")
     TrainingCard(base="b", storage="fp32", template="label: {prompt}").save(tmp_path / "three")
     return ",".join(str(tmp_path / name) for name in ("one", "two", "three"))
 
@@ -180,19 +189,48 @@ def unlike(adapters: Path, tmp_path: Path) -> str:
 def test_how_messages_are_written_is_said_again_where_the_next_adapter_has_another_template(
     talk: Any, tiny_llama_dir: Path, chat_dir: Path, unlike: str
 ) -> None:
-    for model, said in (
-        (tiny_llama_dir, "written as {!r} and"),
-        (chat_dir, "trained with --template {!r}"),
-    ):
+    for model in (tiny_llama_dir, chat_dir):
         _, err = talk(model, "--adapter", unlike, say="/adapter two\n/adapter three\n")
-        assert err.count(said.format("question: {prompt}")) == 1
-        assert err.count(said.format("label: {prompt}")) == 1
+        assert err.count("written as 'question: {prompt}' and") == 1
+        assert err.count("written as 'label: {prompt}' and") == 1
 
 
-def test_the_base_was_not_trained_with_a_template(talk: Any, chat_dir: Path, unlike: str) -> None:
-    say = "/adapter three\n/adapter __base__\n"
-    assert "__base__" not in talk(chat_dir, "--adapter", unlike, say=say)[1]
-    assert talk(chat_dir, "--adapter", f"__base__,{unlike}", say="")[1] == ""
+def test_an_adapter_that_was_trained_without_the_chat_template_is_asked_so(
+    talk: Any, chat_dir: Path, questioned: Path
+) -> None:
+    one = questioned / "one"
+    out, err = talk(chat_dir, "--adapter", str(one), say="a fox\n/base\na cat\n")
+    asked = [(one, "a fox"), (None, "a fox"), (one, "a cat")]
+    assert out == shown(*(continued(chat_dir, who, f"question: {text}") for who, text in asked))
+    assert "as in the training, each message is written as 'question: {prompt}' and" in err
+    assert "--template chat" in err
+    out, err = talk(chat_dir, "--adapter", str(one), "--template", "chat", say="a fox\n")
+    assert (out, err) == (shown(continued(chat_dir, one, "u: a fox\na:")), "")
+
+
+@pytest.mark.parametrize(
+    ("card", "prompt"),
+    [
+        ({"template": "chat", "method": "loreft"}, "u: a fox\na:"),
+        ({"template_digest": "of chats", "method": "loreft"}, "u: a fox\na:"),
+        ({"method": "loreft"}, "a fox"),  # trained as they are
+        ({}, "u: a fox\na:"),  # by another trainer, which does not say
+    ],
+)
+def test_messages_are_written_as_the_adapters_card_says(
+    talk: Any, chat_dir: Path, adapters: Path, tmp_path: Path, card: dict, prompt: str
+) -> None:
+    one = tmp_path / "one"
+    shutil.copytree(adapters / "one", one)
+    TrainingCard(**{"base": "b", "storage": "fp32", **card}).save(one)
+    out, _ = talk(chat_dir, "--adapter", str(one), "--quiet", say="a fox\n")
+    assert out == shown(continued(chat_dir, one, prompt))
+
+
+def test_raw_messages_are_answered_on_their_own(talk: Any, chat_dir: Path) -> None:
+    out, err = talk(chat_dir, "--raw", say="a fox\na cat\n")
+    assert out == shown(*(continued(chat_dir, None, text) for text in ("a fox", "a cat")))
+    assert err.startswith("each message is written as '{prompt}' and answered on its own")
 
 
 def test_a_template_can_be_chosen_instead_of_the_chat_template(talk: Any, chat_dir: Path) -> None:

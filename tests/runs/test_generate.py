@@ -21,7 +21,7 @@ from lowmem_reft import cli
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.card import TrainingCard
 from lowmem_reft.methods.several import answering, find_adapters, load_together
-from lowmem_reft.options import DecodingOptions, GenerateOptions, ModelOptions
+from lowmem_reft.options import AskingOptions, DecodingOptions, GenerateOptions, ModelOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.layer import ReftLayer
 from lowmem_reft.reft.selection import Selector
@@ -333,14 +333,17 @@ def greedy(options: GenerateOptions) -> GenerateOptions:
         ({"decoding": {"stop": ("\n", "b")}}, r"got stop \['\\n', 'b'\] \(was \[\]\) for"),
         ({"decoding": {"seed": 1}}, r"got seed 1 \(was 0\) for"),
         ({"batch_size": 4}, r"got batch_size 4 \(was 2\) for"),
-        ({"template": "Q: {prompt}"}, r"template 'Q: \{prompt\}' \(was '\{prompt\}'\) for"),
+        (
+            {"asking": {"template": "Q: {prompt}"}},
+            r"template 'Q: \{prompt\}' \(was '\{prompt\}'\) for",
+        ),
         ({"max_length": 16}, r"max_length 16 \(was 512\) for"),
         (
             {"model": {"storage": "bf16"}},
             r"got storage 'bf16' \(was 'fp32'\), compute_dtype 'bf16'",
         ),
         (
-            {"decoding": {"max_new_tokens": 12}, "template": "Q: {prompt}"},
+            {"decoding": {"max_new_tokens": 12}, "asking": {"template": "Q: {prompt}"}},
             r"template 'Q: \{prompt\}' \(was '\{prompt\}'\), max_new_tokens 12 \(was 5\) for",
         ),
     ],
@@ -616,9 +619,11 @@ def test_chats_end_where_the_chat_template_ends_a_turn(
     model = replace(options.model, model=str(base))
     tokenizer = AutoTokenizer.from_pretrained(base)
     run_generation(replace(options, model=model, input=file))
-    run_generation(replace(options, model=model, input=None, prompt="a", output=None))
+    alone = replace(options, model=model, input=None, prompt="a", output=None)
+    run_generation(alone)
+    run_generation(replace(alone, asking=AskingOptions(raw=True)))
     ends = sorted([tokenizer.eos_token_id, tokenizer.pad_token_id])
-    assert [sorted(set(each)) for each in asked] == [ends, [tokenizer.eos_token_id]]
+    assert [sorted(set(each)) for each in asked] == [ends, ends, [tokenizer.eos_token_id]]
 
 
 # Several adapters.
@@ -710,9 +715,11 @@ def test_it_is_said_that_the_base_is_asked_as_an_adapter_is(
     one = save_adapter(tiny_llama_dir, tmp_path / "one", template="Q: {prompt}")
     asked = replace(options, input=None, prompt="a", output=None, quiet=False)
     for adapter, template, times in ((f"{one},__base__", None, 1), (one, None, 0), (None, None, 0)):
-        run_generation(replace(asked, adapter=adapter, template=template))
+        asking = AskingOptions(template=template)
+        run_generation(replace(asked, adapter=adapter, asking=asking))
         err = capsys.readouterr().err
-        assert err.count("__base__ is asked as the first adapter is: 'Q: {prompt}'") == times
+        said = "__base__ is asked as the first adapter is: prompts are written as 'Q: {prompt}'"
+        assert err.count(said) == times
 
 
 def test_one_prompt_is_answered_by_name(

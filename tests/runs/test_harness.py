@@ -240,6 +240,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}assistant: {% endif %}",
     "with BOS": "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}",
+    "no generation prompt": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
 }
 
 
@@ -259,9 +260,13 @@ def test_prompts_have_the_tokens_that_they_have_in_training(
     rows = [Row(source="", prompt=text) for text in texts]
     if template is not None:
         chats = [[{"role": "user", "content": text}] for text in texts]
-        rows = [Row(source="", messages=tuple(chat)) for chat in chats]
+        as_chats = [Row(source="", messages=tuple(chat)) for chat in chats]
+        assert encode_prompts(as_chats, tokenizer) == encode_prompts(
+            rows, tokenizer, template="chat"
+        )
         texts = [lm.apply_chat_template(chat) for chat in chats]
-    expected = [example["input_ids"] for example in encode_prompts(rows, tokenizer).examples]
+    asked = encode_prompts(rows, tokenizer, template="{prompt}" if template is None else "chat")
+    expected = [example["input_ids"] for example in asked.examples]
     assert (expected[0][0] == tokenizer.bos_token_id) == (
         template == TEMPLATES["with BOS"] or (adds_bos and template is None)
     )
