@@ -31,6 +31,7 @@ import tyro
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 import lowmem_reft
 from benchmarks.common import environment, free, keep, measured_or_error, report
@@ -324,6 +325,7 @@ def main(options: ParityBenchmark) -> int:
     except InputError as error:
         print(f"benchmarks.parity: {error}", file=sys.stderr)
         return 2
+    disable_progress_bar()  # one for every base that is loaded
     result = run(options, device)
     report(
         result,
