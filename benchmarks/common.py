@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -224,20 +225,22 @@ def free(device: torch.device) -> None:
 
 
 def measured_or_error(
-    measure: Callable[[], dict[str, Any]], *, started: float, seconds: float
+    measure: Callable[[], dict[str, Any]], *, started: float | None = None, seconds: float = 0
 ) -> dict[str, Any]:
-    """Return what is measured, or as ``error`` why it is not.
+    """Return what is measured, or as ``error`` why it is not, so that other rows can be.
+
+    What was not to be expected is in ``traceback`` too: see :func:`failed`.
 
     Args:
         measure: Measures one row.
-        started: When the benchmark started, by ``time.perf_counter``.
+        started: When the benchmark started, by ``time.perf_counter``; None: without a limit.
         seconds: A row that would start later than this is left out.
     """
     import torch
 
     from lowmem_reft.errors import InputError
 
-    if time.perf_counter() - started > seconds:
+    if started is not None and time.perf_counter() - started > seconds:
         return {"error": f"left out after {seconds:g} s"}
     try:
         return measure()
@@ -245,6 +248,16 @@ def measured_or_error(
         return {"error": f"out of memory: {str(error).splitlines()[0]}"}
     except InputError as error:  # such as a tied embedding that cannot leave the card
         return {"error": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        said = (str(error).splitlines() or [""])[0]
+        lines = traceback.format_exc().splitlines()
+        return {"error": f"{type(error).__name__}: {said}", "traceback": lines[-12:]}
+
+
+def failed(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a row failed for a reason that was not to be expected, as no memory or time left."""
+    return any("traceback" in row for row in rows)
 
 
 def reset_peak_rss() -> None:
@@ -341,8 +354,7 @@ def report(
 
 def finish(result: Mapping[str, Any], output: Path | None) -> None:
     """Write the file, if one is named, and end with the result as one JSON line."""
-    if output is not None:
-        write(result, output)
+    keep(result, output)
     print(json.dumps(result))
 
 
@@ -352,9 +364,31 @@ def say(line: str) -> None:
 
 
 def write(result: Mapping[str, Any], output: Path) -> None:
-    """Write the file that keeps a result."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """Write the file that keeps a result: whole, or what was there before stays."""
+    from lowmem_reft.machine.files import write_json
+
+    write_json(output, result)
+
+
+def keep(result: Mapping[str, Any], output: Path | None) -> None:
+    """Write what there is so far, if a file is named: a run that is killed leaves its rows."""
+    if output is not None:
+        write(result, output)
+
+
+def tiny_llama(num_layers: int) -> Any:
+    """Return the configuration that stands for a real model's where it must be quick."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        "llama",
+        hidden_size=64,
+        num_hidden_layers=num_layers,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    )
 
 
 def _answer_or_error(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ Goals: LoReFT r4 on every layer (``l1``, ``f7+l7``, ``all``) takes at most 1.02 
 bare base, and 1.03 times where new tokens are edited too (``every``); a batch in which every row
 has an adapter of its own at least 0.9 times the throughput of one adapter for all rows. LoRA r16 on
 all linear layers is not merged: a 4-bit base cannot take it up without rounding, and several
-adapters share the base.
+adapters share the base. ``--model`` takes the shape of a real one, for a card: every method has a
+base of its own, which are eight.
 
 ``prefill_s`` is what comes before the first new token; ``decode_step_s`` the median of what each
 further one takes. Every method is shown to change the logits of the base (``max_logit_change``).
@@ -35,6 +36,7 @@ from benchmarks.common import environment, ratio, report, summarize
 from benchmarks.reuse_rounds import config_of
 from lowmem_reft import ReftConfig
 from lowmem_reft.base.synthetic import base_with_random_weights
+from lowmem_reft.memory.planner import read_config
 from lowmem_reft.methods.several import BASE, answering
 
 BARE = "bare base"
@@ -59,6 +61,8 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 class GenerateBenchmark:
     """Time generation with and without adapters."""
 
+    model: str | None = None
+    """Measure at this model's shape: short name, hub id, directory or config.json."""
     batch_size: int = 8
     """Prompts."""
     prompt: int = 128
@@ -93,11 +97,18 @@ class Method:
     """One that all rows have, or one for each."""
 
 
+def shape_of(options: GenerateBenchmark) -> Any:
+    """Return the configuration of the base."""
+    if options.model is not None and not options.small:
+        return read_config(options.model)
+    return config_of(small=options.small)
+
+
 def random_base(options: GenerateBenchmark) -> Any:
     """Return the same random NF4 base every time, which never ends a text."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.compute_dtype]
     base: Any = base_with_random_weights(
-        config_of(small=options.small),
+        shape_of(options),
         device=torch.device(options.device),
         storage="nf4",
         compute_dtype=dtype,
@@ -114,13 +125,18 @@ def with_adapters(base: Any, configs: Mapping[str, Any]) -> Any:
             model = get_peft_model(base, config, adapter_name=name)
         else:
             model.add_adapter(name, config)
+    give_random_values(model)
+    return model.eval()
+
+
+def give_random_values(model: Any) -> None:
+    """Change every adapter's values, by the same on every device."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, value in model.named_parameters():
             if ".reft_phi." in key or ".lora_" in key:
                 noise = torch.randn(value.shape, generator=generator)
                 value.add_(0.02 * noise.to(value))
-    return model.eval()
 
 
 def methods_of(options: GenerateBenchmark) -> list[Method]:
@@ -256,7 +272,7 @@ def measure(options: GenerateBenchmark) -> list[dict[str, Any]]:
         RuntimeError: a method does not change what the base says.
     """
     methods = methods_of(options)
-    vocab = config_of(small=options.small).vocab_size
+    vocab = shape_of(options).vocab_size
     ids = torch.randint(
         3, vocab, (options.batch_size, options.prompt), generator=torch.Generator().manual_seed(1)
     ).to(options.device)

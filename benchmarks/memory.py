@@ -12,8 +12,9 @@ fp32, at most 100 MiB in bf16.
 Run ``python -m benchmarks.memory --device cuda --model llama-3.1-8b`` (also qwen3-14b,
 llama-3.3-70b) for memory and speed on a card at the shapes of real models. Weights are random and
 drawn as they are stored, so no checkpoint is needed and nothing is ever there in full precision.
-Methods: LoReFT in three settings, PEFT QLoRA, and LoRA on a 16-bit base, at 512, 2,048 and 8,192
-tokens; a row that runs out of memory is a row. ``--seconds`` bounds the whole command.
+Methods: LoReFT with each way to save memory, PEFT QLoRA, and LoRA on a 16-bit base, at 512, 2,048
+and 8,192 tokens; a row that runs out of memory is a row. ``--seconds`` bounds the whole command.
+Where only upper blocks are on the card is measured by ``benchmarks.reuse``.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ from transformers import AutoConfig
 
 from benchmarks.common import (
     environment,
+    failed,
     finish,
     free,
+    keep,
     measured_or_error,
     now,
     say,
     summarize,
+    tiny_llama,
     write,
 )
 from lowmem_reft.base.blocks import device_of
@@ -74,12 +78,20 @@ FRUGAL = MemoryOptions(
 )
 BATCHES = ((1, 512, False), (4, 128, True))
 """Batch size, tokens, and whether an example is shorter than the others."""
+OFFLOADED = replace(CHECKPOINTED, offload_activations=True)
+ON_HOST = replace(CHECKPOINTED, embedding_on_host=True)
 REAL = {
     "LoReFT f7+l7": Setting(method=LOREFT, memory=CHECKPOINTED),
-    "LoReFT f7+l7, every way to save": Setting(method=LOREFT, memory=FRUGAL),
-    "LoReFT upper half l1": Setting(method=LOREFT_UPPER, memory=CHECKPOINTED),
     "PEFT QLoRA r16": Setting(method=QLORA, memory=CHECKPOINTED, chunked_loss=False),
     "QLoRA r16, our loss": Setting(method=QLORA, memory=CHECKPOINTED),
+    "LoReFT upper half l1": Setting(method=LOREFT_UPPER, memory=CHECKPOINTED),
+    "LoReFT, no checkpointing": Setting(method=LOREFT),
+    "LoReFT, offloaded activations": Setting(method=LOREFT, memory=OFFLOADED),
+    "LoReFT, embedding on host": Setting(method=LOREFT, memory=ON_HOST),
+    "LoReFT, MLP in parts": Setting(method=LOREFT, memory=replace(CHECKPOINTED, mlp_tokens=4096)),
+    "LoReFT, every way to save": Setting(method=LOREFT, memory=FRUGAL),
+    "LoReFT all": Setting(method=LOREFT_ALL, memory=CHECKPOINTED),
+    "LoReFT, int8 base": Setting(storage="int8", method=LOREFT, memory=CHECKPOINTED),
     "PEFT LoRA r16, bf16 base": Setting(
         storage="bf16", method=LORA, memory=CHECKPOINTED, chunked_loss=False
     ),
@@ -98,14 +110,15 @@ class MemoryBenchmark:
     config.json; default on a card: llama-3.1-8b."""
     tokens: str = "512,2048,8192"
     """At a model's shape: comma-separated lengths of the one example of a batch."""
-    methods: str | None = None
-    """At a model's shape: only methods whose label contains this."""
+    methods: tuple[str, ...] = ()
+    """At a model's shape: only methods whose label contains one of these."""
     repeats: int = 3
     """At a model's shape: timed steps after two that are not counted."""
     seconds: float = 480
     """At a model's shape: rows that would start later than this are left out, and named."""
     small: bool = False
-    """A quarter of the grid on small shapes, and no second part."""
+    """A quarter of the grid on small shapes, and no second part; at a model's shape a tiny one in
+    its place, and a 64th of the tokens."""
     json: bool = False
     """Keep standard output to the JSON line."""
     output: Path | None = None
@@ -287,17 +300,26 @@ def floor() -> list[dict[str, Any]]:
     return rows
 
 
-def at_shape_of(model: str, options: MemoryBenchmark, device: torch.device) -> list[dict[str, Any]]:
-    """Measure every method at every length at a real model's shape; out of memory is a row."""
+def at_shape_of(
+    model: str,
+    options: MemoryBenchmark,
+    device: torch.device,
+    keep_rows: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """Measure every method at every length at a real model's shape; out of memory is a row.
+
+    ``keep_rows`` is given all rows so far after each.
+    """
     started = time.perf_counter()
-    config = read_config(model)
+    config = tiny_llama(2) if options.small else read_config(model)
     rows: list[dict[str, Any]] = []
     for label, each in REAL.items():
-        if options.methods is not None and options.methods not in label:
+        if options.methods and not any(part in label for part in options.methods):
             continue
         setting = replace(each, device_type=device.type)
         build = cache(partial(build_model, config, setting, device, random_weights=True))
         for tokens in map(int, options.tokens.split(",")):
+            tokens = tokens // 64 if options.small else tokens
             lengths = Lengths(seq_len=tokens, response_len=tokens // 4, padded=False)
             measure = partial(
                 measured_step, config, setting, build, lengths, repeats=options.repeats
@@ -306,6 +328,7 @@ def at_shape_of(model: str, options: MemoryBenchmark, device: torch.device) -> l
             row |= measured_or_error(measure, started=started, seconds=options.seconds)
             free(device)
             rows.append(row)
+            keep_rows(rows)
             say(f"{label:34} {tokens:6} {row.get('error') or said(row)}")
         build.cache_clear()
         free(device)
@@ -369,7 +392,7 @@ def run_grid(result: dict[str, Any], options: MemoryBenchmark) -> int:
 
 
 def main(options: MemoryBenchmark) -> int:
-    """Print what was measured and one JSON line; 2 if there is no such device."""
+    """Print what was measured and one JSON line; 1 if a row failed, 2 without such a device."""
     try:
         device = resolve_device(options.device)
     except InputError as error:
@@ -383,10 +406,14 @@ def main(options: MemoryBenchmark) -> int:
     }
     if model is None:
         return run_grid(result, options)
-    result |= {"model": model, "rows": at_shape_of(model, options, device)}
-    finish(result, options.output)
-    return 0
+    result |= {"model": model, "rows": []}
+    rows = at_shape_of(
+        model, options, device, lambda rows: keep(result | {"rows": rows}, options.output)
+    )
+    finish(result | {"rows": rows}, options.output)
+    return int(failed(rows))
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what the libraries have made is not to be walked after every row
     sys.exit(main(tyro.cli(MemoryBenchmark, description=__doc__)))

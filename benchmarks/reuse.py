@@ -36,7 +36,9 @@ card; out of memory is a row.
   the upper half ``all``, plain and reused; layer 15 also with only the blocks above it on the card.
 - 70B, batch 2: LoReFT r4 at layer 60 ``l1`` under a hard limit of 24 GiB
   (``torch.cuda.set_per_process_memory_fraction``) with only the blocks above 60 on the card; PEFT
-  QLoRA under the same limit, beside the memory predicted for it, and on the whole card.
+  QLoRA under the same limit, and on the whole card.
+
+Beside reused steps and those under a limit stands the memory that is predicted for them.
 
 PEFT keeps its adapters in fp32 and, without autocast, computes them so: QLoRA is measured with bf16
 autocast too, as the Trainer runs it with ``bf16=True``, and the faster of the two is the peer.
@@ -48,6 +50,7 @@ whole command.
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 import tempfile
@@ -59,7 +62,7 @@ import torch
 import tyro
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.common import environment, finish, say
+from benchmarks.common import environment, failed, finish, keep, say
 from benchmarks.reuse_at_size import measure_at_size
 from benchmarks.reuse_rounds import draw, measure_rounds
 from benchmarks.reuse_steps import EIGHT, ReuseBenchmark
@@ -96,17 +99,21 @@ def show(result: dict[str, Any], *, json_only: bool) -> None:
         console.print(f"{name:36} {value:8.3g}")
 
 
-def measured(options: ReuseBenchmark, device: torch.device, directory: Path) -> dict[str, Any]:
+def measured(
+    options: ReuseBenchmark, device: torch.device, directory: Path, result: dict[str, Any]
+) -> dict[str, Any]:
     """Measure at the shape of a real model, if one is named, else in rounds."""
     if options.at_size.shape is not None:
-        return measure_at_size(options, device, directory)
+        return measure_at_size(
+            options, device, directory, lambda rows: keep(result | {"rows": rows}, options.output)
+        )
     # Small operators on two threads take turns waiting when anything else runs.
     torch.set_num_threads(1 if options.small else options.rounds.threads)
     return measure_rounds(options, directory)
 
 
 def main(options: ReuseBenchmark) -> int:
-    """Print what was measured and one JSON line; 2 if there is no such device."""
+    """Print what was measured and one JSON line; 1 if a row failed, 2 without such a device."""
     try:
         device = resolve_device(options.device)
     except InputError as error:
@@ -122,7 +129,7 @@ def main(options: ReuseBenchmark) -> int:
     }
     directory = Path(tempfile.mkdtemp(prefix="lowmem-reft-reuse-"))
     try:
-        result |= measured(options, device, directory)
+        result |= measured(options, device, directory, result)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if "results" in result:
@@ -130,8 +137,9 @@ def main(options: ReuseBenchmark) -> int:
     finish(result, options.output)
     if options.output is not None and "curves" in result:
         draw(result["curves"], options.output.with_suffix(".png"))
-    return 0
+    return int(failed(result.get("rows", [])))
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what the libraries have made is not to be walked after every row
     sys.exit(main(tyro.cli(ReuseBenchmark, description=__doc__)))

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
-from transformers import AutoConfig
 
-from benchmarks.common import free, measured_or_error, say, summarize
+from benchmarks.common import free, measured_or_error, say, summarize, tiny_llama
 from benchmarks.reuse_steps import (
     EIGHT,
     PLAIN,
@@ -101,15 +100,7 @@ def config_of(options: ReuseBenchmark) -> Any:
     shape = options.at_size.shape or EIGHT
     if not options.small:
         return read_config(shape)
-    return AutoConfig.for_model(
-        "llama",
-        hidden_size=64,
-        num_hidden_layers=4 if shape == EIGHT else 5,
-        intermediate_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-    )
+    return tiny_llama(4 if shape == EIGHT else 5)
 
 
 def rows_of(options: ReuseBenchmark, config: Any) -> list[Row]:
@@ -143,12 +134,10 @@ def rows_of(options: ReuseBenchmark, config: Any) -> list[Row]:
         for method in (QLORA, QLORA_CHECKPOINTED)
         for autocast in (False, True)
     ]
-    return [
-        *peers,
-        Row(method=QLORA_OURS, shape=one),
-        *(Row(method=method, shape=shape) for shape in (one, half) for method in (PLAIN, REUSED)),
-        Row(method=REUSED, shape=one, upper=True),
-    ]
+    peers.insert(0, Row(method=QLORA_OURS, shape=one))
+    ours = [Row(method=method, shape=shape) for shape in (one, half) for method in (REUSED, PLAIN)]
+    # What there may be no time for comes last.
+    return [Row(method=REUSED, shape=one, upper=True), *ours, *reversed(peers)]
 
 
 class RandomCheckpoint:
@@ -298,14 +287,21 @@ def timed(
 
 
 def predicted_bytes(row: Row, config: Any, device: torch.device) -> int:
-    """Return the predicted peak of a QLoRA row's step, in bytes."""
+    """Return the predicted peak of a row's step, in bytes."""
+    shape = row.shape
+    method = MethodOptions(method="qlora", rank=16)
+    if row.method.trains == "loreft":
+        method = MethodOptions(
+            method="loreft", rank=4, layers=shape.layers, positions=shape.positions
+        )
     setting = Setting(
-        method=MethodOptions(method="qlora", rank=16),
+        method=method,
         memory=MemoryOptions(activation_checkpointing=row.method.checkpointing),
         chunked_loss=row.method.our_loss,
+        reuse="prefix" if row.method.reused else "off",
+        resident="upper" if row.upper else "all",
         device_type=device.type,
     )
-    shape = row.shape
     lengths = Lengths(
         seq_len=shape.prompt + shape.response,
         response_len=shape.response,
@@ -330,9 +326,16 @@ def at_most(limit_gib: float | None, device: torch.device) -> Iterator[None]:
 
 
 def measure_rows(
-    options: ReuseBenchmark, device: torch.device, directory: Path, started: float
+    options: ReuseBenchmark,
+    device: torch.device,
+    directory: Path,
+    started: float,
+    keep_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """Measure every row; out of memory is a row, and so is what there was no time for."""
+    """Measure every row; out of memory is a row, and so is what there was no time for.
+
+    ``keep_rows`` is given all rows so far after each.
+    """
     config, sizes = config_of(options), options.at_size
     results = []
     for number, row in enumerate(rows_of(options, config)):
@@ -340,7 +343,7 @@ def measure_rows(
             continue
         facts = row.facts
         in_time = time.perf_counter() - started <= sizes.seconds
-        if in_time and row.method.trains == "qlora" and row.limit_gib is not None:
+        if in_time and (row.method.reused or row.limit_gib is not None):
             facts["predicted_bytes"] = predicted_bytes(row, config, device)
         with at_most(row.limit_gib, device):
             facts |= measured_or_error(
@@ -351,6 +354,7 @@ def measure_rows(
         free(device)
         shutil.rmtree(directory / f"{number}", ignore_errors=True)
         results.append(facts)
+        keep_rows(results)
         say(f"{facts['shape']:16} {facts['method']:44} {said(facts)}")
     return results
 
@@ -402,11 +406,14 @@ def gains_of(
 
 
 def measure_at_size(
-    options: ReuseBenchmark, device: torch.device, directory: Path
+    options: ReuseBenchmark,
+    device: torch.device,
+    directory: Path,
+    keep_rows: Callable[[list[dict[str, Any]]], None],
 ) -> dict[str, Any]:
     """Measure every row, and say what reused steps gain."""
     started = time.perf_counter()
-    rows = measure_rows(options, device, directory, started)
+    rows = measure_rows(options, device, directory, started, keep_rows)
     gains = gains_of(options, rows)
     for shape, methods in gains.items():
         for method, each in methods.items():

@@ -12,10 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from benchmarks import memory, reuse, reuse_at_size, reuse_steps
-from benchmarks.common import Worker, alternate, measured_or_error, ratio, summarize
+from benchmarks.common import (
+    Worker,
+    alternate,
+    failed,
+    measured_or_error,
+    ratio,
+    summarize,
+)
 from benchmarks.reuse_at_size import RandomCheckpoint, upper_base
 from benchmarks.reuse_rounds import SHAPES, config_of
 from benchmarks.reuse_steps import AtSize, ReuseBenchmark
@@ -198,31 +204,6 @@ def test_a_fast_method_goes_on_for_its_whole_turn_and_a_slow_one_takes_a_step() 
     assert seconds == {"slow": [2.0], "fast": [1.5]}
 
 
-def test_memory_benchmark_measures_every_method_at_the_shape_of_a_model(tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=64,
-        num_hidden_layers=2,
-        intermediate_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-    )
-    config.save_pretrained(tmp_path)
-    output = tmp_path / "memory-tiny.json"
-    shape = ("--model", str(tmp_path), "--tokens", "16", "--repeats", "1")
-    result = run_benchmark("memory", *shape, "--output", str(output))
-    assert json.loads(output.read_text()) == result
-    assert {"versions", "device", "commit", "command", "date"} <= result["environment"].keys()
-    assert [(row["method"], row["tokens"]) for row in result["rows"]] == [
-        (method, 16) for method in memory.REAL
-    ]
-    for row in result["rows"]:
-        assert "error" not in row, row
-        assert row["predicted_bytes"] >= row["measured_bytes"] > 0
-        assert row["tokens_per_s"] > 0
-
-
 def test_a_row_that_starts_too_late_or_has_no_memory_says_so() -> None:
     def without_memory() -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 40 GiB.")
@@ -232,6 +213,28 @@ def test_a_row_that_starts_too_late_or_has_no_memory_says_so() -> None:
     assert row == {"error": "out of memory: CUDA out of memory."}
     late = measured_or_error(without_memory, started=now - 1000, seconds=100)
     assert late == {"error": "left out after 100 s"}
+    assert not failed([row, late])
+
+
+def test_a_row_that_goes_wrong_says_how_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(_config: Any, setting: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        if setting.storage == "int8":
+            raise RuntimeError("no kernel image is available\nfor this device")
+        return {"measured": True}
+
+    monkeypatch.setattr(memory, "measured_step", measured)
+    monkeypatch.setattr(memory, "said", str)
+    output = tmp_path / "memory.json"
+    options = memory.MemoryBenchmark(model="llama-3.1-8b", small=True, tokens="64", output=output)
+    assert memory.main(options) == 1
+    rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    wrong = rows.pop("LoReFT, int8 base")
+    assert wrong["error"] == "RuntimeError: no kernel image is available"
+    assert wrong["traceback"][-1] == "for this device"
+    assert len(rows) == 11
+    assert all(row["measured"] for row in rows.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -247,36 +250,18 @@ def test_a_card_that_is_not_there_is_refused_in_one_line(
         assert line.startswith(refused)
 
 
-@pytest.mark.parametrize(
-    ("shape", "methods"),
-    [
-        (
-            "llama-3.1-8b",
-            {"PEFT QLoRA r16", "PEFT QLoRA r16, checkpointing", "QLoRA r16, our loss"}
-            | {"LoReFT, plain"},
-        ),
-        ("llama-3.3-70b", {"PEFT QLoRA r16, checkpointing"}),
-    ],
-)
-def test_reuse_benchmark_measures_every_row_of_a_real_shape_on_a_tiny_base(
-    tmp_path: Path, shape: str, methods: set[str]
-) -> None:
+def test_reuse_benchmark_measures_every_row_of_a_70b_shape_on_a_tiny_base(tmp_path: Path) -> None:
     output = tmp_path / "reuse-tiny.json"
-    result = run_benchmark("reuse", "--shape", shape, "--repeats", "1", "--output", str(output))
+    arguments = ("--shape", "llama-3.3-70b", "--repeats", "1", "--output", str(output))
+    result = run_benchmark("reuse", *arguments)
     assert json.loads(output.read_text()) == result
     for row in result["rows"]:
         assert "error" not in row, row
-        assert row["tokens_per_s"] > 0
-        assert row["peak_bytes"] > 0
-        if "reused" in row["method"]:
-            assert row["max_grad_rel_error"] <= 5e-2
-            assert row["build_time_s"] > 0
-            assert row["store_bytes"] > 0
     for gains in result["gains"].values():
-        assert gains.keys() == methods
+        assert gains.keys() == {"PEFT QLoRA r16, checkpointing"}
     limited = [row for row in result["rows"] if row["limit_gib"] is not None]
-    assert len(limited) == (2 if shape == "llama-3.3-70b" else 0)
-    assert all(row["predicted_bytes"] > 0 for row in limited if "QLoRA" in row["method"])
+    assert len(limited) == 2
+    assert all(row["predicted_bytes"] > 0 for row in limited)
 
 
 def test_gpu_rows_without_memory_or_time_are_rows(
