@@ -1,7 +1,8 @@
 """What a training says of itself as it goes on: on standard error, nothing with ``--quiet``.
 
 On a terminal there is one bar with the loss, the rate and the time that is left; elsewhere a line
-for each report of the loss. Scores of validation rows are lines in both.
+for each report of the loss, with the peak of memory so far. Scores of validation rows are lines in
+both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
+
+from lowmem_reft.memory.live import peak_so_far_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,7 +105,8 @@ class Reports(TrainerCallback):
         self._loss = f"loss {logs['loss']:.4g}"
         if self._bar is None:
             rate = f"lr {logs['learning_rate']:.1e} {self._rate(state)}".rstrip()
-            self.say(f"step {state.global_step}/{state.max_steps} {self._loss} {rate}")
+            line = f"step {state.global_step}/{state.max_steps} {self._loss} {rate}"
+            self.say(f"{line} peak {peak_so_far_bytes() / 2**30:.2f} GiB")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave a line where the bar was."""
