@@ -33,8 +33,8 @@ _POLLING_S = 1.0
 STYLE = """
 .said textarea { font-family: ui-monospace, monospace; font-size: 13px; }
 @media (max-width: 600px) {
-  .gradio-container > .main { padding: 8px !important; }
   .tab-container button { padding: 0 10px !important; }
+  .report { margin: 0 -24px !important; width: auto !important; }
 }
 .report iframe { width: 100%; height: 85vh; border: 1px solid #8886; border-radius: 8px; }
 """
@@ -99,25 +99,23 @@ def _train_tab(desk: Desk, model: Any, data: Any) -> tuple[Any, Any]:
         train_button = gr.Button("Train", variant="primary")
     said = _said("Plan", visible=False)
 
-    def plan(model: str, data: str, method: str, *others: Any) -> Any:
-        rank, batch_size, more, directory, card = others
-        setting = dict(model=model, data=data, method=method, rank=rank, batch_size=batch_size)
+    names = ("model", "data", "method", "rank", "batch_size")
+    of_train = ("output_dir", "epochs", "lr", "validation_data")
+
+    def plan(card: str, more: str, *values: str) -> Any:
+        fields = dict(zip(names + of_train, values, strict=True))
+        words = words_of("train", f"--dry-run {more}", **fields)
         if card:
-            budget = "memory_gib" if card.replace(".", "", 1).isdecimal() else "gpu"
-            words = words_of("plan", f"--fit {more}", **setting, **{budget: card})
-        else:
-            words = words_of("train", f"--dry-run {more}", **setting, output_dir=directory)
+            fields = {name: fields[name] for name in names}
+            fields["memory_gib" if card.replace(".", "", 1).isdecimal() else "gpu"] = card
+            words = words_of("plan", f"--fit {more}", **fields)
         return gr.Textbox(Command(words).wait(), visible=True)
 
-    def train(*values: Any) -> None:
-        *values, more = values
-        names = ("model", "data", "method", "rank", "batch_size", "output_dir")
-        names += ("epochs", "lr", "validation_data")
-        desk.start(words_of("train", more, **dict(zip(names, values, strict=True))))
+    def train(more: str, *values: str) -> None:
+        desk.start(words_of("train", more, **dict(zip(names + of_train, values, strict=True))))
 
-    setting = [model, data, method, rank, batch_size]
-    plan_button.click(_refusing(plan), [*setting, more, directory, card], said, api_name="plan")
-    inputs = [*setting, directory, epochs, lr, validation, more]
+    inputs = [more, model, data, method, rank, batch_size, directory, epochs, lr, validation]
+    plan_button.click(_refusing(plan), [card, *inputs], said, api_name="plan")
     return train_button.click(_refusing(train), inputs, None, api_name="train"), directory
 
 
@@ -132,19 +130,18 @@ def _compare_tab(desk: Desk, model: Any, data: Any) -> tuple[Any, Any]:
         more = _text(_MORE, empty="--epochs 1 --lr-search 0.3,1,3")
     button = gr.Button("Compare", variant="primary")
 
-    def compare(*values: str) -> None:
-        *values, more = values
+    def compare(more: str, *values: str) -> None:
         names = ("model", "data", "methods", "seeds", "eval_data", "output_dir")
         desk.start(words_of("compare", more, **dict(zip(names, values, strict=True))))
 
-    inputs = [model, data, methods, seeds, test, directory, more]
+    inputs = [more, model, data, methods, seeds, test, directory]
     return button.click(_refusing(compare), inputs, None, api_name="compare"), directory
 
 
 def _report_tab(results: Any) -> None:
     directory = _text("Directory of a comparison", results.value)
     button = gr.Button("Show", variant="primary")
-    shown = gr.HTML(elem_classes="report")
+    shown = gr.HTML(elem_classes="report", padding=False)
 
     def read(directory: str) -> str:
         page = Path(directory) / "report.html"

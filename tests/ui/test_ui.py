@@ -26,6 +26,8 @@ from lowmem_reft.runs.spent import Spent
 from lowmem_reft.ui.commands import Command, steps_of, words_of
 
 MODEL, ROWS = str(embedded.model_dir()), str(embedded.task_files()[0])
+FIELDS = (MODEL, ROWS, "loreft", "2", "4", "run", "1", "", "")
+"""Of training: method, rank, batch size, directory, epochs, learning rate, validation rows."""
 SMALL = "--limit 8 --device cpu --compute-dtype fp32"
 TRAINED = f"{SMALL} --storage fp32 --max-steps 2 --logging-steps 1"
 NO_SUCH_TIME_S = 300.0
@@ -139,15 +141,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 def train(page: Page, more: str) -> None:
-    page.call("train", MODEL, ROWS, "loreft", "2", "4", "run", "1", "", "", more)
+    page.call("train", more, *FIELDS)
 
 
 def test_rows_and_a_plan_are_shown(page: Page) -> None:
     (shown,) = page.call("data", MODEL, ROWS, "1")
     assert "{·doc|string}" in shown
-    (planned,) = page.call("plan", MODEL, ROWS, "loreft", "2", "4", "--limit 8", "run", "8")
+    (planned,) = page.call("plan", "8", "--limit 8", *FIELDS)
     assert "lowmem-reft train --model" in planned["value"]
-    (here,) = page.call("plan", MODEL, ROWS, "loreft", "2", "4", SMALL, "run", "")
+    (here,) = page.call("plan", "", SMALL, *FIELDS)
     assert "num_steps" in here["value"]
 
 
