@@ -20,7 +20,7 @@ BACKENDS := hatchling editables 'setuptools<82'
 # What torch chooses for itself, for its kind of device: in the lock it would only hinder another torch.
 OF_TORCH := ^(torch|triton|nvidia-.*|cuda-.*)==
 # The oldest version that each requirement of the package admits, torch excepted: the CPU pin stays.
-LOWER := sed -nE '/^(dependencies|docs|eval|ray|report|sweep|trl) = /,/^]/ s/^    "([A-Za-z0-9_-]+)>=([0-9.]+).*",$$/\1==\2/p' pyproject.toml | grep -v '^torch=='
+LOWER := sed -nE '/^(dependencies|docs|eval|ray|report|sweep|trl|ui) = /,/^]/ s/^    "([A-Za-z0-9_-]+)>=([0-9.]+).*",$$/\1==\2/p' pyproject.toml | grep -v '^torch=='
 # The requirements without their bounds; transformers, which moves fastest, is chosen before the others.
 NAMES := echo transformers; sed -nE '/^(dependencies|dev) = /,/^]/ s/^    "([A-Za-z0-9_-]+)[^;"]*(;[^"]*)?",$$/\1\2/p' pyproject.toml
 NEWEST := $(VENV)-newest

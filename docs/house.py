@@ -25,6 +25,7 @@ FOLDERS = {
     "memory": "does it fit? predicted, counted, measured, drawn",
     "runs": "one run: train it, score it, let it answer",
     "compare": "many runs: cells, equal budgets, search, report",
+    "ui": "a page in the browser over the commands",
 }
 """Top to bottom: a folder imports only from those before it, and from errors.py, the ground."""
 

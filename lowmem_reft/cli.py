@@ -55,6 +55,7 @@ from lowmem_reft.options import (
     SweepOptions,
     TasksOptions,
     TrainOptions,
+    UiOptions,
     parsing,
     written,
 )
@@ -92,6 +93,7 @@ _COMMANDS: dict[str, _Command] = {
     "tasks": _Command(TasksOptions, "data.tasks.listing:run_tasks", **_LISTING),
     "methods": _Command(MethodsOptions, "methods.listing:run_methods", **_LISTING),
     "reuse": _Command(ReuseCommandOptions, "reuse.command:run_reuse", **_LISTING),
+    "ui": _Command(UiOptions, "ui.server:run_ui", loads_nothing=True),
     "import-pyreft": _Command(ImportPyreftOptions, "methods.pyreft.importing:run_import"),
     "export-pyreft": _Command(ExportPyreftOptions, "methods.pyreft.exporting:run_export"),
 }

@@ -26,7 +26,7 @@ def run_python(code):
     assert finished.returncode == 0, finished.stderr
 
 
-def test_the_package_is_ten_folders_and_at_most_eight_files():
+def test_the_package_is_eleven_folders_and_at_most_eight_files():
     listed = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
     assert {path.name for path in listed if path.is_dir()} == set(house.FOLDERS)
     assert len([path for path in listed if path.is_file()]) <= 8

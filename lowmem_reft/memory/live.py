@@ -411,3 +411,10 @@ def peak_rss_bytes() -> int:
     """Return the largest resident set of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_so_far_bytes() -> int:
+    """Return the most that was allocated on a CUDA device so far, else that of this process."""
+    if not torch.cuda.is_initialized():
+        return peak_rss_bytes()
+    return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))

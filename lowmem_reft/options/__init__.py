@@ -55,6 +55,7 @@ from lowmem_reft.options.running import ScoredPromptOptions as ScoredPromptOptio
 from lowmem_reft.options.running import ShownDataOptions as ShownDataOptions
 from lowmem_reft.options.running import ShowOptions as ShowOptions
 from lowmem_reft.options.running import TrainOptions as TrainOptions
+from lowmem_reft.options.running import UiOptions as UiOptions
 from lowmem_reft.options.values import CHAT_TEMPLATE as CHAT_TEMPLATE
 from lowmem_reft.options.values import OPTIMIZERS as OPTIMIZERS
 from lowmem_reft.options.values import SCHEDULES as SCHEDULES

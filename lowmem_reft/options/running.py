@@ -333,3 +333,23 @@ class ChatOptions:
     def __post_init__(self) -> None:
         """Check the count."""
         check_counts(max_length=self.max_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UiOptions:
+    """Serve a page to train, compare and talk from, in the browser of this machine alone.
+
+    It needs Gradio: pip install 'lowmem-reft[ui]'. Ctrl-C ends it, and what was started from it.
+    """
+
+    port: int = 7860
+    """Port on 127.0.0.1."""
+    no_browser: bool = False
+    """Only print the address; open no browser."""
+    quiet: bool = False
+    """Do not print the address either."""
+
+    def __post_init__(self) -> None:
+        """Check that there is such a port."""
+        if not 0 < self.port < 2**16:
+            raise InputError(f"port must be from 1 to 65535, got {self.port}; choose another")

@@ -49,17 +49,7 @@ def run_chat(options: ChatOptions) -> dict[str, Any]:
     Raises:
         InputError: An option is wrong, or something cannot be loaded.
     """
-    asking = options.asking
-    adapters = find_adapters(
-        options.adapter,
-        options.model,
-        template=asking.template,
-        max_length=options.max_length,
-        raw=asking.raw,
-    )
-    model, tokenizer = load_together(options.model, adapters)
-    chat = Chat(model, tokenizer, adapters, options)
-    torch.manual_seed(options.decoding.seed)
+    chat = load_chat(options)
     with contextlib.suppress(ValueError):  # not in the main thread
         # SIGTERM ends the program, unlike Ctrl-C; the command line restores its own handler.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
@@ -74,6 +64,25 @@ def run_chat(options: ChatOptions) -> dict[str, Any]:
             break
         chat.take(line.strip())
     return {}
+
+
+def load_chat(options: ChatOptions) -> Chat:
+    """Load the base and its adapters for a conversation.
+
+    Raises:
+        InputError: An option is wrong, or something cannot be loaded.
+    """
+    asking = options.asking
+    adapters = find_adapters(
+        options.adapter,
+        options.model,
+        template=asking.template,
+        max_length=options.max_length,
+        raw=asking.raw,
+    )
+    model, tokenizer = load_together(options.model, adapters)
+    torch.manual_seed(options.decoding.seed)
+    return Chat(model, tokenizer, adapters, options)
 
 
 class Chat:

@@ -1,7 +1,8 @@
 """What a training says of itself as it goes on: on standard error, nothing with ``--quiet``.
 
 On a terminal there is one bar with the loss, the rate and the time that is left; elsewhere a line
-with the same for each report of the loss. Scores of validation rows are lines in both.
+with the same and the peak of memory so far for each report of the loss. Scores of validation rows
+are lines in both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from lowmem_reft.machine.progress import tell
+from lowmem_reft.memory.live import peak_so_far_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,7 +108,8 @@ class Reports(TrainerCallback):
         if self._bar is None:
             rate = f"lr {logs['learning_rate']:.1e} {self._rate(state)}".rstrip()
             left = f", {self._left(state)} left" if state.global_step < state.max_steps else ""
-            self.say(f"step {state.global_step}/{state.max_steps} {self._loss} {rate}{left}")
+            line = f"step {state.global_step}/{state.max_steps} {self._loss} {rate}"
+            self.say(f"{line} peak {peak_so_far_bytes() / 2**30:.2f} GiB{left}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave a line where the bar was."""

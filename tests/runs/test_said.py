@@ -33,15 +33,18 @@ def two_epochs(reports: Reports, spent: Spent) -> None:
         reports.on_train_end(None, state, None)
 
 
-def test_on_a_pipe_losses_and_scores_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_pipe_losses_and_scores_are_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem_reft.runs.said.peak_so_far_bytes", lambda: 3 * 2**29)
     spent = Spent()
     two_epochs(Reports(spent, quiet=False), spent)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "step 10/20 loss 1.235 lr 9.0e-04 2 steps/s, 0:00:00 left",
+        "step 10/20 loss 1.235 lr 9.0e-04 2 steps/s peak 1.50 GiB, 0:00:00 left",
         "epoch 1 accuracy 0.7500 loss 0.5000 best 0.7500 (epoch 1)",
-        "step 20/20 loss 1.235 lr 9.0e-04 2 steps/s",
+        "step 20/20 loss 1.235 lr 9.0e-04 2 steps/s peak 1.50 GiB",
         "epoch 2 accuracy 0.5000 best 0.7500 (epoch 1)",
     ]
 

@@ -290,7 +290,7 @@ def test_without_a_terminal_losses_are_lines_and_quiet_leaves_them_out(
     run_training(with_run(options, quiet=False))
     out, err = capsys.readouterr()
     assert out == ""
-    line = r"^step 2/2 loss \d\S+ lr \d\S+ \S+ steps/s$"
+    line = r"^step 2/2 loss \d\S+ lr \d\S+ \S+ steps/s peak \d\S+ GiB$"
     assert re.search(line, err, re.MULTILINE)
     assert "{'" not in err
 

@@ -15,10 +15,11 @@ from malformed.fault import Fault, Verdict
 from malformed.world import World
 
 KINDS_OF_OPTIONS: dict[str, Any] = {
-    **{name: command.options for name, command in _COMMANDS.items() if name != "reuse"},
+    **{n: command.options for n, command in _COMMANDS.items() if n not in ("reuse", "ui")},
     "reuse ls": ReuseListOptions,
     "reuse rm": ReuseRemoveOptions,
 }
+"""By subcommand; ui has tests of its own: it serves until it is ended."""
 POSITIONAL = {"sources", "first", "second", "directory", "adapter_dir", "keys"}
 NOT_WHOLE = (
     "x",

@@ -1,0 +1,243 @@
+"""``lowmem-reft ui``: the words of commands, what is refused, and a server that is asked."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from browser import CHROMEDRIVER, CHROMIUM, FLAGS
+from lowmem_reft import cli
+from lowmem_reft.data import embedded
+from lowmem_reft.errors import InputError
+from lowmem_reft.runs.said import Reports
+from lowmem_reft.runs.spent import Spent
+from lowmem_reft.ui.commands import Command, steps_of, words_of
+
+MODEL, ROWS = str(embedded.model_dir()), str(embedded.task_files()[0])
+FIELDS = (MODEL, ROWS, "loreft", "2", "4", "run", "1", "", "")
+"""Of training: method, rank, batch size, directory, epochs, learning rate, validation rows."""
+SMALL = "--limit 8 --device cpu --compute-dtype fp32"
+TRAINED = f"{SMALL} --storage fp32 --max-steps 2 --logging-steps 1"
+NO_SUCH_TIME_S = 300.0
+"""Nothing here takes so long, on a busy machine either."""
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def test_fields_become_words_and_empty_ones_are_left_out() -> None:
+    words = words_of("train", "--layers 'upper:0.5'", model="m", rank="", batch_size=8, lr=None)
+    assert words == ["train", "--model", "m", "--batch-size", "8", "--layers", "upper:0.5"]
+
+
+def test_a_quotation_that_does_not_end_is_refused() -> None:
+    with pytest.raises(InputError, match="more flags must be written as on a command line"):
+        words_of("train", "--template 'a")
+
+
+def test_the_steps_that_a_training_says_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    reports = Reports(Spent(time_s=1.0), quiet=False)
+    for step, loss in ((10, 2.5), (20, 1e-5)):
+        state: Any = SimpleNamespace(global_step=step, max_steps=20, is_world_process_zero=True)
+        reports.on_log(None, state, None, logs={"loss": loss, "learning_rate": 1e-3})
+    steps = steps_of(f"rows: 8\n{capsys.readouterr().err}adapter_dir  run\n")
+    assert steps["step"] == [10, 20]
+    assert steps["loss"] == [2.5, 1e-5]
+    assert all(peak > 0.05 for peak in steps["peak"])
+    assert steps_of("no step") == {"step": [], "loss": [], "peak": []}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"), [(["methods"], 0, "qlora"), (["trian"], 2, "train")]
+)
+def test_a_command_says_what_it_says_in_a_terminal(words: list[str], code: int, said: str) -> None:
+    command = Command(words)
+    assert said in command.wait()
+    assert command.code == code
+    assert command.line == f"lowmem-reft {words[0]}"
+    command.stop()  # which does nothing any more
+
+
+def test_without_gradio_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lowmem_reft.ui.server.find_spec", lambda _: None)
+    assert cli.main(["ui"]) == 2
+    assert "pip install 'lowmem-reft[ui]'" in capsys.readouterr().err
+
+
+def test_a_port_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ui", "--port", "70000"]) == 2
+    assert "port must be from 1 to 65535, got 70000" in capsys.readouterr().err
+
+
+class Page:
+    """A server of the page, asked over HTTP as the page asks it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lowmem_reft", "ui", "--port", str(self.port), "--no-browser"],
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.address in self.process.stdout.readline()
+
+    def call(self, name: str, *data: Any) -> list[Any]:
+        """Return what a button or field of the page gets."""
+        url = f"{self.address}/gradio_api/call/{name}"
+        body = json.dumps({"data": data}).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=NO_SUCH_TIME_S) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{url}/{event}", timeout=NO_SUCH_TIME_S) as answer:
+            events = answer.read().decode().strip().split("\n\n")
+        kind, _, content = events[-1].partition("\n")
+        assert kind == "event: complete", content
+        found: list[Any] = json.loads(content.removeprefix("data: "))
+        return found
+
+    def ended(self) -> str:
+        """Wait for the command that runs, and return what it has said."""
+        began = time.monotonic()
+        while True:
+            command, said = self._looked()
+            if command != "Runs":
+                return said
+            assert time.monotonic() - began < NO_SUCH_TIME_S, said
+            time.sleep(0.5)
+
+    def _looked(self) -> tuple[str, str]:
+        found = self.call("look")
+        return found[1]["label"], found[6]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    pytest.importorskip("gradio")
+    page = Page(tmp_path_factory.mktemp("ui"))
+    yield page
+    page.process.send_signal(signal.SIGTERM)
+    assert page.process.wait(60) == 0
+
+
+def train(page: Page, more: str) -> None:
+    page.call("train", more, *FIELDS)
+
+
+def test_rows_and_a_plan_are_shown(page: Page) -> None:
+    (shown,) = page.call("data", MODEL, ROWS, "1")
+    assert "{·doc|string}" in shown
+    (planned,) = page.call("plan", "8", "--limit 8", *FIELDS)
+    assert "lowmem-reft train --model" in planned["value"]
+    (here,) = page.call("plan", "", SMALL, *FIELDS)
+    assert "num_steps" in here["value"]
+
+
+def test_a_training_is_followed_to_its_end_and_then_talked_to(page: Page) -> None:
+    train(page, TRAINED)
+    with pytest.raises(AssertionError, match="one command runs at a time"):
+        train(page, TRAINED)
+    said = page.ended()
+    assert steps_of(said)["step"] == [1, 2]
+    assert "adapter_dir" in said
+    adapter, base, noted, *_ = page.call("reply", MODEL, "run", "Text: return\nKind:")
+    assert [message["role"] for message in adapter] == ["user", "assistant"]
+    assert base[0] == adapter[0]
+    assert "the tokenizer has no chat template" in noted
+
+
+def test_a_training_is_stopped(page: Page) -> None:
+    train(page, f"{SMALL} --storage fp32 --max-steps 100000 --overwrite --quiet")
+    page.call("stop")
+    assert page.ended() == "" or "interrupted" in page.ended()
+
+
+def test_what_is_refused_is_said_on_the_page(page: Page) -> None:
+    (said,) = page.call("data", MODEL, "no-such.jsonl", "1")
+    assert "no-such.jsonl" in said
+    with pytest.raises(AssertionError, match="directory must be that of a finished comparison"):
+        page.call("report", "nowhere")
+    with pytest.raises(AssertionError, match="adapter must be"):
+        page.call("reply", MODEL, "nowhere", "a")
+
+
+def test_a_report_is_shown_apart_from_the_page(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text('<p title="a">5 &lt; 6</p>', encoding="utf-8")
+    (shown,) = page.call("report", str(tmp_path))
+    assert 'sandbox="allow-scripts"' in shown
+    assert "&lt;p title=&quot;a&quot;&gt;5 &amp;lt; 6" in shown
+
+
+def test_only_this_machine_is_answered_and_only_by_its_own_name(page: Page) -> None:
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.2", page.port), timeout=5)
+    request = urllib.request.Request(page.address, headers={"Host": "elsewhere.example"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=60)
+
+
+def test_a_port_that_is_taken_is_refused(page: Page) -> None:
+    words = [sys.executable, "-m", "lowmem_reft", "ui", "--no-browser", "--port", str(page.port)]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert f"port must be free on this machine, got {page.port}" in ended.stderr
+    assert "--port" in ended.stderr
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None or CHROMEDRIVER is None, reason="needs chromium and chromedriver on PATH"
+)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_nothing_is_wrong_wide_or_fetched(
+    page: Page, width: int, tmp_path: Path
+) -> None:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=CHROMEDRIVER)
+    with webdriver.Chrome(options=options, service=service) as driver:
+        metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        driver.get(page.address)
+        tabs = "[...document.querySelectorAll('button[role=tab]')]"
+        began = time.monotonic()
+        while not (names := driver.execute_script(f"return {tabs}.map((e) => e.textContent)")):
+            assert time.monotonic() - began < NO_SUCH_TIME_S
+            time.sleep(0.5)
+        assert [name.strip() for name in names] == ["Data", "Train", "Compare", "Report", "Talk"]
+        for number in range(len(names)):
+            driver.execute_script(f"{tabs}[{number}].click()")
+            time.sleep(0.5)
+            wide, shown = driver.execute_script(
+                "return [document.documentElement.scrollWidth, innerWidth]"
+            )
+            assert wide <= shown
+        fetched = driver.execute_script(
+            "return performance.getEntriesByType('resource').map((e) => e.name)"
+        )
+        assert [url for url in fetched if not url.startswith(page.address)] == []
+        logged = driver.get_log("browser")
+    assert [entry for entry in logged if entry["level"] == "SEVERE"] == []
