@@ -23,6 +23,7 @@ def reused_log_likelihood(
     root: Path,
     batch_size: int,
     quiet: bool = True,
+    prepared: list[Reuse] | None = None,
 ) -> tuple[Reuse, list[tuple[float, int]]] | None:
     """Return what ``each_log_likelihood`` does, and what it was computed from.
 
@@ -34,25 +35,31 @@ def reused_log_likelihood(
         root: Directory of stores.
         batch_size: Sequences per forward pass.
         quiet: No progress bar.
+        prepared: What has been stored and proven before; what this call does is added to it.
 
     Returns:
         None if nothing can be reused; the reason is logged.
     """
     batches = by_length([len(example["input_ids"]) for example in examples], batch_size)
     order = [index for batch in batches for index in batch]
-    with counter("computing what is constant", quiet=quiet) as report:
-        reuse = prepare(
-            model,
-            [examples[index] for index in order],
-            Collator(tokenizer, padding_side="left"),
-            options,
-            root=root,
-            batch_size=batch_size,
-            epochs=None,
-            report=report,
-        )
+    prepared = [] if prepared is None else prepared
+    ordered = [examples[index] for index in order]
+    reuse = next((r for r in prepared if r.model is model and r.examples == ordered), None)
     if reuse is None:
-        return None
+        with counter("computing what is constant", quiet=quiet) as report:
+            reuse = prepare(
+                model,
+                ordered,
+                Collator(tokenizer, padding_side="left"),
+                options,
+                root=root,
+                batch_size=batch_size,
+                epochs=None,
+                report=report,
+            )
+        if reuse is None:
+            return None
+        prepared.append(reuse)
     found = [(0.0, 0)] * len(examples)
     for start in progress(range(0, len(order), batch_size), "scoring", quiet=quiet):
         places = range(start, min(start + batch_size, len(order)))

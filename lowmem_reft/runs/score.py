@@ -77,6 +77,8 @@ class ScoringSettings(ScoringOptions):
     """Where that is kept; None computes everything anew."""
     stop: str | None = None
     """Text at which a generated answer ends: what parts the examples before the prompts."""
+    prepared: list[Reuse] = field(default_factory=list, compare=False)
+    """What scoring has stored and proven so far: once is enough for a model and its rows."""
 
     @property
     def metrics(self) -> set[str]:
@@ -431,6 +433,7 @@ class _Scoring:
             self.tokenizer,
             settings.reuse,
             root=settings.reuse_dir,
+            prepared=settings.prepared,
             **self._batching,
         )
 

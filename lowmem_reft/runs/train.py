@@ -97,10 +97,10 @@ def _train(
     begun: Checkpoint | None,
 ) -> dict[str, Any]:
     """Train in a directory that nobody else writes to; see ``run_training``."""
-    model = _attach(run)
+    model, settings = _attach(run), _scoring_settings(run)
 
     def scored(rows: list[Row], of: str) -> dict[str, Any]:
-        summary = score(model, run.tokenizer, rows, run.card, _scoring_settings(run)).summary()
+        summary = score(model, run.tokenizer, rows, run.card, settings).summary()
         check_score(summary, of, run)
         return summary
 

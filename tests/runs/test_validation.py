@@ -25,6 +25,7 @@ from lowmem_reft.options import (
     ScoringOptions,
     TrainOptions,
 )
+from lowmem_reft.reuse import prepare, reuse
 from lowmem_reft.runs import fit, train
 from lowmem_reft.runs.evaluate import run_evaluation
 from lowmem_reft.runs.score import Scores
@@ -354,3 +355,30 @@ def test_tokens_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(processes, "everyones", lambda own: [own, [9.0, 30, 20]])
     wanted = {"train_time_s": 1.5, "num_computed_tokens": 6 + 4 + 30, "num_real_tokens": 5 + 20}
     assert spent.of_all() == wanted
+
+
+def test_what_validation_reuses_is_stored_and_proven_once_in_a_run(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(where: Any, name: str) -> None:
+        before = getattr(where, name)
+        monkeypatch.setattr(
+            where, name, lambda *a, **more: (calls.append(name), before(*a, **more))[1]
+        )
+
+    counted(reuse, "base_digest")
+    counted(prepare, "prove_scores")
+    exact = replace(options.model, storage="fp32", compute_dtype="fp32")
+    options = replace(options, model=exact, method=MethodOptions(rank=2, positions="l1"))
+    off = replace(options, reuse=ReuseOptions(reuse="off"))
+    plain = run_training(with_run(off, output_dir=tmp_path / "plain"))["validation"]
+    assert calls == []
+    kept = ReuseOptions(reuse="prefix", reuse_dir=tmp_path / "kept")
+    stored = run_training(replace(options, reuse=kept))["validation"]
+    # Of the rows to train on and of those to validate; first, shortest, shortest with longest.
+    assert [calls.count(name) for name in ("base_digest", "prove_scores")] == [2, 3]
+    assert len(stored) == len(plain) == 3
+    for one, other in zip(stored, plain, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)

@@ -2,15 +2,16 @@
 
 An engine starts cells and says when they have ended; who starts which cell and when is up to
 ``queue.py`` (all cells of a comparison) and ``sweep`` (one trial after another). Each cell has a
-process of its own with every engine, started by the same code (``launch.py``) with the same number
-of threads, so that its numbers do not depend on the engine.
+process of its own with every engine, with the same number of threads, so that its numbers do not
+depend on the engine: a fresh one (``launch.py``) or, where that is safe, a copy of one that has
+imported everything (``forks.py``).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Protocol
 
 from lowmem_reft.compare.cell import Cell, Result
@@ -79,4 +80,5 @@ def open_engine(
         with connected():
             yield RayEngine(child_command)
     else:
-        yield ProcessEngine(workers, child_command)
+        with closing(ProcessEngine(workers, child_command)) as engine:
+            yield engine

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from lowmem_reft.compare.cell import (
     EMPTY_RESULT,
@@ -28,22 +29,48 @@ LOG_FILE = "log.txt"
 """What the process says, in the directory of its cell."""
 
 # A parent that is killed cannot stop its child, which would go on writing where the next run of
-# the same command writes. The kernel can: 1 is PR_SET_PDEATHSIG, and it outlives exec.
-_DIE_WITH_PARENT = """
+# the same command writes. The kernel can, and what it is told outlives exec.
+PR_SET_PDEATHSIG = 1
+"""The option of Linux's ``prctl`` that names the signal which the parent's death sends."""
+
+_DIE_WITH_PARENT = f"""
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGKILL)
 if os.getppid() == int(sys.argv[1]):
     os.execvp(sys.argv[2], sys.argv[2:])
 """
+
+
+class Process(Protocol):
+    """What is asked of a process: a part of ``subprocess.Popen``."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Look whether it has ended."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def kill(self) -> None:
+        """End it."""
+
+
+def dying_with_parent(command: Sequence[str]) -> list[str]:
+    """The command of a process that on Linux dies with this one."""
+    if sys.platform != "linux":
+        return [*command]
+    return [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *command]
 
 
 def start_child(
     command: Sequence[str], cell_path: Path, environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
     """Start the process of the cell in ``cell_path``; on Linux it dies with this process."""
-    words = [*command, str(cell_path)]
-    if sys.platform == "linux":
-        words = [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *words]
+    words = dying_with_parent([*command, str(cell_path)])
     with open_itself(cell_path.parent / LOG_FILE, "wb") as log:
         return subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
@@ -63,7 +90,7 @@ def leave_result(cell_path: Path, run: Callable[[Cell], Result]) -> int:
     return 1 if result["error"] else 0
 
 
-def join_child(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+def join_child(process: Process, timeout_s: float) -> None:
     """Wait for a process that was asked to end, and end it if it does not."""
     try:
         process.wait(timeout_s)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lowmem_reft.compare.cell import TRAINED_FILE, Cell, Result, training_key, write_cell
+from lowmem_reft.compare.engines.forks import NURSERY_COMMAND, NoForkError, Nursery
 from lowmem_reft.compare.engines.launch import (
+    CHILD_COMMAND,
+    Process,
     available_threads,
     cause_of_death,
     join_child,
@@ -22,13 +27,13 @@ from lowmem_reft.machine.files import parse_json
 class ProcessRun:
     """The process of one cell."""
 
-    def __init__(self, cell: Cell, command: Sequence[str], environment: dict[str, str]) -> None:
-        """Start it."""
+    def __init__(self, cell: Cell, start: Callable[[Path], Process]) -> None:
+        """Start it, by the path of its ``cell.json``."""
         self.cell = cell
         _clear(cell)
         path = write_cell(cell)
         self._start = time.perf_counter()
-        self._process = start_child(command, path, environment)
+        self._process = start(path)
 
     def ended(self) -> bool:
         """Whether the process is gone."""
@@ -37,6 +42,7 @@ class ProcessRun:
     def result(self) -> Result:
         """The result that the process left, or one that says how it died."""
         code = self._process.returncode
+        assert code is not None
         wall_time_s = time.perf_counter() - self._start
         return result_or_cause(self.cell, cause_of_death(code, self.cell.directory), wall_time_s)
 
@@ -77,7 +83,10 @@ def _has_trained(cell: Cell) -> bool:
 
 
 class ProcessEngine:
-    """A number of processes at the same time; each gets an equal share of the threads."""
+    """A number of processes at the same time; each gets an equal share of the threads.
+
+    Where that is safe they are forked from one that has imported all: on Linux without a card.
+    """
 
     def __init__(self, workers: int, child_command: Sequence[str]) -> None:
         """Run ``workers`` processes of ``child_command``."""
@@ -87,7 +96,27 @@ class ProcessEngine:
         if workers > 1:
             threads = max(1, available_threads() // workers)
             self._environment["OMP_NUM_THREADS"] = str(threads)
+        self._may_fork = sys.platform == "linux" and tuple(child_command) == CHILD_COMMAND
+        self._nursery: Nursery | None = None
 
     def start(self, cell: Cell) -> ProcessRun:
         """Start a cell."""
-        return ProcessRun(cell, self._command, self._environment)
+        may_fork = self._may_fork and not cell.evaluate.model.device.startswith("cuda")
+        return ProcessRun(cell, self._fork if may_fork else self._spawn)
+
+    def close(self) -> None:
+        """End what cells are forked from."""
+        if self._nursery is not None:
+            self._nursery.close()
+
+    def _fork(self, cell_path: Path) -> Process:
+        if self._nursery is None:
+            self._nursery = Nursery(self._environment, NURSERY_COMMAND)
+        try:
+            return self._nursery.start(cell_path)
+        except NoForkError:
+            self._may_fork = False
+            return self._spawn(cell_path)
+
+    def _spawn(self, cell_path: Path) -> Process:
+        return start_child(self._command, cell_path, self._environment)
