@@ -122,11 +122,12 @@ def options(tmp_path, monkeypatch):
 
 
 def results_of(options):
-    """The results without what no two runs have in common: times, the process's own memory, and
-    the commit, which somebody who works here may change meanwhile.
+    """The results without what no two runs have in common: times, the commit, which somebody who
+    works here may change meanwhile, and the process's own memory: a copy of one that has
+    imported everything holds some bytes of tensors more.
     """
     results = json.loads((options.output_dir / "results.json").read_text())
-    apart = ("rss_bytes", "commit")
+    apart = ("rss_bytes", "commit", "peak_bytes", "breakdown_bytes")
     return [
         {n: value for n, value in result.items() if not n.endswith("_s") and n not in apart}
         for result in results
