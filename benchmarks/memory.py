@@ -57,8 +57,8 @@ from lowmem_reft.memory.profile import build_model, measure_step
 from lowmem_reft.memory.step import make_batch, training_step, warm_up
 from lowmem_reft.options import MemoryOptions, MethodOptions
 
-LOREFT = MethodOptions(method="loreft", rank=4, positions="f7+l7")
-LOREFT_ALL = MethodOptions(method="loreft", rank=4, positions="all")
+LOREFT = MethodOptions(method="loreft", rank=4, layers="all", positions="f7+l7")
+LOREFT_ALL = MethodOptions(method="loreft", rank=4, layers="all", positions="all")
 LOREFT_UPPER = MethodOptions(method="loreft", rank=4, positions="l1", layers="upper:0.5")
 QLORA, LORA = MethodOptions(method="qlora", rank=16), MethodOptions(method="lora", rank=16)
 METHODS = {

@@ -57,7 +57,7 @@ SHAPE = Shape(
     vocab_size=512,
 )
 PROMPT, RESPONSE = 40, 12
-LOREFT = MethodOptions(method="loreft", rank=4, positions="f7+l7")
+LOREFT = MethodOptions(method="loreft", rank=4, layers="all", positions="f7+l7")
 UPPER = MethodOptions(method="loreft", rank=4, positions="l1", layers="2;3")
 KINDS: tuple[tuple[Storage, str, float], ...] = (
     ("nf4", "fp32", TOLERANCE["fp32"]),

@@ -26,9 +26,9 @@ from lowmem_reft.methods.entries import write_entry
 from lowmem_reft.options import CompareOptions, OptimOptions, Workers, written
 
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
-    "loreft, all": ("loreft", {"rank": "8", "positions": "all"}),
-    "loreft, every": ("loreft", {"rank": "8", "positions": "every"}),
-    "loreft, f7+l7": ("loreft", {"rank": "8", "positions": "f7+l7"}),
+    "loreft, all": ("loreft", {"rank": "8", "positions": "all", "layers": "all"}),
+    "loreft, every": ("loreft", {"rank": "8", "positions": "every", "layers": "all"}),
+    "loreft, f7+l7": ("loreft", {"rank": "8", "positions": "f7+l7", "layers": "all"}),
     "loreft, upper": ("loreft", {"rank": "8", "positions": "all", "layers": "upper:0.5"}),
     "loreft, upper l3": ("loreft", {"rank": "8", "positions": "l3", "layers": "upper:0.5"}),
     "red_loreft": ("red_loreft", {"rank": "8"}),
@@ -43,7 +43,7 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Entries by the names of ``--methods`` here, but for their learning rates."""
 
-REFERENCE = "loreft[rank=8,positions=all]"
+REFERENCE = "loreft[rank=8,positions=all,layers=all]"
 """What ``equal=params`` is equal to."""
 
 SHARED_RATES = {

@@ -53,7 +53,7 @@ from lowmem_reft.options import (
     Storage,
 )
 
-METHODS = "loreft[rank=8,positions=f7+l7],qlora[rank=16]"
+METHODS = "loreft[rank=8],qlora[rank=16]"
 TINY_METHODS = "loreft[rank=8,lr=4e-3],qlora[rank=8,lr=2e-3]"
 """The tiny model wants higher rates."""
 

@@ -63,6 +63,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def pinned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of tensors that were asked for in pinned memory, which needs a card."""
     shapes: list[tuple[int, ...]] = []
+    with torch.device("cpu"):  # once, with torch's own: it remembers whom it gives a device
+        torch.empty(0)
 
     def without_card(plain: Any) -> Any:
         def make(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:

@@ -89,6 +89,11 @@ class Sources:
         """Width of the model's hidden vectors."""
         return int(load_config(self.model).get_text_config().hidden_size)
 
+    @cached_property
+    def num_layers(self) -> int:
+        """Its blocks."""
+        return int(load_config(self.model).get_text_config().num_hidden_layers)
+
 
 def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list[Sources]:
     """What the cells of each task read; without named tasks, ``find_sources`` alone.

@@ -10,7 +10,7 @@ from lowmem_reft.memory.planner import Planner
 from lowmem_reft.memory.predict import Lengths, Setting
 from lowmem_reft.memory.search import Candidate, fit
 from lowmem_reft.methods.constant import num_constant_blocks
-from lowmem_reft.methods.table import all_options, find_method
+from lowmem_reft.methods.table import all_options, find_method, for_base
 from lowmem_reft.options import MethodOptions
 from lowmem_reft.reft.config import resolve_layers
 
@@ -58,7 +58,7 @@ def fit_upper(
     num_blocks = int(planner.config.get_text_config().num_hidden_layers)
     ways = [
         (changed, replace(setting, method=method, reuse="trunk", resident="upper"))
-        for changed, method in _methods(setting.method, num_blocks)
+        for changed, method in _methods(setting, num_blocks)
         if changed is not None or setting.resident == "all"  # else it is what was tried
     ]
     try:
@@ -72,13 +72,15 @@ def fit_upper(
     return None
 
 
-def _methods(method: MethodOptions, num_blocks: int) -> Iterator[tuple[int | None, MethodOptions]]:
+def _methods(setting: Setting, num_blocks: int) -> Iterator[tuple[int | None, MethodOptions]]:
     """Yield the method on the layers asked for, then on ever fewer upper ones, with their number.
 
     A method that takes no layers trains all of them.
     """
+    method = setting.method
     if "layers" not in find_method(method.method).options:
         return
+    method = for_base(method, task_type=setting.task_type, num_layers=lambda: num_blocks)
     layers = all_options(method).get("layers") or "all"
     last = num_blocks - resolve_layers(layers, num_blocks)[0]
     yield None, method

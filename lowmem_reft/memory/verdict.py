@@ -20,7 +20,7 @@ from lowmem_reft.memory.rows import longest_of, read_examples
 from lowmem_reft.memory.search import describe, fit, longest_seq_len, reporter
 from lowmem_reft.memory.upper import UpperFit, fit_upper
 from lowmem_reft.methods.entries import parse_methods
-from lowmem_reft.methods.table import find_method
+from lowmem_reft.methods.table import find_method, for_base
 from lowmem_reft.options import ReuseOptions
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
     if card is not None and on_cpu:
         card = replace(card, context_bytes=0)
     planner = Planner(read_config(options.shape.model), card)
-    setting, lengths = setting_of(options, card), lengths_of(options.lengths)
+    setting, lengths = setting_of(options, planner), lengths_of(options.lengths)
     num_examples = options.store.num_examples
     if options.rows.data:
         examples, num_labels = read_examples(options, planner.config)
@@ -119,19 +119,23 @@ def _search(
     return found, setting, lengths
 
 
-def setting_of(options: PlanOptions, card: Card | None) -> Setting:
-    """Turn the options into what is predicted.
+def setting_of(options: PlanOptions, planner: Planner) -> Setting:
+    """Turn the options into what is predicted for the planner's model and card.
 
     Raises:
         InputError: Storage and arithmetic do not go together.
     """
-    shape = options.shape
-    bf16 = card is None or card.bf16
+    shape, config = options.shape, planner.config
+    bf16 = planner.card is None or planner.card.bf16
     storage, dtype = _storage_of(options, bf16=bf16)
     return Setting(
         storage=storage,
         compute_dtype=dtype_name(dtype),
-        method=options.method,
+        method=for_base(
+            options.method,
+            task_type=shape.task_type,
+            num_layers=lambda: config.get_text_config().num_hidden_layers,
+        ),
         memory=options.memory,
         chunked_loss=options.step.loss == "chunked",
         optim=options.step.optim,
@@ -171,9 +175,11 @@ def gib(num_bytes: int) -> str:
 
 
 def _print_plan(console: Console, model: str, plan: Plan) -> None:
-    lengths = plan.lengths
+    lengths, method = plan.lengths, plan.setting.method
+    where = {"layers": method.layers, "positions": method.positions}
+    named = [method.method, *(f"{name} {value}" for name, value in where.items() if value)]
     console.print(
-        f"{model}, {plan.setting.method.method} on {plan.setting.storage}: "
+        f"{model}, {', '.join(named)} on {plan.setting.storage}: "
         f"{plan.num_trainable_params:,} trained parameters, "
         f"{lengths.batch_size} × {lengths.seq_len:,} tokens per forward pass"
     )
@@ -294,7 +300,7 @@ def _run_table(options: PlanOptions) -> dict[str, Any]:
             for size in CARD_SIZES_GIB:
                 done(len(rows) * len(CARD_SIZES_GIB) + len(found), total)
                 planner.card = Card.find(memory_gib=size)
-                found[str(size)] = longest_seq_len(planner, setting_of(own, planner.card))
+                found[str(size)] = longest_seq_len(planner, setting_of(own, planner))
             known = {"model": model, "method": spec.label, "storage": spec.storage}
             rows.append(known | {"longest_seq_len": found})
             cells = [f"{length:,}" if length else "does not fit" for length in found.values()]

@@ -17,7 +17,7 @@ from peft import (
 )
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.table import Method, all_options, check_options, find_method
+from lowmem_reft.methods.table import Method, all_options, check_options, find_method, for_base
 from lowmem_reft.methods.weights import WeightsConfig
 from lowmem_reft.options import MethodOptions
 from lowmem_reft.reft.config import ReftConfig, resolve_layers
@@ -54,6 +54,9 @@ def build_peft_config(
     """
     method = find_method(options.method)
     check_options(options)
+    if num_layers is not None:
+        blocks = num_layers
+        options = for_base(options, task_type=task_type, num_layers=lambda: blocks)
     request = Request(
         method=method,
         given=all_options(options),

@@ -6,7 +6,8 @@ builder to ``configs.BUILDERS``. No torch is imported here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lowmem_reft.errors import InputError
@@ -21,6 +22,9 @@ WIDTH = 4096
 RANK = 8
 DEFAULT_RANK = 8
 """Of an intervention that has one, as ``ReftConfig`` has it."""
+
+DEEP = 12
+"""Blocks from which on a base counts as deep; measured with 6 and with 30."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,8 @@ class Method:
     """Configuration fields that make the method what it is; none of them is in ``options``."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Configuration fields that the user may override."""
+    deep: dict[str, Any] = field(default_factory=dict)
+    """Defaults on a causal language model of ``DEEP`` blocks or more; see ``for_base``."""
     embedded: str = ""
     """Overrides for the tiny model that the package ships, which wants higher rates."""
     needs_cache: bool = False
@@ -81,6 +87,7 @@ _WHERE = ("profile", "layers", "positions", "tie", "component", "dropout")
 _SOURCE = ("rank", "act", "init")
 _WIDTH = ("rank", "act")
 _ALL = {"positions": "all", "rank": DEFAULT_RANK}
+_DEEP = {"layers": "upper:0.5", "positions": "l3"}
 _EVERY = {"positions": "every"}  # new tokens too, as in their papers
 _MLPS = {**_EVERY, "component": "mlp_output", "rank": 8}
 _DORA: dict[str, Any] = {"use_dora": True}
@@ -160,6 +167,7 @@ METHODS: dict[str, Method] = {
             size="rank" if "rank" in options else "layers",
             fixed={"intervention": name},
             defaults=defaults,
+            deep=_DEEP if defaults is _ALL else {},
             embedded=embedded,
         )
         for name, options, defaults, embedded, about in _REFT
@@ -296,6 +304,26 @@ def all_options(options: MethodOptions) -> dict[str, Any]:
     profile = PROFILES.get(user.pop("profile", ""), {})
     profile = {key: value for key, value in profile.items() if key in method.options}
     return {**method.defaults, **profile, **user}
+
+
+def for_base(
+    options: MethodOptions, *, task_type: str, num_layers: Callable[[], int]
+) -> MethodOptions:
+    """Return the options with the method's defaults on a deep base filled in, if it is one.
+
+    On a base of many blocks an edit of the upper ones learns as much or more, costs less and leaves
+    other text alone; one of few blocks needs all (benchmarks/LOG.md, 2026-11-30).
+
+    Args:
+        options: The user's. A profile names its own.
+        task_type: PEFT task type: a classification head needs all tokens of all blocks.
+        num_layers: Returns the blocks of the base; called where they decide.
+    """
+    names = [name for name in find_method(options.method).deep if getattr(options, name) is None]
+    if not names or task_type != "CAUSAL_LM" or options.profile or num_layers() < DEEP:
+        return options
+    deep = find_method(options.method).deep
+    return replace(options, **{name: deep[name] for name in names})
 
 
 def check_options(options: MethodOptions) -> None:

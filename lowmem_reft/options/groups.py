@@ -283,10 +283,10 @@ class OptimOptions:
     group_by_length: bool = False
     """Put examples of like lengths into a batch, which is drawn from 50 batches' worth: less is
     computed for padding, but where length tells classes apart a short training may lose by it."""
-    packing: Literal["auto", "on", "off"] = "off"
+    packing: Literal["auto", "on", "off"] = "auto"
     """Put the examples of a batch one after the other instead of padding them, each as if alone:
     the same batches and steps, to rounding, and less to compute. auto: where the base, the method
-    and --reuse allow it; on: refuse where they do not."""
+    and --reuse allow it; on: refuse where they do not; off: pad."""
 
     def __post_init__(self) -> None:
         """Check every field."""

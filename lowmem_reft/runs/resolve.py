@@ -32,7 +32,7 @@ from lowmem_reft.methods.attach import check_run, check_target_modules
 from lowmem_reft.methods.card import TrainingCard, merge_card, with_template
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.entries import resolve_learning_rate
-from lowmem_reft.methods.table import all_options, find_method
+from lowmem_reft.methods.table import all_options, find_method, for_base
 from lowmem_reft.methods.tokenizers import template_digest, vocabulary_digest
 from lowmem_reft.options import CHAT_TEMPLATE
 
@@ -166,6 +166,14 @@ def resolve(options: TrainOptions) -> Run:
         base_digest=checkpoint_digest(model.model),
     )
     config = _check(options, card)
+    options = replace(
+        options,
+        method=for_base(
+            options.method,
+            task_type=card.task_type,
+            num_layers=lambda: config.get_text_config().num_hidden_layers,
+        ),
+    )
     tokenizer = load_tokenizer(model.model, config=config)
     card = with_template(card, tokenizer)
     through_chat = kind == "messages" or card.template == CHAT_TEMPLATE

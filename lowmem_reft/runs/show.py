@@ -25,7 +25,7 @@ from lowmem_reft.data.tokens import encode_labelled, encode_rows
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.card import merge_card, with_template
-from lowmem_reft.methods.table import all_options
+from lowmem_reft.methods.table import all_options, for_base
 from lowmem_reft.options import MethodOptions, ModelOptions
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.runs.marked import end_ids_of, legend, marked, parts_of
@@ -72,8 +72,7 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
     Raises:
         InputError: An option, the file, a row or the model is wrong.
     """
-    data, positions = options.data, options.positions or all_options(MethodOptions())["positions"]
-    edit = ReftConfig(task_type=options.task_type, positions=positions)
+    data = options.data
     model = ModelOptions(model=options.model, task_type=options.task_type)
     card = merge_card(
         None,
@@ -85,6 +84,13 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
     )
     read = read_mixture(data.data, split=data.split, limit=data.limit)
     config = load_config(options.model)
+    method = for_base(
+        MethodOptions(positions=options.positions),
+        task_type=options.task_type,
+        num_layers=lambda: config.get_text_config().num_hidden_layers,
+    )
+    positions = all_options(method)["positions"]
+    edit = ReftConfig(task_type=options.task_type, positions=positions)
     tokenizer = load_tokenizer(options.model, config=config)
     card = with_template(card, tokenizer)
     names = label_names(read.rows) if read.rows[0].kind == "label" else None

@@ -306,6 +306,7 @@ def test_the_keys_of_cells_stay_so_that_finished_ones_are_found(tmp_path):
         **{"train": "t.jsonl", "train_digest": "t", "validation": "v.jsonl"},
         **{"validation_digest": "v", "evaluate": "e.jsonl", "evaluate_digest": "e"},
     )
+    vars(sources)["num_layers"] = 5
     methods = (
         "loreft[rank=2,positions=f1,tie=tied,act=relu,dropout=0.1,lr=9e-4],"
         "lora[alpha=8,target_modules=q_proj,lr=2e-4],prefix[num_virtual_tokens=3,lr=0.01]"
@@ -318,6 +319,10 @@ def test_the_keys_of_cells_stay_so_that_finished_ones_are_found(tmp_path):
         "6f4a34de6c88cbb6",
         "8cd36be6546de11b",
     ]
+    vars(sources)["num_layers"] = 12  # whose defaults are others
+    deep = build_cells(options, parse_methods(methods), [3], sources)
+    differing = [a.record["key"] != b.record["key"] for a, b in zip(cells, deep, strict=True)]
+    assert differing == ["loreft" in cell.record["method"] for cell in cells]
 
 
 def test_general_text_is_scored_by_every_cell_and_is_part_of_its_key(options, tmp_path):

@@ -214,6 +214,23 @@ def test_a_profile_says_where_to_edit_unless_the_user_does(profile: Any) -> None
         build(method="qlora")
 
 
+def edited(num_layers: int, task_type: str = "CAUSAL_LM", **given: Any) -> tuple[Any, str]:
+    config: Any = build_peft_config(
+        MethodOptions(**given), task_type=task_type, num_layers=num_layers
+    )
+    return config.layers, config.positions
+
+
+def test_a_deep_causal_base_is_edited_above_and_at_the_end_unless_the_user_says_otherwise() -> None:
+    assert edited(11) == ("all", "all")
+    assert edited(12) == ("upper:0.5", "l3")
+    assert edited(12, layers="all") == ("all", "l3")
+    assert edited(12, positions="f1") == ("upper:0.5", "f1")
+    assert edited(12, profile="paper") == ("all", "f7+l7")
+    assert edited(12, "SEQ_CLS") == ("all", "all")
+    assert edited(12, method="red") == ("all", "every")
+
+
 def test_an_unknown_profile_is_refused() -> None:
     with pytest.raises(InputError, match="profile must be one of fast, balanced, paper, got 'x'"):
         parse_methods("loreft[profile=x]")

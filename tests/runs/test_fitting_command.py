@@ -35,23 +35,28 @@ def parsed(command: str) -> TrainOptions:
 
 
 FOUND = {
-    "llama-3.1-8b": {4: "fewer blocks", 8: "as asked", 12: "as asked", 24: "as asked"},
-    "qwen3-14b": {4: "fewer blocks", 8: "fewer blocks", 12: "as asked", 24: "as asked"},
-    "llama-3.3-70b": dict.fromkeys((4, 8, 12, 24), "fewer blocks"),
+    ("llama-3.1-8b", "all"): {4: "fewer blocks", 8: "as asked"},
+    ("llama-3.1-8b", None): {4: "upper blocks", 8: "as asked", 12: "as asked", 24: "as asked"},
+    ("qwen3-14b", None): {4: "upper blocks", 8: "upper blocks", 12: "as asked", 24: "as asked"},
+    ("llama-3.3-70b", None): {4: "fewer blocks", **dict.fromkeys((8, 12, 24), "upper blocks")},
 }
-"""What is found for a model and a card's GiB, with examples of 256 tokens, 128 of them answer."""
+"""What is found for a model, layers and a card's GiB, with examples of 256 tokens, 128 of them
+answer: what was asked for, the same with its upper blocks alone, or with fewer of them."""
 
 
-def options_of(model: str, memory_gib: float) -> PlanOptions:
+def options_of(model: str, memory_gib: float, layers: str | None = None) -> PlanOptions:
     return written.build(
-        PlanOptions, model=model, seq_len=256, batch_size=1, memory_gib=memory_gib, fit=True
+        PlanOptions,
+        **{"model": model, "seq_len": 256, "batch_size": 1, "memory_gib": memory_gib},
+        layers=layers,
+        fit=True,
     )
 
 
-def asked(options: PlanOptions, card: Card) -> tuple[Setting, Lengths]:
+def asked(options: PlanOptions, planner: Planner) -> tuple[Setting, Lengths]:
     lengths = verdict.lengths_of(options.lengths)
     lengths = Lengths(**{**vars(lengths), "response_len": 128, "padded": None})
-    return verdict.setting_of(options, card), lengths
+    return verdict.setting_of(options, planner), lengths
 
 
 def run_of(train: TrainOptions, config: Any) -> Run:
@@ -85,18 +90,18 @@ def _on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_on_cuda")
-@pytest.mark.parametrize("model", FOUND)
-def test_the_printed_command_is_predicted_as_it_was_planned(model: str) -> None:
+@pytest.mark.parametrize(("model", "layers"), FOUND)
+def test_the_printed_command_is_predicted_as_it_was_planned(model: str, layers: str | None) -> None:
     planner = Planner(read_config(model))  # one for all cards: what a setting takes is the same
-    for memory_gib, found in FOUND[model].items():
-        options = options_of(model, memory_gib)
+    for memory_gib, found in FOUND[model, layers].items():
+        options = options_of(model, memory_gib, layers)
         card = planner.card = Card.find(memory_gib=memory_gib)
         assert card is not None
-        setting, lengths = asked(options, card)
+        setting, lengths = asked(options, planner)
         said, shown, shown_lengths = verdict._search(options, planner, setting, lengths, print)
         upper: UpperFit | None = said["upper"]
-        assert (said["train_command"] is None) == (found != "as asked")
-        assert (upper is None) == (found != "fewer blocks")
+        assert (said["train_command"] is None) == (found == "fewer blocks")
+        assert (upper is None) == (found == "as asked")
         chosen = Candidate(setting=shown, lengths=shown_lengths, cost=0.0)
         if upper is not None:
             chosen = upper.candidate
@@ -114,7 +119,7 @@ def test_what_plan_finds_nothing_for_is_refused_by_train() -> None:
     card = Card.find(memory_gib=1)
     assert card is not None
     planner = Planner(read_config("llama-3.1-8b"), card)
-    setting, lengths = asked(options, card)
+    setting, lengths = asked(options, planner)
     said, *_ = verdict._search(options, planner, setting, lengths, print)
     assert said["nothing_fits"]
     train = parsed(train_command(options, Candidate(setting=setting, lengths=lengths, cost=0.0)))
