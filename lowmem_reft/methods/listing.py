@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.methods.table import METHODS, PROFILES, RANK, WIDTH, Method
+from lowmem_reft.methods.table import DEEP, METHODS, PROFILES, RANK, WIDTH, Method
 from lowmem_reft.options import MethodsOptions
 
 _NOT_LISTED = {item.name for item in fields(Method) if isinstance(item.default, bool)}
@@ -22,8 +22,9 @@ def run_methods(options: MethodsOptions) -> dict[str, Any]:
         ``methods``: for each ``name`` and the fields of the table's entry: ``family``, ``about``,
         ``source``, ``storage``, ``lr`` (with ``lr_by_width`` and ``lr_by_rank``: see
         ``Method.rate``), ``options`` (those it takes), ``size`` (the one that sets its number of
-        parameters), ``defaults`` and ``fixed`` (of its configuration), ``embedded`` (overrides for
-        the tiny model that the package ships); ``profiles``: what each stands for.
+        parameters), ``defaults`` and ``fixed`` (of its configuration), ``deep`` (where a deep base is
+        edited: see ``table.for_base``), ``embedded`` (overrides for the tiny model that the package
+        ships); ``profiles``: what each stands for.
     """
     methods = [
         {"name": name, **{key: v for key, v in asdict(method).items() if key not in _NOT_LISTED}}
@@ -50,4 +51,10 @@ def _print(methods: list[dict[str, Any]]) -> None:
     console.print(table, markup=False)
     console.print(
         f"lr: on a base of hidden size {WIDTH}, at rank {RANK}; on others it follows these"
+    )
+    alike = [method["name"] for method in methods if method["deep"]]
+    place = " and ".join(f"{name} {value}" for name, value in METHODS[alike[0]].deep.items())
+    console.print(
+        f"{', '.join(alike)}: all of the prompt in all blocks, but on a causal language model of "
+        f"{DEEP} blocks or more, where neither is given, {place}"
     )

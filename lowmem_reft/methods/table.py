@@ -55,7 +55,7 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)
     """Configuration fields that the user may override."""
     deep: dict[str, Any] = field(default_factory=dict)
-    """Defaults on a causal language model of ``DEEP`` blocks or more; see ``for_base``."""
+    """Where a causal language model of ``DEEP`` blocks or more is edited: see ``for_base``."""
     embedded: str = ""
     """Overrides for the tiny model that the package ships, which wants higher rates."""
     needs_cache: bool = False
@@ -309,21 +309,22 @@ def all_options(options: MethodOptions) -> dict[str, Any]:
 def for_base(
     options: MethodOptions, *, task_type: str, num_layers: Callable[[], int]
 ) -> MethodOptions:
-    """Return the options with the method's defaults on a deep base filled in, if it is one.
+    """Return the options with where a deep base is edited, if it is one and they do not say where.
 
     On a base of many blocks an edit of the upper ones learns as much or more, costs less and leaves
     other text alone; one of few blocks needs all (benchmarks/LOG.md, 2026-11-30).
 
     Args:
-        options: The user's. A profile names its own.
-        task_type: PEFT task type: a classification head needs all tokens of all blocks.
+        options: The user's; a profile, layers or positions say where.
+        task_type: PEFT task type: a classification head needs all blocks.
         num_layers: Returns the blocks of the base; called where they decide.
     """
-    names = [name for name in find_method(options.method).deep if getattr(options, name) is None]
-    if not names or task_type != "CAUSAL_LM" or options.profile or num_layers() < DEEP:
-        return options
     deep = find_method(options.method).deep
-    return replace(options, **{name: deep[name] for name in names})
+    if not deep or any((options.profile, options.layers, options.positions)):
+        return options
+    if task_type != "CAUSAL_LM" or num_layers() < DEEP:
+        return options
+    return replace(options, **deep)
 
 
 def check_options(options: MethodOptions) -> None:

@@ -71,7 +71,7 @@ def _refuse(why: str | None) -> None:
     if why is not None:
         raise InputError(
             f"packing must be auto or off here, got 'on': {why}; leave it out (--group-by-length "
-            "puts examples of like lengths together)"
+            "puts examples of like lengths together, and with --reuse trunk more can be packed)"
         )
 
 
@@ -90,7 +90,7 @@ def why_not(model: Any, reuse: Reuse | None = None) -> str | None:
     """
     base = base_of(model)
     if reuse is not None and reuse.mode == "prefix":
-        return "keys and values of prefixes are reused, which belong to one example (--reuse trunk)"
+        return "keys and values of prefixes are reused, which belong to one example each"
     if processes.shards_model():
         return "each process holds a part of the base"
     if "position_ids" not in inspect.signature(base.forward).parameters:

@@ -306,7 +306,6 @@ def test_the_keys_of_cells_stay_so_that_finished_ones_are_found(tmp_path):
         **{"train": "t.jsonl", "train_digest": "t", "validation": "v.jsonl"},
         **{"validation_digest": "v", "evaluate": "e.jsonl", "evaluate_digest": "e"},
     )
-    vars(sources)["num_layers"] = 5
     methods = (
         "loreft[rank=2,positions=f1,tie=tied,act=relu,dropout=0.1,lr=9e-4],"
         "lora[alpha=8,target_modules=q_proj,lr=2e-4],prefix[num_virtual_tokens=3,lr=0.01]"
@@ -319,10 +318,24 @@ def test_the_keys_of_cells_stay_so_that_finished_ones_are_found(tmp_path):
         "6f4a34de6c88cbb6",
         "8cd36be6546de11b",
     ]
-    vars(sources)["num_layers"] = 12  # whose defaults are others
-    deep = build_cells(options, parse_methods(methods), [3], sources)
-    differing = [a.record["key"] != b.record["key"] for a, b in zip(cells, deep, strict=True)]
-    assert differing == ["loreft" in cell.record["method"] for cell in cells]
+
+
+def test_a_cell_whose_default_depends_on_the_base_has_a_key_of_its_own_on_a_deep_one(tmp_path):
+    def keys(num_layers):
+        sources = Sources(
+            **{"model": "m", "model_name": "m", "model_digest": "d", "task": "numbers"},
+            **{"train": "t.jsonl", "train_digest": "t"},
+            **{"evaluate": "e.jsonl", "evaluate_digest": "e"},
+        )
+        vars(sources)["num_layers"] = num_layers
+        methods = "loreft[rank=2,lr=9e-4],lora[lr=2e-4]"
+        options = build(CompareOptions, compute_dtype="fp32", output_dir=tmp_path)
+        _, _, *cells = build_cells(options, parse_methods(methods), [0], sources)
+        return [cell.record["key"] for cell in cells]
+
+    (few, lora), (more, same) = keys(11), keys(12)
+    assert few != more
+    assert lora == same
 
 
 def test_general_text_is_scored_by_every_cell_and_is_part_of_its_key(options, tmp_path):

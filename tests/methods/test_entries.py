@@ -221,11 +221,12 @@ def edited(num_layers: int, task_type: str = "CAUSAL_LM", **given: Any) -> tuple
     return config.layers, config.positions
 
 
-def test_a_deep_causal_base_is_edited_above_and_at_the_end_unless_the_user_says_otherwise() -> None:
+def test_a_deep_causal_base_is_edited_above_and_at_the_end_unless_the_user_says_where() -> None:
     assert edited(11) == ("all", "all")
     assert edited(12) == ("upper:0.5", "l3")
-    assert edited(12, layers="all") == ("all", "l3")
-    assert edited(12, positions="f1") == ("upper:0.5", "f1")
+    assert edited(12, rank=2) == ("upper:0.5", "l3")
+    assert edited(12, layers="all") == ("all", "all")
+    assert edited(12, positions="f1") == ("all", "f1")
     assert edited(12, profile="paper") == ("all", "f7+l7")
     assert edited(12, "SEQ_CLS") == ("all", "all")
     assert edited(12, method="red") == ("all", "every")

@@ -37,8 +37,8 @@ def parsed(command: str) -> TrainOptions:
 FOUND = {
     ("llama-3.1-8b", "all"): {4: "fewer blocks", 8: "as asked"},
     ("llama-3.1-8b", None): {4: "upper blocks", 8: "as asked", 12: "as asked", 24: "as asked"},
-    ("qwen3-14b", None): {4: "upper blocks", 8: "upper blocks", 12: "as asked", 24: "as asked"},
-    ("llama-3.3-70b", None): {4: "fewer blocks", **dict.fromkeys((8, 12, 24), "upper blocks")},
+    ("qwen3-14b", None): {4: "fewer blocks", 8: "upper blocks", 12: "as asked", 24: "as asked"},
+    ("llama-3.3-70b", None): {**dict.fromkeys((4, 8, 12), "fewer blocks"), 24: "upper blocks"},
 }
 """What is found for a model, layers and a card's GiB, with examples of 256 tokens, 128 of them
 answer: what was asked for, the same with its upper blocks alone, or with fewer of them."""

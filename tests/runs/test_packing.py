@@ -251,7 +251,7 @@ def test_packing_that_is_asked_for_and_cannot_be_is_refused(
     assert not options.run.output_dir.exists()
     prefix = replace(options.reuse, reuse="prefix")
     asked = replace(asked, reuse=prefix, method=MethodOptions(positions="l1", rank=2))
-    with pytest.raises(InputError, match=r"packing must .* keys and values .*--reuse trunk"):
+    with pytest.raises(InputError, match=r"packing must .* keys and values .* --reuse trunk"):
         run_training(asked)
     auto = with_run(with_optim(asked, packing="auto"), quiet=False, overwrite=True)
     assert run_training(auto)["packing"] == "off"
