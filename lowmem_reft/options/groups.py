@@ -222,11 +222,11 @@ class MethodOptions:
     """Rank of the intervention or width of a bottleneck (default 8), rank of the LoRA update
     (default 16) or width of P-tuning's network (default 128)."""
     layers: str | None = None
-    """Blocks that are touched: all (the default of most), "8;12;16" (0-based) or upper:0.5 (the upper
-    half; the default of LoReFT and its kin where a causal model has 12 or more)."""
+    """Blocks that are touched: all, "8;12;16" (0-based) or upper:0.5 (the upper half; the default of
+    LoReFT and its kin where a causal model has 12 blocks or more, and positions are not given)."""
     positions: str | None = None
-    """Prompt tokens that are edited: all (the default of most), l3 (where upper:0.5 is), f7+l7 or l1;
-    l1+response: the answer's as well; response: those alone; every: all+response."""
+    """Prompt tokens that are edited: all (the default of most), f7+l7 or l3 (the default beside
+    upper:0.5); l1+response: the answer's as well; response: those alone; every: all+response."""
     edit: EditOptions = field(default_factory=EditOptions)
     dropout: float | None = None
     """Dropout on the edit (ReFT) or on the update's input (LoRA)."""
