@@ -222,8 +222,8 @@ class MethodOptions:
     """Rank of the intervention or width of a bottleneck (default 8), rank of the LoRA update
     (default 16) or width of P-tuning's network (default 128)."""
     layers: str | None = None
-    """Blocks that are touched: all, "8;12;16" (0-based) or upper:0.5 (the upper half; LoReFT and its
-    kin do so by default where a causal model has 12 blocks or more, and positions are not given)."""
+    """Blocks that are touched: all, "8;12;16" (0-based) or upper:0.5 (the upper half: what LoReFT
+    takes where a causal model has 12 blocks or more and neither layers nor positions are given)."""
     positions: str | None = None
     """Prompt tokens that are edited: all (the default of most), f7+l7 or l3 (the default beside
     upper:0.5); l1+response: the answer's as well; response: those alone; every: all+response."""
