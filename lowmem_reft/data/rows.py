@@ -275,7 +275,11 @@ def _understood(columns: Any, where: str, *, require_response: bool) -> Record:
     record = understood(columns, where, require_response=require_response)
     if record is None:
         present = sorted(str(name) for name, value in columns.items() if value is not None)
-        raise InputError(
-            f"{where}: a row must have {wanted}, got {present}; rename or remove columns"
-        )
+        empty = sorted(str(name) for name, value in columns.items() if value is None)
+        held, cure = f"{present}", "rename or remove columns"
+        if empty:
+            held, cure = f"{present}, and nothing in {empty}", f"fill, {cure}"
+        if {"chosen", "rejected"} <= {*present}:
+            cure = "preferences are trained with TRL, of which the documentation has a page"
+        raise InputError(f"{where}: a row must have {wanted}, got {held}; {cure}")
     return record
