@@ -162,5 +162,8 @@ def _size(num_bytes: int) -> str:
 def _validation(run: Run, number: int) -> str:
     every, patience = run.options.choosing.eval_steps, run.options.choosing.patience
     when = "after every epoch" if every is None else f"every {every:,} steps"
-    stop = "" if patience is None else f"; {patience} scores that are no better end the run"
+    stop = ""
+    if patience is not None:
+        scores = "1 score that is" if patience == 1 else f"{patience} scores in a row that are"
+        stop = f"; {scores} no better end{'s' if patience == 1 else ''} the run"
     return f"validation: {number:,} rows {when}{stop}"

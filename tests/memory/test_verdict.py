@@ -377,6 +377,11 @@ def test_the_upper_half_is_offered_as_another_training(
     assert result["upper"]["num_blocks"] == 2
     for words in ("with only the upper half edited: another training", "--resident upper"):
         assert words in said
+    for words in (
+        "--fit looks for",
+        "longest example",
+    ):  # it has looked; of that training none fits
+        assert words not in said
     assert "--layers upper:0.5 " in result["upper"]["command"]
 
 

@@ -83,7 +83,7 @@ def test_rows_first_row_method_and_steps_are_said(
     )
     assert steps == "steps: 4 of 2 rows (2 epochs), constant schedule"
     assert validation == (
-        "validation: 4 rows every 2 steps; 3 scores that are no better end the run"
+        "validation: 4 rows every 2 steps; 3 scores in a row that are no better end the run"
     )
 
 
