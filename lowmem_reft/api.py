@@ -167,11 +167,12 @@ def plan(*, model: str, **options: Any) -> Result:
 def _run(command: str, kind: Any, handler: str, given: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(given["output_dir"]) if "output_dir" in given else Path(directory)
+        leaves = written.leaves(kind)
+        own = written.own_names(leaves)
         content = {
-            name: _rows_file(folder, name, value) if name in _ROWS else value
+            own.get(name, name): _rows_file(folder, name, value) if name in _ROWS else value
             for name, value in given.items()
         }
-        leaves = written.leaves(kind)
         content = {name: _checked(command, name, value, leaves) for name, value in content.items()}
         options = written.build(kind, **content)
         show_bars(not content.get("quiet", False))

@@ -102,6 +102,7 @@ def test_nothing_heavy_is_imported_for_the_names() -> None:
     ("options", "said"),
     [
         ({"rnak": 3}, "rnak must be an option of train, got no such one; similar: rank"),
+        ({"lora_r": 8}, "lora_r must be an option of train, got no such one; here: rank;"),
         ({"rank": "8"}, "rank must be int | None, got '8'"),
         ({"rank": True}, "rank must be int | None, got True"),
         ({"storage": "nf5"}, "storage must be .*nf4.*, got 'nf5'"),

@@ -418,6 +418,7 @@ def test_a_typo_is_answered_with_options_of_the_same_subcommand(capsys):
     [
         (["trian"], "unknown command: trian; similar: train; see lowmem-reft --help"),
         (["qqq"], "unknown command: qqq; see lowmem-reft --help"),
+        (["eval"], "unknown command: eval; here: evaluate; see lowmem-reft --help"),
         (["train", "--modle", "m"], "unknown options: --modle; similar: --model; see"),
         ([*TRAIN, "--batchsize=3"], "unknown options: --batchsize; similar: --batch-size; see"),
         (
@@ -428,6 +429,20 @@ def test_a_typo_is_answered_with_options_of_the_same_subcommand(capsys):
             [*TRAIN, "--learning-rat", "1"],
             "unknown options: --learning-rat; similar: --learning-rate",
         ),
+        ([*TRAIN, "--load_in_4bit"], "unknown options: --load-in-4bit; here: --storage nf4; see"),
+        (
+            [*TRAIN, "--lora_r=8", "--lora_alpha", "16", "--sead", "1"],
+            "unknown options: --lora-r, --lora-alpha, --sead; here: --rank, --alpha; "
+            "similar: --seed; see",
+        ),
+        (
+            ["plan", "--max_seq_length", "64"],
+            "unknown options: --max-seq-length; here: --max-length;",
+        ),
+        ([*TRAIN, "--assistant_only_loss"], "unknown options: --assistant-only-loss; see"),
+        (["plan", "--wandb_project", "p"], "unknown options: --wandb-project; see"),
+        ([*TRAIN, "--use_rslora"], "unknown options: --use-rslora; see"),
+        ([*TRAIN, "--deepspeed", "c"], "unknown options: --deepspeed; see"),
     ],
 )
 def test_what_there_is_not_is_named_with_the_nearest_before_what_is_missing(

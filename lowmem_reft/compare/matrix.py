@@ -81,6 +81,9 @@ def run_comparison(
     if chosen.lr_search is not None:
         options = with_embedded_rows(options)
     every_source = [*find_all_sources(options)]
+    for sources in every_source:
+        if sources.also_trained and not options.quiet:
+            print(f"eval_data of {sources.task}: {sources.also_trained}", file=sys.stderr)
     runner = _Runner(options, child_command)
     with alone(options.output_dir, options.output_dir / ".lock"):
         write_run_file(options.output_dir, "compare", options)

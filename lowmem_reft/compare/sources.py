@@ -20,6 +20,7 @@ from lowmem_reft.data.few_shot import draw_examples
 from lowmem_reft.data.general import general_digest, read_general
 from lowmem_reft.data.rows import (
     Row,
+    also_trained,
     as_choices,
     holdout,
     label_names,
@@ -83,6 +84,8 @@ class Sources:
     """By the seed that drew them; empty without ``--few-shot``."""
     forgetting_digest: str | None = None
     """Of the general text, if there is one."""
+    also_trained: str = ""
+    """How many of the rows to evaluate on are trained on too, if any is."""
 
     @cached_property
     def hidden_size(self) -> int:
@@ -172,6 +175,10 @@ def _sources(
         model_digest=model_digest(model),
         examples=_draw_examples(options, {part: rows for part, (_, rows) in parts.items()}, own),
         forgetting_digest=None if text is None else general_digest(read_general(text)),
+        also_trained=also_trained(
+            parts["evaluate"][1][: options.scored.eval_limit],
+            parts["train"][1][: options.rows.limit],
+        ),
         **named,
         **own,
     )

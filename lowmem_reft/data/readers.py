@@ -54,6 +54,8 @@ def read_records(source: str, split: str, name: str = "data") -> Iterator[tuple[
     if not path.exists() and _HUB_ID.fullmatch(source):
         yield from _hub_records(source, split, name)
         return
+    if path.is_dir():
+        raise InputError(f"{name} must be a file, got the directory {source!r}; name a file in it")
     is_compressed = path.suffix.lower() in COMPRESSED
     kind = Path(path.stem if is_compressed else path).suffix.lower()
     # Parquet is compressed inside, and read from where its end says.

@@ -251,11 +251,24 @@ def as_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return records
 
 
+def also_trained(rows: Sequence[Row], trained: Sequence[Row]) -> str:
+    """Say how many of the rows to score are trained on too; empty if none is."""
+    known = {_content(row) for row in trained}
+    number = sum(_content(row) in known for row in rows)
+    said = "of its rows are trained on too: their score says nothing of new rows"
+    return f"{number:,} of {len(rows):,} {said}" if number else ""
+
+
 def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     """Write rows as JSON lines that ``load_rows`` reads as the same rows; make the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in as_records(rows))
     return write_text_whole(path, "".join(lines))
+
+
+def _content(row: Row) -> tuple[str | None, ...]:
+    """What is asked and answered, however the answer is chosen."""
+    return row.prompt, row.text_pair, repr(row.messages), row.response
 
 
 def _label(row: Row) -> str:
@@ -275,7 +288,11 @@ def _understood(columns: Any, where: str, *, require_response: bool) -> Record:
     record = understood(columns, where, require_response=require_response)
     if record is None:
         present = sorted(str(name) for name, value in columns.items() if value is not None)
-        raise InputError(
-            f"{where}: a row must have {wanted}, got {present}; rename or remove columns"
-        )
+        empty = sorted(str(name) for name, value in columns.items() if value is None)
+        held, cure = f"{present}", "rename or remove columns"
+        if empty:
+            held, cure = f"{present}, and nothing in {empty}", f"fill, {cure}"
+        if {"chosen", "rejected"} <= {*present}:
+            cure = "preferences are trained with TRL, of which the documentation has a page"
+        raise InputError(f"{where}: a row must have {wanted}, got {held}; {cure}")
     return record

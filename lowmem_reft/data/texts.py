@@ -164,8 +164,8 @@ def _chat(
     if tokenizer.chat_template is None:
         raise InputError(
             f"{row.source}: messages must come with a tokenizer that has a chat template, got "
-            "none; use an instruction-tuned model, convert the rows to prompt and response, or "
-            "write those with --raw"
+            "none; use an instruction-tuned model, or convert the rows to prompt and response, "
+            "which --raw writes as they are (messages it does not)"
         )
     prompt = _rendered(row, tokenizer, row.prompt_messages, add_generation_prompt=True)
     arguments = {**row.template_arguments, "source": row.source}

@@ -76,7 +76,7 @@ def run_plan(options: PlanOptions) -> dict[str, Any]:
     plan = planner.plan(setting, lengths, num_examples=num_examples)
     result = plan.as_json() | ({"process_bytes": PROCESS_BYTES} if on_cpu else {})
     console = Console(soft_wrap=True, highlight=False, markup=False, quiet=options.json)
-    _print_plan(console, options.shape.model, plan)
+    _print_plan(console, options.shape.model, plan, advice=not options.fit)
     if options.fit:
         longest = longest_seq_len(planner, setting, report=report)
         _print_fit(console, found, longest, plan)
@@ -174,10 +174,8 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f} GiB"
 
 
-def _print_plan(console: Console, model: str, plan: Plan) -> None:
+def _print_plan(console: Console, model: str, plan: Plan, *, advice: bool) -> None:
     lengths, method = plan.lengths, plan.setting.method
-    where = {"layers": method.layers, "positions": method.positions}
-    named = [method.method, *(f"{name} {value}" for name, value in where.items() if value)]
     console.print(
         f"{model}, {', '.join(named)} on {plan.setting.storage}: "
         f"{plan.num_trainable_params:,} trained parameters, "
@@ -201,7 +199,10 @@ def _print_plan(console: Console, model: str, plan: Plan) -> None:
         console.print(f"the process itself: about {gib(PROCESS_BYTES)} more, without any tensor")
     card = plan.card
     if card is not None:
-        console.print(_verdict(plan, card), style="bold green" if plan.fits else "bold red")
+        said = _verdict(plan, card)
+        if advice and not plan.fits:
+            said += "; --fit looks for a setting that fits"
+        console.print(said, style="bold green" if plan.fits else "bold red")
         if plan.fits and not card.holds(plan.evaluation_peak_bytes):
             console.print("scoring choices in batches of this size does not fit", style="bold red")
 
@@ -243,7 +244,7 @@ def _verdict(plan: Plan, card: Card) -> str:
     missing = gib(plan.required_bytes - card.memory_bytes)
     return (
         f"does not fit: {card.name} has {gib(card.memory_bytes)}, this needs {needs}: {missing} too"
-        " much; --fit looks for a setting that fits"
+        " much"
     )
 
 
@@ -268,10 +269,11 @@ def _print_fit(console: Console, found: dict[str, Any], longest: int, plan: Plan
         more = "" if upper is None else f", {upper.in_words}"
         console.print(f"the fastest setting that fits (speed is estimated){more}:")
         console.print(found["train_command"], style="bold")
-    console.print(
-        f"longest example on {plan.card.name}, one at a time and with every way to save memory: "
-        f"{longest:,} tokens"
-    )
+    if longest:
+        console.print(
+            f"longest example on {plan.card.name}, one at a time and with every way to save "
+            f"memory: {longest:,} tokens"
+        )
 
 
 def _run_table(options: PlanOptions) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def run_methods(options: MethodsOptions) -> dict[str, Any]:
 
 def _print(methods: list[dict[str, Any]]) -> None:
     table = Table("method", "base", "lr", "what is trained", "options", "source", box=None)
-    table.columns[2].justify = "right"
+    table.columns[0].no_wrap, table.columns[2].justify = True, "right"
+    table.columns[0].min_width = max(len(method["name"]) for method in methods)
     for method in methods:
         table.add_row(
             method["name"],

@@ -11,9 +11,12 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from lowmem_reft.options import written
+from lowmem_reft.options import elsewhere, written
 
 _FLAG = re.compile(r"--[\w-]+")
+_ALIKE = 0.65
+"""Share of letters that a name has in common with what is meant; less is chance."""
+
 _MOST_CHARACTERS = 400
 """Of what was given: the rest of a longer text says nothing."""
 
@@ -52,7 +55,9 @@ def one_line(box: str) -> str:
 
 
 def misspelled(words: Sequence[str], known: Iterable[str], what: str) -> str:
-    """Return which words are none of the known ones, with the nearest; empty if all are known.
+    """Return which words are none of the known ones, with what is meant; empty if all are known.
+
+    What other trainers call an option is told apart from what is misspelled.
 
     Args:
         words: What was given.
@@ -61,11 +66,10 @@ def misspelled(words: Sequence[str], known: Iterable[str], what: str) -> str:
     """
     names = list(known)
     unknown = [word for word in words if word not in names]
-    similar = [near for word in unknown for near in get_close_matches(word, names, n=1)]
     if not unknown:
         return ""
     said = f"unknown {what}: {', '.join(dict.fromkeys(unknown))}"
-    return f"{said}; similar: {', '.join(dict.fromkeys(similar))}" if similar else said
+    return said + _meant(unknown, names)
 
 
 def given_flags(words: Sequence[str]) -> list[str]:
@@ -89,12 +93,10 @@ def without_flag(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]
 
 
 def no_option(name: str, command: str, known: Iterable[str]) -> str:
-    """Say that a command has no option of a name, and which is the nearest."""
-    similar = get_close_matches(name, list(known), n=1)
-    meant = f"; similar: {similar[0]}" if similar else ""
+    """Say that a command has no option of a name, and which one is meant."""
     return (
-        f"{name} must be an option of {command}, got no such one{meant}; see "
-        f"lowmem-reft {command} --help"
+        f"{name} must be an option of {command}, got no such one{_meant([name], list(known))}; "
+        f"see lowmem-reft {command} --help"
     )
 
 
@@ -104,6 +106,21 @@ def known_flags(options: Any) -> list[str]:
     for name, leaf in written.leaves(options).items():
         found += [written.flag(name), *leaf.aliases]
     return found
+
+
+def _meant(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """Return what to write here for names of other trainers, and what is like the others."""
+    here = elsewhere.here(unknown, known)
+    # Without the hyphens, which all flags have in common.
+    bare = {word.lstrip("-"): word for word in known}
+    near = [
+        bare[name]
+        for word in unknown
+        if word not in here
+        for name in get_close_matches(word.lstrip("-"), list(bare), n=1, cutoff=_ALIKE)
+    ]
+    said = f"; here: {', '.join(dict.fromkeys(here.values()))}" if here else ""
+    return f"{said}; similar: {', '.join(dict.fromkeys(near))}" if near else said
 
 
 def _flags(lines: list[str]) -> list[str]:

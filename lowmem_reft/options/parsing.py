@@ -93,9 +93,9 @@ def parse(arguments: list[str], commands: Mapping[str, Any], description: str) -
 
 def _with_file(arguments: list[str], kind: Any) -> tuple[list[str], dict[str, run_file.Entry]]:
     """Return the words after the command's name, with those of ``--config FILE`` before them."""
-    words, path = run_file.take(arguments[1:])
+    words, path = run_file.take(run_file.with_bare_switches(arguments[1:], kind))
     if path is None:
-        return words, {}
+        return run_file.without_off_switches(words, kind), {}
     given = complaint.given_flags(words)
     entries = run_file.read(path, arguments[0], kind, given=given)
     own = [word for entry in entries.values() for word in entry.words]

@@ -26,6 +26,7 @@ HELP = (
 
 _FLAG = "--config"
 _YES, _NO = ("true", "yes", "on"), ("false", "no", "off")
+_SAID = ("true", "false")
 _NOTHING = ("", "null", "~")
 
 
@@ -68,10 +69,12 @@ def read(path: Path, command: str, kind: Any, *, given: Sequence[str] = ()) -> d
             message names file and line.
     """
     leaves = written.leaves(kind)
+    own = written.own_names(leaves)
     content, lines = _content(path)
     found: dict[str, Entry] = {}
     for written_name, value in content.items():
         name = str(written_name).replace("-", "_")
+        name = own.get(name, name)
         place = f"{path}:{lines.get(str(written_name), 1)}"
         if name == COMMAND:
             if value != command:
@@ -99,6 +102,32 @@ def without_off_switches(arguments: Sequence[str], kind: Any) -> list[str]:
     leaves = written.leaves(kind)
     off = {_off(name, leaves) for name, leaf in leaves.items() if leaf.hint is bool}
     return [word for word in arguments if word not in off - {None}]
+
+
+def with_bare_switches(arguments: Sequence[str], kind: Any) -> list[str]:
+    """Return the arguments with switches that are told true or false, as elsewhere, as ours.
+
+    ``--NAME true`` becomes ``--NAME``, and ``--NAME false`` becomes ``--no-NAME``.
+    """
+    leaves = written.leaves(kind)
+    switches = {
+        flag: name
+        for name, leaf in leaves.items()
+        if leaf.hint is bool
+        for flag in (written.flag(name), *leaf.aliases)
+    }
+    words: list[str] = []
+    left = list(arguments)
+    while left:
+        word = left.pop(0)
+        flag, equals, value = word.partition("=")
+        name = switches.get(flag.replace("_", "-"))
+        if name and not equals and left and left[0].lower() in _SAID:
+            value = left.pop(0)
+        if name and value.lower() in _SAID:
+            word = flag if value.lower() == "true" else f"--no-{written.flag(name)[2:]}"
+        words.append(word)
+    return words
 
 
 def blamed(message: str, entries: Mapping[str, Entry]) -> str:

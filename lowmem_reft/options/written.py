@@ -6,7 +6,7 @@ A value is written under its own name, whatever group of options it stands in: `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -133,6 +133,15 @@ def leaves(kind: Any, usual_group: Any = None) -> dict[str, Leaf]:
         else:
             found |= leaves(field.group, inner)
     return found
+
+
+def own_names(leaves: Mapping[str, Leaf]) -> dict[str, str]:
+    """Return the name of each value by the other names that it has, written as the names are."""
+    return {
+        alias.lstrip("-").replace("-", "_"): name
+        for name, leaf in leaves.items()
+        for alias in leaf.aliases
+    }
 
 
 def own_leaves(kind: Any) -> dict[str, Leaf]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lowmem_reft.base.stored import in_one_line
+from lowmem_reft.data.rows import also_trained
 from lowmem_reft.data.texts import described
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.devices import dtype_name
@@ -23,6 +24,9 @@ from lowmem_reft.runs.fitting import predicted
 from lowmem_reft.runs.marked import end_ids_of, legend, marked, parts_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lowmem_reft.data.row import Row
     from lowmem_reft.runs.checkpoints import Checkpoint
     from lowmem_reft.runs.resolve import Run
 
@@ -39,12 +43,15 @@ _SETTINGS = {
 """What is said of a method, and what an adapter's configuration calls it."""
 
 
-def say_before(run: Run, *, num_validation: int, begun: Checkpoint | None) -> None:
+def say_before(
+    run: Run, validation: Sequence[Row], held_out: Sequence[Row], *, begun: Checkpoint | None
+) -> None:
     """Print it on standard error, unless the run is quiet.
 
     Args:
         run: The run.
-        num_validation: Rows that are scored meanwhile.
+        validation: Rows that are scored meanwhile.
+        held_out: Rows that are scored after it.
         begun: The checkpoint that it goes on from; None begins.
     """
     if run.options.run.quiet:
@@ -53,8 +60,11 @@ def say_before(run: Run, *, num_validation: int, begun: Checkpoint | None) -> No
     for line in (_rows(run), *_first_row(run), _method(run), _steps(run, begun)):
         console.print(line)
     console.print(_memory(run))
-    if num_validation:
-        console.print(_validation(run, num_validation))
+    if validation:
+        console.print(_validation(run, len(validation)))
+    for name, rows in (("validation_data", validation), ("eval_data", held_out)):
+        if said := also_trained(rows, run.rows):
+            console.print(f"{name}: {said}")
 
 
 def _rows(run: Run) -> str:
@@ -152,5 +162,8 @@ def _size(num_bytes: int) -> str:
 def _validation(run: Run, number: int) -> str:
     every, patience = run.options.choosing.eval_steps, run.options.choosing.patience
     when = "after every epoch" if every is None else f"every {every:,} steps"
-    stop = "" if patience is None else f"; {patience} scores that are no better end the run"
+    stop = ""
+    if patience is not None:
+        scores = "1 score that is" if patience == 1 else f"{patience} scores in a row that are"
+        stop = f"; {scores} no better end{'s' if patience == 1 else ''} the run"
     return f"validation: {number:,} rows {when}{stop}"

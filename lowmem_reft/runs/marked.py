@@ -65,12 +65,13 @@ def parts_of(
     if edit is not None:
         edited = (edit.groups(prompt, attended=mask.bool())[0] >= 0).nonzero().flatten().tolist()
     supervised = [i for i, label in enumerate(labels if is_labelled else []) if label >= 0]
+    answered = set(supervised)
     parts = {
         "source": row.source,
         "ids": ids,
         "tokens": tokenizer.convert_ids_to_tokens(ids),
         "texts": [_text_of(token, tokenizer) for token in ids],
-        "prompt": [i for i in range(len(ids)) if i not in set(supervised)],
+        "prompt": [i for i in range(len(ids)) if i not in answered],
         "edited": edited,
         "supervised": supervised,
         "end": [i for i in supervised if ids[i] in end_ids],

@@ -78,14 +78,14 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     validation, held_out = _read_held_out(run, "validation"), _read_held_out(run, "eval")
     run = fit_into_memory(run)
     if options.run.dry_run:
-        say_before(run, num_validation=len(validation), begun=None)
+        say_before(run, validation, held_out, begun=None)
         return dry_run(run)
     with held(run):
         run_id, begun = prepare_directory(run, validation)
         if processes.is_main():
             write_run_file(run.directory, "train", run.options, **run.as_resolved)
             make_repository(run)
-        say_before(run, num_validation=len(validation), begun=begun)
+        say_before(run, validation, held_out, begun=begun)
         return _train(run, validation, held_out, run_id, begun)
 
 

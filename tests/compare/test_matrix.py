@@ -285,6 +285,14 @@ def test_csv_and_json_hold_the_same(options, fake_cell):
         }
 
 
+def test_rows_to_evaluate_on_that_are_trained_too_are_counted(options, fake_cell, capsys, tmp_path):
+    assert find_sources(options).also_trained.startswith("4 of 4 of its rows are trained on too")
+    run_comparison(changed(options, quiet=False), child_command=fake_cell)
+    assert "eval_data of numbers: 4 of 4 of its rows" in capsys.readouterr().err
+    new = write_rows(tmp_path / "new.jsonl", [{**row, "prompt": "new"} for row in ROWS[:4]])
+    assert find_sources(changed(options, eval_data=str(new))).also_trained == ""
+
+
 def test_a_cell_file_holds_the_whole_cell(options):
     cells = build_cells(options, parse_methods("loreft[rank=2]"), [3], find_sources(options))
     for cell in cells:

@@ -176,7 +176,10 @@ USER = {"role": "user", "content": "hi"}
 BAD_ROWS = {
     "not an object": ("a", "must be a JSON object, got str"),
     "unknown columns": ({"question": "a"}, r"must have prompt \+ response.*got \['question'\]"),
-    "null response": ({"prompt": "a", "response": None}, r"got \['prompt'\]; rename"),
+    "null response": (
+        {"prompt": "a", "response": None},
+        r"got \['prompt'\], and nothing in \['response'\]; fill",
+    ),
     "two kinds": ({**GOOD, "text": "a", "label": "b"}, "must fit only one of"),
     "empty prompt": ({"prompt": "", "response": "b"}, "prompt must be a non-empty string, got ''"),
     "empty response": ({"prompt": "a", "response": " "}, "response must be a non-empty string"),
@@ -224,6 +227,14 @@ BAD_FILES = {
     "rows.json": ('[{"prompt": "a"', r"rows\.json:1: must be valid JSON.*line 1"),
     "rows.csv": ('prompt,response\na,b\na,"b\n', r"rows\.csv:3: must be valid CSV"),
     "wide.csv": ("prompt,response\na,b,c\n", r"wide\.csv:2: must have as many cells"),
+    "null.jsonl": (
+        '{"prompt": "a", "response": null}',
+        r"null\.jsonl:1: a row must have .* got \['prompt'\], and nothing in \['response'\]; fill",
+    ),
+    "preferences.jsonl": (
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}',
+        r"preferences\.jsonl:1: a row must have .*; preferences are trained with TRL",
+    ),
     "narrow.csv": ("prompt,response\na\n", r"narrow\.csv:2: a row must have prompt \+ response"),
     "choices.csv": (
         "prompt,choices,answer\na,b|c,0\n",
@@ -242,6 +253,11 @@ def test_a_wrong_file_is_an_error_that_names_it(name: str, tmp_path: Path) -> No
     (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=message):
         load_rows(tmp_path / name)
+
+
+def test_a_directory_is_called_that(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data must be a file, got the directory .*; name a file"):
+        load_rows(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["nowhere/rows.jsonl", "/nowhere/rows.csv", "rows.parquet"])

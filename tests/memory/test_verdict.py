@@ -377,6 +377,9 @@ def test_the_upper_half_is_offered_as_another_training(
     assert result["upper"]["num_blocks"] == 2
     for words in ("with only the upper half edited: another training", "--resident upper"):
         assert words in said
+    # It has looked, and of that training not the shortest example fits.
+    assert "--fit looks for" not in said
+    assert "longest example" not in said
     assert "--layers upper:0.5 " in result["upper"]["command"]
 
 

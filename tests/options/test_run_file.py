@@ -70,6 +70,38 @@ def test_flags_override_the_file(tmp_path: Path, flag: str) -> None:
     assert (options.optim.lr, options.run.quiet, options.method.rank) == (2e-3, False, 4)
 
 
+def test_a_file_takes_the_other_names_of_an_option_too(tmp_path: Path) -> None:
+    text = "model: m\ndata: d\noutput_dir: o\nlearning_rate: 1e-3\nnum-train-epochs: 2\n"
+    options = parsed(tmp_path, "train", text, "--epochs", "5")
+    assert (options.optim.lr, options.optim.epochs) == (1e-3, 5)
+    with pytest.raises(InputError, match=r"run.yaml:6: lr must stand there once, got it again"):
+        parsed(tmp_path, "train", text + "lr: 2e-3\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "checkpointing"),
+    [
+        (["--gradient_checkpointing", "true"], True),
+        (["--gradient-checkpointing=True"], True),
+        (["--activation-checkpointing", "false"], False),
+        (["--activation-checkpointing"], True),
+        ([], True),
+    ],
+)
+def test_a_switch_may_be_told_true_or_false(
+    tmp_path: Path, words: list[str], checkpointing: bool
+) -> None:
+    text = "model: m\ndata: d\noutput_dir: o\nactivation_checkpointing: true\n"
+    options = parsed(tmp_path, "train", text, *words, "--quiet", "--rank", "2")
+    assert options.memory.activation_checkpointing is checkpointing
+    assert (options.run.quiet, options.method.rank) == (True, 2)
+
+
+def test_a_switch_that_is_told_false_is_off_without_a_file_too() -> None:
+    words = ["train", "--model", "m", "--data", "d", "--output-dir", "o", "--quiet", "false"]
+    assert cli._parse(words).run.quiet is False
+
+
 def test_toml_says_the_same(tmp_path: Path) -> None:
     pytest.importorskip("tomllib")
     text = 'model = "m"\nmethods = ["loreft", "qlora[rank=8]"]\nseeds = [0, 1]\nquiet = true\n'

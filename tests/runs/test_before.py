@@ -34,7 +34,10 @@ def options(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise InputError("begun")
 
     monkeypatch.setattr("lowmem_reft.runs.train._attach", begun)
-    return with_run(small_run(tiny_llama_dir, tmp_path, validated=True), quiet=False)
+    run = with_run(small_run(tiny_llama_dir, tmp_path, validated=True), quiet=False)
+    new = [{"prompt": f"is film {i} good?", "response": "good"} for i in range(4)]
+    path = json_lines(tmp_path / "new.jsonl", *new)
+    return replace(run, held_out=replace(run.held_out, validation_data=str(path)))
 
 
 def said(options: TrainOptions, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -43,6 +46,23 @@ def said(options: TrainOptions, capsys: pytest.CaptureFixture[str]) -> list[str]
     out, err = capsys.readouterr()
     assert out == ""
     return err.splitlines()
+
+
+def test_rows_that_are_trained_and_scored_are_counted(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trained = Path(options.data.data)
+    rows = [
+        *trained.read_text().splitlines(),
+        '{"prompt": "new?", "choices": ["a", "b"], "answer": 0}',
+    ]
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(rows) + "\n")
+    held_out = replace(options.held_out, validation_data=str(other), eval_data=str(trained))
+    *_, validation, scored = said(replace(options, held_out=held_out), capsys)
+    wanted = "{0} of its rows are trained on too: their score says nothing of new rows"
+    assert validation == f"validation_data: {wanted.format('4 of 5')}"
+    assert scored == f"eval_data: {wanted.format('4 of 4')}"
 
 
 def test_rows_first_row_method_and_steps_are_said(
@@ -63,7 +83,7 @@ def test_rows_first_row_method_and_steps_are_said(
     )
     assert steps == "steps: 4 of 2 rows (2 epochs), constant schedule"
     assert validation == (
-        "validation: 4 rows every 2 steps; 3 scores that are no better end the run"
+        "validation: 4 rows every 2 steps; 3 scores in a row that are no better end the run"
     )
 
 

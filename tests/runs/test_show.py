@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def test_the_tokens_and_parts_are_those_of_training(data: Path, tiny_llama_dir: 
         assert shown["prompt"] == list(range(supervised[0]))
         assert shown["edited"] == [0, supervised[0] - 1]
         assert shown["end"] == [len(example["input_ids"]) - 1]
+
+
+def test_a_row_of_many_tokens_is_shown_in_time_that_grows_with_its_length(
+    tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    data = json_lines(tmp_path / "rows.jsonl", {"prompt": "good", "response": "good " * 40_000})
+    start = time.process_time()
+    (row,) = _show(data, tiny_llama_dir, json=True)["rows"]
+    assert len(row["supervised"]) > 40_000
+    assert time.process_time() - start < 20  # s; it took minutes
 
 
 def test_edited_tokens_of_the_answer_are_marked_too(
