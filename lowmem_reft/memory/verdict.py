@@ -176,6 +176,8 @@ def gib(num_bytes: int) -> str:
 
 def _print_plan(console: Console, model: str, plan: Plan, *, advice: bool) -> None:
     lengths, method = plan.lengths, plan.setting.method
+    where = {"layers": method.layers, "positions": method.positions}
+    named = [method.method, *(f"{name} {value}" for name, value in where.items() if value)]
     console.print(
         f"{model}, {', '.join(named)} on {plan.setting.storage}: "
         f"{plan.num_trainable_params:,} trained parameters, "
