@@ -14,8 +14,10 @@ pass as well. ``largest_difference`` is of log-likelihoods, in nats.
 Training: made-up chats of log-normal lengths, and ultrafeedback_1k without its rows above
 ``--max-length``. ``train``, LoReFT r8 as it comes, beside TRL's SFTTrainer with PEFT's QLoRA r8 on
 the same base and the same tokens: padded, which is TRL's default, and packed (bfd). All take one
-pass over the same rows with AdamW. TRL packs beforehand into rows of ``--max-length``, of which a
-step has as many as hold the tokens of a batch; TRL lays them out in a single row.
+pass over the same rows with AdamW. TRL packs beforehand into rows of ``--max-length``, of which an
+optimizer step has as many as hold the tokens of a batch: all in one pass, where TRL lays them out
+in a single row, or a pass for each ("a row at a time"), which without FlashAttention is less to
+compute and takes less memory.
 
 Tokens per second are those of rows, without padding, over the wall time of the steps after the
 first. The first round is a warm-up on the longest rows, a batch of them: there the most memory
@@ -268,7 +270,8 @@ def draw(results: Mapping[str, Any], path: Path) -> Path:
 
 
 def _bars(axes: Any, values: Mapping[str, float], form: str) -> None:
-    colours = ["#1f77b4" if label in (LOREFT, SHARED) else "#b0b0b0" for label in values]
+    ours = (LOREFT, SHARED, SHARED_BARE)
+    colours = ["#1f77b4" if label in ours else "#b0b0b0" for label in values]
     bars = axes.barh(list(values), list(values.values()), color=colours)
     axes.bar_label(bars, [form.format(value) for value in values.values()], padding=3)
     axes.invert_yaxis()

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 LOREFT, REUSED = "LoReFT r8, train", "LoReFT r8, upper half, trunk reused, train"
 OWN_QLORA = "QLoRA r8, train"
 PADDED, PACKED = "QLoRA r8, TRL padded", "QLoRA r8, TRL packed"
-TRL = (PADDED, PACKED)
+ACCUMULATED = "QLoRA r8, TRL packed, a row at a time"
+TRL = (PADDED, PACKED, ACCUMULATED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +227,11 @@ def trl_training(spec: Spec) -> Callable[[int], dict[str, Any]]:
     from lowmem_reft.runs.resolve import resolve
 
     disable_progress_bars()
-    is_packed = spec.method == PACKED
+    size, passes = spec.batch_size, 1
+    if spec.method == PACKED:
+        size = spec.packed_rows
+    elif spec.method == ACCUMULATED:
+        size, passes = 1, spec.packed_rows
 
     def train(number: int) -> dict[str, Any]:
         run = resolve(spec.options(number))
@@ -234,8 +239,9 @@ def trl_training(spec: Spec) -> Callable[[int], dict[str, Any]]:
         arguments = trl.SFTConfig(
             output_dir=str(spec.place(number)),
             num_train_epochs=1,
-            per_device_train_batch_size=spec.packed_rows if is_packed else spec.batch_size,
-            packing=is_packed,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=passes,
+            packing=spec.method != PADDED,
             max_length=spec.max_length,
             learning_rate=optim.lr,
             optim=optim.optim,
@@ -268,7 +274,7 @@ def trl_training(spec: Spec) -> Callable[[int], dict[str, Any]]:
             trainer.train()
         return {
             "num_trainable_params": sum(parameter.numel() for parameter in trained),
-            "packing": "on" if is_packed else "off",
+            "packing": "off" if spec.method == PADDED else "on",
             "said": sorted(said),
         }
 
