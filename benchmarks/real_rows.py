@@ -11,20 +11,20 @@ choice for each choice. lm-eval's own ``HFLM`` has the base without adapter and 
 so has "prompt shared, bare base", with which it is compared. For choices of one token it needs one
 pass as well. ``largest_difference`` is of log-likelihoods, in nats.
 
-Training: made-up chats of log-normal lengths, and ultrafeedback_1k without its rows above
-``--max-length``. ``train``, LoReFT r8 as it comes, beside TRL's SFTTrainer with PEFT's QLoRA r8 on
+Training: made-up chats of log-normal lengths, and ultrafeedback_1k without its longest
+rows. ``train``, LoReFT r8 as it comes, beside TRL's SFTTrainer with PEFT's QLoRA r8 on
 the same base and the same tokens: padded, which is TRL's default, and packed (bfd). All take one
 pass over the same rows with AdamW. TRL packs beforehand into rows of ``--max-length``, of which an
 optimizer step has as many as hold the tokens of a batch: all in one pass, where TRL lays them out
 in a single row, or a pass for each ("a row at a time"), which without FlashAttention is less to
 compute and takes less memory.
 
-Tokens per second are those of rows, without padding, over the wall time of the steps after the
-first. The first round is a warm-up on the longest rows, a batch of them: there the most memory
-above what was held before the training (weights and adapter) is measured by the allocator's own
-events. Activation checkpointing, which TRL
-switches on, is off in every method unless ``--checkpointing``, and TRL's adapters are kept in fp32.
-First losses of ``train`` and of TRL padded are those of the bare base on the same batch.
+Tokens per second are those of rows, without padding, over the wall time from the beginning of the
+first step to the end of the last. The first round is a warm-up on a batch of the longest rows:
+there the most memory above what was held before the training (weights and adapter) is measured by
+the allocator's own events. Activation checkpointing, which TRL switches on, is off in every method
+unless ``--checkpointing``, and TRL's adapters are kept in fp32. First losses of ``train`` and of
+TRL padded are those of the bare base on the same batch.
 """
 
 from __future__ import annotations
@@ -122,7 +122,15 @@ def rehearsal(options: RealRowsBenchmark, directory: Path) -> RealRowsBenchmark:
         model=str(directory),
         data_dir=directory,
         scoring=replace(scoring, emotion_rows=6, arc_rows=4, scoring_batch=4, fp32_rows=3),
-        training=replace(training, steps=3, batch_size=4, max_length=256, longest=250, median=100),
+        training=replace(
+            training,
+            steps=2,
+            batch_size=4,
+            max_length=256,
+            ultrafeedback_longest=256,
+            longest=250,
+            median=100,
+        ),
         threads=1,
     )
 
@@ -228,7 +236,7 @@ def show(result: Mapping[str, Any], *, json_only: bool) -> None:
             if "error" in row:
                 table.add_row(name, label, "failed")
                 continue
-            speeds = [row["num_timed_tokens"] / row[f"{key}_s"] for key in ("median", "max", "min")]
+            speeds = [row["num_real_tokens"] / row[f"{key}_s"] for key in ("median", "max", "min")]
             losses = [f"{row[key]:.3f}" for key in ("first_loss", "last_loss")]
             peak = row["peak_over_weights_bytes"] / 2**20
             cells = [f"{value:.0f}" for value in speeds]

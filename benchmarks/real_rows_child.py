@@ -96,9 +96,8 @@ class Spec:
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Times the steps of whichever Trainer trains, and counts its tokens."""
 
+    began: float = 0.0
     ends: list[float] = field(default_factory=list)
-    real: list[int] = field(default_factory=list)
-    """Tokens of rows, up to the end of each step."""
     losses: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     num_real: int = 0
@@ -106,12 +105,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     num_rows: int = 0
     measuring: bool = False
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when the first step began."""
+        self.began = self.began or time.perf_counter()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note when the step ended."""
         if self.measuring:
             gc.collect()  # which is off while memory is measured
         self.ends.append(time.perf_counter())
-        self.real.append(self.num_real)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the loss of the step."""
@@ -126,11 +128,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.num_rows += len(real)
 
     def figures(self) -> dict[str, Any]:
-        """Return what was seen: seconds and tokens of the steps after the first."""
+        """Return what was seen from the beginning of the first step to the end of the last."""
         return {
-            "seconds": self.ends[-1] - self.ends[0],
+            "seconds": self.ends[-1] - self.began,
             "num_steps": len(self.ends),
-            "num_timed_tokens": self.real[-1] - self.real[0],
             "num_real_tokens": self.num_real,
             "num_computed_tokens": self.num_computed,
             "real_share": self.num_real / self.num_computed,

@@ -55,15 +55,15 @@ Encoded = list[list[dict[str, Any]]]
 class Scoring:
     """What is scored."""
 
-    emotion_rows: int = 100
+    emotion_rows: int = 64
     """Made-up sentences with six choices."""
-    arc_rows: int = 48
+    arc_rows: int = 32
     """Questions of ARC-Easy."""
     arc_task: str = "arc-easy-cloze"
     """arc-easy-cloze (the answers' texts are the choices) or arc-easy (their numbers)."""
     scoring_batch: int = 16
     """Sequences per forward pass."""
-    fp32_rows: int = 24
+    fp32_rows: int = 16
     """Rows of each kind whose log-likelihoods are compared on a base in fp32, too."""
 
 

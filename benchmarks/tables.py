@@ -296,7 +296,7 @@ def real_rows(result: dict[str, Any]) -> str:
             if "error" in row:
                 lines.append(f"| {kind} | {label} | failed | | | | |")
                 continue
-            speeds = [row["num_timed_tokens"] / row[f"{key}_s"] for key in ("median", "max", "min")]
+            speeds = [row["num_real_tokens"] / row[f"{key}_s"] for key in ("median", "max", "min")]
             cells = [kind, label, *map(figure, speeds), f"{100 * row['real_share']:.1f}"]
             lines.append(f"| {' | '.join(cells)} | {mebibytes(row['peak_over_weights_bytes'])} |")
     lines += ["", "| ratio of medians | value | goal |", "| --- | ---: | ---: |"]
