@@ -275,6 +275,41 @@ def larger_than_memory(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def real_rows(result: dict[str, Any]) -> str:
+    """Scoring and training on rows of many lengths, and the ratios with their goals."""
+    lines = [
+        "| rows | scored by | median s | min | max | tokens computed |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for kind, item in result["results"]["scoring"].items():
+        for label, row in item["rows"].items():
+            times = [figure(row[key]) for key in ("median_s", "min_s", "max_s")]
+            cells = [kind, label, *times, f"{row['num_computed_tokens']:,}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| rows | trained by | tokens of rows/s | min | max | real % | peak over weights, MiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for kind, item in result["results"]["training"].items():
+        for label, row in item["rows"].items():
+            if "error" in row:
+                lines.append(f"| {kind} | {label} | failed | | | | |")
+                continue
+            speeds = [row["num_real_tokens"] / row[f"{key}_s"] for key in ("median", "max", "min")]
+            cells = [kind, label, *map(figure, speeds), f"{100 * row['real_share']:.1f}"]
+            lines.append(f"| {' | '.join(cells)} | {mebibytes(row['peak_over_weights_bytes'])} |")
+    lines += ["", "| ratio of medians | value | goal |", "| --- | ---: | ---: |"]
+    for name, value in result["ratios"].items():
+        goal = result["goals"].get(name)
+        bound = "below" if "_peak_" in name else "at least"
+        wanted = "" if goal is None else f"{bound} {goal['goal']:g}"
+        lines.append(f"| {name} | {value:.3g} | {wanted} |")
+    record = result["environment"]
+    origin = f"{record['device']}; torch {record['versions']['torch']}; `{record['command']}`."
+    return "\n".join([*lines, "", origin, ""])
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "embedded": comparison,
     "trec": comparison,
@@ -295,6 +330,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "memory": memory,
     "reuse": reuse,
     "larger_than_memory": larger_than_memory,
+    "real_rows": real_rows,
 }
 
 
