@@ -17,7 +17,7 @@ from lowmem_reft.compare.sources import Examples, Sources
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import own_modules
 from lowmem_reft.methods.entries import MethodSpec, resolve_learning_rate
-from lowmem_reft.methods.table import find_method, for_base, given_options
+from lowmem_reft.methods.table import find_method, given_options
 from lowmem_reft.options import (
     BesideOptions,
     CompareOptions,
@@ -122,6 +122,7 @@ class _Maker:
             training = self._directory(spec.entry, seed, folder="trained")
         evaluate = self._evaluate(spec.storage, directory, adapter=training / "adapter")
         optim = replace(options.optim, **spec.optim_overrides)
+        method = sources.on_base(spec.options, options.base.task_type)
         train = TrainOptions(
             model=evaluate.model,
             data=replace(
@@ -138,12 +139,10 @@ class _Maker:
                 validation_limit=options.rows.validation_limit,
             ),
             scoring=sources.train_scoring,
-            method=for_base(
-                spec.options,
-                task_type=evaluate.model.task_type or "CAUSAL_LM",
-                num_layers=lambda: sources.num_layers,
+            method=method,
+            optim=resolve_learning_rate(
+                method, optim, lambda: sources.hidden_size, lambda: sources.num_layers
             ),
-            optim=resolve_learning_rate(spec.options, optim, lambda: sources.hidden_size),
             memory=options.memory,
             reuse=replace(evaluate.reuse, dequantize_upper=options.reuse.dequantize_upper),
             run=RunOptions(output_dir=training, seed=seed, quiet=True, overwrite=True, no_fit=True),

@@ -107,7 +107,10 @@ def search_rates(
 
 def _own_rate(spec: MethodSpec, options: CompareOptions, sources: Sources) -> float:
     optim = replace(options.optim, **spec.optim_overrides)
-    own = resolve_learning_rate(spec.options, optim, lambda: sources.hidden_size).lr
+    method = sources.on_base(spec.options, options.base.task_type)
+    own = resolve_learning_rate(
+        method, optim, lambda: sources.hidden_size, lambda: sources.num_layers
+    ).lr
     assert own is not None
     return own
 

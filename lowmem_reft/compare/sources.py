@@ -34,9 +34,11 @@ from lowmem_reft.data.texts import described
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine import provenance
 from lowmem_reft.methods.card import merge_card, with_template
+from lowmem_reft.methods.table import for_base
 from lowmem_reft.options import (
     CHAT_TEMPLATE,
     CompareOptions,
+    MethodOptions,
     ModelOptions,
     ScoringOptions,
     written,
@@ -96,6 +98,10 @@ class Sources:
     def num_layers(self) -> int:
         """Its blocks."""
         return int(load_config(self.model).get_text_config().num_hidden_layers)
+
+    def on_base(self, options: MethodOptions, task_type: str) -> MethodOptions:
+        """Return a method's options with where this model is edited by default."""
+        return for_base(options, task_type=task_type, num_layers=lambda: self.num_layers)
 
 
 def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list[Sources]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.table import (
+    BLOCKS,
     DEFAULT_RANK,
     METHODS,
     all_options,
@@ -174,10 +175,26 @@ def _convert(kind: Any, key: str, value: str, entry: str) -> Any:
 
 
 def resolve_learning_rate(
-    options: MethodOptions, optim: OptimOptions, hidden_size: Callable[[], int]
+    options: MethodOptions,
+    optim: OptimOptions,
+    hidden_size: Callable[[], int],
+    num_layers: Callable[[], int] | None = None,
 ) -> OptimOptions:
-    """Fill in the method's own learning rate where none is given; only then the base is asked."""
+    """Fill in the method's own learning rate where none is given; only then the base is asked.
+
+    Args:
+        options: Of the method, on its base: see ``table.for_base``.
+        optim: With a learning rate, or without.
+        hidden_size: Returns the width of the base.
+        num_layers: Returns its blocks; None: as if ``table.BLOCKS`` were edited.
+    """
     if optim.lr is not None:
         return optim
-    rank = all_options(options).get("rank", DEFAULT_RANK)
-    return replace(optim, lr=find_method(options.method).rate(hidden_size(), rank))
+    from lowmem_reft.reft.config import resolve_layers  # of torch, which a list of methods is not
+
+    method, given = find_method(options.method), all_options(options)
+    blocks = BLOCKS
+    if method.lr_by_blocks and num_layers is not None:
+        blocks = len(resolve_layers(given.get("layers") or "all", num_layers()))
+    rate = method.rate(hidden_size(), given.get("rank", DEFAULT_RANK), blocks)
+    return replace(optim, lr=rate)

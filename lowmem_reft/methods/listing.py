@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_reft.methods.table import DEEP, METHODS, PROFILES, RANK, WIDTH, Method
+from lowmem_reft.methods.table import BLOCKS, DEEP, METHODS, PROFILES, RANK, WIDTH, Method
 from lowmem_reft.options import MethodsOptions
 
 _NOT_LISTED = {item.name for item in fields(Method) if isinstance(item.default, bool)}
@@ -20,8 +20,8 @@ def run_methods(options: MethodsOptions) -> dict[str, Any]:
 
     Returns:
         ``methods``: for each ``name`` and the fields of the table's entry: ``family``, ``about``,
-        ``source``, ``storage``, ``lr`` (with ``lr_by_width`` and ``lr_by_rank``: see
-        ``Method.rate``), ``options`` (those it takes), ``size`` (the one that sets its number of
+        ``source``, ``storage``, ``lr`` (with ``lr_by_width``, ``lr_by_rank`` and
+        ``lr_by_blocks``: see ``Method.rate``), ``options`` (those it takes), ``size`` (the one that sets its number of
         parameters), ``defaults`` and ``fixed`` (of its configuration), ``deep`` (where a deep
         base is edited: see ``table.for_base``), ``embedded`` (overrides for the tiny model that the
         package ships); ``profiles``: what each stands for.
@@ -51,7 +51,8 @@ def _print(methods: list[dict[str, Any]]) -> None:
     console = Console(soft_wrap=True)
     console.print(table, markup=False)
     console.print(
-        f"lr: on a base of hidden size {WIDTH}, at rank {RANK}; on others it follows these"
+        f"lr: on a base of hidden size {WIDTH}, at rank {RANK} in {BLOCKS} blocks; on others it "
+        "follows these"
     )
     alike = [method["name"] for method in methods if method["deep"]]
     place = " and ".join(f"{name} {value}" for name, value in METHODS[alike[0]].deep.items())

@@ -20,6 +20,9 @@ PAPER = "arXiv 2404.03592"
 
 WIDTH = 4096
 RANK = 8
+BLOCKS = 16
+FEW_BLOCKS = 4
+"""Fewer edited blocks than these bear no higher rate."""
 DEFAULT_RANK = 8
 """Of an intervention that has one, as ``ReftConfig`` has it."""
 
@@ -36,12 +39,14 @@ class Method:
     storage: Storage = "nf4"
     """How the base is stored unless the user says otherwise."""
     lr: float
-    """Peak learning rate unless the user says otherwise, on a base of ``WIDTH`` (7B to 8B models)
-    and at rank ``RANK``."""
+    """Peak learning rate unless the user says otherwise, on a base of ``WIDTH`` (7B to 8B models),
+    at rank ``RANK`` and with ``BLOCKS`` edited blocks."""
     lr_by_width: float = 0.0
     """Power of WIDTH / hidden size in the rate for another base; see ``Method.rate``."""
     lr_by_rank: float = 0.0
     """Power of RANK / rank in the rate at another rank."""
+    lr_by_blocks: float = 0.0
+    """Power of BLOCKS / edited blocks in the rate where others are edited."""
     about: str
     """One line for people."""
     source: str
@@ -69,17 +74,20 @@ class Method:
     allows_quantized: bool = True
     """False: it trains every weight, and integers take no gradient."""
 
-    def rate(self, hidden_size: int, rank: int) -> float:
-        r"""Return the peak learning rate at a size: lr · (WIDTH / hidden)^a · (RANK / rank)^b.
+    def rate(self, hidden_size: int, rank: int, blocks: int = BLOCKS) -> float:
+        r"""Return the rate: lr · (WIDTH / hidden)^a · (RANK / rank)^b · (BLOCKS / blocks)^c.
 
         A step of Adam moves each entry of a matrix by about the rate, whatever the gradient's
         length. For W of rank × hidden numbers, Wh then moves by up to rate · √(hidden · rank)
         lengths of h: what is the same on every base is this product, hence a = b = 1/2 for edits
         that read h through W, and a = 1/2, b = 0 for LoRA, whose update is divided by the rank.
-        What was measured is in benchmarks/LOG.md (2026-11-29).
+        Edits of several blocks add up as independent vectors do, hence c = 1/2 for those.
+        What was measured is in benchmarks/LOG.md (2026-11-29 and 2026-11-30).
         """
         by_width, by_rank = WIDTH / hidden_size, RANK / rank
+        by_blocks = BLOCKS / max(blocks, FEW_BLOCKS)
         rate = self.lr * by_width**self.lr_by_width * by_rank**self.lr_by_rank
+        rate *= by_blocks**self.lr_by_blocks
         return float(f"{rate:.2g}")
 
 
@@ -124,7 +132,7 @@ _REFT: tuple[tuple[str, tuple[str, ...], dict[str, Any], str, str], ...] = (
         "parallel bottleneck adapters beside the MLPs",
     ),
 )
-_BY_SIZE: dict[str, Any] = {"lr": 9e-4, "lr_by_width": 0.5, "lr_by_rank": 0.5}
+_BY_SIZE: dict[str, Any] = {"lr": 9e-4, "lr_by_width": 0.5, "lr_by_rank": 0.5, "lr_by_blocks": 0.5}
 _RATES = dict.fromkeys(("loreft", "noreft", "direft", "orthogonal_direft", "red_loreft"), _BY_SIZE)
 _OTHER_PAPERS = {
     "red": "arXiv 2402.15179",

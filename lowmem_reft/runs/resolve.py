@@ -92,6 +92,7 @@ class Run:
             self.options.method,
             self.options.optim,
             lambda: self.config.get_text_config().hidden_size,
+            lambda: self.config.get_text_config().num_hidden_layers,
         )
 
     @property

@@ -20,7 +20,7 @@ from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.entries import expand_methods, parse_methods, resolve_learning_rate
 from lowmem_reft.methods.table import DEFAULT_RANK, METHODS, PROFILES, find_method
 from lowmem_reft.options import MemoryOptions, MethodOptions, OptimOptions, written
-from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.reft.config import ReftConfig, resolve_layers
 from lowmem_reft.reft.interventions import intervention_options
 
 
@@ -118,6 +118,24 @@ def test_a_step_at_the_default_rate_moves_an_edit_as_far_on_every_base(
     hidden = torch.rand(hidden_size, dtype=torch.float64) + 0.5
     moved = (rate * torch.ones(rank, hidden_size, dtype=torch.float64)) @ hidden
     assert float(moved.norm() / hidden.norm()) == pytest.approx(0.16, rel=0.08)
+
+
+def test_edits_of_all_blocks_together_move_as_far_at_the_default_rate_however_many_there_are() -> (
+    None
+):
+    def moved(num_layers: int, **given: Any) -> float:
+        """The length of the sum of the blocks' edits, in independent directions."""
+        options = MethodOptions(**given)
+        rate = resolve_learning_rate(options, OptimOptions(), lambda: 576, lambda: num_layers).lr
+        layers = build_peft_config(options, task_type="SEQ_CLS", num_layers=num_layers).layers
+        assert rate is not None
+        return rate * len(resolve_layers(layers, num_layers)) ** 0.5
+
+    at_16 = moved(16)
+    for num_layers, layers in ((6, "all"), (30, "all"), (30, "upper:0.5"), (12, "0;3;6;9")):
+        assert moved(num_layers, layers=layers) == pytest.approx(at_16, rel=0.05)
+    assert moved(30, layers="29") < at_16  # one alone bears no rate that grows without bounds
+    assert find_method("red").rate(576, 1, 6) == find_method("red").rate(576, 1, 30)
 
 
 def test_the_rank_of_a_profile_counts_for_the_default_rate() -> None:
