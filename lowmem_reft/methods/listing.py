@@ -20,9 +20,9 @@ def run_methods(options: MethodsOptions) -> dict[str, Any]:
 
     Returns:
         ``methods``: for each ``name`` and the fields of the table's entry: ``family``, ``about``,
-        ``source``, ``storage``, ``lr`` (with ``lr_by_width``, ``lr_by_rank`` and
-        ``lr_by_blocks``: see ``Method.rate``), ``options`` (those it takes), ``size`` (the one that sets its number of
-        parameters), ``defaults`` and ``fixed`` (of its configuration), ``deep`` (where a deep
+        ``source``, ``storage``, ``lr`` (with ``lr_by_width``, ``lr_by_rank`` and ``lr_by_blocks``:
+        see ``Method.rate``), ``options`` (those it takes), ``size`` (the one that sets its number
+        of parameters), ``defaults`` and ``fixed`` (of its configuration), ``deep`` (where a deep
         base is edited: see ``table.for_base``), ``embedded`` (overrides for the tiny model that the
         package ships); ``profiles``: what each stands for.
     """
