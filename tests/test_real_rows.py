@@ -51,6 +51,11 @@ def test_rehearsal_scores_and_trains_in_every_way(tmp_path: Path) -> None:
         assert item["hflm"]["num_changed_picks"] == 0
         computed = {label: row["num_computed_tokens"] for label, row in item["rows"].items()}
         assert computed["prompt shared"] < computed["whole rows"]
+    shares = [
+        tuple(item["rows"][label]["real_share"] for label in (PADDED, LOREFT))
+        for item in result["results"]["training"].values()
+    ]
+    assert any(padded < ours for padded, ours in shares), shares
     for item in result["results"]["training"].values():
         ours, padded, packed = (item["rows"][label] for label in (LOREFT, PADDED, PACKED))
         # The same rows, and at first the bare base on the same batch.
@@ -58,7 +63,7 @@ def test_rehearsal_scores_and_trains_in_every_way(tmp_path: Path) -> None:
         assert item["rows"].keys() == {LOREFT, *TRL}
         assert ours["first_loss"] == pytest.approx(padded["first_loss"], abs=1e-4)
         assert ours["packing"] == "on"
-        assert padded["real_share"] < ours["real_share"]
+        assert padded["real_share"] <= ours["real_share"]
         assert packed["real_share"] == 1
         assert min(row["peak_over_weights_bytes"] for row in (ours, padded, packed)) > 0
     assert {
