@@ -15,8 +15,9 @@ Shapes: batch 4 x (192 prompt + 64 response), LoReFT r4 at layer 8, ``l1``; the 
 arithmetic, forward and backward (``reuse_steps`` says what is counted): ``arithmetic_ratio`` of
 blocks times tokens (9.0 for the first shape without checkpointing, 84 for the last), and ``limit``
 with the head, which PEFT's QLoRA step runs on all tokens and a reused step on the supervised ones
-(7.6 and 51). ``share_of_limit`` is the speed-up over the latter. Stores are built ``repeats`` times
-too, and the median counts.
+(7.6 and 51). ``share_of_limit`` is the speed-up over the latter. Reused rows keep upper blocks
+dequantized where ``train`` does so by itself (a long prompt), those called "upper dequantized"
+always; the peaks below are without. Stores are built ``repeats`` times too, and the median counts.
 
 ``peak``: the most memory of one step of the first shape by the allocator's own events, weights and
 a batch that was read ahead included; also with only the blocks above the edited one loaded. The

@@ -119,6 +119,8 @@ def compare(shape: Shape, options: ReuseBenchmark, directory: Path) -> dict[str,
                 ]
                 again = reuse = builds[-1]
             error = max(error, *map(partial(prove, again), indices, batches))
+            if not method.dequantized and again.may_stay_dequantized(shape.batch_size):
+                stack.enter_context(again.dequantized())  # as ``train`` does of itself
             steps[method.label] = reused_stepper(again, indices)
         seconds = take_turns(steps, rounds=options.repeats or 3, turn_s=options.turn_s)
     build = summarize([each.build_time_s for each in builds])

@@ -46,6 +46,8 @@ _SUBMODULES = {
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the name and the list of the model's blocks.
 
+    They are remembered, and looked for again where others have taken their place.
+
     Raises:
         InputError: No list of blocks is found, or the model is an encoder-decoder.
     """
@@ -56,6 +58,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     text = _text_config(model)
     num_layers = getattr(text, "num_hidden_layers", None)
+    held = ours(model)
+    if held.blocks is not None:
+        name, blocks = held.blocks
+        if len(blocks) == num_layers and _child(model, name) is blocks:
+            return name, blocks
     # Beside a vision tower the blocks are in the part that is made of the text's configuration.
     parts = [
         (f"{name}.", module)
@@ -74,7 +81,16 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__}; this architecture is not supported"
         )
     # A vision tower or a list of norms may be as long: the blocks hold the most parameters.
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    held.blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return held.blocks
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    """Return what stands at a path in a module; None if nothing does."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def component_path(block: nn.Module, component: str, *, whole_sublayer: bool = False) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers.modeling_outputs import (
 
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.ours import ours
+from lowmem_reft.base.products import linear_in_parts
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.marks import allocates
@@ -38,6 +39,9 @@ from lowmem_reft.machine.processes import whole
 
 CHUNK_BYTES = 2**25
 """fp32 logits that exist at once: 262 tokens of a 32,000-word vocabulary, 65 of Llama 3's."""
+
+# With these a model keeps its own loss; the last is TRL's, which has chunks too.
+_GIVEN = frozenset(("shift_labels", "logits_to_keep", "fused_lm_head"))
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def _losses_of_chunk(
     Without a gradient there may be several targets for each token: both are (tokens, targets) then.
     One [chunk, vocab] buffer is reused throughout; a soft-cap needs a second one.
     """
-    logits = (hidden @ head.weight.to(hidden.dtype).T).float()
+    logits = linear_in_parts(hidden, head.weight.to(hidden.dtype)).float()
     if head.bias is not None:
         logits += head.bias
     if head.scale != 1:
@@ -199,6 +203,7 @@ def use_chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> Head 
     if head is None:
         _refuse_smoothing(base, label_smoothing)
     plain = ours(base).forward_with_logits = ours(base).forward_with_logits or base.forward
+    ours(base).knows_head = head is not None
     # Not a bound method: its signature, which trainers and tuners read, would lose an argument.
     base.forward = functools.wraps(plain)(
         functools.partial(
@@ -206,6 +211,12 @@ def use_chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> Head 
         )
     )
     return head
+
+
+def needs_supervised_alone(base: Any, arguments: Iterable[str]) -> bool:
+    """Return whether a pass with labels reads hidden vectors before targets alone."""
+    is_ours = ours(base).knows_head and not _GIVEN.intersection(arguments)
+    return bool(base.training) and is_ours and _describe_head(base) is not None
 
 
 def _refuse_smoothing(base: Any, label_smoothing: float) -> None:
@@ -315,9 +326,7 @@ def _training_forward(
     plain = ours(self).forward_with_logits
     assert plain is not None
     labels = kwargs.get("labels")
-    # The last is TRL's: a loss in chunks of its own.
-    given = {"shift_labels", "logits_to_keep", "fused_lm_head"} & set(kwargs)
-    if not self.training or labels is None or args[1:] or given:
+    if not self.training or labels is None or args[1:] or _GIVEN.intersection(kwargs):
         return plain(*args, **kwargs)
     head = _describe_head(self) if recognized else None
     if head is None:

@@ -24,8 +24,12 @@ class Ours:
     """The checkpoint had no values for the head."""
     forward_with_logits: Callable[..., Any] | None = None
     """The base's own forward, where ``loss`` has put another in its place."""
+    knows_head: bool = False
+    """That other one forms supervised logits alone, by itself."""
     forward_of_all_tokens: Callable[..., Any] | None = None
     """An MLP's own forward, where ``techniques`` has put another in its place."""
+    blocks: tuple[str, nn.ModuleList] | None = None
+    """Name and list of a model's blocks, as ``blocks.find_blocks`` has found them."""
 
 
 def ours(module: nn.Module) -> Ours:

@@ -126,6 +126,13 @@ def hold_packed_as(base: nn.Module, dtype: torch.dtype) -> None:
             module.quant_state = weight.quant_state
 
 
+def dequantized_bytes(modules: Iterable[nn.Module], dtype: torch.dtype) -> int:
+    """Return what the 4-bit layers in modules take in a dtype."""
+    layers = (layer for module in modules for layer in module.modules())
+    quantized = (layer for layer in layers if isinstance(layer, Linear4bit))
+    return dtype.itemsize * sum(layer.in_features * layer.out_features for layer in quantized)
+
+
 @contextlib.contextmanager
 def dequantized(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[int]:
     """Keep 4-bit layers dequantized for a while, so that no step pays for it; yield the bytes.

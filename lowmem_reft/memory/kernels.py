@@ -144,11 +144,11 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
-def num_quantized(layer: Any, *, int8: bool = True) -> int:
-    """Return how many numbers of a layer are stored in 4 bits, or in 8 as well; else 0."""
+def num_quantized(layer: Any) -> int:
+    """Return how many numbers of a layer are stored in 4 or 8 bits."""
     weight: Any = layer._parameters.get("weight")
-    kinds = (Params4bit, Int8Params) if int8 else Params4bit
-    return layer.in_features * layer.out_features if isinstance(weight, kinds) else 0
+    is_quantized = isinstance(weight, Params4bit | Int8Params)
+    return layer.in_features * layer.out_features if is_quantized else 0
 
 
 def _bf16_product_bytes(name: str, args: Any) -> int:

@@ -381,7 +381,13 @@ class Predictor:
                 memory.add(tensor, "store")
             hidden, keys, values = stored
             stacked = Stacked(shapes=shapes, hidden=hidden, keys=keys, values=values)
-            return run_stacked(self.model, split.num_blocks, stacked, **arguments)
+            return run_stacked(
+                self.model,
+                split.num_blocks,
+                stacked,
+                device_type=self.setting.device_type,
+                **arguments,
+            )
 
         return forward
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_reft.base.blocks import base_of, find_blocks
+from lowmem_reft.base.quantization import dequantized_bytes
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.memory.kernels import num_quantized
 from lowmem_reft.methods.constant import lower_part
 from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape
@@ -22,7 +22,6 @@ from lowmem_reft.reuse.split import Example, find_constant
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import torch
     from torch import nn
 
     from lowmem_reft.memory.predict import Lengths, Predictor
@@ -153,15 +152,9 @@ def plan_reuse(predictor: Predictor, lengths: Lengths, num_examples: int) -> Reu
         build_steps=work.build_steps(num_examples, examples_per_step),
         resident_bytes=predictor.held_bytes([model])
         - predictor.held_bytes(lower_part(base, split.num_blocks)),
-        dequantized_bytes=_dequantized_bytes(blocks[split.num_blocks :], dtype),
+        dequantized_bytes=dequantized_bytes(blocks[split.num_blocks :], dtype),
         speedup_per_epoch=work.speedup,
     )
-
-
-def _dequantized_bytes(blocks: Iterable[nn.Module], dtype: torch.dtype) -> int:
-    """Return the size of the 4-bit layers in a dtype."""
-    layers = (layer for block in blocks for layer in block.modules())
-    return dtype.itemsize * sum(num_quantized(layer, int8=False) for layer in layers)
 
 
 def _above_the_backbone(base: Any) -> list[nn.Module]:

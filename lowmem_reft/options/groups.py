@@ -360,8 +360,9 @@ class ReuseOptions:
     one after the other while the store is built, so that a base larger than the card trains."""
     dequantize_upper: Literal["auto", "on", "off"] = "auto"
     """on: keep the 4-bit blocks above the constant ones dequantized while training from a store:
-    the same numbers, faster steps, four (16-bit) or eight times their memory; auto: where
-    --memory-gib leaves room for it."""
+    the same numbers, faster steps, four (16-bit) or eight times their memory; auto: where few
+    tokens run in a step and it takes no more memory than a plain step, or with --memory-gib where
+    there is room for it."""
 
     def __post_init__(self) -> None:
         """Check the limit, and that a part of the base has something to train from."""

@@ -17,8 +17,11 @@ from transformers import DynamicCache
 
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.caches import with_cache
+from lowmem_reft.base.loss import needs_supervised_alone
 from lowmem_reft.base.partial import feeding
+from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.packing import joined
+from lowmem_reft.reuse.attention import attending_to_prefix
 from lowmem_reft.reuse.layout import Layout, Shape
 from lowmem_reft.reuse.store import CorruptShardError, Record
 
@@ -108,6 +111,7 @@ def run_stacked(
     groups: Tensor | None = None,
     input_ids: Tensor | None = None,
     wrapped: Any = None,
+    device_type: str | None = None,
     **arguments: Any,
 ) -> Any:
     """Return what a PeftModel returns for a batch that has passed its first ``num_blocks`` blocks.
@@ -120,9 +124,11 @@ def run_stacked(
             where the model cannot tell the prompt from what it sees.
         input_ids: (batch, suffix): for models that look at them, such as classifiers.
         wrapped: What is called in the model's place: a wrapper around it.
+        device_type: What a model on the meta device stands for.
         arguments: Further ones of the model's forward, such as ``labels``.
     """
-    device = device_of(base_of(model))
+    base = base_of(model)
+    device = device_of(base)
     # A prediction on the meta device needs the values of the masks as well.
     there = torch.device("cpu") if device.type == "meta" else device
     hidden = stacked.hidden.to(device, non_blocking=True)
@@ -133,6 +139,9 @@ def run_stacked(
         with feeding(model, num_blocks, hidden):
             return (wrapped or model)(**arguments)
     suffix, prefix = stacked.hidden.shape[1], stacked.prefix
+    if prefix and needs_supervised_alone(base, arguments):
+        suffix = _last_supervised(arguments.get("labels")) or suffix
+        hidden = hidden[:, :suffix]
     own, length = torch.tensor(
         [[shape.prefix, shape.length] for shape in stacked.shapes]
     ).T.unsqueeze(2)
@@ -148,12 +157,20 @@ def run_stacked(
         arguments["input_ids"] = input_ids.to(there)
     if prefix:
         assert groups is not None
-        arguments["intervention_mask"] = groups.to(there)
+        arguments["intervention_mask"] = groups[:, :suffix].to(there)
         arguments["position_ids"] = positions.to(there)
-        base = base_of(model)
         arguments |= with_cache(base, _cache(base.config, num_blocks, stacked, device))
-    with feeding(model, num_blocks, hidden):
+    kind = device_type or device.type
+    with feeding(model, num_blocks, hidden), attending_to_prefix(prefix, kind):
         return (wrapped or model)(**arguments)
+
+
+def _last_supervised(labels: Any) -> int:
+    """Return where the last target stands, which no later token predicts; 0 if there is none."""
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return 0
+    columns = (labels != IGNORED_LABEL).any(0).nonzero()
+    return int(columns[-1]) if len(columns) else 0
 
 
 def _cache(config: Any, num_blocks: int, stacked: Stacked, device: torch.device) -> DynamicCache:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowmem_reft.base.blocks import device_of
 from lowmem_reft.machine.devices import dtype_name
+from lowmem_reft.machine.processes import shards_model
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.reuse import Reuse
@@ -23,7 +26,8 @@ def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> flo
     """Compare the reused step with the plain one; return the relative gradient difference.
 
     ``batch`` is what the plain step gets of these examples: ``input_ids``, ``attention_mask``,
-    ``labels``.
+    ``labels``. What the plain step keeps for its backward pass and the reused one does not is noted
+    in ``reuse.spared_bytes``.
 
     Raises:
         ReuseError: Losses or gradients differ by more than rounding; the message names the
@@ -37,10 +41,12 @@ def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> flo
     model.train()
     try:
         with reuse.whole(), fork():
-            plain_loss = model(**batch)["loss"]
+            with _kept(model) as kept:
+                plain_loss = model(**batch)["loss"]
             plain = gradients(plain_loss)
         with feeding_errors(reuse.base), fork():
-            loss = reuse.loss(indices)
+            with _kept(model) as kept_of_reused:
+                loss = reuse.loss(indices)
             reused = gradients(loss)
     finally:
         model.train(was_training)
@@ -53,7 +59,29 @@ def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> flo
             f"gradients differ by {total:.1e} and the loss by {off:.1e} (at most "
             f"{tolerance:.0e} would be rounding), most of all in {worst}"
         )
+    if reuse.residency is None and not shards_model():
+        spared = sum(kept.values()) - sum(kept_of_reused.values())
+        reuse.spared_bytes = max(reuse.spared_bytes, spared)
     return total
+
+
+@contextmanager
+def _kept(model: Any) -> Iterator[dict[int, int]]:
+    """Note the sizes, by address, of what a forward pass keeps for its backward pass.
+
+    Parameters do not count, nor what operators of other libraries keep in their own ways.
+    """
+    kept: dict[int, int] = {}
+    stay = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in stay:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # itself, an output would keep its own graph
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
 
 
 def prove_scores(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> float:

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.identity import base_digest
 from lowmem_reft.base.loss import log_likelihood_of
 from lowmem_reft.base.ours import ours
 from lowmem_reft.base.partial import blocks_of
-from lowmem_reft.base.quantization import dequantized
+from lowmem_reft.base.quantization import dequantized, dequantized_bytes
 from lowmem_reft.base.residency import Residency
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.packing import packed_rows
@@ -55,6 +55,10 @@ logger = logging.getLogger(__name__)
 
 Report = Callable[[int, int], None]
 """Told about progress: shards done, and all of them."""
+
+FEW_TOKENS = 1024
+"""Tokens that run in a step, up to which dequantizing is a share of it that is worth memory: a 20th
+on two cores from 512 on, where products take longer, a tenth on a card."""
 
 FROM_STORE = ("input_ids", "attention_mask", "labels", "position_ids", "use_cache")
 """Arguments of a forward pass that a stored batch brings with it."""
@@ -99,6 +103,9 @@ class Reuse:
         self.packs = False
         """Whether examples of a batch stand one after the other in rows, as ``data.packing`` says;
         not with prefixes."""
+        self.spared_bytes = 0
+        """What a plain step keeps for its backward pass and a reused one does not, at most; 0 until
+        ``proof.prove`` has compared them."""
         self.model = model
         self.examples = examples
         self.training = training
@@ -270,7 +277,22 @@ class Reuse:
 
     def dequantized(self) -> AbstractContextManager[int]:
         """Keep the blocks that training runs dequantized; see ``base.dequantized``."""
-        return dequantized(blocks_of(self.model)[self.constant.num_blocks :], self._dtype)
+        return dequantized(self._upper, self._dtype)
+
+    @property
+    def _upper(self) -> Sequence[nn.Module]:
+        return blocks_of(self.model)[self.constant.num_blocks :]
+
+    def may_stay_dequantized(self, batch_size: int) -> bool:
+        """Return whether ``dequantized`` makes steps faster in no more memory than a plain step.
+
+        That is what a run is predicted to take, and it has room for. It takes no more where the
+        bytes are fewer than what the reused step was seen to spare of a plain one on the same
+        examples; and steps get faster where the tokens that run in them are few.
+        """
+        num_tokens = batch_size * sum(shape.suffix for shape in self.shapes) / len(self.shapes)
+        needed = dequantized_bytes(self._upper, self._dtype)
+        return 0 < needed <= self.spared_bytes and num_tokens <= FEW_TOKENS
 
     def read(self, index: int) -> Record:
         """Return what is stored of an example; damaged shards are built again."""

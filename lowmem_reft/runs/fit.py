@@ -98,8 +98,7 @@ def fit(
         stack.enter_context(holding_tensors_alone("resume", checkpoint))
         stack.enter_context(_stopping_at_a_step(watch))
         stack.enter_context(reports)
-        if run.options.reuse.dequantize_upper == "on":
-            _dequantize(stack, reuse)
+        _dequantize(stack, reuse, run)
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         check_weights(model, "after the last step", run)
         peak = _cuda_peak(device)
@@ -262,9 +261,21 @@ def _prepare_reuse(model: PeftModel, collator: Collator, run: Run) -> Reuse | No
     return reuse
 
 
-def _dequantize(stack: ExitStack, reuse: Reuse | None) -> None:
-    """Keep the upper blocks dequantized until the stack closes, or say why that does nothing."""
-    if reuse is None or not stack.enter_context(reuse.dequantized()):
+def _dequantize(stack: ExitStack, reuse: Reuse | None, run: Run) -> None:
+    """Keep the upper blocks dequantized until the stack closes, if they are to be, and say so."""
+    asked = run.options.reuse.dequantize_upper
+    if asked == "auto":
+        batch_size = run.optim.batch_size
+        if reuse is None or processes.shards_model() or not reuse.may_stay_dequantized(batch_size):
+            return
+        num_bytes = stack.enter_context(reuse.dequantized())
+        if not run.options.run.quiet and processes.is_main():
+            print(
+                f"upper blocks stay dequantized: {num_bytes / 2**20:,.1f} MiB, less than the "
+                "reused step spares (--dequantize-upper off)",
+                file=sys.stderr,
+            )
+    elif asked == "on" and (reuse is None or not stack.enter_context(reuse.dequantized())):
         why = "nothing is reused" if reuse is None else "the base has no 4-bit layers"
         logger.warning("dequantize_upper has no effect: %s", why)
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lowmem_reft import InputError
-from lowmem_reft.base import loss
+from lowmem_reft.base import loss, products
 from lowmem_reft.base.loss import (
     Head,
     chunked_cross_entropy,
@@ -200,6 +200,17 @@ def test_value_and_gradient_of_the_head_are_those_of_float64(
     found.backward()
     assert_close(found, wanted, 1e-6)
     assert_close(hidden.grad, wanted_gradient, 1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, VOCAB])
+def test_logits_are_the_same_in_parts_of_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(products, "PART_ROWS", rows)
+    hidden, weight = torch.randn(5, HIDDEN), torch.randn(VOCAB, HIDDEN)
+    assert_close(
+        products.linear_in_parts(hidden, weight), hidden.double() @ weight.double().T, 1e-6
+    )
 
 
 def test_a_chunk_of_less_than_one_token_is_one_token() -> None:

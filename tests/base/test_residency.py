@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lowmem_reft.methods.constant import find_first_resident
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reuse.proof import prove
 from lowmem_reft.reuse.reuse import Reuse
-from tiny_models import ARCHITECTURES, SIZES, adapted, make_examples, saved, stacked
+from tiny_models import ARCHITECTURES, SIZES, adapted, make_examples, make_model, saved, stacked
 
 NUM_BLOCKS = 5
 FIRST = 3
@@ -73,6 +74,16 @@ def test_lower_blocks_are_never_there_and_restored_ones_are_those_of_the_checkpo
     base.residency.restore()
     assert base_digest(base) == base_digest(load(directory, "all", storage))
     assert not any(p.requires_grad for p in base.parameters())
+
+
+def test_blocks_are_found_anew_where_others_have_taken_their_place() -> None:
+    base: Any = make_model().get_base_model()
+    before = find_blocks(base)
+    assert find_blocks(base)[1] is before[1]
+    base.model.layers = type(before[1])(list(before[1])[::-1])
+    assert find_blocks(base) == ("model.layers", base.model.layers)
+    other = copy.deepcopy(base)
+    assert find_blocks(other)[1] is other.model.layers
 
 
 def test_a_whole_file_beside_an_index_is_what_is_read_in_parts_too(tmp_path: Path) -> None:

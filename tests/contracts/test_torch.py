@@ -603,3 +603,16 @@ def test_leaves_of_nested_outputs_come_in_a_list(breach: bool) -> None:
     assert len(leaves) == 3
     assert leaves[0] is a
     assert leaves[1] is b
+
+
+@contract(
+    "torch",
+    used_by="reuse/attention.py",
+    broken_by=with_value("torch:_softmax_backward_data", lambda grad, out, dim, dtype: grad * out),
+)
+def test_the_gradient_of_a_softmax_is_formed_from_its_output(breach: bool) -> None:
+    scores = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weights, grad = scores.softmax(-1), torch.randn(3, 4, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(weights, scores, grad)
+    found = torch._softmax_backward_data(grad, weights.detach(), -1, grad.dtype)
+    assert torch.allclose(found, wanted)

@@ -506,6 +506,37 @@ def test_sdpa_is_looked_up_in_torch_nn_functional(
 
 @contract(
     "transformers",
+    used_by="reuse/attention.py",
+    broken_by=with_value(
+        "transformers.modeling_utils:AttentionInterface.get_interface",
+        lambda self, name, default: self._global_mapping.get(name, default),
+    ),
+)
+def test_attention_is_looked_up_by_name_in_each_pass_and_an_entry_can_be_replaced_for_a_while(
+    breach: bool, ids: Any
+) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    plain, given = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        given.append((query.shape[2], key.shape[2], value.shape[2], sorted(options)))
+        return plain(module, query, key, value, mask, **options)
+
+    model = of_kind("llama", attn_implementation="sdpa")
+    wanted = model(input_ids=ids).logits
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        assert torch.equal(model(input_ids=ids).logits, wanted)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+    assert [lengths[:3] for lengths in given] == [(ids.shape[1],) * 3] * 2
+    assert {"dropout", "scaling"} <= {*given[0][3]}
+
+
+@contract(
+    "transformers",
     used_by="memory/kernels.py",
     broken_by=with_result("transformers.masking_utils:fast_all", lambda all_: all_ * 2),
 )

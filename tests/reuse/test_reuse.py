@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from lowmem_reft.base.checkpointing import enable_activation_checkpointing
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.synthetic import base_with_random_weights
+from lowmem_reft.memory.measure import measure
 from lowmem_reft.methods.constant import num_constant_blocks
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.options import ReuseOptions
@@ -23,7 +24,7 @@ from lowmem_reft.reuse.disk import NoRoomError, ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape
 from lowmem_reft.reuse.prepare import prepare
 from lowmem_reft.reuse.proof import prove, prove_scores
-from lowmem_reft.reuse.reuse import Reuse
+from lowmem_reft.reuse.reuse import FEW_TOKENS, Reuse
 from lowmem_reft.reuse.split import find_constant
 from lowmem_reft.reuse.store import CorruptShardError, Record, Store
 from tiny_models import (
@@ -56,6 +57,66 @@ def test_losses_and_gradients_are_those_of_the_plain_step(
     assert reuse.mode == ("prefix" if suffix_only else "trunk")
     assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
     assert prove(reuse, [3, 1], stacked([examples[3], examples[1]])) <= 1e-5
+
+
+def test_tokens_after_the_last_target_do_not_run(tmp_path: Path) -> None:
+    model, examples = make_model(peft_config=reft("l1")), make_examples()
+    for example in examples:  # as a chat template ends a turn
+        example["input_ids"] += [5, 6, 7]
+        example["labels"] += [-100] * 3
+    reuse = Reuse(model, examples, tmp_path)
+    last = model.get_base_model().model.layers[-1]
+    widths: list[int] = []
+    last.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    assert prove(reuse, [0, 1, 2, 3], stacked(examples)) <= 1e-5
+    assert prove(reuse, [0], stacked(examples[:1])) <= 1e-5
+    answers = [len([label for label in e["labels"] if label != -100]) for e in examples]
+    assert widths[1::2] == [max(answers), answers[0]]
+
+
+def test_a_model_that_keeps_its_own_loss_gets_as_many_tokens_as_labels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SIZES)
+    base: Any = base_with_random_weights(
+        config, device=torch.device("cpu"), storage="fp32", compute_dtype=torch.float32
+    )
+    model: Any = get_peft_model(base, reft("l1")).train()
+    examples = make_examples()
+    assert prove(Reuse(model, examples, tmp_path), [0, 1], stacked(examples[:2])) <= 1e-5
+
+
+@pytest.mark.parametrize("prompt", [24, 400])
+def test_upper_blocks_may_stay_dequantized_where_that_takes_less_than_a_plain_step(
+    tmp_path: Path, prompt: int
+) -> None:
+    model = make_model(storage="nf4", peft_config=reft("l1", layers="2"))
+    ids = torch.randint(3, 256, (prompt + 4,)).tolist()
+    examples = [{"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}]
+    reuse, batch = Reuse(model, examples, tmp_path), stacked(examples)
+    assert not reuse.may_stay_dequantized(1)  # before the two were compared
+    error = prove(reuse, [0], batch)
+    assert reuse.may_stay_dequantized(1) == (prompt == 400)
+    assert not reuse.may_stay_dequantized(FEW_TOKENS)  # dequantizing would be a small share
+
+    def peak(loss: Any) -> int:
+        run = lambda: torch.autograd.backward(loss())  # noqa: E731
+        run()
+        model.zero_grad()
+        return measure(torch.device("cpu"), run).allocated_bytes
+
+    plain = peak(lambda: model(**batch)["loss"])
+    with reuse.dequantized() as num_bytes:
+        assert prove(reuse, [0], batch) <= max(1e-5, error)
+        reused = peak(lambda: reuse.loss([0])) + num_bytes
+    if prompt == 400:
+        assert reused <= plain
+
+
+def test_blocks_that_are_not_quantized_have_nothing_to_dequantize(tmp_path: Path) -> None:
+    examples = make_examples()
+    reuse = Reuse(make_model(), examples, tmp_path)
+    prove(reuse, [0, 1], stacked(examples[:2]))
+    assert not reuse.may_stay_dequantized(1)
 
 
 def test_all_but_the_answer_is_constant_where_nothing_else_is_edited() -> None:

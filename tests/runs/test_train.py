@@ -33,6 +33,7 @@ from lowmem_reft.options import (
     ScoringOptions,
     TrainOptions,
 )
+from lowmem_reft.reuse.reuse import Reuse
 from lowmem_reft.runs.fit import _cuda_peak, _training_arguments
 from lowmem_reft.runs.resolve import resolve
 from lowmem_reft.runs.train import run_training
@@ -462,6 +463,25 @@ def test_dequantizing_what_is_not_quantized_is_said_to_have_no_effect(
     for reuse, said in (("off", "nothing is reused"), ("trunk", "the base has no 4-bit layers")):
         run_training(replace(options, reuse=ReuseOptions(reuse=reuse, dequantize_upper="on")))
         assert f"dequantize_upper has no effect: {said}" in caplog.text
+
+
+@pytest.mark.parametrize("asked", ["auto", "off"])
+def test_a_run_says_that_it_keeps_upper_blocks_dequantized(
+    options: TrainOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: Any,
+) -> None:
+    monkeypatch.setattr(Reuse, "may_stay_dequantized", lambda *_: True)
+    run_training(
+        replace(
+            with_run(options, quiet=False),
+            model=replace(options.model, storage="nf4"),
+            method=MethodOptions(layers="upper:0.5", positions="l1"),
+            reuse=ReuseOptions(reuse="prefix", dequantize_upper=asked),
+        )
+    )
+    assert ("upper blocks stay dequantized: " in capsys.readouterr().err) == (asked == "auto")
 
 
 def test_a_run_that_reuses_what_is_constant_ends_in_the_same_adapter(
