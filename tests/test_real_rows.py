@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_record_names_no_directory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = RealRowsBenchmark(model="/home/me/bases/smollm2", data_dir=Path("/home/me/sets"))
-    arguments = ["--model", options.model, "--data-dir", "/home/me/sets"]
+    options = RealRowsBenchmark(model="/data/bases/smollm2", data_dir=Path("/data/sets"))
+    arguments = ["--model", options.model, "--data-dir", "/data/sets"]
     monkeypatch.setattr(sys, "argv", ["benchmarks/real_rows.py", *arguments])
     said = described(options)
     assert said["environment"]["command"] == (

@@ -157,7 +157,7 @@ def _bf16_product_bytes(name: str, args: Any) -> int:
     With AMX the right matrix is copied in the order of its tiles, a part at a time, and so is a
     left one that is transposed. How much depends on all sizes; this is the most that was measured
     (K from 32 to 128,256). A CPU that does not compute in bf16 sums in fp32 instead: 4 bytes for
-    each number of the product.
+    each number of the product; without AVX-512 that is not oneDNN's, and takes nothing.
     """
     if name == "aten::linear":
         left, columns = args[0], args[1].shape[0]
@@ -165,9 +165,10 @@ def _bf16_product_bytes(name: str, args: Any) -> int:
         left, right = args[1:3] if name == "aten::addmm" else args[:2]
         columns = right.shape[-1]
     rows = left.shape[:-1].numel() if name == "aten::linear" else left.shape[-2]
+    capabilities = torch.cpu.get_capabilities()
     if not has_real_bf16(torch.device("cpu")):
-        return int(4 * rows * columns)
-    if not torch.cpu.get_capabilities().get("amx_bf16"):
+        return int(4 * rows * columns) if capabilities.get("avx512_f", True) else 0
+    if not capabilities.get("amx_bf16"):
         return torch.get_num_threads() * BF16_PRODUCT_BYTES
 
     inner, few = int(left.shape[-1]), rows <= _FEW_ROWS

@@ -176,13 +176,13 @@ def gib(num_bytes: int) -> str:
 
 def _print_plan(console: Console, model: str, plan: Plan, *, advice: bool) -> None:
     lengths, method = plan.lengths, plan.setting.method
-    where = {"layers": method.layers, "positions": method.positions}
-    named = [method.method, *(f"{name} {value}" for name, value in where.items() if value)]
     console.print(
-        f"{model}, {', '.join(named)} on {plan.setting.storage}: "
+        f"{model}, {method.method} on {plan.setting.storage}: "
         f"{plan.num_trainable_params:,} trained parameters, "
         f"{lengths.batch_size} × {lengths.seq_len:,} tokens per forward pass"
     )
+    if method.layers and method.positions:  # as the user says, or by the depth of the base
+        console.print(f"edited: layers {method.layers}, positions {method.positions}")
     table = Table("category", Column("GiB", justify="right"), box=None, pad_edge=False)
     for name in CATEGORIES:
         if plan.breakdown_bytes.get(name):

@@ -162,6 +162,7 @@ def test_training_says_nothing_of_its_own_accord(trained: dict[str, Any]) -> Non
     out, err = trained["written"]
     said = re.compile(
         r"(rows: .*|first row .*|\[.*[|].*|method: .*|steps: .*|memory: .*|validation: .*|reuse: .*"
+        r"|validation_data: 4 of 4 of its rows are trained on too: .*"
         r"|epoch \d .*|step \d.*|\d+ % of \d+ computed tokens .*)"
     )
     assert [line for line in err.splitlines() if not said.fullmatch(line)] == []
@@ -213,8 +214,11 @@ def test_a_comparison_says_nothing_but_its_cells_and_its_table(
     more = ("--methods", "loreft", "--task-type", "SEQ_CLS", "--epochs", "1", "--json")
     out, err = fork.run("lowmem_reft.cli", "compare", *run, *rows, *more)
     assert is_one_object(out)
-    # A cell; the table; the verdict.
-    ours = re.compile(r"\[1/1\] loreft seed 0: accuracy .* s|( .*)?|Take loreft: .*")
+    # That the rows are the same; a cell; the table; the verdict.
+    ours = re.compile(
+        r"eval_data of .* are trained on too: .*|\[1/1\] loreft seed 0: accuracy .* s|( .*)?"
+        r"|Take loreft: .*"
+    )
     assert [line for line in err.splitlines() if not ours.fullmatch(line)] == []
     (log,) = (tmp_path / "out").glob("cells/*/log.txt")
     bar = re.compile(r"Loading weights: .*|progress: [a-z]+ \d+/\d+|")

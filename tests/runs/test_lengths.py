@@ -64,7 +64,7 @@ def test_a_run_computes_less_padding_from_a_store_as_well(
     options = replace(options, method=MethodOptions(positions="l2", layers="upper:0.5"))
     shares, losses = [], []
     for by_length, reuse in ((False, "off"), (True, "off"), (True, "trunk")):
-        changed = with_optim(options, group_by_length=by_length)
+        changed = with_optim(options, group_by_length=by_length, packing="off")
         changed = replace(changed, reuse=replace(options.reuse, reuse=reuse))
         result = run_training(with_run(changed, output_dir=tmp_path / f"{by_length}{reuse}"))
         (*_, last) = result["validation"]

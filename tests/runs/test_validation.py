@@ -312,6 +312,7 @@ def test_each_epoch_says_what_the_training_had_spent(
     rows[0]["prompt"] += " is the film good or bad?" * 3  # so that there is padding
     Path(options.data.data).write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = with_run(options, overwrite=True)
+    options = replace(options, optim=replace(options.optim, packing="off"))
     texts = [f"{row['prompt']} {row['choices'][row['answer']]}" for row in rows]
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     padded = 6 * (max(lengths) + max(lengths[1:]))  # one of two batches of six has the long row

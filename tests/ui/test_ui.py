@@ -136,8 +136,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     pytest.importorskip("gradio")
     page = Page(tmp_path_factory.mktemp("ui"))
     yield page
-    page.process.send_signal(signal.SIGTERM)
-    assert page.process.wait(60) == 0
+    with page.process:  # which closes its pipe
+        page.process.send_signal(signal.SIGTERM)
+        assert page.process.wait(60) == 0
 
 
 def train(page: Page, more: str) -> None:
