@@ -180,6 +180,7 @@ class Predictor:
             )
         self.setting = setting
         self.config = copy.deepcopy(config)
+        self._inputs: list[Tensor] = []
         self.model = self._build()
         self._optimizer = self._make_optimizer()
         with torch.no_grad():
@@ -192,10 +193,24 @@ class Predictor:
             setting = replace(setting, memory=replace(setting.memory, offload_activations=False))
         model = setting.attached_to(base)
         # After the tuner's own hook, which reads the values of the masks.
-        base.register_forward_pre_hook(_to_meta, with_kwargs=True)
+        base.register_forward_pre_hook(self._to_meta, with_kwargs=True)
         # Prompt learning embeds the tokens before it calls the base.
         base.get_input_embeddings().register_forward_pre_hook(_ids_to_meta)
         return model
+
+    def _to_meta(
+        self, _model: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Move the batch to where the model is, but for labels, whose values the loss reads.
+
+        All of it is held until the next one, as by whoever runs a step.
+        """
+        given = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        moved = {key: value.to("meta") for key, value in given.items() if not value.is_meta}
+        self._inputs = list(moved.values())
+        if "labels" in moved and moved["labels"].ndim > 1:
+            del moved["labels"]
+        return args, {**kwargs, **moved}
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -398,6 +413,7 @@ class Predictor:
         return batch
 
     def _count(self, padded: bool, keep_timeline: bool = False) -> tuple[LiveMemory, Kernels]:
+        self._inputs.clear()  # of a pass before, which nobody counts
         kernels = self._kernels(padded)
         names = {module: name for name, module in base_of(self.model).named_modules()}
         memory = LiveMemory("meta", names=names, kernels=kernels, keep_timeline=keep_timeline)
@@ -432,11 +448,3 @@ class Predictor:
 
 def _ids_to_meta(_embedding: Any, args: Any) -> Any:
     return tuple(value.to("meta") for value in args)
-
-
-def _to_meta(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Move the batch to where the model is, but for labels, whose values the loss reads."""
-    for key, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and (key != "labels" or value.ndim == 1):
-            kwargs[key] = value.to("meta")
-    return args, kwargs
