@@ -63,6 +63,11 @@ def load_config(model: str | Path, revision: str = "main") -> Any:
         ) from error
 
 
+def num_blocks(config: Any) -> int:
+    """Return how many transformer blocks a base has, by its configuration."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
 def check_path(model: str | Path) -> None:
     """Refuse what is meant as a directory and is none."""
     if str(model).startswith(("/", ".", "~")) and not Path(model).is_dir():

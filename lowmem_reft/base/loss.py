@@ -206,9 +206,7 @@ def use_chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> Head 
     ours(base).knows_head = head is not None
     # Not a bound method: its signature, which trainers and tuners read, would lose an argument.
     base.forward = functools.wraps(plain)(
-        functools.partial(
-            _training_forward, base, recognized=head is not None, label_smoothing=label_smoothing
-        )
+        functools.partial(_training_forward, base, label_smoothing=label_smoothing)
     )
     return head
 
@@ -319,16 +317,14 @@ class _HeadReached(Exception):  # noqa: N818 - nothing is wrong
 
 
 @allocates("loss")
-def _training_forward(
-    self: Any, *args: Any, recognized: bool, label_smoothing: float, **kwargs: Any
-) -> Any:
+def _training_forward(self: Any, *args: Any, label_smoothing: float, **kwargs: Any) -> Any:
     """Stand in for a causal model's forward; see ``use_chunked_loss``."""
     plain = ours(self).forward_with_logits
     assert plain is not None
     labels = kwargs.get("labels")
     if not self.training or labels is None or args[1:] or _GIVEN.intersection(kwargs):
         return plain(*args, **kwargs)
-    head = _describe_head(self) if recognized else None
+    head = _describe_head(self) if ours(self).knows_head else None
     if head is None:
         _refuse_smoothing(self, label_smoothing)
         return plain(*args, **kwargs, **supervised_head_arguments(self, labels))

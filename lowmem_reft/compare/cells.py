@@ -16,7 +16,7 @@ from lowmem_reft.compare.cell import Cell
 from lowmem_reft.compare.sources import Examples, Sources
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import own_modules
-from lowmem_reft.methods.entries import MethodSpec, resolve_learning_rate
+from lowmem_reft.methods.entries import MethodSpec
 from lowmem_reft.methods.table import find_method, given_options
 from lowmem_reft.options import (
     BesideOptions,
@@ -121,8 +121,7 @@ class _Maker:
         if options.scored.train_task is not None or options.matrix.lr_search is not None:
             training = self._directory(spec.entry, seed, folder="trained")
         evaluate = self._evaluate(spec.storage, directory, adapter=training / "adapter")
-        optim = replace(options.optim, **spec.optim_overrides)
-        method = sources.on_base(spec.options, options.base.task_type)
+        method, optim = sources.resolved(spec, options)
         train = TrainOptions(
             model=evaluate.model,
             data=replace(
@@ -140,9 +139,7 @@ class _Maker:
             ),
             scoring=sources.train_scoring,
             method=method,
-            optim=resolve_learning_rate(
-                method, optim, lambda: sources.hidden_size, lambda: sources.num_layers
-            ),
+            optim=optim,
             memory=options.memory,
             reuse=replace(evaluate.reuse, dequantize_upper=options.reuse.dequantize_upper),
             run=RunOptions(output_dir=training, seed=seed, quiet=True, overwrite=True, no_fit=True),

@@ -21,7 +21,6 @@ from lowmem_reft.data.tasks.metrics import gain
 from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import (
     MethodSpec,
-    resolve_learning_rate,
     with_overrides,
     with_searched_rate,
 )
@@ -106,11 +105,7 @@ def search_rates(
 
 
 def _own_rate(spec: MethodSpec, options: CompareOptions, sources: Sources) -> float:
-    optim = replace(options.optim, **spec.optim_overrides)
-    method = sources.on_base(spec.options, options.base.task_type)
-    own = resolve_learning_rate(
-        method, optim, lambda: sources.hidden_size, lambda: sources.num_layers
-    ).lr
+    own = sources.resolved(spec, options)[1].lr
     assert own is not None
     return own
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.hub import load_config, num_blocks
 from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.compare.outputs import keep_rows
 from lowmem_reft.data import embedded
@@ -34,12 +34,14 @@ from lowmem_reft.data.texts import described
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.machine import provenance
 from lowmem_reft.methods.card import merge_card, with_template
+from lowmem_reft.methods.entries import MethodSpec, resolve_learning_rate
 from lowmem_reft.methods.table import for_base
 from lowmem_reft.options import (
     CHAT_TEMPLATE,
     CompareOptions,
     MethodOptions,
     ModelOptions,
+    OptimOptions,
     ScoringOptions,
     written,
 )
@@ -97,11 +99,23 @@ class Sources:
     @cached_property
     def num_layers(self) -> int:
         """Its blocks."""
-        return int(load_config(self.model).get_text_config().num_hidden_layers)
+        return num_blocks(load_config(self.model))
 
-    def on_base(self, options: MethodOptions, task_type: str) -> MethodOptions:
-        """Return a method's options with where this model is edited by default."""
-        return for_base(options, task_type=task_type, num_layers=lambda: self.num_layers)
+    def resolved(
+        self, spec: MethodSpec, options: CompareOptions
+    ) -> tuple[MethodOptions, OptimOptions]:
+        """Return a method's options with what it takes on this model where they name nothing.
+
+        That is where it edits, and its learning rate.
+        """
+        method = for_base(
+            spec.options, task_type=options.base.task_type, num_layers=lambda: self.num_layers
+        )
+        given = replace(options.optim, **spec.optim_overrides)
+        optim = resolve_learning_rate(
+            method, given, lambda: self.hidden_size, lambda: self.num_layers
+        )
+        return method, optim
 
 
 def find_all_sources(options: CompareOptions, *, scored: Split = "test") -> list[Sources]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from lowmem_reft.base.hub import num_blocks
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.planner import Planner
 from lowmem_reft.memory.predict import Lengths, Setting
@@ -55,10 +56,10 @@ def fit_upper(
     First those that the setting trains, where others are below them; then half of the blocks of the
     base, then fewer. A setting that fits as it is should not be asked about.
     """
-    num_blocks = int(planner.config.get_text_config().num_hidden_layers)
+    count = num_blocks(planner.config)
     ways = [
         (changed, replace(setting, method=method, reuse="trunk", resident="upper"))
-        for changed, method in _methods(setting, num_blocks)
+        for changed, method in _methods(setting, count)
         if changed is not None or setting.resident == "all"  # else it is what was tried
     ]
     try:
@@ -66,7 +67,7 @@ def fit_upper(
             return None
         for changed, way in ways:
             if _weights_fit(planner, way) and (found := fit(planner, way, lengths, report=report)):
-                return UpperFit(candidate=found, changed_blocks=changed, num_blocks=num_blocks)
+                return UpperFit(candidate=found, changed_blocks=changed, num_blocks=count)
     except InputError:  # the method does not train from a store
         return None
     return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from lowmem_reft.base.hub import num_blocks
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.devices import DTYPES, dtype_name, resolve_storage
 from lowmem_reft.machine.progress import counter
@@ -134,7 +135,7 @@ def setting_of(options: PlanOptions, planner: Planner) -> Setting:
         method=for_base(
             options.method,
             task_type=shape.task_type,
-            num_layers=lambda: config.get_text_config().num_hidden_layers,
+            num_layers=lambda: num_blocks(config),
         ),
         memory=options.memory,
         chunked_loss=options.step.loss == "chunked",

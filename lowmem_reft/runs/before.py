@@ -113,22 +113,18 @@ def _method(run: Run) -> str:
     settings = [f"{name} {value}" for name, value in found.items() if value is not None]
     stored = f"base {run.card.storage} computed in {dtype_name(run.compute_dtype)}"
     rate = f"learning rate {run.optim.lr:.2g}"
-    blocks = f"{_num_layers(run)} blocks"
+    blocks = f"{run.num_layers} blocks"
     return f"method: {', '.join([str(run.card.method), *settings, rate])}; {stored}, {blocks}"
 
 
 def _configs(run: Run) -> tuple[Any, ReftConfig | None]:
     """The adapter's configuration, and the one that says which tokens are edited, if any are."""
     adapter: Any = build_peft_config(
-        run.options.method, task_type=run.card.task_type, num_layers=_num_layers(run)
+        run.options.method, task_type=run.card.task_type, num_layers=run.num_layers
     )
     if isinstance(adapter, LoraReftConfig):
         return adapter, adapter.reft_config()
     return adapter, adapter if isinstance(adapter, ReftConfig) else None
-
-
-def _num_layers(run: Run) -> int:
-    return int(run.config.get_text_config().num_hidden_layers)
 
 
 def _steps(run: Run, begun: Checkpoint | None) -> str:

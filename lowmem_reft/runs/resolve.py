@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.hub import load_config, num_blocks
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.loading import load_tokenizer
@@ -79,6 +79,11 @@ class Run:
         return Limits.of(self.config, self.tokenizer, task_type=self.card.task_type)
 
     @property
+    def num_layers(self) -> int:
+        """The blocks of the base."""
+        return num_blocks(self.config)
+
+    @property
     def num_virtual(self) -> int:
         """Trained tokens that the method puts before each example."""
         options, task_type = self.options.method, self.card.task_type
@@ -92,7 +97,7 @@ class Run:
             self.options.method,
             self.options.optim,
             lambda: self.config.get_text_config().hidden_size,
-            lambda: self.config.get_text_config().num_hidden_layers,
+            lambda: self.num_layers,
         )
 
     @property
@@ -172,7 +177,7 @@ def resolve(options: TrainOptions) -> Run:
         method=for_base(
             options.method,
             task_type=card.task_type,
-            num_layers=lambda: config.get_text_config().num_hidden_layers,
+            num_layers=lambda: num_blocks(config),
         ),
     )
     tokenizer = load_tokenizer(model.model, config=config)

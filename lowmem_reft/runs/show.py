@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.hub import load_config, num_blocks
 from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.mixture import read_mixture
@@ -87,7 +87,7 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
     method = for_base(
         MethodOptions(positions=options.positions),
         task_type=options.task_type,
-        num_layers=lambda: config.get_text_config().num_hidden_layers,
+        num_layers=lambda: num_blocks(config),
     )
     positions = all_options(method)["positions"]
     edit = ReftConfig(task_type=options.task_type, positions=positions)

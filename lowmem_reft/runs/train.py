@@ -149,8 +149,9 @@ def _attach(run: Run) -> PeftModel:
     options, task_type = run.options, run.card.task_type
     upper_for = None
     if options.reuse.resident == "upper":
-        number = run.config.get_text_config().num_hidden_layers
-        upper_for = build_peft_config(options.method, task_type=task_type, num_layers=number)
+        upper_for = build_peft_config(
+            options.method, task_type=task_type, num_layers=run.num_layers
+        )
     base = load_frozen(
         options.model, run.card, run.tokenizer, config=run.config, upper_for=upper_for
     )
