@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -117,7 +117,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            losses, logits_gradient = _losses_of_chunk(
+            losses, logits_gradient, _ = _losses_of_chunk(
                 hidden[part], head, targets[part], smoothing, gradient is not None
             )
             total += losses.sum()
@@ -142,10 +142,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 @allocates("loss")
 def _losses_of_chunk(
     hidden: Tensor, head: Head, targets: Tensor, smoothing: float, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the losses (tokens,) of a chunk and the gradient of their sum by the head's output.
 
-    Without a gradient there may be several targets for each token: both are (tokens, targets) then.
+    And whether each target is the most likely token, (tokens, targets). Without a gradient there
+    may be several targets for each token: losses are (tokens, targets) then.
     One [chunk, vocab] buffer is reused throughout; a soft-cap needs a second one.
     """
     logits = linear_in_parts(hidden, head.weight.to(hidden.dtype)).float()
@@ -162,11 +163,12 @@ def _losses_of_chunk(
     picked = logits.gather(1, index)
     mean = logits.mean(1, keepdim=True) if smoothing else picked
     top = logits.amax(1, keepdim=True)
+    is_top = picked == top
     total = logits.sub_(top).exp_().sum(1, keepdim=True)
     losses = total.log() + top - (1 - smoothing) * picked - smoothing * mean
     losses = losses if targets.ndim == 2 else losses[:, 0]
     if not with_gradient:
-        return losses, None
+        return losses, None, is_top
     gradient = logits.div_(total)
     if smoothing:
         gradient -= smoothing / gradient.shape[1]
@@ -175,7 +177,7 @@ def _losses_of_chunk(
         gradient *= slope
     if head.scale != 1:
         gradient *= head.scale
-    return losses, gradient
+    return losses, gradient, is_top
 
 
 def use_chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> Head | None:
@@ -379,7 +381,7 @@ def log_likelihood_of(
     device = device_of(base)
     rows, columns = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
     targets = labels[rows, columns + 1][:, None]
-    each = log_likelihoods_at(base, rows, columns, targets, run, chunk_bytes=chunk_bytes)
+    each, _ = log_likelihoods_at(base, rows, columns, targets, run, chunk_bytes=chunk_bytes)
     sums = torch.zeros(labels.shape[0], dtype=torch.float32, device=device)
     sums.index_add_(0, rows.to(device), each[:, 0])
     return sums, (labels != IGNORED_LABEL).sum(1).tolist()
@@ -395,8 +397,10 @@ def log_likelihoods_at(
     run: Callable[..., Any],
     *,
     chunk_bytes: int = CHUNK_BYTES,
-) -> Float[Tensor, "places targets"]:
+) -> tuple[Float[Tensor, "places targets"], Bool[Tensor, "places targets"]]:
     """Return the log-probabilities of next tokens after some places of a batch, in fp32.
+
+    And whether each of them is the most likely one there.
 
     Args:
         base: The causal model, in evaluation mode.
@@ -415,17 +419,17 @@ def log_likelihoods_at(
             columns = torch.searchsorted(kept, columns)
         selected = logits[rows.to(device), columns.to(device)].float().log_softmax(-1)
         picked: Tensor = selected.gather(-1, targets)
-        return picked
-    hidden = _hidden_before_head(base, run)
+        return picked, picked == selected.amax(-1, keepdim=True)
     head = _gathered(head)
-    selected = hidden[rows.to(device), columns.to(device)]
+    selected = _hidden_before_head(base, run)[rows.to(device), columns.to(device)]
     found = torch.empty(targets.shape, dtype=torch.float32, device=device)
+    is_top = torch.empty(targets.shape, dtype=torch.bool, device=device)
     step = max(1, chunk_bytes // (4 * head.weight.shape[0]))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        losses, _ = _losses_of_chunk(selected[part], head, targets[part], 0.0, False)
+        losses, _, is_top[part] = _losses_of_chunk(selected[part], head, targets[part], 0.0, False)
         found[part] = -losses
-    return found
+    return found, is_top
 
 
 def supervised_head_arguments(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:

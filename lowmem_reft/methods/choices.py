@@ -18,7 +18,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
@@ -46,21 +46,23 @@ class Shared:
     """Each choice's own tokens, at least one."""
 
     @classmethod
-    def of(cls, examples: Sequence[dict[str, Any]]) -> Shared | None:
+    def of(cls, prompt: list[int], choices: Sequence[list[int]]) -> Shared:
+        """Part choices, of at least one token each, behind a prompt of at least one."""
+        # Each keeps its last token: one may begin another, or be alone.
+        shortest = min(map(len, choices))
+        together = zip(*(choice[: shortest - 1] for choice in choices), strict=True)
+        common = [tokens[0] for tokens in takewhile(lambda tokens: len({*tokens}) == 1, together)]
+        return cls(prompt, common, [choice[len(common) :] for choice in choices])
+
+    @classmethod
+    def of_examples(cls, examples: Sequence[dict[str, Any]]) -> Shared | None:
         """Part a row by its examples, prompt and choice each; None if there is nothing to share.
 
         That is where the prompt, or a choice, has no token.
         """
         start = examples[0]["labels"].count(IGNORED_LABEL)
         choices = [example["input_ids"][start:] for example in examples]
-        shortest = min(map(len, choices))
-        if not start or not shortest:
-            return None
-        # No choice begins another, but there may be a single one.
-        together = zip(*(choice[: shortest - 1] for choice in choices), strict=True)
-        common = [tokens[0] for tokens in takewhile(lambda tokens: len({*tokens}) == 1, together)]
-        rests = [choice[len(common) :] for choice in choices]
-        return cls(examples[0]["input_ids"][:start], common, rests)
+        return cls.of(examples[0]["input_ids"][:start], choices) if start and all(choices) else None
 
     @property
     def longer(self) -> list[int]:
@@ -93,25 +95,16 @@ def choices_log_likelihood(
         batch_size: Sequences per forward pass, prompts in pass 1 and choices in pass 2.
         quiet: No progress bar.
     """
-    continues = continues_from_cache(model)
-    parted = {index: row for index, each in enumerate(rows) if (row := Shared.of(each))}
-    if not continues:
+    parted = {index: row for index, each in enumerate(rows) if (row := Shared.of_examples(each))}
+    if not continues_from_cache(model):
         parted = {index: row for index, row in parted.items() if not row.longer}
     found: list[list[tuple[float, int]]] = [[] for _ in rows]
-    # Those that need no cache apart: they need less memory.
-    batches = []
-    for is_longer in (True, False):
-        alike = [index for index, row in parted.items() if bool(row.longer) == is_longer]
-        lengths = [len(parted[index]) for index in alike]
-        batches += [[alike[i] for i in places] for places in by_length(lengths, batch_size)]
-    for batch in progress(batches, "scoring", quiet=quiet):
-        these = [parted[index] for index in batch]
-        totals = log_likelihoods_of_batch(
-            model, shared_batch(these, tokenizer), these, batch_size=batch_size
-        )
-        for index, row, of_row in zip(batch, these, totals.tolist(), strict=True):
-            sizes = [len(row.common) + len(rest) for rest in row.rests]
-            found[index] = list(zip(of_row, sizes, strict=False))
+    scores = shared_log_likelihood(
+        model, [*parted.values()], tokenizer, batch_size=batch_size, quiet=quiet
+    )
+    for (index, row), of_row in zip(parted.items(), scores, strict=True):
+        sizes = [len(row.common) + len(rest) for rest in row.rests]
+        found[index] = [(total, size) for (total, _), size in zip(of_row, sizes, strict=True)]
     whole = [(index, example) for index, each in enumerate(rows) for example in each]
     whole = [(index, example) for index, example in whole if index not in parted]
     scored = each_log_likelihood(
@@ -119,6 +112,33 @@ def choices_log_likelihood(
     )
     for (index, _), of_choice in zip(whole, scored, strict=True):
         found[index].append(of_choice)
+    return found
+
+
+@torch.no_grad()
+def shared_log_likelihood(
+    model: Any, rows: Sequence[Shared], tokenizer: Any, *, batch_size: int, quiet: bool = True
+) -> list[list[tuple[float, bool]]]:
+    """Return for each row the log-likelihood of each choice, and whether it is greedy.
+
+    That is, whether each of its tokens is the most likely one. Arguments are those of
+    `choices_log_likelihood`, rows parted; if any choice has more than one own token, the model
+    `continues_from_cache`.
+    """
+    found: list[list[tuple[float, bool]]] = [[] for _ in rows]
+    # Those that need no cache apart: they need less memory.
+    batches = []
+    for is_longer in (True, False):
+        alike = [index for index, row in enumerate(rows) if bool(row.longer) == is_longer]
+        lengths = [len(rows[index]) for index in alike]
+        batches += [[alike[i] for i in places] for places in by_length(lengths, batch_size)]
+    for batch in progress(batches, "scoring", quiet=quiet):
+        these = [rows[index] for index in batch]
+        totals, greedy = log_likelihoods_of_batch(
+            model, shared_batch(these, tokenizer), these, batch_size=batch_size
+        )
+        for index, *of_row in zip(batch, totals.tolist(), greedy.tolist(), strict=True):
+            found[index] = list(zip(*of_row, strict=True))[: len(rows[index].rests)]
     return found
 
 
@@ -145,10 +165,11 @@ def continues_from_cache(model: Any) -> bool:
 @allocates("loss")
 def log_likelihoods_of_batch(
     model: Any, batch: dict[str, Tensor], rows: Sequence[Shared], *, batch_size: int
-) -> Float[Tensor, "batch choices"]:
+) -> tuple[Float[Tensor, "batch choices"], Bool[Tensor, "batch choices"]]:
     """Return the summed log-likelihood of each choice of each row; all prompts are read at once.
 
-    Rows with fewer choices than others have numbers of no meaning behind theirs.
+    And whether each of its tokens is the most likely one. Rows with fewer choices than others have
+    numbers of no meaning behind theirs.
 
     Args:
         model: If any choice has more than one own token, one that `continues_from_cache`.
@@ -158,16 +179,18 @@ def log_likelihoods_of_batch(
     """
     longer = [(row, choice) for row, shared in enumerate(rows) for choice in shared.longer]
     cache = DynamicCache(config=base_of(model).config) if longer else None
-    sums = _pass_1(model, batch, rows, cache)
+    sums, greedy = _pass_1(model, batch, rows, cache)
     lengths = [len(rows[row].rests[choice]) for row, choice in longer]
     for indices in by_length(lengths, batch_size):
         places, choices = torch.tensor([longer[index] for index in indices]).unbind(1)
         rests = [rows[row].rests[choice] for row, choice in (longer[index] for index in indices)]
         assert cache is not None
         before = batch["attention_mask"][places]
-        more = _pass_2(model, rests, before, with_rows(cache, places))
-        sums[places.to(sums.device), choices.to(sums.device)] += more
-    return sums
+        more, is_greedy = _pass_2(model, rests, before, with_rows(cache, places))
+        at = places.to(sums.device), choices.to(sums.device)
+        sums[at] += more
+        greedy[at] &= is_greedy
+    return sums, greedy
 
 
 def shared_batch(rows: Sequence[Shared], tokenizer: Any) -> dict[str, Tensor]:
@@ -188,10 +211,10 @@ def shared_batch(rows: Sequence[Shared], tokenizer: Any) -> dict[str, Tensor]:
 @allocates("loss")
 def _pass_1(
     model: Any, batch: dict[str, Tensor], rows: Sequence[Shared], cache: DynamicCache | None
-) -> Float[Tensor, "batch choices"]:
+) -> tuple[Float[Tensor, "batch choices"], Bool[Tensor, "batch choices"]]:
     """Return the log-likelihood of what choices have in common and of each one's first own token.
 
-    ``cache`` is filled if there is one.
+    And whether these are the most likely tokens. ``cache`` is filled if there is one.
     """
     base = base_of(model)
     run, labels = forward_of(model, batch)
@@ -205,19 +228,26 @@ def _pass_1(
     firsts = [torch.tensor([rest[0] for rest in row.rests]) for row in rows]
     targets[is_last] = torch.nn.utils.rnn.pad_sequence(firsts, batch_first=True).to(labels.device)
     kept = {} if cache is None else with_cache(base, cache)
-    each = log_likelihoods_at(base, places, columns, targets, lambda **more: run(**kept, **more))
+    each, is_top = log_likelihoods_at(
+        base, places, columns, targets, lambda **more: run(**kept, **more)
+    )
     device = each.device
     of_common, of_rests = ((is_last == last).nonzero()[:, 0].to(device) for last in (False, True))
     common = each.new_zeros(len(rows))
-    common.index_add_(0, places.to(device)[of_common], each[of_common, 0])
-    return common[:, None] + each[of_rests]
+    row = places.to(device)[of_common]
+    common.index_add_(0, row, each[of_common, 0])
+    is_common_top = is_top.new_ones(len(rows))
+    is_common_top[row[~is_top[of_common, 0]]] = False
+    return common[:, None] + each[of_rests], is_common_top[:, None] & is_top[of_rests]
 
 
 @allocates("loss")
 def _pass_2(
     model: Any, rests: Sequence[list[int]], before: Tensor, cache: DynamicCache
-) -> Float[Tensor, " choices"]:
+) -> tuple[Float[Tensor, " choices"], Bool[Tensor, " choices"]]:
     """Return the log-likelihood of what follows each choice's first own token.
+
+    And whether these are the most likely tokens.
 
     Args:
         model: See ``continues_from_cache``.
@@ -243,11 +273,14 @@ def _pass_2(
     there = "cpu" if device.type == "meta" else device
     inputs = {name: value.to(there) for name, value in inputs.items()}
     kept = with_cache(base, cache)
-    each = log_likelihoods_at(
+    each, is_top = log_likelihoods_at(
         base, places, columns, following[:, None], lambda **more: model(**inputs, **kept, **more)
     )
-    sums = each.new_zeros(len(rests))
-    return sums.index_add_(0, places.to(each.device), each[:, 0])
+    places = places.to(each.device)
+    sums = each.new_zeros(len(rests)).index_add_(0, places, each[:, 0])
+    greedy = is_top.new_ones(len(rests))
+    greedy[places[~is_top[:, 0]]] = False
+    return sums, greedy
 
 
 def _groups_of_answers(model: Any) -> set[int]:

@@ -63,7 +63,7 @@ class Request:
 
 @contract(
     "lm_eval",
-    used_by="runs/harness.py",
+    used_by="runs/harness_model.py",
     broken_by=wrapped(
         "lm_eval.api.model:TemplateLM.loglikelihood",
         lambda _: lambda self, requests, disable_tqdm=False: [(0.0, True)] * len(requests),
@@ -79,7 +79,7 @@ def test_likelihoods_are_asked_for_as_texts_context_and_continuation(breach: boo
 
 @contract(
     "lm_eval",
-    used_by="runs/harness.py",
+    used_by="runs/harness_model.py",
     broken_by=with_value(
         "lm_eval.api.model:TemplateLM.loglikelihood",
         lambda self, requests, **_: self._loglikelihood_tokens([(("a b", " c"), [2, 3], [4])]),
@@ -105,7 +105,7 @@ def test_a_model_says_how_a_pair_and_a_batch_of_prompts_are_tokenized(breach: bo
 
 @contract(
     "lm_eval",
-    used_by="runs/harness.py",
+    used_by="runs/harness_model.py",
     broken_by=with_value(f"{HFLM}loglikelihood_rolling", lambda self, requests, **_: [-1.0]),
 )
 def test_whole_texts_are_scored_without_texts_and_as_one_batch(breach: bool) -> None:
@@ -119,7 +119,7 @@ def test_whole_texts_are_scored_without_texts_and_as_one_batch(breach: bool) -> 
 
 @contract(
     "lm_eval",
-    used_by="runs/harness.py",
+    used_by="runs/harness_model.py",
     broken_by=with_value(
         f"{HFLM}tok_batch_encode", lambda self, texts, **_: (torch.ones(1, 2), None)
     ),
@@ -140,7 +140,7 @@ def test_texts_are_generated_from_left_padded_contexts_with_a_mask(breach: bool)
 
 @contract(
     "lm_eval",
-    used_by="runs/harness.py",
+    used_by="runs/harness_model.py",
     broken_by=with_value(
         "lm_eval.models.utils_hf:MultiTokenEOSCriteria.__call__", lambda self, ids, scores: False
     ),
@@ -158,7 +158,7 @@ STEPS = ([[4], [4]], [[4, 4], [4, 3]], [[4, 4, 3], [4, 3, 4]])
 
 @contract(
     "lm_eval",
-    used_by="runs/harness.py",
+    used_by="runs/harness_model.py",
     broken_by=with_value(f"{HFLM}max_length", property(lambda self: 64)),
 )
 def test_the_longest_input_can_be_set(breach: bool) -> None:

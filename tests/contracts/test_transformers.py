@@ -184,7 +184,7 @@ def _prepended(module: Any, install: Any, *args: Any, **kwargs: Any) -> None:
 
 @contract(
     "transformers",
-    used_by="base/loss.py reft/selection.py runs/harness.py methods/virtual_tokens.py",
+    used_by="base/loss.py reft/selection.py runs/harness_model.py methods/virtual_tokens.py",
     broken_by=with_value(f"{LLAMA}LlamaForCausalLM.forward", lambda self, **kwargs: None),
 )
 def test_the_signature_of_forward_names_the_arguments(llama: Any) -> None:
@@ -366,7 +366,7 @@ def test_the_loss_is_a_shifted_mean_or_a_sum_over_num_items(llama: Any, ids: Any
 
 @contract(
     "transformers",
-    used_by="base/loss.py runs/das.py runs/harness.py",
+    used_by="base/loss.py runs/das.py runs/harness_model.py",
     broken_by=wrapped(
         f"{LLAMA}LlamaForCausalLM.forward",
         lambda forward: (

@@ -13,7 +13,12 @@ from transformers import AutoConfig
 import lowmem_reft as lr
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.synthetic import base_with_random_weights
-from lowmem_reft.methods.choices import choices_log_likelihood, continues_from_cache
+from lowmem_reft.methods.choices import (
+    Shared,
+    choices_log_likelihood,
+    continues_from_cache,
+    shared_log_likelihood,
+)
 from lowmem_reft.methods.virtual_tokens import take_prefix_as_cache
 from tiny_models import ARCHITECTURES, SIZES
 
@@ -88,6 +93,15 @@ def examples_of(prompt: list[int], choices: list[list[int]]) -> list[dict[str, A
         {"input_ids": prompt + choice, "labels": [-100] * len(prompt) + choice}
         for choice in choices
     ]
+
+
+@torch.no_grad()
+def is_greedy(model: Any, prompt: list[int], choice: list[int]) -> bool:
+    """Tell whether a model that always takes the likeliest token would write the choice."""
+    ids = torch.tensor([prompt + choice])
+    labels = torch.tensor([[-100] * len(prompt) + choice])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).logits
+    return bool((logits[0, len(prompt) - 1 : -1].argmax(-1) == ids[0, len(prompt) :]).all())
 
 
 @torch.no_grad()
@@ -216,6 +230,32 @@ def test_longer_choices_are_read_behind_it_and_the_last_token_of_none() -> None:
     seen.passes.clear()
     choices_log_likelihood(model, [examples_of(*ROWS[2])], Padding(), batch_size=4)
     assert seen.passes == [(1, 6), (3, 3)]
+
+
+@pytest.mark.parametrize("is_recognized", [True, False])
+def test_a_choice_is_greedy_where_every_token_is_the_most_likely_one(is_recognized: bool) -> None:
+    model = reft("l1+response")
+    model.get_base_model().lm_head.weight.requires_grad_(not is_recognized)
+    wanted = []
+    rows = []
+    for prompt, choices in ROWS:
+        written = [*prompt]
+        for _ in range(4):
+            ids = torch.tensor([written])
+            mask = torch.tensor([[0] * (len(prompt)) + [1] * (len(written) - len(prompt))]) - 1
+            # Positions 'l1+response': the last prompt token and every new one are edited.
+            mask[0, len(prompt) - 1] = 0
+            with torch.no_grad():
+                logits = model(input_ids=ids, intervention_mask=mask).logits
+            written.append(int(logits[0, -1].argmax()))
+        best = written[len(prompt) :]
+        # Of one token, of four, and two that part from the best at the first and at the last.
+        choices = [best[:1], best, [*best[:3], (best[3] + 1) % 50], [(best[0] + 1) % 50, *best[1:]]]
+        rows.append(Shared.of(prompt, choices))
+        wanted.append([is_greedy(model, prompt, choice) for choice in choices])
+        assert wanted[-1] == [True, True, False, False]
+    found = shared_log_likelihood(model, rows, Padding(), batch_size=4)
+    assert [[greedy for _, greedy in row] for row in found] == wanted
 
 
 def test_no_pass_reads_more_sequences_than_a_batch_has() -> None:

@@ -36,9 +36,10 @@ from lowmem_reft.options import (
     ScoringOptions,
 )
 from lowmem_reft.reft.config import ReftConfig
+from lowmem_reft.runs import harness_model
 from lowmem_reft.runs.evaluate import run_evaluation
 from lowmem_reft.runs.generate import generate_batches
-from lowmem_reft.runs.harness import AdaptedModel
+from lowmem_reft.runs.harness_model import AdaptedModel
 from lowmem_reft.runs.score import ScoringSettings, score
 from snippets import read_blocks
 
@@ -322,17 +323,44 @@ def test_the_same_tokens_with_another_end_of_the_prompt_are_edited_there(
     assert all(abs(a - b) > 1e-3 for a, b in zip(alone, plain, strict=True))
 
 
+@pytest.mark.parametrize("continues", [True, False])
 def test_answers_that_differ_in_their_last_token_share_a_forward_pass(
-    evaluation: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+    evaluation: EvaluateOptions, monkeypatch: pytest.MonkeyPatch, continues: bool
 ) -> None:
-    lm = AdaptedModel(*loaded(evaluation), batch_size=4)
+    model, tokenizer = loaded(evaluation)
+    lm = AdaptedModel(model, tokenizer, batch_size=4)
     shapes = []
-    real = lm._last_logits
-    monkeypatch.setattr(lm, "_last_logits", lambda rows: shapes.append(len(rows)) or real(rows))
+    if not continues:
+        monkeypatch.setattr(harness_model, "continues_from_cache", lambda _: False)
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, args, output: shapes.append(args[0].shape)
+    )
     answers = lm._loglikelihood_tokens([(("", ""), [5, 6, 7], [token]) for token in range(128)])
-    assert shapes == [1]
+    assert shapes == [(1, 3)]
     assert sum(torch.tensor([total for total, _ in answers]).exp().tolist()) == pytest.approx(1.0)
     assert [is_greedy for _, is_greedy in answers].count(True) == 1
+
+
+def test_a_context_is_read_once_for_all_continuations_and_both_ways_agree(
+    evaluation: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded(evaluation)
+    lm = AdaptedModel(model, tokenizer, batch_size=4)
+    first, second = [11, 12, 13, 14], [21, 22, 23]
+    # One begins another, one comes twice, and contexts come in no order.
+    continuations = [[5, 6, 7], [5, 6], [8], [5, 6, 7], [9, 10, 11, 12]]
+    requests = [(("", ""), context, c) for c in continuations for context in (first, second)]
+    lengths = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, args, output: lengths.append(args[0].numel())
+    )
+    shared = lm._loglikelihood_tokens(requests)
+    # The contexts, padded, and behind each three tokens of the longest and two, one and two more.
+    assert sum(lengths) <= 8 + 2 * 4 * 3
+    monkeypatch.setattr(harness_model, "continues_from_cache", lambda _: False)
+    whole = lm._loglikelihood_tokens(requests)
+    assert [total for total, _ in shared] == pytest.approx([total for total, _ in whole], rel=1e-5)
+    assert [greedy for _, greedy in shared] == [greedy for _, greedy in whole]
 
 
 def test_contexts_that_do_not_fit_are_cut_from_the_left_and_counted(

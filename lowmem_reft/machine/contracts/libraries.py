@@ -85,7 +85,7 @@ def _trl_asks_for_its_fused_head() -> None:
     expect("log_probs" in output, f"an output of {list(output)}")
 
 
-@relied_on("lm_eval", leaned_on_by="runs/harness.py")
+@relied_on("lm_eval", leaned_on_by="runs/harness_model.py")
 def _the_harness_scores_and_generates_tokens() -> None:
     """the harness scores and generates through two methods that take tokens."""
     from lm_eval.models.huggingface import HFLM
