@@ -137,6 +137,11 @@ def can_be_parted(config: Any) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
+def has_windows(config: Any) -> bool:
+    """Return whether some layers attend to the last tokens alone, padding between them included."""
+    return any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
 def with_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """Return a cache of some rows of another, each as often as its index is in ``rows``.
 

@@ -42,10 +42,11 @@ from lowmem_reft.methods.table import find_method
 from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
 from lowmem_reft.options import MemoryOptions, MethodOptions, Storage
 from lowmem_reft.reft.rotation import computed_once
+from lowmem_reft.reft.tuner import groups_of
 from lowmem_reft.reuse.batch import Stacked, aligned, run_stacked
 from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.layout import Layout, Shape
-from lowmem_reft.reuse.split import find_constant, groups_of, is_causal
+from lowmem_reft.reuse.split import find_constant, is_causal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -1,9 +1,10 @@
 """How likely a model with any adapter holds each choice of a row: their prompt is read once.
 
-Pass 1 reads what all choices of a row share: the prompt and the tokens that all of them begin with.
-Its last vector gives the probability of each choice's first own token, which for choices such as
-"yes" and "no" is all of it. Pass 2 reads the rest of longer choices behind the keys and values of
-pass 1, as generation reads new tokens, and edits it as such.
+What the prompts of many rows begin with, such as a system message or solved examples, is read once
+for all of them. Pass 1 reads what all choices of a row share: the prompt and the tokens that all of
+them begin with. Its last vector gives the probability of each choice's first own token, which for
+choices such as "yes" and "no" is all of it. Pass 2 reads the rest of longer choices behind the keys
+and values of pass 1, as generation reads new tokens, and edits it as such.
 
 Nothing is approximated: the sums are those of prompt and choice in one sequence, up to rounding. On
 an int8 base rounding depends on what else is in a batch, here as anywhere.
@@ -24,7 +25,13 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from lowmem_reft.base.blocks import base_of, device_of
-from lowmem_reft.base.caches import cache_argument, can_be_parted, with_cache, with_rows
+from lowmem_reft.base.caches import (
+    cache_argument,
+    can_be_parted,
+    has_windows,
+    with_cache,
+    with_rows,
+)
 from lowmem_reft.base.loss import log_likelihoods_at
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.tokens import Collator
@@ -32,7 +39,10 @@ from lowmem_reft.machine.marks import allocates
 from lowmem_reft.machine.progress import progress
 from lowmem_reft.methods.likelihood import by_length, each_log_likelihood, forward_of
 from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
-from lowmem_reft.reft.tuner import reft_configs
+from lowmem_reft.reft.tuner import groups_of, reft_configs
+
+_LEAST_BEGINNING = 8
+"""Tokens that are worth a pass of their own."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,7 @@ def shared_log_likelihood(
     `continues_from_cache`.
     """
     found: list[list[tuple[float, bool]]] = [[] for _ in rows]
+    begun = _read_beginning(model, rows)
     # Those that need no cache apart: they need less memory.
     batches = []
     for is_longer in (True, False):
@@ -134,8 +145,15 @@ def shared_log_likelihood(
         batches += [[alike[i] for i in places] for places in by_length(lengths, batch_size)]
     for batch in progress(batches, "scoring", quiet=quiet):
         these = [rows[index] for index in batch]
+        inputs = shared_batch(these, tokenizer)
+        if begun is not None:
+            inputs = begun.left_of(inputs, these, batch)
         totals, greedy = log_likelihoods_of_batch(
-            model, shared_batch(these, tokenizer), these, batch_size=batch_size
+            model,
+            inputs,
+            these,
+            batch_size=batch_size,
+            begun=None if begun is None else begun.cache,
         )
         for index, *of_row in zip(batch, totals.tolist(), greedy.tolist(), strict=True):
             found[index] = list(zip(*of_row, strict=True))[: len(rows[index].rests)]
@@ -164,7 +182,12 @@ def continues_from_cache(model: Any) -> bool:
 @torch.no_grad()
 @allocates("loss")
 def log_likelihoods_of_batch(
-    model: Any, batch: dict[str, Tensor], rows: Sequence[Shared], *, batch_size: int
+    model: Any,
+    batch: dict[str, Tensor],
+    rows: Sequence[Shared],
+    *,
+    batch_size: int,
+    begun: DynamicCache | None = None,
 ) -> tuple[Float[Tensor, "batch choices"], Bool[Tensor, "batch choices"]]:
     """Return the summed log-likelihood of each choice of each row; all prompts are read at once.
 
@@ -176,9 +199,12 @@ def log_likelihoods_of_batch(
         batch: The rows' `shared_batch`.
         rows: Where their choices part ways.
         batch_size: Choices in each pass 2.
+        begun: Keys and values of tokens before those of the batch, the same for all rows.
     """
     longer = [(row, choice) for row, shared in enumerate(rows) for choice in shared.longer]
     cache = DynamicCache(config=base_of(model).config) if longer else None
+    if begun is not None:
+        cache = with_rows(begun, torch.zeros(len(rows), dtype=torch.long))
     sums, greedy = _pass_1(model, batch, rows, cache)
     lengths = [len(rows[row].rests[choice]) for row, choice in longer]
     for indices in by_length(lengths, batch_size):
@@ -206,6 +232,69 @@ def shared_batch(rows: Sequence[Shared], tokenizer: Any) -> dict[str, Tensor]:
         for row in rows
     ]
     return Collator(tokenizer, padding_side="left")(examples)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What all prompts begin with, read."""
+
+    cache: DynamicCache
+    length: int
+    """Its tokens."""
+    groups: Tensor | None
+    """(rows, tokens): which φ edits each token of the rows, right-padded; None without ReFT."""
+
+    def left_of(
+        self, batch: dict[str, Tensor], rows: Sequence[Shared], indices: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Return what is left to read of a left-padded `shared_batch`, and its whole mask.
+
+        The beginning, which stood between padding and rest, is now in front of both.
+        """
+        longest = batch["input_ids"].shape[1] - self.length
+        rest = {name: value[:, -longest:].clone() for name, value in batch.items()}
+        mask, groups = rest["attention_mask"], torch.full_like(rest["labels"], -1)
+        for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
+            start = longest - (len(row) - self.length)
+            mask[place, :start] = 0
+            if self.groups is not None:
+                groups[place, start:] = self.groups[index, self.length : len(row)]
+        rest["attention_mask"] = pad(mask, (self.length, 0), value=1)
+        return rest if self.groups is None else {**rest, "intervention_mask": groups}
+
+
+def _read_beginning(model: Any, rows: Sequence[Shared]) -> _Begun | None:
+    """Read what all prompts begin with; None if that is little, or cannot be read by itself.
+
+    Each row keeps a token of its own. A window of attention would count the padding that comes to
+    stand behind the beginning.
+    """
+    base = base_of(model)
+    known = inspect.signature(base.forward).parameters
+    if not continues_from_cache(model) or "position_ids" not in known or has_windows(base.config):
+        return None
+    together = zip(*(row.prompt[:-1] for row in rows), strict=False)
+    beginning = [tokens[0] for tokens in takewhile(lambda tokens: len({*tokens}) == 1, together)]
+    if len(rows) < 2 or len(beginning) < _LEAST_BEGINNING:
+        return None
+    groups = None
+    if configs := reft_configs(model):
+        if len({(config.positions, config.tie) for config in configs}) > 1:
+            return None
+        labels = [[IGNORED_LABEL] * len(row.prompt) + row.common for row in rows]
+        groups = groups_of(model, [{"labels": of_row} for of_row in labels])
+        alike = (groups == groups[0]).all(0)[: len(beginning)]
+        beginning = beginning[: int(alike.long().cumprod(0).sum())]
+        if len(beginning) < _LEAST_BEGINNING:
+            return None
+    device = device_of(base)
+    inputs = {"input_ids": torch.tensor([beginning], device=device)}
+    if groups is not None:
+        inputs["intervention_mask"] = groups[:1, : len(beginning)].to(device)
+    cache = DynamicCache(config=base.config)
+    few = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    model(**inputs, **with_cache(base, cache), **few)
+    return _Begun(cache=cache, length=len(beginning), groups=groups)
 
 
 @allocates("loss")

@@ -74,8 +74,10 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 def forward_of(model: Any, batch: dict[str, Tensor]) -> tuple[Callable[..., Any], Tensor]:
     """Return the forward pass over a batch, and its labels as they stand in what that reads.
 
-    The pass takes further arguments; without them it keeps no cache. Trained tokens that are
-    embeddings stand between the padding and the prompt, labels (batch, virtual + seq) with them.
+    The pass takes further arguments; without them it keeps no cache. The mask has more columns than
+    there are tokens where some have been read into a cache, which is such an argument then. Trained
+    tokens that are embeddings stand between the padding and the prompt, labels (batch, virtual +
+    seq) with them.
     """
     labels, base = batch["labels"], base_of(model)
     device = device_of(base)
@@ -89,7 +91,8 @@ def forward_of(model: Any, batch: dict[str, Tensor]) -> tuple[Callable[..., Any]
         labels = inputs.pop("labels")
     else:
         # Absolute positions (GPT-2) count from the first token, not from the padding.
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = positions[:, -labels.shape[1] :]
         inputs |= prompt_arguments(model, labels)
     if "position_ids" not in inspect.signature(base.forward).parameters:
         del inputs["position_ids"]

@@ -19,6 +19,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lowmem_reft.base.blocks import SUBMODULE, component_path, device_of, find_blocks, hidden_size
 from lowmem_reft.base.identity import note_base
@@ -303,6 +304,25 @@ def prompt_arguments(model: Any, labels: Tensor) -> dict[str, Tensor]:
     if not reft_configs(model):
         return {}
     return {"prompt_mask": ((labels != IGNORED_LABEL).cumsum(1) == 0).long()}
+
+
+def groups_of(model: Any, examples: Sequence[dict[str, Any]]) -> Tensor:
+    """Return (batch, seq), right-padded: the index of the φ that edits each token, or -1.
+
+    Only ``labels`` of the examples are read: what is not supervised is prompt.
+    """
+    rows = [torch.tensor(example["labels"], dtype=torch.long) for example in examples]
+    labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED_LABEL)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    call = {"input_ids": labels, "attention_mask": mask, "labels": labels}
+    selector = model.base_model.current.selector
+    groups = torch.full_like(labels, -1)
+    # Not as in training, where a batch without any prompt is refused: this may be one example.
+    selection, _ = selector.select(list(model.base_model.active_adapters), (), call, training=False)
+    for indices in selection.values():
+        for group, (rows, columns) in enumerate(indices):
+            groups[rows, columns] = group
+    return groups
 
 
 def _restore_head(wrapper: ModulesToSaveWrapper) -> None:

@@ -36,7 +36,7 @@ from lowmem_reft.data.packing import packed_rows
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.processes import main_first
 from lowmem_reft.methods.constant import adapter_parts
-from lowmem_reft.reft.tuner import prompt_arguments
+from lowmem_reft.reft.tuner import groups_of, prompt_arguments
 from lowmem_reft.reuse.batch import ReadAhead, Stacked, aligned, run_stacked, stack
 from lowmem_reft.reuse.build import Below, compute, records_of, without_adapters
 from lowmem_reft.reuse.disk import NoRoomError
@@ -46,7 +46,6 @@ from lowmem_reft.reuse.split import (
     Example,
     feeding_errors,
     find_constant,
-    groups_of,
     is_causal,
 )
 from lowmem_reft.reuse.store import CorruptShardError, Record, Store, key_of

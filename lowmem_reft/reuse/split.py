@@ -7,16 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
 from lowmem_reft.base.blocks import base_of, find_blocks
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.methods.constant import num_constant_blocks
-from lowmem_reft.reft.tuner import ReftModel
+from lowmem_reft.reft.tuner import ReftModel, groups_of
 from lowmem_reft.reuse.disk import ReuseError
 from lowmem_reft.reuse.store import CorruptShardError
 
@@ -150,19 +148,3 @@ def _first_edited(model: Any, example: Example) -> int:
     if any(supervised):
         ends.append(supervised.index(True) - 1)  # the vector that predicts it is needed above
     return max(0, min(ends))
-
-
-def groups_of(model: Any, examples: Sequence[Example]) -> Tensor:
-    """Return (batch, seq), right-padded: the index of the φ that edits each token, or -1."""
-    rows = [torch.tensor(example["labels"], dtype=torch.long) for example in examples]
-    labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED_LABEL)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    call = {"input_ids": labels, "attention_mask": mask, "labels": labels}
-    selector = model.base_model.current.selector
-    groups = torch.full_like(labels, -1)
-    # Not as in training, where a batch without any prompt is refused: this may be one example.
-    selection, _ = selector.select(list(model.base_model.active_adapters), (), call, training=False)
-    for indices in selection.values():
-        for group, (rows, columns) in enumerate(indices):
-            groups[rows, columns] = group
-    return groups

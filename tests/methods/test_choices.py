@@ -258,6 +258,61 @@ def test_a_choice_is_greedy_where_every_token_is_the_most_likely_one(is_recogniz
     assert [[greedy for _, greedy in row] for row in found] == wanted
 
 
+START = [70, 71, 72, 73, 74, 75, 76, 77, 78, 79]
+BEGUN = [(START + prompt, choices) for prompt, choices in ROWS]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("name", REFT)
+def test_what_prompts_begin_with_is_read_once_whatever_is_edited(
+    name: str, batch_size: int
+) -> None:
+    model = reft(name)
+    check(model, BEGUN, batch_size=batch_size)
+    seen = Tokens(embedding(model))
+    choices_log_likelihood(
+        model, [examples_of(*row) for row in BEGUN], Padding(), batch_size=batch_size
+    )
+    assert seen.passes[0] == (1, len(START))
+    assert max(length for _, length in seen.passes[1:]) == 15  # a prompt of 14, and what is common
+
+
+@pytest.mark.parametrize("name", ["f2+l2", "every, apart"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_prompts_begin_with_is_read_once_with_absolute_positions_and_not_with_windows(
+    kind: str, name: str
+) -> None:
+    model = reft(name, kind)
+    check(model, BEGUN)
+    seen = Tokens(embedding(model))
+    choices_log_likelihood(model, [examples_of(*row) for row in BEGUN], Padding(), batch_size=4)
+    assert (seen.passes[0] == (1, len(START))) == (KINDS[kind] is not WINDOW)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_prompts_begin_with_is_read_once_with_lora_and_without_an_adapter(kind: str) -> None:
+    modules = MODULES.get(kind, LINEAR)
+    fan_in = kind == "gpt2"
+    lora = LoraConfig(r=2, target_modules=modules, fan_in_fan_out=fan_in, task_type="CAUSAL_LM")
+    for config in (None, lora):
+        check(adapted(config, kind), BEGUN)
+
+
+def test_a_beginning_ends_where_rows_are_edited_differently() -> None:
+    model = reft("f2+l2")
+    # The last two of the shorter prompt lie in what both begin with.
+    rows = [(START[:9], [[5], [6]]), ([*START, 40, 41], [[7, 8], [9]])]
+    check(model, rows)
+    seen = Tokens(embedding(model))
+    choices_log_likelihood(model, [examples_of(*row) for row in rows], Padding(), batch_size=4)
+    assert all(length != 8 for _, length in seen.passes)  # 7 alike are too few for a pass
+    longer = [([*START, 50], [[5], [6]]), ([*START, 50, 40, 41], [[7, 8], [9]])]
+    check(model, longer)
+    seen.passes.clear()
+    choices_log_likelihood(model, [examples_of(*row) for row in longer], Padding(), batch_size=4)
+    assert seen.passes[0] == (1, 9)
+
+
 def test_no_pass_reads_more_sequences_than_a_batch_has() -> None:
     model = reft("l1+response")
     seen = Tokens(embedding(model))
