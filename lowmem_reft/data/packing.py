@@ -8,21 +8,32 @@ padding has position 0 and no other after it: it is an example of its own, which
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
+Pack = Callable[[Sequence[int]], list[list[int]] | None]
+"""Tells by the lengths of a batch's examples which stand in each row; None: each has its own."""
 
-def packed_rows(lengths: Sequence[int]) -> list[list[int]] | None:
+
+PAIRS_FOR_TOKEN = 1024
+"""Pairs in a mask that are less than a token's activations, in bytes."""
+
+
+def packed_rows(lengths: Sequence[int], *, pairs_for_token: int = 0) -> list[list[int]] | None:
     """Return which examples of a batch stand in each row; None: each in a row of its own.
 
     For every number of rows the longest examples come first, each into the row with the fewest
     tokens. Of the layouts that need no more pairs of tokens than the padded batch, which attention
     and its mask take, the one with the fewest tokens is returned: so neither time nor memory are
     more than those of padding.
+
+    Args:
+        lengths: Tokens of each example.
+        pairs_for_token: How many more pairs a layout may have for each token of padding that it
+            spares: `PAIRS_FOR_TOKEN` where only the mask has them, a byte each.
     """
     number, longest = len(lengths), max(lengths)
     order = sorted(range(number), key=lambda index: -lengths[index])
@@ -37,7 +48,8 @@ def packed_rows(lengths: Sequence[int]) -> list[list[int]] | None:
             heapq.heapreplace(filled, (tokens + lengths[index], row))
         width = max(filled)[0]
         size = (count * width, count * width**2)
-        if size[1] <= padded[1] and size < best:
+        allowed = padded[1] + pairs_for_token * (padded[0] - size[0])
+        if size[1] <= allowed and size < best:
             best, found = size, rows
     return found
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.cutting import cut_prompt
 from lowmem_reft.data.joint import bos_of, end_response, one_begins_another, tokenized, with_end
-from lowmem_reft.data.packing import joined, packed_rows
+from lowmem_reft.data.packing import joined
 from lowmem_reft.data.rows import Row, class_index
 from lowmem_reft.data.texts import asked, written
 from lowmem_reft.errors import InputError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from lowmem_reft.data.packing import Pack
     from lowmem_reft.options import Joint, LongRows
 
 Encoded = TypeVar("Encoded")
@@ -294,16 +295,15 @@ class Collator:
     """Says which id pads (0 if it names none)."""
     padding_side: Literal["left", "right"] = "right"
     """Where padding goes; left for generation."""
-    packed: bool = False
-    """Put examples with labels of their tokens one after the other where that is less to compute:
-    see ``packing``."""
+    pack: Pack | None = None
+    """Tells which examples, with labels of their tokens, stand one after the other in a row."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad and stack the examples of a batch."""
         import torch
 
         sequences = [example["input_ids"] for example in examples]
-        rows = packed_rows([len(ids) for ids in sequences]) if self.packed else None
+        rows = None if self.pack is None else self.pack([len(ids) for ids in sequences])
         if rows is not None:
             positions = [range(len(ids)) for ids in sequences]
             labels = [example["labels"] for example in examples]

@@ -10,7 +10,7 @@ backward pass, unless they are fewer than the numbers of those copies: then they
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,32 +18,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lowmem_reft.base.attention import in_place_of_torchs
 
 SCORE_BYTES = 2**22
 """Scores that exist at once (a backward pass has four matrices of their size)."""
 
-NAME = "sdpa"
-"""transformers' name of attention by torch's kernels."""
 
-
-@contextmanager
-def attending_to_prefix(num_tokens: int, device_type: str) -> Iterator[None]:
+def attending_to_prefix(num_tokens: int, device_type: str) -> AbstractContextManager[None]:
     """Let models attend to so many constant tokens in this way for a while, on a CPU, in fp32.
 
     Attention of any other kind, or by any other implementation, is left as it is.
     """
     if device_type != "cpu" or not num_tokens:
-        yield
-        return
-    plain = ALL_ATTENTION_FUNCTIONS[NAME]
-    ALL_ATTENTION_FUNCTIONS[NAME] = partial(_attend, plain, num_tokens)
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[NAME]
-        if ALL_ATTENTION_FUNCTIONS.get(NAME) is not plain:  # somebody's own
-            ALL_ATTENTION_FUNCTIONS[NAME] = plain
+        return nullcontext()
+    return in_place_of_torchs(lambda plain: partial(_attend, plain, num_tokens))
 
 
 def _attend(

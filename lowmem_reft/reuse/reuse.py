@@ -32,7 +32,7 @@ from lowmem_reft.base.partial import blocks_of
 from lowmem_reft.base.quantization import dequantized, dequantized_bytes
 from lowmem_reft.base.residency import Residency
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.data.packing import packed_rows
+from lowmem_reft.data.packing import Pack
 from lowmem_reft.machine.devices import dtype_name
 from lowmem_reft.machine.processes import main_first
 from lowmem_reft.methods.constant import adapter_parts
@@ -99,9 +99,8 @@ class Reuse:
         report: Report = lambda done, total: None,
     ) -> None:
         started = time.perf_counter()
-        self.packs = False
-        """Whether examples of a batch stand one after the other in rows, as ``data.packing`` says;
-        not with prefixes."""
+        self.pack: Pack | None = None
+        """Tells which examples of a batch stand one after the other in rows; not with prefixes."""
         self.spared_bytes = 0
         """What a plain step keeps for its backward pass and a reused one does not, at most; 0 until
         ``proof.prove`` has compared them."""
@@ -364,7 +363,7 @@ class Reuse:
         self._ahead.announce(indices)
 
     def _rows(self, indices: Sequence[int]) -> list[list[int]] | None:
-        return packed_rows([self.shapes[i].length for i in indices]) if self.packs else None
+        return None if self.pack is None else self.pack([self.shapes[i].length for i in indices])
 
     def _stack(self, indices: Sequence[int], read: Callable[[int], Record]) -> Stacked:
         pinned = device_of(self.base).type == "cuda"

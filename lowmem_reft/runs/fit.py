@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from lowmem_reft.base.attention import within_examples
 from lowmem_reft.base.blocks import device_of
 from lowmem_reft.base.trust import holding_tensors_alone
 from lowmem_reft.data import IGNORED_LABEL
@@ -99,6 +100,8 @@ def fit(
         stack.enter_context(_stopping_at_a_step(watch))
         stack.enter_context(reports)
         _dequantize(stack, reuse, run)
+        if collator.pack is not None:
+            stack.enter_context(within_examples())
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         check_weights(model, "after the last step", run)
         peak = _cuda_peak(device)
@@ -122,7 +125,7 @@ def fit(
         "num_steps": step,
         "stopped_early": step < max_steps,
         **_speed(watch, run),
-        "packing": "on" if collator.packed else "off",
+        "packing": "off" if collator.pack is None else "on",
         "real_percent": _real_percent(spent, reports),
         **peak,
         "rss_bytes": peak_rss_bytes(),

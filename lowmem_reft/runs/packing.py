@@ -11,12 +11,14 @@ import inspect
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowmem_reft.base.attention import BY_TORCH, within_examples
 from lowmem_reft.base.blocks import base_of, device_of
-from lowmem_reft.data.packing import joined
+from lowmem_reft.data.packing import PAIRS_FOR_TOKEN, Pack, joined, packed_rows
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.devices import dtype_name
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 _LENGTHS = (6, 5, 4, 8)
 _ROWS = ([0, 1], [2, 3])
-_MASKED = ("eager", "sdpa")
+_MASKED = ("eager", BY_TORCH)
 """Attention that is given a mask for each row; others tell examples apart in one row alone."""
 
 
@@ -59,9 +61,12 @@ def packing(model: Any, collator: Collator, reuse: Reuse | None, run: Run) -> Co
     if wanted == "on":
         _refuse(why)
     if why is None:
+        pack: Pack = packed_rows
+        if base_of(model).config._attn_implementation == BY_TORCH:
+            pack = partial(packed_rows, pairs_for_token=PAIRS_FOR_TOKEN)
         if reuse is not None:
-            reuse.packs = True
-        return replace(collator, packed=True)
+            reuse.pack = pack
+        return replace(collator, pack=pack)
     if not run.options.run.quiet:
         print(f"packing: off, {why}", file=sys.stderr)
     return collator
@@ -101,7 +106,7 @@ def why_not(model: Any, reuse: Reuse | None = None) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), within_examples():
             return _tried(model)
     finally:
         model.train(was_training)

@@ -506,7 +506,7 @@ def test_sdpa_is_looked_up_in_torch_nn_functional(
 
 @contract(
     "transformers",
-    used_by="reuse/attention.py",
+    used_by="base/attention.py reuse/attention.py",
     broken_by=with_value(
         "transformers.modeling_utils:AttentionInterface.get_interface",
         lambda self, name, default: self._global_mapping.get(name, default),
@@ -533,6 +533,36 @@ def test_attention_is_looked_up_by_name_in_each_pass_and_an_entry_can_be_replace
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
     assert [lengths[:3] for lengths in given] == [(ids.shape[1],) * 3] * 2
     assert {"dropout", "scaling"} <= {*given[0][3]}
+
+
+@contract(
+    "transformers",
+    used_by="base/attention.py",
+    broken_by=with_result(
+        "transformers.masking_utils:find_packed_sequence_indices", lambda found: None
+    ),
+)
+def test_attention_by_torch_gets_one_boolean_mask_of_which_tokens_attend(breach: bool) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    plain, masks = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        masks.append(mask)
+        return plain(module, query, key, value, mask, **options)
+
+    model = of_kind("llama", attn_implementation="sdpa")
+    places = torch.tensor([[0, 1, 2, 0, 1]])
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        model(input_ids=torch.arange(3, 8)[None], position_ids=places, use_cache=False)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    wanted = torch.block_diag(torch.ones(3, 3), torch.ones(2, 2)).tril().bool()
+    assert len(masks) == 2
+    assert masks[1] is masks[0]  # read once, it is known
+    assert masks[0].dtype == torch.bool
+    assert torch.equal(masks[0], wanted[None, None])
 
 
 @contract(
