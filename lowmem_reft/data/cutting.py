@@ -2,25 +2,105 @@
 
 The frame is what the template writes around a prompt, and the system message of a chat. The oldest
 turns of a chat give way first; then the text of the one that is left, or of the prompt, is cut from
-the left. What the frame leaves no room for is not cut: a model never sees half a frame.
+the left. What the frame leaves no room for is not cut: a model never sees half a frame. With
+``long_rows`` ``drop`` nothing is cut, and what is too long is left out.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lowmem_reft.data.templates import encode
 from lowmem_reft.data.texts import num_shared, written
+from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
     from lowmem_reft.data.row import Row
+    from lowmem_reft.options import LongRows
+
+Encoded = TypeVar("Encoded")
 
 _OF_SYSTEM = ("system", "developer")
+
+
+class RowsTooLongError(InputError):
+    """Rows that do not fit: their responses leave no room for a prompt, or nothing is to be cut.
+
+    ``indices`` are theirs among the rows, ``longest`` is the max_length that all would need.
+    """
+
+    def __init__(self, message: str, indices: list[int], longest: int) -> None:
+        super().__init__(message)
+        self.indices, self.longest = indices, longest
+
+
+def encode_those_that_fit(
+    rows: Sequence[Row], encode: Callable[[Sequence[Row]], Encoded], *, long_rows: LongRows
+) -> tuple[list[Row], Encoded]:
+    """Encode rows; return them with it, without those that are too long if these are to go.
+
+    Raises:
+        InputError: Rows are too long and are not to be left out, or no other is left.
+    """
+    try:
+        return list(rows), encode(rows)
+    except RowsTooLongError as error:
+        wrong = set(error.indices)
+        kept = [row for index, row in enumerate(rows) if index not in wrong]
+        if long_rows == "cut" or not kept:
+            raise
+        first = rows[error.indices[0]].source
+        warnings.warn(
+            f"{len(wrong)} of {len(rows)} rows were left out, the first is {first}: they have more "
+            f"tokens than max_length; the longest has {error.longest}",
+            stacklevel=2,
+        )
+        return kept, encode(kept)
+
+
+def fitted(
+    rows: Sequence[Row],
+    encoded: Sequence[tuple[list[int], list[list[int]]]],
+    num_responses: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    long_rows: LongRows,
+) -> list[list[int]]:
+    """Return what of each prompt fits beside its response, with the prompt's frame.
+
+    Raises:
+        InputError: A prompt has no token, or (``RowsTooLongError``) rows do not fit.
+    """
+    if long_rows == "drop":
+        pairs = zip(encoded, num_responses, strict=True)
+        refuse_longer(rows, [len(prompt) + size for (prompt, _), size in pairs], max_length)
+    kept, too_long = [], {}
+    for index, (row, (prompt, _), size) in enumerate(
+        zip(rows, encoded, num_responses, strict=True)
+    ):
+        if not prompt:
+            raise InputError(
+                f"{row.source}: prompt must have a token of its own before the response, got none; "
+                "make it longer"
+            )
+        fitting: list[int] | None = prompt
+        if len(prompt) + size > max_length:
+            fitting, fewest = cut_prompt(row, prompt, max_length - size, tokenizer, template)
+            if fitting is None:
+                too_long[index] = size, fewest
+        kept.append(fitting or prompt)
+    if too_long:
+        longest = max(map(sum, too_long.values()))
+        text = _all_too_long(rows, too_long, max_length, longest)
+        raise RowsTooLongError(text, [*too_long], longest)
+    return kept
 
 
 def cut_prompt(
@@ -103,3 +183,44 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase, source: str) -> list[int
     arguments = {"add_special_tokens": False, "verbose": False}
     ids: list[int] = encode(tokenizer, [text], source=source, **arguments)["input_ids"][0]
     return ids
+
+
+def refuse_longer(rows: Sequence[Row], sizes: Sequence[int], max_length: int) -> None:
+    """Refuse rows of more tokens than ``max_length``: of which none is to be cut.
+
+    Raises:
+        RowsTooLongError: There are such rows.
+    """
+    wrong = [index for index, size in enumerate(sizes) if size > max_length]
+    if wrong:
+        longest = max(sizes)
+        raise RowsTooLongError(
+            f"{rows[wrong[0]].source}: a row must have at most max_length {max_length} tokens with "
+            f"--long-rows drop, got {sizes[wrong[0]]}, and {len(wrong)} of {len(rows)} rows have "
+            f"more; raise max_length (to {longest} for all), or cut prompts with --long-rows cut",
+            wrong,
+            longest,
+        )
+
+
+def _all_too_long(
+    rows: Sequence[Row], too_long: dict[int, tuple[int, int]], max_length: int, longest: int
+) -> str:
+    """Name the rows that do not fit, and what would.
+
+    ``too_long`` has the tokens of a row's response and the fewest of its prompt.
+    """
+    first, *others = too_long
+    size, fewest = too_long[first]
+    text = (
+        f"{rows[first].source}: response must leave room for the prompt in max_length "
+        f"{max_length}, got {size} tokens"
+    )
+    if fewest > 2:  # more than BOS and a token
+        text += f", and the prompt needs {fewest} with its template and system message"
+    if others:
+        named = ", ".join(f"{rows[index].source} ({too_long[index][0]})" for index in others[:3])
+        more = ", ..." if len(others) > 3 else ""
+        text += f", and {len(others)} more of {len(rows)} rows do not fit: {named}{more}"
+    rest = ", shorten the response, or leave such rows out with --long-rows drop" if size else ""
+    return f"{text}; raise max_length (to {longest} for all){rest}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_reft.data import IGNORED_LABEL
-from lowmem_reft.data.cutting import cut_prompt
+from lowmem_reft.data.cutting import fitted, refuse_longer
 from lowmem_reft.data.joint import bos_of, end_response, one_begins_another, tokenized, with_end
 from lowmem_reft.data.packing import joined
 from lowmem_reft.data.rows import Row, class_index
@@ -16,15 +15,13 @@ from lowmem_reft.data.texts import asked, written
 from lowmem_reft.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from lowmem_reft.data.packing import Pack
     from lowmem_reft.options import Joint, LongRows
-
-Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +40,6 @@ class EncodedRows:
     """Most tokens of an example, before any was cut."""
 
 
-class RowsTooLongError(InputError):
-    """Rows whose responses leave no room for a prompt.
-
-    ``indices`` are theirs among the rows, ``longest`` is the max_length that all would need.
-    """
-
-    def __init__(self, message: str, indices: list[int], longest: int) -> None:
-        super().__init__(message)
-        self.indices, self.longest = indices, longest
-
-
 def encode_rows(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
@@ -61,6 +47,7 @@ def encode_rows(
     template: str = "{prompt}",
     joint: Joint = "auto",
     max_length: int = 512,
+    long_rows: LongRows = "cut",
 ) -> EncodedRows:
     r"""Tokenize rows for training: BOS if the tokenizer adds one, prompt, response, EOS.
 
@@ -77,10 +64,11 @@ def encode_rows(
             chat template, which chats are always written by.
         joint: What is put between prompt and response, see ``texts.written``.
         max_length: Most tokens of an example.
+        long_rows: ``drop`` cuts nothing: longer rows are refused, see ``cutting``.
 
     Raises:
-        InputError: If the template is wrong, a response does not fit (all such rows are named), or
-            a tokenizer merges prompt and response; the message names the line.
+        InputError: If the template is wrong, a row does not fit (all such rows are named), or a
+            tokenizer merges prompt and response; the message names the line.
     """
     rows = asked(rows, template)
     texts = [
@@ -93,7 +81,7 @@ def encode_rows(
         if ends:
             end_response(row, response, tokenizer)
     sizes = list(map(len, responses))
-    prompts = _fitted(rows, encoded, sizes, tokenizer, template, max_length)
+    prompts = fitted(rows, encoded, sizes, tokenizer, template, max_length, long_rows)
     examples = [_example(*pair) for pair in zip(prompts, responses, strict=True)]
     return _encoded(examples, _cuts(encoded, prompts))
 
@@ -105,6 +93,7 @@ def encode_choices(
     template: str = "{prompt}",
     joint: Joint = "auto",
     max_length: int = 512,
+    long_rows: LongRows = "cut",
 ) -> EncodedRows:
     """Tokenize every choice of a row for scoring: as in ``encode_rows``.
 
@@ -115,7 +104,12 @@ def encode_choices(
         InputError: If the row has no choices, the template is wrong or a choice does not fit.
     """
     (encoded,) = encode_all_choices(
-        [row], tokenizer, template=template, joint=joint, max_length=max_length
+        [row],
+        tokenizer,
+        template=template,
+        joint=joint,
+        max_length=max_length,
+        long_rows=long_rows,
     )
     return encoded
 
@@ -127,6 +121,7 @@ def encode_all_choices(
     template: str = "{prompt}",
     joint: Joint = "auto",
     max_length: int = 512,
+    long_rows: LongRows = "cut",
 ) -> list[EncodedRows]:
     """Return ``encode_choices`` of every row.
 
@@ -153,7 +148,7 @@ def encode_all_choices(
                 f"{list(row.choices)}; write them otherwise"
             )
     sizes = [max(map(len, responses)) for _, responses in encoded]
-    prompts = _fitted(rows, encoded, sizes, tokenizer, template, max_length)
+    prompts = fitted(rows, encoded, sizes, tokenizer, template, max_length, long_rows)
     cuts = _cuts(encoded, prompts)
     return [
         _encoded([_example(prompt, response) for response in responses], [cut])
@@ -167,6 +162,7 @@ def encode_prompts(
     *,
     template: str = "{prompt}",
     max_length: int = 512,
+    long_rows: LongRows = "cut",
 ) -> EncodedRows:
     """Tokenize prompts alone for generation: the tokens they have in training, cut as there.
 
@@ -176,7 +172,8 @@ def encode_prompts(
     rows = asked(rows, template)
     texts = [written(row, tokenizer, template=template, joint="none", responses=()) for row in rows]
     encoded = tokenized(rows, texts, tokenizer)
-    prompts = _fitted(rows, encoded, [0] * len(rows), tokenizer, template, max_length)
+    sizes = [0] * len(rows)
+    prompts = fitted(rows, encoded, sizes, tokenizer, template, max_length, long_rows)
     return _encoded([{"input_ids": prompt} for prompt in prompts], _cuts(encoded, prompts))
 
 
@@ -214,37 +211,13 @@ def encode_texts(
     ]
 
 
-def encode_those_that_fit(
-    rows: Sequence[Row], encode: Callable[[Sequence[Row]], Encoded], *, long_rows: LongRows
-) -> tuple[list[Row], Encoded]:
-    """Encode rows; return them with it, without those that are too long if these are to go.
-
-    Raises:
-        InputError: Rows are too long and are not to be left out, or no other is left.
-    """
-    try:
-        return list(rows), encode(rows)
-    except RowsTooLongError as error:
-        wrong = set(error.indices)
-        kept = [row for index, row in enumerate(rows) if index not in wrong]
-        if long_rows == "cut" or not kept:
-            raise
-        first = rows[error.indices[0]].source
-        warnings.warn(
-            f"{len(wrong)} of {len(rows)} rows were left out, the first is {first}: their "
-            "responses leave no room for a prompt in max_length; the longest needs "
-            f"{error.longest}",
-            stacklevel=2,
-        )
-        return kept, encode(kept)
-
-
 def encode_labelled(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 512,
     label_names: Sequence[str] | None,
+    long_rows: LongRows = "cut",
 ) -> EncodedRows:
     """Tokenize rows with ``text`` (and ``text_pair``) for a classification or regression head.
 
@@ -256,6 +229,7 @@ def encode_labelled(
         tokenizer: The base's tokenizer.
         max_length: Most tokens of an example.
         label_names: Class names that ``labels`` index; None: ``labels`` are the rows' targets.
+        long_rows: ``drop`` cuts nothing: longer rows are refused, see ``cutting``.
 
     Raises:
         InputError: If a row has no label or one that is not in ``label_names``, or no target.
@@ -269,6 +243,8 @@ def encode_labelled(
     names = ["input_ids"]
     if pairs is not None and "token_type_ids" in whole:
         names.append("token_type_ids")
+    if long_rows == "drop":
+        refuse_longer(rows, [len(ids) for ids in whole["input_ids"]], max_length)
     examples: list[dict[str, Any]] = []
     cuts = []
     for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
@@ -374,64 +350,6 @@ def _response(row: Row) -> str:
     if row.response is None:
         raise InputError(f"{row.source}: a row must have a response, got none; add it")
     return row.response
-
-
-def _fitted(
-    rows: Sequence[Row],
-    encoded: Sequence[tuple[list[int], list[list[int]]]],
-    num_responses: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_length: int,
-) -> list[list[int]]:
-    """What of each prompt fits beside its response, with the prompt's frame: see ``cutting``.
-
-    Raises:
-        InputError: A prompt has no token, or (``RowsTooLongError``) responses leave no room.
-    """
-    kept, too_long = [], {}
-    for index, (row, (prompt, _), size) in enumerate(
-        zip(rows, encoded, num_responses, strict=True)
-    ):
-        if not prompt:
-            raise InputError(
-                f"{row.source}: prompt must have a token of its own before the response, got none; "
-                "make it longer"
-            )
-        fitting: list[int] | None = prompt
-        if len(prompt) + size > max_length:
-            fitting, fewest = cut_prompt(row, prompt, max_length - size, tokenizer, template)
-            if fitting is None:
-                too_long[index] = size, fewest
-        kept.append(fitting or prompt)
-    if too_long:
-        longest = max(map(sum, too_long.values()))
-        text = _all_too_long(rows, too_long, max_length, longest)
-        raise RowsTooLongError(text, [*too_long], longest)
-    return kept
-
-
-def _all_too_long(
-    rows: Sequence[Row], too_long: dict[int, tuple[int, int]], max_length: int, longest: int
-) -> str:
-    """Name the rows that do not fit, and what would.
-
-    ``too_long`` has the tokens of a row's response and the fewest of its prompt.
-    """
-    first, *others = too_long
-    size, fewest = too_long[first]
-    text = (
-        f"{rows[first].source}: response must leave room for the prompt in max_length "
-        f"{max_length}, got {size} tokens"
-    )
-    if fewest > 2:  # more than BOS and a token
-        text += f", and the prompt needs {fewest} with its template and system message"
-    if others:
-        named = ", ".join(f"{rows[index].source} ({too_long[index][0]})" for index in others[:3])
-        more = ", ..." if len(others) > 3 else ""
-        text += f", and {len(others)} more of {len(rows)} rows do not fit: {named}{more}"
-    rest = ", shorten the response, or leave such rows out with --long-rows drop" if size else ""
-    return f"{text}; raise max_length (to {longest} for all){rest}"
 
 
 def _cuts(

@@ -6,13 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.cutting import encode_those_that_fit
 from lowmem_reft.data.rows import as_choices, label_names, load_rows
-from lowmem_reft.data.tokens import (
-    EncodedRows,
-    encode_labelled,
-    encode_rows,
-    encode_those_that_fit,
-)
+from lowmem_reft.data.tokens import EncodedRows, encode_labelled, encode_rows
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.memory.command import train_name
@@ -69,8 +65,15 @@ def read_examples(options: PlanOptions, config: Any) -> tuple[list[dict[str, Any
 
     def encode(some: Sequence[Row]) -> EncodedRows:
         if task_type == "SEQ_CLS":
-            return encode_labelled(some, tokenizer, max_length=card.max_length, label_names=names)
-        return encode_rows(as_choices(some, names), tokenizer, **card.prompts)
+            return encode_labelled(
+                some,
+                tokenizer,
+                max_length=card.max_length,
+                label_names=names,
+                long_rows=prompts.long_rows,
+            )
+        some = as_choices(some, names)
+        return encode_rows(some, tokenizer, **card.prompts, long_rows=prompts.long_rows)
 
     _, encoded = encode_those_that_fit(rows, encode, long_rows=prompts.long_rows)
     labels = None if task_type != "SEQ_CLS" else (1 if names is None else len(names))

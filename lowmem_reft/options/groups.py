@@ -103,9 +103,9 @@ class PromptOptions:
     """What is trained and scored of {messages} rows: the last message, or all of the assistant's,
     each after everything before it, as at inference (a row each)."""
     long_rows: LongRows = "cut"
-    """Rows longer than --max-length: prompts are cut and counted, responses never are. Where these
-    leave no room for a prompt, cut refuses the rows and names them all, drop leaves them out and
-    says how many."""
+    """Rows longer than --max-length, trained on or scored. cut: prompts are cut and counted,
+    responses never are, and rows whose responses leave no room for a prompt are refused. drop:
+    nothing is cut, these rows are left out, and it is said how many."""
 
 
 @dataclass(frozen=True, kw_only=True)

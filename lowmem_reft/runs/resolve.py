@@ -15,15 +15,11 @@ from lowmem_reft.base.hub import load_config, num_blocks
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.loading import load_tokenizer
+from lowmem_reft.data.cutting import encode_those_that_fit
 from lowmem_reft.data.mixture import load_mixture
 from lowmem_reft.data.rows import as_choices, label_names, rows_digest
 from lowmem_reft.data.texts import unused_arguments
-from lowmem_reft.data.tokens import (
-    EncodedRows,
-    encode_labelled,
-    encode_rows,
-    encode_those_that_fit,
-)
+from lowmem_reft.data.tokens import EncodedRows, encode_labelled, encode_rows
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine import processes
@@ -43,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from lowmem_reft.data.rows import Row
-    from lowmem_reft.options import OptimOptions, TrainOptions
+    from lowmem_reft.options import LongRows, OptimOptions, TrainOptions
 
 
 _OF_THE_CARD = ("storage", "task_type", "template", "joint", "max_length")
@@ -195,7 +191,9 @@ def resolve(options: TrainOptions) -> Run:
             stacklevel=2,
         )
     rows, encoded = encode_those_that_fit(
-        rows, lambda some: _encode(some, tokenizer, card), long_rows=prompts.long_rows
+        rows,
+        lambda some: _encode(some, tokenizer, card, prompts.long_rows),
+        long_rows=prompts.long_rows,
     )
     run = Run(
         options=options,
@@ -220,11 +218,17 @@ def _check(options: TrainOptions, card: TrainingCard) -> Any:
     return config
 
 
-def _encode(rows: Sequence[Row], tokenizer: Any, card: TrainingCard) -> EncodedRows:
+def _encode(
+    rows: Sequence[Row], tokenizer: Any, card: TrainingCard, long_rows: LongRows
+) -> EncodedRows:
     """Tokenize the rows as the task wants them."""
     if card.task_type == "SEQ_CLS":
         return encode_labelled(
-            rows, tokenizer, max_length=card.max_length, label_names=card.label_names
+            rows,
+            tokenizer,
+            max_length=card.max_length,
+            label_names=card.label_names,
+            long_rows=long_rows,
         )
     rows = as_choices(rows, card.label_names)
-    return encode_rows(rows, tokenizer, **card.prompts)
+    return encode_rows(rows, tokenizer, **card.prompts, long_rows=long_rows)

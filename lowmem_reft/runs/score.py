@@ -20,6 +20,7 @@ import torch
 from lowmem_reft.base.blocks import base_of
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.ours import ours
+from lowmem_reft.data.cutting import RowsTooLongError, encode_those_that_fit
 from lowmem_reft.data.rows import as_choices, class_index
 from lowmem_reft.data.tasks.answers import answers_equal, extract_answer, find_extractor
 from lowmem_reft.data.tasks.metrics import check_names, with_metric
@@ -30,7 +31,6 @@ from lowmem_reft.data.tokens import (
     encode_labelled,
     encode_prompts,
     encode_rows,
-    encode_those_that_fit,
 )
 from lowmem_reft.data.turns import of_turns
 from lowmem_reft.errors import InputError
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from lowmem_reft.data.rows import Row
     from lowmem_reft.methods.card import TrainingCard
+    from lowmem_reft.options import LongRows
     from lowmem_reft.reuse.reuse import Reuse
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,9 @@ def rows_to_score(
     def encoded(some: Sequence[Row]) -> _Scoring:
         if card.task_type != "SEQ_CLS":
             some = as_choices(some, card.label_names)
-        scoring = _Scoring(None, tokenizer, some, card, settings, limits, num_virtual)
+        scoring = _Scoring(
+            None, tokenizer, some, card, settings, limits, num_virtual, prompts.long_rows
+        )
         scoring.encoded, scoring.responses  # noqa: B018 - which are kept
         return scoring
 
@@ -218,6 +221,7 @@ class _Scoring:
     settings: ScoringSettings
     limits: Limits
     num_virtual: int
+    long_rows: LongRows = "cut"
 
     @property
     def way(self) -> Way:
@@ -228,19 +232,14 @@ class _Scoring:
     def encoded(self) -> list[EncodedRows]:
         """The tokens: of each row's choices apart, else of all rows together."""
         rows, tokenizer, card = self.rows, self.tokenizer, self.card
+        how: dict[str, Any] = {"max_length": card.max_length, "long_rows": self.long_rows}
         if self.way == "choices":
-            return encode_all_choices(rows, tokenizer, **card.prompts)
+            return encode_all_choices(rows, tokenizer, **card.prompts | how)
         if self.way == "responses":
-            return [encode_rows(rows, tokenizer, **card.prompts)]
+            return [encode_rows(rows, tokenizer, **card.prompts | how)]
         if self.way == "generated":
-            return [
-                encode_prompts(rows, tokenizer, template=card.template, max_length=card.max_length)
-            ]
-        return [
-            encode_labelled(
-                rows, tokenizer, max_length=card.max_length, label_names=card.label_names
-            )
-        ]
+            return [encode_prompts(rows, tokenizer, template=card.template, **how)]
+        return [encode_labelled(rows, tokenizer, label_names=card.label_names, **how)]
 
     @cached_property
     def responses(self) -> EncodedRows | InputError | None:
@@ -251,9 +250,12 @@ class _Scoring:
         if self.way != "generated":
             return None
         try:
-            encoded = encode_rows(self.rows, self.tokenizer, **self.card.prompts)
+            how = {**self.card.prompts, "long_rows": self.long_rows}
+            encoded = encode_rows(self.rows, self.tokenizer, **how)
             self._check([row.source for row in self.rows], [encoded], new=0)
         except InputError as error:
+            if self.long_rows == "drop" and isinstance(error, RowsTooLongError):
+                raise  # the row is left out
             if self.settings.metrics.intersection(_OF_A_REFERENCE):
                 raise
             return error

@@ -6,6 +6,7 @@ What is shown comes from the functions of training: ``data.tokens`` cuts and lab
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
             return encode_labelled(rows, tokenizer, max_length=max_length, label_names=names)
         return encode_rows(rows, tokenizer, **{**card.prompts, "max_length": max_length})
 
-    seen = _seen(rows, encode, card.max_length)
+    seen = _seen(rows, encode, card.max_length, cut=options.prompts.long_rows == "cut")
     end_ids = end_ids_of(tokenizer, config)
     result = {
         "data": data.data,
@@ -125,16 +126,16 @@ def run_show(options: ShowOptions) -> dict[str, Any]:
     return result
 
 
-def _seen(rows: Sequence[Row], encode: Encode, max_length: int) -> list[_Seen]:
+def _seen(rows: Sequence[Row], encode: Encode, max_length: int, *, cut: bool) -> list[_Seen]:
     """Tokenize rows whole, and those that are too long as training does."""
     seen = []
     for row, whole in zip(rows, encode(rows, _WHOLE).examples, strict=True):
         trained: dict[str, Any] | None = whole
         if len(whole["input_ids"]) > max_length:
-            try:
-                trained = next(iter(encode([row], max_length).examples), None)
-            except InputError:  # which says that it does not fit: all else was found before
-                trained = None
+            trained = None
+            # What is refused does not fit: all else was found before.
+            with contextlib.suppress(InputError):
+                trained = encode([row], max_length).examples[0] if cut else None
         seen.append(_Seen(row=row, whole=whole, trained=trained))
     return seen
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from lowmem_reft.data.cutting import RowsTooLongError, encode_those_that_fit
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import (
-    RowsTooLongError,
+    encode_all_choices,
+    encode_labelled,
     encode_prompts,
     encode_rows,
-    encode_those_that_fit,
 )
 from made_tokenizers import (
     CHAT_TEMPLATE,
@@ -90,8 +91,34 @@ def test_a_row_whose_frame_does_not_fit_is_refused_or_left_out(tokenizer: Any) -
     )
     with pytest.raises(RowsTooLongError, match=r"a:1: response must leave .* needs \d{2,3} wi"):
         encode(rows)
-    with pytest.warns(UserWarning, match=r"1 of 2 rows were left out.* needs \d{3}$"):
-        kept, _ = encode_those_that_fit(rows, encode, long_rows="drop")
+    drop = partial(encode, long_rows="drop")
+    with pytest.warns(UserWarning, match=r"1 of 2 rows were left out.* longest has \d{3}$"):
+        kept, _ = encode_those_that_fit(rows, drop, long_rows="drop")
     assert kept == rows[1:]
     with pytest.raises(RowsTooLongError, match=r"raise max_length \(to \d+ for all\)$"):
         encode_prompts([replace(rows[0], response=None)], tokenizer, max_length=size)
+
+
+def test_nothing_is_cut_where_long_rows_are_left_out(tokenizer: Any) -> None:
+    long, choices = "hello " * 60, ("positive", "was it " * 30)
+    asked = Row(source="a:1", prompt=long, response="positive")
+    chosen = Row(source="a:2", prompt="what", response=choices[0], choices=choices, answer=0)
+    text = Row(source="a:3", prompt=long, label="b")
+    for encode, row in (
+        (encode_rows, asked),
+        (encode_rows, chat(long, "positive", "what", "negative")),
+        (encode_prompts, asked),
+        (encode_all_choices, replace(chosen, prompt=long)),
+        (encode_all_choices, chosen),
+        (partial(encode_labelled, label_names=["a", "b"]), text),
+    ):
+        short = replace(
+            row, source="a:9", prompt="a", messages=(), choices=row.choices and ("a", "b")
+        )
+        dropping = partial(encode, tokenizer=tokenizer, max_length=40, long_rows="drop")
+        with pytest.warns(UserWarning, match=r"^1 of 2 rows were left out, .* longest has \d+$"):
+            kept, encoded = encode_those_that_fit([row, short], dropping, long_rows="drop")
+        assert kept == [short]
+        assert encoded == dropping([short])
+        with pytest.raises(RowsTooLongError, match=r":\d: a row must have at most max_length 40 "):
+            encode_those_that_fit([row], dropping, long_rows="drop")

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem_reft.data import IGNORED_LABEL
+from lowmem_reft.data.cutting import encode_those_that_fit
 from lowmem_reft.data.rows import (
     Row,
     as_choices,
@@ -29,7 +30,6 @@ from lowmem_reft.data.tokens import (
     encode_labelled,
     encode_prompts,
     encode_rows,
-    encode_those_that_fit,
 )
 from lowmem_reft.errors import InputError
 from made_tokenizers import (
@@ -741,11 +741,11 @@ def test_all_rows_that_do_not_fit_are_named_at_once_or_left_out_on_request(byte_
     assert encode_rows(rows, byte_level, max_length=max(sizes) + 2)
 
     def encode(some: Any) -> Any:
-        return encode_rows(some, byte_level, max_length=32)
+        return encode_rows(some, byte_level, max_length=32, long_rows="drop")
 
     with pytest.warns(UserWarning, match=r"5 of 7 rows were left out, the first is rows\.jsonl:2"):
         kept, encoded = encode_those_that_fit(rows, encode, long_rows="drop")
     assert kept == [rows[0], rows[2]]
     assert encoded == encode([rows[0], rows[2]])
-    with pytest.raises(InputError, match="and 1 more of 2 rows do not fit"):
+    with pytest.raises(InputError, match="and 2 of 2 rows have more; raise max_len"):
         encode_those_that_fit([rows[1], rows[3]], encode, long_rows="drop")

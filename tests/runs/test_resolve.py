@@ -177,3 +177,29 @@ def test_rows_that_do_not_fit_are_told_before_the_training_and_left_out_on_reque
         result = run_training(options)
     if part == "eval_data":
         assert result["eval"]["num_examples"] == 3
+
+
+@pytest.mark.parametrize("kind", ["choices", "response", "generated", "label"])
+def test_no_prompt_is_cut_where_long_rows_are_left_out(
+    options: TrainOptions, tmp_path: Path, kind: str
+) -> None:
+    prompts, answers = ["was it", "was it " * 400, "was", "what"], ["good", "bad"] * 2
+    rows: list[dict[str, Any]]
+    if kind == "choices":
+        rows = [{"prompt": p, "choices": answers[:2], "answer": 0} for p in prompts]
+    elif kind == "label":
+        rows = [{"text": p, "label": a} for p, a in zip(prompts, answers, strict=True)]
+    else:
+        rows = [{"prompt": p, "response": a} for p, a in zip(prompts, answers, strict=True)]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"data": str(path), "validation_data": None, "eval_data": str(path)}
+    options = written.changed(options, memory_gib=None, max_steps=1, long_rows="drop", **files)
+    if kind == "label":
+        options = written.changed(options, task_type="SEQ_CLS")
+    if kind == "generated":
+        options = written.changed(options, scoring="generation", max_new_tokens=2)
+    with pytest.warns(UserWarning, match=r"1 of 4 rows were left out, the first is .*jsonl:2"):
+        result = run_training(options)
+    assert result["num_cut_prompts"] == result["eval"]["num_cut_prompts"] == 0
+    assert result["eval"]["num_examples"] == 3
