@@ -21,7 +21,7 @@ from lowmem_reft.methods.table import all_options
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.lora_reft import LoraReftConfig
 from lowmem_reft.runs.fitting import predicted
-from lowmem_reft.runs.marked import end_ids_of, legend, marked, parts_of
+from lowmem_reft.runs.marked import end_ids_of, legend, marked, parts_of, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,9 +93,7 @@ def _first_row(run: Run) -> tuple[Text, Text]:
     """The first row as the model sees it, shortened in its middle."""
     end_ids = end_ids_of(run.tokenizer, run.config)
     parts = parts_of(run.rows[0], run.examples[0], run.tokenizer, _configs(run)[1], end_ids)
-    text, half = marked(parts), _MOST_CHARACTERS // 2
-    if len(text) > _MOST_CHARACTERS:
-        text = text[:half].append(" ... ").append(text[-half:])
+    text = shortened(marked(parts), _MOST_CHARACTERS)
     head = Text(f"first row ({harmless(parts['source'])}), prompt ").append(legend())
     if run.card.task_type == "CAUSAL_LM":
         head.append(harmless(f"({described(run.card.template, run.rows)})"))

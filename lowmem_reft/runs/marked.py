@@ -102,6 +102,16 @@ def marked(parts: dict[str, Any]) -> Text:
     return text
 
 
+def shortened(text: Text, most: int) -> Text:
+    """Return a text without its middle, where it says how much is left out."""
+    half = most // 2
+    num_left_out = len(text) - 2 * half
+    if num_left_out <= 0:
+        return text
+    said = f" ... ({num_left_out:,} characters left out) ... "
+    return text[:half].append(said).append(text[-half:])
+
+
 def _text_of(token_id: int, tokenizer: Any) -> str:
     """The text of one token; the token's name where it is a part of a letter."""
     token = str(tokenizer.convert_ids_to_tokens(token_id))

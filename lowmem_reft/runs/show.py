@@ -29,7 +29,7 @@ from lowmem_reft.methods.card import merge_card, with_template
 from lowmem_reft.methods.table import all_options, for_base
 from lowmem_reft.options import MethodOptions, ModelOptions
 from lowmem_reft.reft.config import ReftConfig
-from lowmem_reft.runs.marked import end_ids_of, legend, marked, parts_of
+from lowmem_reft.runs.marked import end_ids_of, legend, marked, parts_of, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 NAMED_ROWS = 5
 """Of rows that do not fit or hold unknown tokens so many are named."""
+
+_MOST_CHARACTERS = 2000
+"""Of a row that is printed, its beginning and its end together."""
 
 _WHOLE = 2**31
 """A max_length that cuts nothing."""
@@ -199,7 +202,7 @@ def _print(result: dict[str, Any], *, quiet: bool) -> None:
         console.print(Text("tokens: prompt  ").append(legend()).append(about))
         for row in result["rows"]:
             head = f"\n{row['source']}{'' if row['fits'] else ' (does not fit)'}\n"
-            console.print(Text(head).append(marked(row)))
+            console.print(Text(head).append(shortened(marked(row), _MOST_CHARACTERS)))
         console.print()
     spreads = [Column(name, justify="right") for name in ("min", "median", "p95", "max")]
     table = Table("tokens", *spreads, box=None, pad_edge=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from lowmem_reft.base.loading import load_tokenizer
 from lowmem_reft.data.rows import load_rows
 from lowmem_reft.data.tokens import encode_rows
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import ShownDataOptions, ShowOptions
+from lowmem_reft.options import PromptOptions, ShownDataOptions, ShowOptions
 from lowmem_reft.runs.show import run_show
 from written import json_lines
 
@@ -161,6 +162,28 @@ def test_parts_are_told_apart_without_colour_and_nothing_moves_the_terminal(
     assert "prompt  [edited]  {supervised}  <<end>>" in out
     assert "\x1b" not in out
     assert "1 rows of kind response, read from prompt, response" in out
+
+
+def test_a_long_row_is_printed_without_its_middle(
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long = ({"prompt": "good " * size, "response": "bad"} for size in (50, 5_000))
+    data = json_lines(tmp_path / "rows.jsonl", short, long)
+    result = _show(data, tiny_llama_dir, max_length=8192)
+    assert len(result["rows"][1]["texts"]) > 5_000
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "left out" in line]
+    assert re.search(r"good ?\S* ?\.\.\. \([\d,]{6,} characters left out\) \.\.\. ", line)
+    assert line.endswith(">> ")
+    assert len(line) < 2_100
+
+
+def test_where_long_rows_are_left_out_none_is_cut(data: Path, tiny_llama_dir: Path) -> None:
+    size = _show(data, tiny_llama_dir, json=True)["lengths"]["whole"]["median"]
+    prompts = PromptOptions(long_rows="drop")
+    found = _show(data, tiny_llama_dir, max_length=size - 1, json=True, prompts=prompts)
+    assert (found["num_cut_rows"], found["num_too_long"]) == (0, 2)
+    assert [row["fits"] for row in found["rows"]] == [True, False, False]
 
 
 def test_the_command_prints_one_object_and_needs_no_weights(
