@@ -19,16 +19,17 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_reft.base.blocks import device_of, find_blocks
 from lowmem_reft.base.caches import cache_argument, caches_in, keeps_keys_and_values
 from lowmem_reft.base.heads import from_config
-from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.hub import load_config, num_blocks
 from lowmem_reft.base.loss import use_chunked_loss
 from lowmem_reft.base.techniques import save_memory
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.contracts import check_versions
 from lowmem_reft.methods.configs import build_peft_config, split_targets
-from lowmem_reft.methods.table import check_options, check_storage, find_method
+from lowmem_reft.methods.table import all_options, check_options, check_storage, find_method
 from lowmem_reft.methods.virtual_tokens import take_prefix_as_cache
 from lowmem_reft.methods.weights import trained_names
 from lowmem_reft.options import MemoryOptions, MethodOptions
+from lowmem_reft.reft.config import resolve_layers
 from lowmem_reft.reft.peft_method import type_of
 
 
@@ -61,7 +62,12 @@ def check_target_modules(
 
 
 def _check_blocks(options: MethodOptions, config: Any) -> None:
-    """Refuse to edit the blocks of Gemma 3n, which return several vectors for each token."""
+    """Refuse blocks that a base has not got.
+
+    And to edit those of Gemma 3n, which return several vectors for each token.
+    """
+    if (layers := all_options(options).get("layers")) is not None:
+        resolve_layers(layers, num_blocks(config))
     several = getattr(config.get_text_config(), "altup_num_inputs", None)
     if several and "intervention" in find_method(options.method).fixed:
         raise InputError(

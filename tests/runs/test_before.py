@@ -143,6 +143,15 @@ def test_of_a_method_without_positions_no_token_is_marked_as_edited(
     assert "[:]" in both[2]
 
 
+@pytest.mark.parametrize("method", ["loreft", "red", "lora", "ln_tuning"])
+def test_blocks_that_are_not_there_are_refused_before_anything_is_said(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    with pytest.raises(InputError, match="layers must be below 4, the number of blocks"):
+        run_training(replace(options, method=MethodOptions(method=method, layers="99")))
+    assert "layers" not in "".join(capsys.readouterr())
+
+
 def test_quiet_says_nothing_of_it(
     options: TrainOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
