@@ -31,6 +31,7 @@ from lowmem_reft.memory.search import (
 )
 from lowmem_reft.memory.upper import fit_upper
 from lowmem_reft.methods.table import find_method
+from lowmem_reft.options import written
 from lowmem_reft.runs.resolve import resolve
 
 if TYPE_CHECKING:
@@ -98,24 +99,30 @@ def _is_predicted(run: Run) -> bool:
 
 
 def _changed(run: Run, planner: Planner, chosen: Candidate, why: str) -> Run:
-    """Return the run as it was chosen, and say so."""
+    """Return the run as it was chosen, and say what differs from what was given."""
     options = run.options
-    reuse = options.reuse
+    reuse, room = options.reuse, ""
     if reuse.dequantize_upper == "auto" and reuse.reuse != "off" and not shards_model():
         has_room = _has_room_dequantized(planner, chosen, len(run.examples))
         reuse = replace(reuse, dequantize_upper="on" if has_room else "off")
-    flags = describe(chosen) + (" --dequantize-upper on" if reuse.dequantize_upper == "on" else "")
-    quiet = options.run.quiet
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=quiet).print(
-        f"{why}: {flags}"
-    )
+        room = "; there is room for --dequantize-upper on" if has_room else ""
     memory = replace(chosen.setting.memory, memory_gib=options.memory.memory_gib)
     optim = replace(
         options.optim,
         batch_size=chosen.lengths.batch_size,
         gradient_accumulation=chosen.lengths.gradient_accumulation,
     )
-    return replace(run, options=replace(options, memory=memory, optim=optim, reuse=reuse))
+    fitted = replace(options, memory=memory, optim=optim)
+    given = written.values(options)
+    needed: list[str] = []
+    for name, value in written.values(fitted).items():
+        if value != given[name]:
+            needed += [written.flag(name)] if value is True else [written.flag(name), str(value)]
+    quiet = options.run.quiet
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=quiet).print(
+        f"{why}: {' '.join(needed) or 'nothing to change'}{room}"
+    )
+    return replace(run, options=replace(fitted, reuse=reuse))
 
 
 def setting_that_fits(options: TrainOptions) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,23 @@ def test_upper_blocks_are_dequantized_where_the_budget_leaves_room(config_file: 
     assert chosen(needed + room, dequantize_upper="off") == "off"
     assert chosen(needed, dequantize_upper="on") == "on"
     assert chosen(8, reuse="off") == "auto"  # nothing to decide
+
+
+def test_only_what_was_needed_to_fit_is_said_to_be(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(memory_gib: float) -> str:
+        options = loud(train_options(config_file, memory_gib))
+        options = replace(options, method=MethodOptions(layers="upper:0.5", positions="l1"))
+        fit_into_memory(run_of(options, EXAMPLES))
+        return capsys.readouterr().err
+
+    assert said(8) == (
+        "to fit into 8 GiB: nothing to change; there is room for --dequantize-upper on\n"
+    )
+    tight = said(40 / 1024)
+    assert re.match(r"to fit into 0\.039\d* GiB: --batch-size \d --gradient-accumulation \d", tight)
+    assert "--storage" not in tight
 
 
 def test_training_fits_itself_into_a_budget_before_anything_is_loaded(config_file: Path) -> None:
