@@ -28,12 +28,20 @@ from lowmem_reft.base.trust import check_config
 from lowmem_reft.errors import InputError, is_of_the_machine
 
 
+class ClosedError(InputError):
+    """The hub cannot be reached, or keeps what is asked for to itself; ``why`` says which."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
 def load_config(model: str | Path, revision: str = "main") -> Any:
     """Read the configuration of a hub id or a directory.
 
     Raises:
-        InputError: There is none, it describes no model that transformers knows, it asks for code,
-            or an adapter lies beside it.
+        InputError: There is none that can be had (``ClosedError``: it may be there), it describes no
+            model that transformers knows, it asks for code, or an adapter lies beside it.
     """
     check_path(model)
     if (Path(model) / "adapter_config.json").is_file():
@@ -87,6 +95,7 @@ def check_on_hub(model: str | Path, revision: str) -> None:
 def _not_found(model: str | Path, error: Exception) -> InputError:
     """Return what to say of a hub id, or a directory's name, that transformers does not find."""
     cause = error.__cause__ or error.__context__
+    is_closed = isinstance(cause, LocalEntryNotFoundError | GatedRepoError)
     if isinstance(cause, LocalEntryNotFoundError):
         why = "the hub cannot be reached"
     elif isinstance(cause, GatedRepoError):
@@ -95,10 +104,11 @@ def _not_found(model: str | Path, error: Exception) -> InputError:
         why = "the hub has no such repository, or none that you may read"
     else:
         why = first_line(error)
-    return InputError(
+    said = (
         f"model must be a directory with a config.json or a hub id, got {str(model)!r}: there is "
         f"no such directory, and {why}; check name, network and access rights"
     )
+    return ClosedError(said, why) if is_closed else InputError(said)
 
 
 def _find(model: str | Path, name: str, revision: str) -> Path | None:

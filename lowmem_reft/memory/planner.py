@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from lowmem_reft.base.hub import load_config
+from lowmem_reft.base.hub import ClosedError, load_config
 from lowmem_reft.base.stored import in_one_line
 from lowmem_reft.base.trust import check_config
 from lowmem_reft.errors import InputError
@@ -18,7 +19,7 @@ from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.kernels import num_quantized
 from lowmem_reft.memory.predict import Lengths, Predictor, Setting
 from lowmem_reft.memory.reuse import ReusePlan, plan_reuse
-from lowmem_reft.memory.shapes import config_of, nearest_names
+from lowmem_reft.memory.shapes import config_of, nearest_names, short_name
 from lowmem_reft.options import OptimOptions
 
 GIB = 2**30
@@ -157,6 +158,9 @@ class Plan:
 def read_config(model: str | Path) -> Any:
     """Return the configuration of a hub id, a directory, a config.json or a short name.
 
+    Of a hub id that has a short name, where the hub cannot be reached or its repository is gated,
+    that is what the short name stands for; a warning says so.
+
     Raises:
         InputError: There is none, or it lacks what sizes depend on.
     """
@@ -173,6 +177,11 @@ def read_config(model: str | Path) -> Any:
     except InputError as error:
         if path.exists() or str(model).startswith(("/", ".", "~")):
             raise
+        short = short_name(str(model))
+        if short is not None and isinstance(error, ClosedError):
+            known = f"{model} is planned by the shape that is known as {short}"
+            warnings.warn(f"{error.why}: {known}", stacklevel=2)
+            return config_of(short)
         names = ", ".join(nearest_names(str(model)))
         raise InputError(f"{error}, or take a short name: {names}") from error
     return check_sizes(config, model)

@@ -86,6 +86,11 @@ def config_of(name: str) -> Any | None:
     return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
+def short_name(model: str) -> str | None:
+    """Return the short name of a hub id; None if it has none."""
+    return next((name for name, hub_id in HUB_IDS.items() if hub_id == model), None)
+
+
 def nearest_names(name: str) -> list[str]:
     """Return all short names, those that are most like ``name``, or its last part, first."""
     wanted = name.rpartition("/")[2].lower()

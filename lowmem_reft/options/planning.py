@@ -80,7 +80,8 @@ class ShapeOptions:
     model: str = "llama-3.1-8b"
     """Hub id, directory, config.json, or a known model by its short name (llama-3.2-1b,
     llama-3.2-3b, llama-3.1-8b, llama-3.3-70b, qwen3-4b, qwen3-8b, qwen3-14b, qwen3-32b), which
-    train knows by its hub id; with --table several, separated by commas."""
+    train knows by its hub id; that id needs no hub either. With --table several, separated by
+    commas."""
     storage: Storage | None = None
     """How the frozen weights are stored; default: the method's own (nf4 for loreft and qlora)."""
     compute_dtype: ComputeDtype = "auto"

@@ -6,8 +6,15 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from lowmem_reft import InputError, cli
 from lowmem_reft.base.loading import load_tokenizer
@@ -394,6 +401,40 @@ def test_an_unknown_model_is_answered_with_the_short_names_nearest_first(
     assert code == 2
     assert "got 'llama-3.1-7b', or take a short name: llama-3.1-8b, llama-3." in err
     assert nearest_names("Qwen/Qwen3-14B")[0] == "qwen3-14b"
+
+
+@pytest.mark.parametrize(
+    ("cause", "why"),
+    [
+        (LocalEntryNotFoundError("no connection"), "the hub cannot be reached"),
+        (GatedRepoError("403", response=MagicMock()), "its repository on the hub is gated"),
+        (RepositoryNotFoundError("404", response=MagicMock()), None),
+    ],
+)
+def test_a_hub_id_that_is_closed_has_the_shape_that_is_known_by_a_short_name(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception, why: str | None
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise OSError("nothing") from cause
+
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", closed)
+    name = "meta-llama/Llama-3.1-8B"
+    if why is None:
+        with pytest.raises(InputError, match="no such repository"):
+            read_config(name)
+        return
+    said = rf"^{why}: {name} is planned by the shape that is known as llama-3\.1-8b$"
+    with pytest.warns(UserWarning, match=said):
+        found = read_config(name)
+    assert found.to_dict() == read_config("llama-3.1-8b").to_dict()
+    with pytest.raises(InputError, match=rf"and {why}; check name"):
+        read_config("meta-llama/Llama-3.1-8B-Instruct")
+
+
+def test_what_a_hub_id_holds_is_taken_before_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = read_config("llama-3.2-1b")
+    monkeypatch.setattr("lowmem_reft.memory.planner.load_config", lambda _: own)
+    assert read_config("meta-llama/Llama-3.1-8B") is own
 
 
 def test_the_lengths_are_those_of_the_rows(
