@@ -419,6 +419,13 @@ def test_a_typo_is_answered_with_options_of_the_same_subcommand(capsys):
         (["trian"], "unknown command: trian; similar: train; see lowmem-reft --help"),
         (["qqq"], "unknown command: qqq; see lowmem-reft --help"),
         (["eval"], "unknown command: eval; here: evaluate; see lowmem-reft --help"),
+        (["merge-lora"], "unknown command: merge-lora; here: PEFT's merge_and_unload, for "),
+        (["export", "run.yaml"], "unknown command: export; here: PEFT's merge_and_unload, for "),
+        (["push"], "unknown command: push; here: train --push-to-hub USER/NAME, or hf upload "),
+        (["quantize"], "unknown command: quantize; here: train --storage nf4 (or int8), which "),
+        (["serve"], "unknown command: serve; here: vLLM or SGLang, for lora and qlora adapters"),
+        (["dpo"], "unknown command: dpo; here: TRL's trainers with ReftConfig, of which the "),
+        (["lm_eval"], "unknown command: lm_eval; here: evaluate --lm-eval TASKS; see lowmem-reft "),
         (["train", "--modle", "m"], "unknown options: --modle; similar: --model; see"),
         ([*TRAIN, "--batchsize=3"], "unknown options: --batchsize; similar: --batch-size; see"),
         (

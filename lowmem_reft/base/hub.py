@@ -40,8 +40,8 @@ def load_config(model: str | Path, revision: str = "main") -> Any:
     """Read the configuration of a hub id or a directory.
 
     Raises:
-        InputError: There is none that can be had (``ClosedError``: it may be there), it describes no
-            model that transformers knows, it asks for code, or an adapter lies beside it.
+        InputError: There is none (``ClosedError``: none can be had), it describes no model that
+            transformers knows, it asks for code, or an adapter lies beside it.
     """
     check_path(model)
     if (Path(model) / "adapter_config.json").is_file():

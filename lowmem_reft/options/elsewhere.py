@@ -48,7 +48,21 @@ _HERE = {
     "evaluate": "eval score",
     "generate": "inference infer predict ask",
     "plan": "fit fits estimate",
+    "ui": "webui webchat gui",
+    "evaluate --lm-eval TASKS": "lm_eval harness benchmark",
+    "train --push-to-hub USER/NAME, or hf upload USER/NAME DIR/adapter": "push push_to_hub upload",
+    "train --storage nf4 (or int8), which quantizes the base as it is loaded": "quantize quant",
 }
+
+_PAGE = "of which the documentation has a page"
+_NOT_HERE = {
+    f"PEFT's merge_and_unload, for lora and qlora, {_PAGE}": "merge merge_lora export gguf convert",
+    "train, which prepares rows itself; data FILE --model MODEL shows them": "preprocess tokenize",
+    "vLLM or SGLang, for lora and qlora adapters; for others generate, chat and ui": "serve api "
+    "vllm_serve deploy",
+    f"TRL's trainers with ReftConfig, {_PAGE}": "dpo kto orpo grpo rloo ppo reward rm",
+}
+"""What does that for which there is no command here, and what the command is called elsewhere."""
 
 
 def here(names: Collection[str], known: Collection[str]) -> dict[str, str]:
@@ -66,4 +80,7 @@ def here(names: Collection[str], known: Collection[str]) -> dict[str, str]:
             option, *value = ours.split()
             if name in theirs.split() and option in bare:
                 found.setdefault(written, " ".join([bare[option], *value]))
+        for ours, theirs in _NOT_HERE.items():
+            if name in theirs.split() and "train" in bare:  # of commands
+                found.setdefault(written, ours)
     return found
