@@ -73,8 +73,9 @@ def against_reference(result: list[dict[str, Any]]) -> str:
     """A row per method, best mean first: what it takes, its values, and where it is behind.
 
     Signs say where the paired bootstrap tells a method from the reference (Holm over the methods of
-    a set): + ahead, - behind. The last columns count sets on which its mean is not lower, and those
-    on which it is not told apart as behind. Methods that were not run on every set are left out.
+    a set): + ahead, - behind. The last columns count sets, if there are several, on which its mean
+    is not lower, and those on which it is not told apart as behind. Methods that were not run on
+    every set are left out.
     """
     differences = {(row["task"], row["method"]): row.get("difference") for row in result}
     (reference,) = {found["reference"] for found in differences.values() if found}
@@ -97,7 +98,8 @@ def against_reference(result: list[dict[str, Any]]) -> str:
     lost = {name: [r.forgetting for r in of.values() if r.forgetting] for name, of in rows.items()}
     has_lost = any(lost.values())
     more = ["forgotten, nats"] if has_lost else []
-    titles = ["method", "trained", "peak MiB", *more, *titles, "not lower", "not behind"]
+    counted = ["not lower", "not behind"] if len(metrics) > 1 else []
+    titles = ["method", "trained", "peak MiB", *more, *titles, *counted]
     lines = [f"| {' | '.join(titles)} |", f"|:--|{'--:|' * (len(titles) - 1)}"]
     for method in sorted(rows, key=place):
         by_task = rows[method]
@@ -111,6 +113,7 @@ def against_reference(result: list[dict[str, Any]]) -> str:
         behind = sum(cell.endswith(" -") for cell in cells)
         counts = (ahead[method], len(metrics) - behind)
         kept = ["" if method == reference else f"{count} of {len(metrics)}" for count in counts]
+        kept = kept if counted else []
         if has_lost:
             cells.insert(0, f"{statistics.fmean(lost[method]):.2f}" if lost[method] else "–")
         lines.append(f"| {method} | {trained:,} | {peak} | {' | '.join([*cells, *kept])} |")
@@ -323,6 +326,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "tasks": tasks,
     "real_smollm2": against_reference,
     "real_minilm": against_reference,
+    "real_minilm_sst2": against_reference,
     "methods": comparison,
     "step": timings,
     "generate": timings,
