@@ -35,7 +35,7 @@ from lowmem_reft.options import (
 from lowmem_reft.options.values import QUANTIZED
 
 _NOT_OF_A_CELL = {
-    *("methods", "seeds", "equal", "budget_reference", "lr_search"),
+    *("methods", "seeds", "equal", "budget_reference", "lr_search", "dry_run"),
     *("output_dir", "workers", "json", "quiet"),
 }
 """Options that a cell's command does not repeat, or says in another way."""

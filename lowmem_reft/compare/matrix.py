@@ -8,8 +8,9 @@ module loads no model.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def run_comparison(
     Returns:
         ``output_dir``, ``results``, ``csv``, ``report`` (paths), ``verdict`` (which method to take,
         by task), ``num_cells``, ``num_failed`` and ``rows``: a row for each method of this run,
-        with means over its seeds. The files and the table have what earlier runs left, too.
+        with means over its seeds. The files and the table have what earlier runs left, too. With
+        ``dry_run`` what ``dry_run.dry_run`` says instead.
 
     Raises:
         InputError: The methods, seeds, model or data are wrong.
@@ -80,14 +82,23 @@ def run_comparison(
     fixed = [chosen.methods is not None and "lr" in spec.optim_overrides for spec in as_given]
     if chosen.lr_search is not None:
         options = with_embedded_rows(options)
+    runner = _Runner(options, child_command)
+    if chosen.dry_run:
+        from lowmem_reft.compare import dry_run  # torch, which nothing else here needs
+
+        dry_run.check_dry_run(options)
+        with tempfile.TemporaryDirectory() as rows:
+            elsewhere = find_all_sources(replace(options, output_dir=Path(rows)))
+            made = [_cells_of_task(options, specs, fixed, each, runner) for each in elsewhere]
+            cells = [cell for of_task, _ in made for cell in of_task]
+            return dry_run.dry_run(cells, quiet=options.quiet or options.json)
     every_source = [*find_all_sources(options)]
     for sources in every_source:
         if sources.also_trained and not options.quiet:
             print(f"eval_data of {sources.task}: {sources.also_trained}", file=sys.stderr)
-    runner = _Runner(options, child_command)
     with alone(options.output_dir, options.output_dir / ".lock"):
         write_run_file(options.output_dir, "compare", options)
-        cells: list[Cell] = []
+        cells = []
         planned = []
         for sources in every_source:
             of_task, chosen_options = _cells_of_task(options, specs, fixed, sources, runner)

@@ -160,6 +160,9 @@ class MatrixOptions:
     """Choose each method's learning rate first: comma-separated multiples, for example 0.3,1,3, of
     --lr or of its own. Each is trained with the first seed and scored on validation rows; the best
     is taken for all seeds. An entry with a rate in its brackets keeps it."""
+    dry_run: bool = False
+    """List the cells that would run and those that are finished, with each method's settings as
+    they resolve and the predicted peak of its memory; nothing is run or written."""
 
     def __post_init__(self) -> None:
         """Check the multiples, and that a reference has something to be one for."""

@@ -100,7 +100,8 @@ def _first_row(run: Run) -> tuple[Text, Text]:
     return head, text
 
 
-def _method(run: Run) -> str:
+def settings_of(run: Run) -> dict[str, Any]:
+    """Return a method's settings by name: what was given, and what stands where nothing was."""
     adapter, edit = _configs(run)
     found = all_options(run.options.method)
     for name, names in _SETTINGS.items():
@@ -108,7 +109,11 @@ def _method(run: Run) -> str:
         known = [value for value in values if value is not None]
         if known and name not in found:
             found[name] = known[0]
-    settings = [f"{name} {value}" for name, value in found.items() if value is not None]
+    return found
+
+
+def _method(run: Run) -> str:
+    settings = [f"{name} {value}" for name, value in settings_of(run).items() if value is not None]
     stored = f"base {run.card.storage} computed in {dtype_name(run.compute_dtype)}"
     rate = f"learning rate {run.optim.lr:.2g}"
     blocks = f"{run.num_layers} blocks"

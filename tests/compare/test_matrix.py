@@ -145,6 +145,31 @@ def test_a_result_has_the_fields_that_scripts_rely_on(options, fake_cell):
     assert verdict["task"] == "numbers"
 
 
+def test_a_dry_run_lists_what_is_to_run_and_runs_nothing(
+    options, fake_cell, tiny_llama_dir, tmp_path, capsys
+):
+    options = changed(options, model=str(tiny_llama_dir), methods="loreft[rank=2],lora")
+    run_comparison(options, child_command=fake_cell)
+    before = sorted(options.output_dir.rglob("*"))
+    more = changed(
+        options, methods="loreft[rank=2],lora,prefix", seeds="0,1", dry_run=True, quiet=False
+    )
+    found = run_comparison(more, child_command=("false",))
+    assert sorted(options.output_dir.rglob("*")) == before
+    assert (found["num_cells"], found["num_finished"]) == (8, 4)
+    assert [cell["seed"] for cell in found["cells"] if cell["finished"]] == [0, 0, 0, 0]
+    loreft, lora, _ = found["methods"]
+    assert (loreft["rank"], loreft["positions"], lora["rank"]) == (2, "all", 16)
+    assert loreft["peak_bytes"] > 0
+    assert all(each["lr"] > 0 for each in found["methods"])
+    assert "numbers  loreft[rank=2]      1             0 " in capsys.readouterr().out
+    new = changed(more, output_dir=tmp_path / "new", methods="bitfit", quiet=True)
+    assert "bias" in run_comparison(new)["methods"][0]["error"]
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match="lr_search must be left out with dry_run"):
+        run_comparison(changed(more, lr_search="1,3"))
+
+
 def test_finished_cells_are_not_run_again(options, fake_cell):
     run_comparison(options, child_command=fake_cell)
     before, results = runs_of(options), results_of(options)
