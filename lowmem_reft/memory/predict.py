@@ -202,10 +202,7 @@ class Predictor:
     def _to_meta(
         self, _model: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """Move the batch to where the model is, but for labels, whose values the loss reads.
-
-        All of it is held until the next one, as by whoever runs a step.
-        """
+        """Move the batch to where the model is, but for labels, which the loss reads; hold it."""
         given = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
         moved = {key: value.to("meta") for key, value in given.items() if not value.is_meta}
         self._inputs = list(moved.values())
