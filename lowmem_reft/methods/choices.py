@@ -325,9 +325,9 @@ def _pass_1(
     common = each.new_zeros(len(rows))
     row = places.to(device)[of_common]
     common.index_add_(0, row, each[of_common, 0])
-    is_common_top = is_top.new_ones(len(rows))
-    is_common_top[row[~is_top[of_common, 0]]] = False
-    return common[:, None] + each[of_rests], is_common_top[:, None] & is_top[of_rests]
+    # Counted, as a prediction on the meta device knows no values.
+    missed = torch.zeros_like(common).index_add_(0, row, 1 - is_top[of_common, 0].to(each.dtype))
+    return common[:, None] + each[of_rests], (missed == 0)[:, None] & is_top[of_rests]
 
 
 @allocates("loss")
@@ -366,10 +366,10 @@ def _pass_2(
         base, places, columns, following[:, None], lambda **more: model(**inputs, **kept, **more)
     )
     places = places.to(each.device)
-    sums = each.new_zeros(len(rests)).index_add_(0, places, each[:, 0])
-    greedy = is_top.new_ones(len(rests))
-    greedy[places[~is_top[:, 0]]] = False
-    return sums, greedy
+    sums, missed = each.new_zeros(2, len(rests))
+    sums.index_add_(0, places, each[:, 0])
+    missed.index_add_(0, places, 1 - is_top[:, 0].to(each.dtype))
+    return sums, missed == 0
 
 
 def _groups_of_answers(model: Any) -> set[int]:
