@@ -139,7 +139,29 @@ def can_be_parted(config: Any) -> bool:
 
 def has_windows(config: Any) -> bool:
     """Return whether some layers attend to the last tokens alone, padding between them included."""
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo, whose cache keeps all tokens
+        return True
     return any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def changing_rotation(config: Any, longest: int) -> str | None:
+    """Return the kind of rotary scaling that turns all keys otherwise once rows are so long.
+
+    None: keys are the same whatever follows them.
+    """
+    text = config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    # Of each type of layer its own, or one for all.
+    for scaling in [given, *(each for each in given.values() if isinstance(each, dict))]:
+        kind = str(scaling.get("rope_type", scaling.get("type")))
+        starts = {
+            "dynamic": getattr(text, "max_position_embeddings", None),
+            "longrope": scaling.get("original_max_position_embeddings")
+            or getattr(text, "original_max_position_embeddings", None),
+        }
+        if kind in starts and (starts[kind] is None or longest > starts[kind]):
+            return kind
+    return None
 
 
 def with_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:

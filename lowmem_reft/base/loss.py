@@ -162,8 +162,8 @@ def _losses_of_chunk(
     index = targets if targets.ndim == 2 else targets[:, None]
     picked = logits.gather(1, index)
     mean = logits.mean(1, keepdim=True) if smoothing else picked
-    top = logits.amax(1, keepdim=True)
-    is_top = picked == top
+    top, likeliest = logits.max(1, keepdim=True)
+    is_top = index == likeliest  # of several as likely the first, as in generation
     total = logits.sub_(top).exp_().sum(1, keepdim=True)
     losses = total.log() + top - (1 - smoothing) * picked - smoothing * mean
     losses = losses if targets.ndim == 2 else losses[:, 0]
@@ -419,7 +419,7 @@ def log_likelihoods_at(
             columns = torch.searchsorted(kept, columns)
         selected = logits[rows.to(device), columns.to(device)].float().log_softmax(-1)
         picked: Tensor = selected.gather(-1, targets)
-        return picked, picked == selected.amax(-1, keepdim=True)
+        return picked, targets == selected.argmax(-1, keepdim=True)
     head = _gathered(head)
     selected = _hidden_before_head(base, run)[rows.to(device), columns.to(device)]
     found = torch.empty(targets.shape, dtype=torch.float32, device=device)

@@ -295,7 +295,7 @@ class Predictor:
         with kernels.imitated(), memory, torch.no_grad():
             if self.setting.task_type == "CAUSAL_LM":
                 response_log_likelihood(self.model, batch)
-                if continues_from_cache(self.model):
+                if continues_from_cache(self.model, lengths.seq_len):
                     self._score_in_parts(lengths)
             else:
                 self.model(**batch)

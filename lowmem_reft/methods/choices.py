@@ -13,7 +13,7 @@ an int8 base rounding depends on what else is in a batch, here as anywhere.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -28,6 +28,7 @@ from lowmem_reft.base.blocks import base_of, device_of
 from lowmem_reft.base.caches import (
     cache_argument,
     can_be_parted,
+    changing_rotation,
     has_windows,
     with_cache,
     with_rows,
@@ -106,7 +107,7 @@ def choices_log_likelihood(
         quiet: No progress bar.
     """
     parted = {index: row for index, each in enumerate(rows) if (row := Shared.of_examples(each))}
-    if not continues_from_cache(model):
+    if not continues_from_cache(model, longest_of(parted.values())):
         parted = {index: row for index, row in parted.items() if not row.longer}
     found: list[list[tuple[float, int]]] = [[] for _ in rows]
     scores = shared_log_likelihood(
@@ -160,13 +161,19 @@ def shared_log_likelihood(
     return found
 
 
-def continues_from_cache(model: Any) -> bool:
+def longest_of(rows: Iterable[Shared]) -> int:
+    """Return the tokens of the longest prompt with a choice."""
+    return max((len(row) + len(rest) for row in rows for rest in row.rests), default=0)
+
+
+def continues_from_cache(model: Any, longest: int = 0) -> bool:
     """Return whether several new tokens can be read behind the keys and values of a prompt.
 
     They cannot where a recurrent state was carried over the prompt, where the forward takes no
     cache, where trained tokens stand in front (PEFT makes the cache, or the embeddings, anew in
-    each pass), in a model with a vision tower, whose positions are its own, and where active
-    adapters name the parameters of the answer differently.
+    each pass), in a model with a vision tower, whose positions are its own, where active adapters
+    name the parameters of the answer differently, and where rotary positions are scaled otherwise
+    for rows as long as the ``longest`` one than for what they begin with.
     """
     base = base_of(model)
     config = base.config
@@ -175,6 +182,7 @@ def continues_from_cache(model: Any) -> bool:
         and config.get_text_config() is config
         and cache_argument(base) is not None
         and can_be_parted(config)
+        and changing_rotation(config, longest) is None
         and len(_groups_of_answers(model)) <= 1
     )
 
@@ -271,7 +279,9 @@ def _read_beginning(model: Any, rows: Sequence[Shared]) -> _Begun | None:
     """
     base = base_of(model)
     known = inspect.signature(base.forward).parameters
-    if not continues_from_cache(model) or "position_ids" not in known or has_windows(base.config):
+    if not continues_from_cache(model, longest_of(rows)) or has_windows(base.config):
+        return None
+    if "position_ids" not in known:
         return None
     together = zip(*(row.prompt[:-1] for row in rows), strict=False)
     beginning = [tokens[0] for tokens in takewhile(lambda tokens: len({*tokens}) == 1, together)]

@@ -11,6 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from lowmem_reft.base.blocks import base_of, find_blocks
+from lowmem_reft.base.caches import changing_rotation
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.errors import InputError, is_out_of_memory
 from lowmem_reft.methods.constant import num_constant_blocks
@@ -96,16 +97,8 @@ def _dropout(base: Any) -> str | None:
 
 def _refuse_length_dependent_rotation(base: Any, longest: int) -> None:
     """Refuse rotary scaling that depends on the longest example, if one is that long."""
-    text = base.config.get_text_config()
-    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    starts = {
-        "dynamic": getattr(text, "max_position_embeddings", None),
-        "longrope": scaling.get("original_max_position_embeddings")
-        or getattr(text, "original_max_position_embeddings", None),
-    }
-    start = starts.get(str(kind))
-    if str(kind) in starts and (start is None or longest > start):
+    kind = changing_rotation(base.config, longest)
+    if kind is not None:
         raise ReuseError(f"{kind} rotary scaling depends on what else is in a batch")
 
 

@@ -144,7 +144,10 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         size, quiet = override_bs or int(self.batch_size), self.quiet or disable_tqdm
         cut = [self._cut(context, continuation) for _, context, continuation in requests]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        if requests[0][0] is not None and continues_from_cache(self.model):
+        longest = max(
+            len(prompt) + len(rest) for prompt, (_, _, rest) in zip(cut, requests, strict=True)
+        )
+        if requests[0][0] is not None and continues_from_cache(self.model, longest):
             self._score_shared(requests, cut, answers, batch_size=size, quiet=quiet)
         else:
             self._score_whole(requests, cut, answers, batch_size=size, quiet=quiet)

@@ -32,11 +32,22 @@ ROWS: list[tuple[list[int], list[list[int]]]] = [
     ([71, 72, 73, 74], [[50, EOS], [51, 52, EOS], [51, 53, EOS], [54, 55, 56, 57, 58, EOS]]),
 ]
 WINDOW = {**SIZES, "sliding_window": 4}
+LOCAL = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_layers": 4,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 2]],
+    "window_size": 4,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+}
 KINDS: dict[str, dict[str, Any]] = {
     **{kind: ARCHITECTURES[kind] for kind in ("llama", "qwen3", "gpt2", "gpt_neox")},
     "gemma2": WINDOW,
     "gemma3_text": WINDOW,
     "mistral": WINDOW,
+    "gpt_neo": LOCAL,
 }
 REFT: dict[str, dict[str, Any]] = {
     "all": {"positions": "all"},
@@ -286,7 +297,7 @@ def test_what_prompts_begin_with_is_read_once_with_absolute_positions_and_not_wi
     check(model, BEGUN)
     seen = Tokens(embedding(model))
     choices_log_likelihood(model, [examples_of(*row) for row in BEGUN], Padding(), batch_size=4)
-    assert (seen.passes[0] == (1, len(START))) == (KINDS[kind] is not WINDOW)
+    assert (seen.passes[0] == (1, len(START))) == (KINDS[kind] not in (WINDOW, LOCAL))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -296,6 +307,51 @@ def test_what_prompts_begin_with_is_read_once_with_lora_and_without_an_adapter(k
     lora = LoraConfig(r=2, target_modules=modules, fan_in_fan_out=fan_in, task_type="CAUSAL_LM")
     for config in (None, lora):
         check(adapted(config, kind), BEGUN)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(("kind", "fields"), [
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
+    ("llama", {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        "max_position_embeddings": 16,
+    }),
+])  # fmt: skip
+def test_keys_that_a_longer_row_would_have_otherwise_are_not_shared(
+    kind: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS, kind, {**SIZES, **fields})
+    model = adapted(None, kind)
+    # A prompt of 11 tokens and one of 24, which only its choices bring beyond 16 with the first.
+    check(model, [BEGUN[0], BEGUN[3]], batch_size=1)
+    prompt, choices = [*START, 91, 92, 93, 94, 95], [[5, 6, 7], [8, 9, 10]]
+    check(model, [(prompt, choices)], batch_size=1)
+    assert continues_from_cache(model, 16)
+    check(model, [BEGUN[0], (START, [[5, 6], [7, 8]])], batch_size=1)
+
+
+@pytest.mark.parametrize("is_recognized", [True, False])
+def test_of_tokens_that_are_as_likely_one_is_greedy(is_recognized: bool) -> None:
+    model = reft("l1+response").get_base_model()
+    head = model.lm_head.weight
+    head.requires_grad_(not is_recognized)
+    prompt = torch.tensor([[11, 12, 13]])
+    with torch.no_grad():
+        best = int(model(input_ids=prompt).logits[0, -1].argmax())
+        other = best + 1 if best < 255 else best - 1
+        head[other] = head[best]
+        first = int(model(input_ids=prompt).logits[0, -1].argmax())
+    rows = [Shared.of([11, 12, 13], [[best], [other]])]
+    (found,) = shared_log_likelihood(model, rows, Padding(), batch_size=4)
+    assert [greedy for _, greedy in found] == [best == first, other == first]
 
 
 def test_a_beginning_ends_where_rows_are_edited_differently() -> None:
