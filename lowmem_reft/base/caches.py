@@ -139,7 +139,8 @@ def can_be_parted(config: Any) -> bool:
 
 def has_windows(config: Any) -> bool:
     """Return whether some layers attend to the last tokens alone, padding between them included."""
-    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo, whose cache keeps all tokens
+    # GPT-Neo, whose cache keeps all tokens, calls such layers so.
+    if "local" in (getattr(config, "attention_layers", None) or ()):
         return True
     return any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
 
@@ -159,7 +160,8 @@ def changing_rotation(config: Any, longest: int) -> str | None:
             "longrope": scaling.get("original_max_position_embeddings")
             or getattr(text, "original_max_position_embeddings", None),
         }
-        if kind in starts and (starts[kind] is None or longest > starts[kind]):
+        start = starts.get(kind)
+        if kind in starts and (start is None or longest > start):
             return kind
     return None
 

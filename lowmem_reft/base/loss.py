@@ -145,9 +145,8 @@ def _losses_of_chunk(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the losses (tokens,) of a chunk and the gradient of their sum by the head's output.
 
-    And whether each target is the most likely token, (tokens, targets). Without a gradient there
-    may be several targets for each token: losses are (tokens, targets) then.
-    One [chunk, vocab] buffer is reused throughout; a soft-cap needs a second one.
+    Without a gradient there may be several targets for each token: losses are (tokens, targets)
+    then, and so is which are the most likely tokens. All is in one [chunk, vocab] buffer, or two.
     """
     logits = linear_in_parts(hidden, head.weight.to(hidden.dtype)).float()
     if head.bias is not None:
@@ -162,8 +161,9 @@ def _losses_of_chunk(
     index = targets if targets.ndim == 2 else targets[:, None]
     picked = logits.gather(1, index)
     mean = logits.mean(1, keepdim=True) if smoothing else picked
-    top, likeliest = logits.max(1, keepdim=True)
-    is_top = index == likeliest  # of several as likely the first, as in generation
+    top = logits.amax(1, keepdim=True)
+    # Of several as likely the first, as in generation.
+    is_top = picked == top if with_gradient else index == logits.argmax(1, keepdim=True)
     total = logits.sub_(top).exp_().sum(1, keepdim=True)
     losses = total.log() + top - (1 - smoothing) * picked - smoothing * mean
     losses = losses if targets.ndim == 2 else losses[:, 0]
@@ -423,7 +423,7 @@ def log_likelihoods_at(
     head = _gathered(head)
     selected = _hidden_before_head(base, run)[rows.to(device), columns.to(device)]
     found = torch.empty(targets.shape, dtype=torch.float32, device=device)
-    is_top = torch.empty(targets.shape, dtype=torch.bool, device=device)
+    is_top = torch.empty_like(targets, dtype=torch.bool)
     step = max(1, chunk_bytes // (4 * head.weight.shape[0]))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)

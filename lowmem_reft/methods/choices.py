@@ -44,6 +44,8 @@ from lowmem_reft.reft.tuner import groups_of, reft_configs
 
 _LEAST_BEGINNING = 8
 """Tokens that are worth a pass of their own."""
+_COMPARED = 64
+"""Rows whose edited tokens are compared at once: a data set's would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def shared_log_likelihood(
         these = [rows[index] for index in batch]
         inputs = shared_batch(these, tokenizer)
         if begun is not None:
-            inputs = begun.left_of(inputs, these, batch)
+            inputs = begun.left_of(inputs, these, _groups_of(model, these))
         totals, greedy = log_likelihoods_of_batch(
             model,
             inputs,
@@ -249,26 +251,36 @@ class _Begun:
     cache: DynamicCache
     length: int
     """Its tokens."""
-    groups: Tensor | None
-    """(rows, tokens): which φ edits each token of the rows, right-padded; None without ReFT."""
 
     def left_of(
-        self, batch: dict[str, Tensor], rows: Sequence[Shared], indices: Sequence[int]
+        self, batch: dict[str, Tensor], rows: Sequence[Shared], edited: Tensor | None
     ) -> dict[str, Tensor]:
         """Return what is left to read of a left-padded `shared_batch`, and its whole mask.
 
-        The beginning, which stood between padding and rest, is now in front of both.
+        The beginning, which stood between padding and rest, is now in front of both. ``edited`` are
+        the rows' ``_groups_of``.
         """
         longest = batch["input_ids"].shape[1] - self.length
         rest = {name: value[:, -longest:].clone() for name, value in batch.items()}
         mask, groups = rest["attention_mask"], torch.full_like(rest["labels"], -1)
-        for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
+        for place, row in enumerate(rows):
             start = longest - (len(row) - self.length)
             mask[place, :start] = 0
-            if self.groups is not None:
-                groups[place, start:] = self.groups[index, self.length : len(row)]
+            if edited is not None:
+                groups[place, start:] = edited[place, self.length : len(row)]
         rest["attention_mask"] = pad(mask, (self.length, 0), value=1)
-        return rest if self.groups is None else {**rest, "intervention_mask": groups}
+        return rest if edited is None else {**rest, "intervention_mask": groups}
+
+
+def _groups_of(model: Any, rows: Sequence[Shared]) -> Tensor | None:
+    """Return (rows, tokens), right-padded: which φ edits each token that pass 1 reads, or -1.
+
+    None without ReFT.
+    """
+    if not reft_configs(model):
+        return None
+    labels = [[IGNORED_LABEL] * len(row.prompt) + row.common for row in rows]
+    return groups_of(model, [{"labels": of_row} for of_row in labels])
 
 
 def _read_beginning(model: Any, rows: Sequence[Shared]) -> _Begun | None:
@@ -287,16 +299,17 @@ def _read_beginning(model: Any, rows: Sequence[Shared]) -> _Begun | None:
     beginning = [tokens[0] for tokens in takewhile(lambda tokens: len({*tokens}) == 1, together)]
     if len(rows) < 2 or len(beginning) < _LEAST_BEGINNING:
         return None
-    groups = None
-    if configs := reft_configs(model):
-        if len({(config.positions, config.tie) for config in configs}) > 1:
-            return None
-        labels = [[IGNORED_LABEL] * len(row.prompt) + row.common for row in rows]
-        groups = groups_of(model, [{"labels": of_row} for of_row in labels])
-        alike = (groups == groups[0]).all(0)[: len(beginning)]
-        beginning = beginning[: int(alike.long().cumprod(0).sum())]
-        if len(beginning) < _LEAST_BEGINNING:
-            return None
+    if len({(config.positions, config.tie) for config in reft_configs(model)}) > 1:
+        return None
+    groups = _groups_of(model, rows[:1])
+    for start in range(0, len(rows), _COMPARED):
+        others = _groups_of(model, rows[start : start + _COMPARED])
+        if groups is not None and others is not None:
+            size = len(beginning)
+            alike = (others[:, :size] == groups[:, :size]).all(0)
+            beginning = beginning[: int(alike.long().cumprod(0).sum())]
+    if len(beginning) < _LEAST_BEGINNING:
+        return None
     device = device_of(base)
     inputs = {"input_ids": torch.tensor([beginning], device=device)}
     if groups is not None:
@@ -304,7 +317,7 @@ def _read_beginning(model: Any, rows: Sequence[Shared]) -> _Begun | None:
     cache = DynamicCache(config=base.config)
     few = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     model(**inputs, **with_cache(base, cache), **few)
-    return _Begun(cache=cache, length=len(beginning), groups=groups)
+    return _Begun(cache=cache, length=len(beginning))
 
 
 @allocates("loss")

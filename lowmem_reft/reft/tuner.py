@@ -315,10 +315,11 @@ def groups_of(model: Any, examples: Sequence[dict[str, Any]]) -> Tensor:
     labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED_LABEL)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     call = {"input_ids": labels, "attention_mask": mask, "labels": labels}
-    selector = model.base_model.current.selector
+    layer: Any = next(module for module in model.modules() if isinstance(module, ReftLayer))
+    selector, active = layer.current.selector, list(layer.active_adapters)
     groups = torch.full_like(labels, -1)
     # Not as in training, where a batch without any prompt is refused: this may be one example.
-    selection, _ = selector.select(list(model.base_model.active_adapters), (), call, training=False)
+    selection, _ = selector.select(active, (), call, training=False)
     for indices in selection.values():
         for group, (rows, columns) in enumerate(indices):
             groups[rows, columns] = group

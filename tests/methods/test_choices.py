@@ -20,6 +20,7 @@ from lowmem_reft.methods.choices import (
     shared_log_likelihood,
 )
 from lowmem_reft.methods.virtual_tokens import take_prefix_as_cache
+from lowmem_reft.reft.lora_reft import LoraReftConfig
 from tiny_models import ARCHITECTURES, SIZES
 
 EOS = 2
@@ -352,6 +353,25 @@ def test_of_tokens_that_are_as_likely_one_is_greedy(is_recognized: bool) -> None
     rows = [Shared.of([11, 12, 13], [[best], [other]])]
     (found,) = shared_log_likelihood(model, rows, Padding(), batch_size=4)
     assert [greedy for _, greedy in found] == [best == first, other == first]
+
+
+def test_what_prompts_begin_with_is_read_once_under_lora_and_reft_together() -> None:
+    model = adapted(LoraReftConfig(task_type="CAUSAL_LM", r=2, target_modules=LINEAR))
+    check(model, BEGUN)
+    with model.disable_adapter():
+        check(model, BEGUN)
+
+
+def test_what_prompts_begin_with_is_read_once_under_several_adapters() -> None:
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "rank": 2, "positions": "f2+l2"}
+    model = adapted(lr.ReftConfig(layers=[1], **common))
+    model.add_adapter("other", lr.ReftConfig(layers=[2, 3], **common))
+    model.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.4)
+    check(model.eval(), BEGUN)
 
 
 def test_a_beginning_ends_where_rows_are_edited_differently() -> None:

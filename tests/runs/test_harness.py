@@ -331,7 +331,7 @@ def test_answers_that_differ_in_their_last_token_share_a_forward_pass(
     lm = AdaptedModel(model, tokenizer, batch_size=4)
     shapes = []
     if not continues:
-        monkeypatch.setattr(harness_model, "continues_from_cache", lambda _: False)
+        monkeypatch.setattr(harness_model, "continues_from_cache", lambda *_: False)
     model.get_input_embeddings().register_forward_hook(
         lambda _, args, output: shapes.append(args[0].shape)
     )
@@ -357,7 +357,7 @@ def test_a_context_is_read_once_for_all_continuations_and_both_ways_agree(
     shared = lm._loglikelihood_tokens(requests)
     # The contexts, padded, and behind each three tokens of the longest and two, one and two more.
     assert sum(lengths) <= 8 + 2 * 4 * 3
-    monkeypatch.setattr(harness_model, "continues_from_cache", lambda _: False)
+    monkeypatch.setattr(harness_model, "continues_from_cache", lambda *_: False)
     whole = lm._loglikelihood_tokens(requests)
     assert [total for total, _ in shared] == pytest.approx([total for total, _ in whole], rel=1e-5)
     assert [greedy for _, greedy in shared] == [greedy for _, greedy in whole]
