@@ -388,7 +388,8 @@ def test_from_stored_constants_the_same_adapter_is_trained(
     plain, stored = adapters
     assert plain.keys() == stored.keys()
     for name, value in plain.items():
-        torch.testing.assert_close(stored[name], value, msg=name)
+        # Adam makes steps of gradients near zero, which rounding decides, as large as any.
+        assert (stored[name] - value).norm() <= 1e-4 * value.norm(), name
 
 
 def adapter_file(result: dict[str, Any]) -> Path:
