@@ -178,6 +178,21 @@ def with_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     return copied
 
 
+def repeated(cache: DynamicCache, count: int) -> DynamicCache:
+    """Return a cache of one row as of so many; nothing is copied until a pass adds to it.
+
+    The other stays as it is, and is as in `with_rows`.
+    """
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    layers: Any = copied.layers  # keys and values each, which a union of all kinds does not say
+    for layer in layers:
+        layer.keys, layer.values = (
+            each.expand(count, -1, -1, -1) for each in (layer.keys, layer.values)
+        )
+    return copied
+
+
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """Return the arguments that hand a cache, to read and fill, to a model that is not wrapped.
 

@@ -30,6 +30,7 @@ from lowmem_reft.base.caches import (
     can_be_parted,
     changing_rotation,
     has_windows,
+    repeated,
     with_cache,
     with_rows,
 )
@@ -209,12 +210,12 @@ def log_likelihoods_of_batch(
         batch: The rows' `shared_batch`.
         rows: Where their choices part ways.
         batch_size: Choices in each pass 2.
-        begun: Keys and values of tokens before those of the batch, the same for all rows.
+        begun: Keys and values of tokens before those of the batch, of one row for all.
     """
     longer = [(row, choice) for row, shared in enumerate(rows) for choice in shared.longer]
     cache = DynamicCache(config=base_of(model).config) if longer else None
     if begun is not None:
-        cache = with_rows(begun, torch.zeros(len(rows), dtype=torch.long))
+        cache = repeated(begun, len(rows))
     sums, greedy = _pass_1(model, batch, rows, cache)
     lengths = [len(rows[row].rests[choice]) for row, choice in longer]
     for indices in by_length(lengths, batch_size):
