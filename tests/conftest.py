@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowmem_reft.machine.notices import WARNED
 from planned_llama import LLAMA
+from shared_nursery import shared_nursery
 
 # A shell starts background jobs with SIGINT ignored, which the processes of tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -32,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:`torch.jit.script`:DeprecationWarning",  # DeBERTa in older transformers
     ):
         config.addinivalue_line("filterwarnings", ignored)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_nursery() -> Iterator[None]:
+    with shared_nursery():
+        yield
 
 
 @pytest.fixture(autouse=True)

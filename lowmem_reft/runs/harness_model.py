@@ -136,6 +136,8 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         The order is that of the requests. Continuations of the same context share it; where the
         model does not continue from a cache, those that differ in their last token alone do.
         """
+        if not requests:
+            return []
         self.limits.check(
             [_named(texts) for texts, _, _ in requests],
             [[*context, *continuation] for _, context, continuation in requests],
@@ -143,14 +145,13 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         )
         size, quiet = override_bs or int(self.batch_size), self.quiet or disable_tqdm
         cut = [self._cut(context, continuation) for _, context, continuation in requests]
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         longest = max(
             len(prompt) + len(rest) for prompt, (_, _, rest) in zip(cut, requests, strict=True)
         )
         if requests[0][0] is not None and continues_from_cache(self.model, longest):
-            self._score_shared(requests, cut, answers, batch_size=size, quiet=quiet)
+            answers = self._score_shared(requests, cut, batch_size=size, quiet=quiet)
         else:
-            self._score_whole(requests, cut, answers, batch_size=size, quiet=quiet)
+            answers = self._score_whole(requests, cut, batch_size=size, quiet=quiet)
         for number, (total, _) in enumerate(answers, 1):
             check_finite([total], f"request {number}")
         return answers
@@ -159,11 +160,10 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         self,
         requests: Sequence[Request],
         cut: Sequence[list[int]],
-        answers: list[tuple[float, bool]],
         *,
         batch_size: int,
         quiet: bool,
-    ) -> None:
+    ) -> list[tuple[float, bool]]:
         """Answer requests whose contexts, cut, are each read once for all continuations."""
         sharing: dict[tuple[int, ...], list[int]] = {}
         for index, prompt in enumerate(cut):
@@ -175,19 +175,21 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
         found = shared_log_likelihood(
             self.model, rows, self.tokenizer, batch_size=batch_size, quiet=quiet
         )
-        for indices, of_row in zip(sharing.values(), found, strict=True):
-            for index, answer in zip(indices, of_row, strict=True):
-                answers[index] = answer
+        answers = {
+            index: answer
+            for indices, of_row in zip(sharing.values(), found, strict=True)
+            for index, answer in zip(indices, of_row, strict=True)
+        }
+        return [answers[index] for index in range(len(requests))]
 
     def _score_whole(
         self,
         requests: Sequence[Request],
         cut: Sequence[list[int]],
-        answers: list[tuple[float, bool]],
         *,
         batch_size: int,
         quiet: bool,
-    ) -> None:
+    ) -> list[tuple[float, bool]]:
         """Answer requests by sequences of context and continuation."""
         sharing: dict[Scored, list[int]] = {}
         for index, (texts, _, continuation) in enumerate(requests):
@@ -196,6 +198,7 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
             sharing.setdefault((*key, len(continuation)), []).append(index)
         # Like lengths together: little padding; the longest first: too little memory shows at once.
         groups = sorted(sharing.items(), key=lambda item: -len(item[0][0]) - len(item[0][1]))
+        answers = {}
         for start in progress(range(0, len(groups), batch_size), "scoring", quiet=quiet):
             batch = groups[start : start + batch_size]
             logits = self._last_logits([scored for scored, _ in batch])
@@ -206,6 +209,7 @@ class AdaptedModel(HFLM):  # type: ignore[misc]  # the harness ships no types
                     wanted = torch.tensor(requests[index][2], device=row.device)
                     total = predicted.gather(1, wanted[:, None]).sum()
                     answers[index] = (float(total), bool((greedy == wanted).all()))
+        return [answers[index] for index in range(len(requests))]
 
     def _cut(self, context: list[int], continuation: list[int]) -> list[int]:
         """Return the last tokens of the context that fit: the last of the whole is not read."""

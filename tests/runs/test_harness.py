@@ -363,6 +363,11 @@ def test_a_context_is_read_once_for_all_continuations_and_both_ways_agree(
     assert [greedy for _, greedy in shared] == [greedy for _, greedy in whole]
 
 
+def test_no_requests_have_no_answers(evaluation: EvaluateOptions) -> None:
+    model, tokenizer = loaded(evaluation)
+    assert AdaptedModel(model, tokenizer, batch_size=2)._loglikelihood_tokens([]) == []
+
+
 def test_contexts_that_do_not_fit_are_cut_from_the_left_and_counted(
     evaluation: EvaluateOptions,
 ) -> None:
