@@ -116,7 +116,7 @@ class Config:
     output_dir: Path = Path("defaults")
     """A directory per set; finished cells there are not run again."""
     output: Path | None = None
-    """File for the JSON; default: only the standard output."""
+    """File for the JSON, in which other bases and sets stay; default: the standard output alone."""
 
 
 def main(config: Config) -> int:
@@ -124,7 +124,10 @@ def main(config: Config) -> int:
     found = [line for name in config.sets for line in measure(config, name)]
     print(json.dumps(found, indent=1))
     if config.output is not None:
-        write_json(config.output, found)
+        kept = _read(config.output) if config.output.exists() else []
+        measured = {(line["model"], line["set"]) for line in found}
+        others = [line for line in kept if (line["model"], line["set"]) not in measured]
+        write_json(config.output, [*others, *found])
     return 0
 
 
@@ -152,7 +155,7 @@ def measure(config: Config, name: str) -> list[dict[str, Any]]:
             output_dir=folder / "search",
         )
     )
-    trials = _trials(_results(folder / "search"))
+    trials = _trials(_read(folder / "search" / "results.json"))
     chosen = {method: best(tried) for method, tried in trials.items()}
     run_comparison(
         written.build(
@@ -164,9 +167,10 @@ def measure(config: Config, name: str) -> list[dict[str, Any]]:
             output_dir=folder / "scored",
         )
     )
-    scored = _results(folder / "scored")
+    scored = _read(folder / "scored" / "results.json")
     return [
         {
+            "model": Path(config.model).name,
             "set": name,
             "method": method,
             "as_it_comes": _figures(scored, method),
@@ -220,8 +224,8 @@ def _rows_of(config: Config, name: str, folder: Path) -> dict[str, Any]:
     return {part: str(folder / f"{part}.jsonl") for part in sizes}
 
 
-def _results(folder: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+def _read(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -247,7 +251,7 @@ def _figures(results: list[dict[str, Any]], method: str) -> dict[str, Any]:
         "values": [row["value"] for row in rows],
         "mean": statistics.fmean(row["value"] for row in rows),
         "metric": first["metric"],
-        **{name: first[name] for name in ("num_trainable_params", "peak_bytes", "model", "commit")},
+        **{name: first[name] for name in ("num_trainable_params", "peak_bytes", "commit")},
         **{name: first[name] for name in ("device", "versions", "command")},
     }
 

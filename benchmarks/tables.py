@@ -313,6 +313,25 @@ def real_rows(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", origin, ""])
 
 
+def defaults(result: list[dict[str, Any]]) -> str:
+    """What comes without options beside the best of a search, a row per base, set and method."""
+    lines = [
+        "| base | set | method | as it comes | best of the search | which | tried |",
+        "|:--|:--|:--|--:|--:|:--|--:|",
+    ]
+    for row in result:
+        own, best = row["as_it_comes"], row["searched"]
+        cells = [f"{100 * each['mean']:.1f}{_spread(each['values'])}" for each in (own, best)]
+        which = "the same" if best["entry"] == own["entry"] else f"`{best['entry']}`"
+        named = [row["model"], row["set"], row["method"]]
+        lines.append(f"| {' | '.join([*named, *cells, which, str(len(row['trials']))])} |")
+    return "\n".join([*lines, "", _origin([result[0]["as_it_comes"]]), ""])
+
+
+def _spread(values: list[float]) -> str:
+    return f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "embedded": comparison,
     "trec": comparison,
@@ -327,6 +346,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "real_smollm2": against_reference,
     "real_minilm": against_reference,
     "real_minilm_sst2": against_reference,
+    "defaults": defaults,
     "methods": comparison,
     "step": timings,
     "generate": timings,

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import collect, real_bases, tables
+from benchmarks import collect, defaults, real_bases, tables
 from lowmem_reft.compare.cell import EMPTY_RESULT
 from lowmem_reft.errors import InputError
+from lowmem_reft.methods.entries import parse_methods
 from lowmem_reft.options import CompareOptions
 
 NUM_EXAMPLES = 40
@@ -135,3 +136,66 @@ def test_what_there_is_not_is_refused() -> None:
         real_bases.entries(config, base)
     with pytest.raises(InputError, match="sets must be among sst2"):
         real_bases.main(replace(config, methods=None, sets="trec"))
+
+
+def trial(entry: str, value: float, loss: float, error: str | None = None) -> dict[str, Any]:
+    return {"entry": entry, "metric": "accuracy", "value": value, "loss": loss, "error": error}
+
+
+def test_of_equal_trials_the_one_with_the_lower_loss_is_best_and_failed_ones_are_none() -> None:
+    trials = [trial("a", 0.6, 0.2), trial("b", 0.6, 0.1), trial("c", 0.5, 0.0)]
+    assert defaults.best([*trials, trial("d", 0.9, 0.0, error="out of memory")]) == "b"
+
+
+def test_made_sentences_are_the_same_for_the_same_seed_and_have_all_emotions() -> None:
+    rows = defaults.emotion_rows(200, seed=1)
+    assert rows == defaults.emotion_rows(200, seed=1) != defaults.emotion_rows(200, seed=2)
+    assert {row["answer"] for row in rows} == set(range(6))
+    assert all(rows.count(row) / len(rows) < 0.9 for row in rows)
+
+
+def test_defaults_are_searched_on_validation_rows_and_scored_beside_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison is replaced: three times its own rate is best for LoReFT, QLoRA's is best."""
+    asked = []
+
+    def run(options: CompareOptions) -> None:
+        asked.append(options)
+        assert options.output_dir is not None
+        assert options.matrix.methods is not None
+        values = {"loreft": (0.1, 0.2, 0.3), "qlora": (0.1, 0.3, 0.1)}
+        lines = []
+        for spec in parse_methods(options.matrix.methods):
+            trials = [
+                {**trial("", value, 0.0), "method": f"{spec.entry}[lr={rate}]", "lr": rate}
+                for rate, value in zip((3e-4, 1e-3, 3e-3), values[spec.name], strict=True)
+            ]
+            searched = trials if options.matrix.lr_search else None
+            own = {"method": spec.entry, "metric": "accuracy", "value": len(spec.entry) / 100}
+            versions = dict.fromkeys(("torch", "transformers", "bitsandbytes"), "1")
+            lines.append({**EMPTY_RESULT, **own, "versions": versions, "lr_search": searched})
+        options.output_dir.mkdir(parents=True)
+        (options.output_dir / "results.json").write_text(json.dumps(lines))
+
+    monkeypatch.setattr(defaults, "run_comparison", run)
+    monkeypatch.setattr(defaults, "ENTRIES", {"loreft": ("loreft",), "qlora": ("qlora",)})
+    output = tmp_path / "defaults.json"
+    config = defaults.Config(
+        model="m", sets=(defaults.EMOTIONS,), eval_limit=50, output_dir=tmp_path, output=output
+    )
+    assert defaults.main(config) == 0
+    search, scored = asked
+    assert (search.scored.eval_limit, search.rows.validation_limit) == (1, 200)
+    assert (search.matrix.methods, search.matrix.seeds) == ("loreft,qlora", "0")
+    assert scored.matrix.methods == "loreft,qlora,loreft[lr=0.003]"
+    assert (scored.scored.eval_limit, scored.matrix.seeds) == (50, "0,1,2")
+    loreft, qlora = json.loads(output.read_text())
+    assert loreft["searched"]["entry"] == "loreft[lr=0.003]"
+    assert loreft["as_it_comes"]["mean"] == pytest.approx(0.06)
+    assert qlora["searched"] == qlora["as_it_comes"]
+    asked.clear()
+    again = replace(config, model="another", output_dir=tmp_path / "another")
+    assert defaults.main(again) == 0
+    kept = json.loads(output.read_text())
+    assert [row["model"] for row in kept] == ["m", "m", "another", "another"]
