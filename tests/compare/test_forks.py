@@ -13,7 +13,7 @@ import pytest
 
 from lowmem_reft.compare.cell import Cell, write_cell
 from lowmem_reft.compare.cells import build_cells
-from lowmem_reft.compare.engines import open_engine, processes, stop
+from lowmem_reft.compare.engines import forks, open_engine, processes, stop
 from lowmem_reft.compare.engines.launch import CHILD_COMMAND
 from lowmem_reft.compare.engines.processes import ProcessEngine
 from lowmem_reft.compare.sources import find_sources
@@ -68,6 +68,12 @@ sys.exit(leave_result(path, run_cell))
 
 ALONE = FAKE_NURSERY.replace("serve(may_fork)", "__import__('pathlib').Path(sys.argv[1])")
 """The process of a cell that is not forked."""
+
+
+@pytest.fixture(autouse=True)
+def _own_nursery(monkeypatch):
+    """As outside the tests, every engine here has its own."""
+    monkeypatch.setattr(processes, "Nursery", forks.Nursery)
 
 
 @pytest.fixture
