@@ -17,6 +17,7 @@ from typing import Any
 import griffe
 
 from lowmem_reft import cli
+from lowmem_reft.options import written
 
 MARK = "<!-- commands -->"
 TABLE = re.compile(r"<!-- table:\w+ -->\n(.*?)<!-- /table -->", re.DOTALL)
@@ -115,7 +116,8 @@ def _term(field: Any, hint: Any) -> str:
     metavar = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), None)
     if metavar:
         return f"`{metavar}`"  # what has one is given without a flag
-    flags = [f"--{field.name.replace('_', '-')}"]
+    flags = [written.flag(field.name)]
+    flags += [written.switch(field.name, False)] if field.default is True else []
     flags += next((mark.aliases for mark in marks if getattr(mark, "aliases", None)), ())
     return ", ".join(f"`{flag}`" for flag in flags) + _values(hint)
 
@@ -143,6 +145,6 @@ _KINDS: dict[Any, str] = {
 def _default(field: Any) -> str:
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         return " **Required.**"
-    if field.default in (None, False, "", ()):
+    if isinstance(field.default, bool) or field.default in (None, "", ()):
         return ""  # the text says what holds then
     return f" Default: `{field.default}`."

@@ -50,6 +50,7 @@ from lowmem_reft.options.running import DecodingOptions as DecodingOptions
 from lowmem_reft.options.running import EvaluateOptions as EvaluateOptions
 from lowmem_reft.options.running import GenerateOptions as GenerateOptions
 from lowmem_reft.options.running import HarnessOptions as HarnessOptions
+from lowmem_reft.options.running import HubOptions as HubOptions
 from lowmem_reft.options.running import ScoredDataOptions as ScoredDataOptions
 from lowmem_reft.options.running import ScoredPromptOptions as ScoredPromptOptions
 from lowmem_reft.options.running import ShownDataOptions as ShownDataOptions

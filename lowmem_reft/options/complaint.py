@@ -105,6 +105,7 @@ def known_flags(options: Any) -> list[str]:
     found = ["--help", "--config"]
     for name, leaf in written.leaves(options).items():
         found += [written.flag(name), *leaf.aliases]
+        found += [written.switch(name, False)] if leaf.usual is True else []
     return found
 
 

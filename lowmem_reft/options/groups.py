@@ -399,9 +399,6 @@ class RunOptions(Switches):
     report_to: str = "none"
     """Trackers, comma-separated, by their transformers names (tensorboard, wandb, ...); all: those
     that are installed."""
-    push_to_hub: str | None = None
-    """Repository of the Hugging Face hub for the adapter and its README.md, made private before the
-    training if it is not there, and pushed to after it."""
 
     def __post_init__(self) -> None:
         """Check the counts, the seed and the trackers."""

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from lowmem_reft.options.written import Leaf, flag, own_leaves
+from lowmem_reft.options.written import Leaf, flag, own_leaves, switch
 
 OFTEN = (
     *("task", "method", "storage", "adapter", "gpu", "fit", "methods", "epochs", "lr"),
@@ -87,7 +87,7 @@ def _groups(
 def _shown(option: _Option, width: int) -> str:
     """An option with its docstring beside or below it."""
     usual, about = option.leaf.usual, option.about
-    if not (usual is MISSING or usual is None or usual is False or usual in ("", ())):
+    if not (usual is MISSING or usual is None or isinstance(usual, bool) or usual in ("", ())):
         about += f" (default: {usual})"
     call = _wrap(f"  {_invocation(option)}", width, indent="      ")
     lines = _wrap(" " * _INDENT + " ".join(about.split()), width, indent=" " * _INDENT)
@@ -103,6 +103,7 @@ def _invocation(option: _Option, *, short: bool = False) -> str:
     if leaf.positional:
         return value
     flags = [flag(option.name), *(() if short else leaf.aliases)]
+    flags += [switch(option.name, False)] if leaf.usual is True else []
     return f"{', '.join(flags)} {value}".rstrip()
 
 

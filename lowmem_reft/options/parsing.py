@@ -63,7 +63,7 @@ def parse(arguments: list[str], commands: Mapping[str, Any], description: str) -
             config=(
                 tyro.conf.OmitArgPrefixes,  # --rank, not --method.rank
                 tyro.conf.DisallowNone,  # "--rank INT", not "--rank {None}|INT"
-                tyro.conf.FlagCreatePairsOff,  # every flag is off by default: no --no-json
+                tyro.conf.FlagCreatePairsOff,  # a flag says what is not the default: no --no-json
             ),
             registry=_REGISTRY,
         )
@@ -95,11 +95,11 @@ def _with_file(arguments: list[str], kind: Any) -> tuple[list[str], dict[str, ru
     """Return the words after the command's name, with those of ``--config FILE`` before them."""
     words, path = run_file.take(run_file.with_bare_switches(arguments[1:], kind))
     if path is None:
-        return run_file.without_off_switches(words, kind), {}
+        return run_file.without_usual_switches(words, kind), {}
     given = complaint.given_flags(words)
     entries = run_file.read(path, arguments[0], kind, given=given)
     own = [word for entry in entries.values() for word in entry.words]
-    return [*own, *run_file.without_off_switches(words, kind)], entries
+    return run_file.without_usual_switches([*own, *words], kind), entries
 
 
 def _unknown(arguments: list[str], commands: Mapping[str, Any]) -> str:
@@ -108,7 +108,7 @@ def _unknown(arguments: list[str], commands: Mapping[str, Any]) -> str:
     if kind is None:
         named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
         return complaint.misspelled(named, commands, "command")
-    given = complaint.given_flags(run_file.without_off_switches(arguments[1:], kind))
+    given = complaint.given_flags(run_file.without_usual_switches(arguments[1:], kind))
     return complaint.misspelled(given, complaint.known_flags(kind), "options")
 
 

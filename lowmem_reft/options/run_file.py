@@ -97,11 +97,22 @@ def read(path: Path, command: str, kind: Any, *, given: Sequence[str] = ()) -> d
     return found
 
 
-def without_off_switches(arguments: Sequence[str], kind: Any) -> list[str]:
-    """Return the arguments without each ``--no-NAME`` that takes back a switch of a file."""
-    leaves = written.leaves(kind)
-    off = {_off(name, leaves) for name, leaf in leaves.items() if leaf.hint is bool}
-    return [word for word in arguments if word not in off - {None}]
+def without_usual_switches(arguments: Sequence[str], kind: Any) -> list[str]:
+    """Return the arguments without each switch that says the default, nor what it takes back.
+
+    It is ``--no-NAME`` but for what is on by default.
+    """
+    leaves, takes_back, left = written.leaves(kind), dict[str | None, str | None](), list[str]()
+    for name, leaf in leaves.items():
+        if leaf.hint is bool:
+            flag, off = written.flag(name), _off(name, leaves)
+            takes_back |= {flag: off} if leaf.usual else {off: flag}
+    for word in arguments:
+        if word and word in takes_back:
+            left = [other for other in left if other != takes_back[word]]
+        else:
+            left.append(word)
+    return left
 
 
 def with_bare_switches(arguments: Sequence[str], kind: Any) -> list[str]:
@@ -125,7 +136,7 @@ def with_bare_switches(arguments: Sequence[str], kind: Any) -> list[str]:
         if name and not equals and left and left[0].lower() in _SAID:
             value = left.pop(0)
         if name and value.lower() in _SAID:
-            word = flag if value.lower() == "true" else f"--no-{written.flag(name)[2:]}"
+            word = written.switch(name, value.lower() == "true")
         words.append(word)
     return words
 
@@ -142,8 +153,8 @@ def blamed(message: str, entries: Mapping[str, Entry]) -> str:
 
 def _off(name: str, leaves: Mapping[str, written.Leaf]) -> str | None:
     """Return ``--no-NAME`` of a switch, unless that is an option itself."""
-    off = f"no_{name}"
-    return written.flag(off) if leaves[name].hint is bool and off not in leaves else None
+    is_free = leaves[name].hint is bool and f"no_{name}" not in leaves
+    return written.switch(name, False) if is_free else None
 
 
 def _words(name: str, value: Any, hint: Any, place: str) -> tuple[str, ...]:
@@ -163,7 +174,7 @@ def _words(name: str, value: Any, hint: Any, place: str) -> tuple[str, ...]:
     if hint is bool:
         if text.lower() not in _YES + _NO:
             raise InputError(f"{place}: {name} must be true or false, got {text!r}; write one")
-        return (written.flag(name),) if text.lower() in _YES else ()
+        return (written.switch(name, text.lower() in _YES),)
     return () if text.lower() in _NOTHING else (f"{written.flag(name)}={text}",)
 
 

@@ -43,6 +43,26 @@ class ChoosingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Where the adapter is shared."""
+
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub for the adapter and its README.md, made before the
+    training if it is not there, and pushed to after it."""
+    hub_private_repo: bool = True
+    """Whether a repository that is made is private (the default) or public; one that is there stays
+    what it is."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to make public."""
+        if not self.hub_private_repo and self.push_to_hub is None:
+            raise InputError(
+                "hub_private_repo must come with push_to_hub, got False alone; add --push-to-hub "
+                "USER/NAME"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Fine-tune one adapter on a frozen base."""
 
@@ -57,6 +77,7 @@ class TrainOptions:
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     reuse: ReuseOptions = field(default_factory=ReuseOptions)
     run: RunOptions
+    hub: HubOptions = field(default_factory=HubOptions)
 
     def __post_init__(self) -> None:
         """Check that there is something to choose by."""

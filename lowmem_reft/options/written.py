@@ -70,13 +70,19 @@ def flags(
     words = []
     for name, value in given(options).items():
         if name not in without:
-            words += [flag(name)] if value is True else [flag(name), text(name, value)]
+            switched = isinstance(value, bool)
+            words += [switch(name, value)] if switched else [flag(name), text(name, value)]
     return words
 
 
 def flag(name: str) -> str:
     """Return how a value's name is written on a command line."""
     return f"--{name.replace('_', '-')}"
+
+
+def switch(name: str, value: bool) -> str:
+    """Return the flag that turns a switch on, or off."""
+    return flag(name if value else f"no_{name}")
 
 
 def changed(options: AnyOptions, **new: Any) -> AnyOptions:

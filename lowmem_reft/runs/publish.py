@@ -1,7 +1,7 @@
 """The adapter of a run on the Hugging Face hub: ``train --push-to-hub``.
 
-What can fail is tried before the training, as transformers' Trainer does: the repository is made,
-private. An upload that fails loses nothing, as the adapter is saved by then.
+What can fail is tried before the training, as transformers' Trainer does: the repository is made.
+An upload that fails loses nothing, as the adapter is saved by then.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ def check_repository(repo_id: str) -> None:
 
 
 def make_repository(run: Run) -> None:
-    """Make the run's repository, private, unless it is there.
+    """Make the run's repository, private or public, unless it is there.
 
     Raises:
         InputError: The hub does not answer, or does not let this user.
     """
-    repo_id = run.options.run.push_to_hub
+    hub = run.options.hub
+    repo_id = hub.push_to_hub
     if repo_id is None:
         return
     try:
-        HfApi().create_repo(repo_id, private=True, exist_ok=True)
+        HfApi().create_repo(repo_id, private=hub.hub_private_repo, exist_ok=True)
     except Exception as error:  # of the network or of the hub, by whichever of its libraries
         raise InputError(
             f"push_to_hub must be a repository that this token may write to, got {repo_id!r}; "
@@ -64,7 +65,7 @@ def publish(run: Run) -> str:
     Raises:
         InputError: It failed; the message says how to do it by hand.
     """
-    repo_id = run.options.run.push_to_hub
+    repo_id = run.options.hub.push_to_hub
     assert repo_id is not None
     try:
         commit = HfApi().upload_folder(

@@ -69,8 +69,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         options = replace(options, run=replace(options.run, quiet=True))
     else:
         check_training(options)
-        if options.run.push_to_hub is not None:
-            check_repository(options.run.push_to_hub)
+        if options.hub.push_to_hub is not None:
+            check_repository(options.hub.push_to_hub)
     set_seed(options.run.seed)
     run = resolve(options)
     check_scoring(options.scoring)
@@ -123,7 +123,7 @@ def _train(
             result["eval_accuracy"] = result["eval"].get("accuracy")
             _record(run, result)
         trackers.log(result)
-    if run.options.run.push_to_hub is not None and processes.is_main():
+    if run.options.hub.push_to_hub is not None and processes.is_main():
         result["hub_url"] = publish(run)
     return result
 

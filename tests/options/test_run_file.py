@@ -70,6 +70,33 @@ def test_flags_override_the_file(tmp_path: Path, flag: str) -> None:
     assert (options.optim.lr, options.run.quiet, options.method.rank) == (2e-3, False, 4)
 
 
+@pytest.mark.parametrize(
+    ("words", "is_private"),
+    [
+        ("", True),
+        ("--hub-private-repo", True),
+        ("--no-hub-private-repo", False),
+        ("--hub-private-repo False", False),
+        ("--no-hub-private-repo --hub-private-repo", True),
+    ],
+)
+@pytest.mark.parametrize("said", ["", "hub_private_repo: false\n", "hub_private_repo: true\n"])
+def test_a_switch_that_is_on_by_default_is_turned_off_and_back(
+    tmp_path: Path, words: str, is_private: bool, said: str
+) -> None:
+    text = f"model: m\ndata: d\noutput_dir: o\npush_to_hub: me/a\n{said}"
+    options = parsed(tmp_path, "train", text, *words.split())
+    assert options.hub.hub_private_repo is (is_private if words else "false" not in said)
+    flags = written.flags(options.hub)
+    assert flags[2:] == ([] if options.hub.hub_private_repo else ["--no-hub-private-repo"])
+
+
+def test_the_help_has_both_flags_of_a_switch_that_is_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli._parse(["train", "--help"])
+    assert "  --hub-private-repo, --no-hub-private-repo\n" in capsys.readouterr().out
+
+
 def test_a_file_takes_the_other_names_of_an_option_too(tmp_path: Path) -> None:
     text = "model: m\ndata: d\noutput_dir: o\nlearning_rate: 1e-3\nnum-train-epochs: 2\n"
     options = parsed(tmp_path, "train", text, "--epochs", "5")

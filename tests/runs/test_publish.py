@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from lowmem_reft.errors import InputError
-from lowmem_reft.options import TrainOptions
+from lowmem_reft.options import HubOptions, TrainOptions
 from lowmem_reft.runs import publish
 from lowmem_reft.runs.train import run_training
 from small_runs import small_run, with_optim, with_run
@@ -49,7 +50,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
 @pytest.fixture
 def options(tiny_llama_dir: Path, tmp_path: Path) -> TrainOptions:
     run = with_optim(small_run(tiny_llama_dir, tmp_path), max_steps=1)
-    return with_run(run, push_to_hub="me/adapter")
+    return replace(run, hub=HubOptions(push_to_hub="me/adapter"))
 
 
 def test_the_adapter_and_its_card_are_pushed_to_a_private_repository(
@@ -63,6 +64,19 @@ def test_the_adapter_and_its_card_are_pushed_to_a_private_repository(
     wanted = {"README.md", "adapter_config.json", "adapter_model.safetensors", "training.json"}
     assert wanted <= of_pushed["files"]
     assert result["hub_url"] == "https://hub/me/adapter"
+
+
+def test_a_repository_that_is_made_is_public_where_that_is_asked_for(
+    hub: type[Hub], options: TrainOptions
+) -> None:
+    chosen = HubOptions(push_to_hub="me/adapter", hub_private_repo=False)
+    run_training(replace(options, hub=chosen))
+    assert hub.asked[0][1] == {"repo_id": "me/adapter", "private": False, "exist_ok": True}
+
+
+def test_a_repository_is_not_made_public_without_being_named() -> None:
+    with pytest.raises(InputError, match="hub_private_repo must come with push_to_hub, got False"):
+        HubOptions(hub_private_repo=False)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +99,7 @@ def test_what_cannot_be_pushed_is_refused_before_rows_are_read(
         monkeypatch.setattr(f"lowmem_reft.runs.publish.{what}", value)
     monkeypatch.setattr("lowmem_reft.runs.train.resolve", lambda _: pytest.fail("read"))
     with pytest.raises(InputError, match=told):
-        run_training(with_run(options, push_to_hub=name))
+        run_training(replace(options, hub=HubOptions(push_to_hub=name)))
     assert hub.asked == []
 
 
