@@ -18,6 +18,7 @@ from typing import Any
 
 import tyro
 
+from benchmarks.common import environment
 from lowmem_reft.compare import run_comparison
 from lowmem_reft.data.tasks.metrics import gain
 from lowmem_reft.machine.files import write_json, write_text_whole
@@ -176,6 +177,7 @@ def measure(config: Config, name: str) -> list[dict[str, Any]]:
             "as_it_comes": _figures(scored, method),
             "searched": _figures(scored, chosen[method]),
             "trials": trials[method],
+            **environment(),
         }
         for method in ENTRIES
     ]
@@ -251,8 +253,7 @@ def _figures(results: list[dict[str, Any]], method: str) -> dict[str, Any]:
         "values": [row["value"] for row in rows],
         "mean": statistics.fmean(row["value"] for row in rows),
         "metric": first["metric"],
-        **{name: first[name] for name in ("num_trainable_params", "peak_bytes", "commit")},
-        **{name: first[name] for name in ("device", "versions", "command")},
+        **{name: first[name] for name in ("num_trainable_params", "peak_bytes", "command")},
     }
 
 

@@ -325,7 +325,7 @@ def defaults(result: list[dict[str, Any]]) -> str:
         which = "the same" if best["entry"] == own["entry"] else f"`{best['entry']}`"
         named = [row["model"], row["set"], row["method"]]
         lines.append(f"| {' | '.join([*named, *cells, which, str(len(row['trials']))])} |")
-    return "\n".join([*lines, "", _origin([result[0]["as_it_comes"]]), ""])
+    return "\n".join([*lines, "", _origin([{**result[0]["as_it_comes"], **result[0]}]), ""])
 
 
 def _spread(values: list[float]) -> str:

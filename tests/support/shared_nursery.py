@@ -53,7 +53,9 @@ def shared_nursery() -> Iterator[None]:
     def nursery(environment: dict[str, str], command: Sequence[str]) -> SharedNursery:
         known = {name: value for name, value in environment.items() if name != _OF_EACH_TEST}
         key = (*sorted(known.items()), *command)
-        if key not in kept or not kept[key].is_alive:
+        if key in kept and not kept[key].is_alive:
+            Nursery.close(kept.pop(key))
+        if key not in kept:
             kept[key] = SharedNursery(known, command)
         return kept[key]
 
