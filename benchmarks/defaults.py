@@ -3,8 +3,8 @@
 ``python -m benchmarks.defaults --model DIR --data-dir DIR --output-dir OUT --output FILE`` searches
 LoReFT (three multiples of its rate at each of three places) and QLoRA (three multiples) on
 validation rows of each set, then trains what ``lowmem-reft train`` takes by itself and what was the
-best there, three seeds each, and scores both on test rows, which the search does not read. Sets:
-TREC, SST-2, and made-up sentences with six emotions.
+best there, three seeds each, and scores both on test rows. Of these the search chooses by none, and
+reads one, as a comparison must. Sets: TREC, SST-2, and made-up sentences with six emotions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import tyro
 
 from benchmarks.common import environment
 from lowmem_reft.compare import run_comparison
-from lowmem_reft.data.tasks.metrics import gain
+from lowmem_reft.compare.lr_search import best_of
+from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_json, write_text_whole
 from lowmem_reft.options import CompareOptions, Workers, written
 
@@ -122,7 +123,8 @@ class Config:
 
 def main(config: Config) -> int:
     """Search, train and score on each set; print and keep one JSON object per set and method."""
-    found = [line for name in config.sets for line in measure(config, name)]
+    record = environment()
+    found = [{**line, **record} for name in config.sets for line in measure(config, name)]
     print(json.dumps(found, indent=1))
     if config.output is not None:
         kept = _read(config.output) if config.output.exists() else []
@@ -177,18 +179,17 @@ def measure(config: Config, name: str) -> list[dict[str, Any]]:
             "as_it_comes": _figures(scored, method),
             "searched": _figures(scored, chosen[method]),
             "trials": trials[method],
-            **environment(),
         }
         for method in ENTRIES
     ]
 
 
 def best(trials: list[dict[str, Any]]) -> str:
-    """Return the entry that is best on validation rows, of equal ones that of the lower loss."""
-    ended = [trial for trial in trials if trial["error"] is None]
-    return str(
-        max(ended, key=lambda each: (gain(each["metric"], each["value"]), -each["loss"]))["entry"]
-    )
+    """Return the entry of the trial that ``--lr-search`` would choose among all of a method."""
+    chosen = best_of(trials)
+    if chosen is None:
+        raise InputError(f"every trial failed, the last one by: {trials[-1]['error']}")
+    return str(chosen["entry"])
 
 
 def emotion_rows(number: int, seed: int) -> list[dict[str, Any]]:

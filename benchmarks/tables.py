@@ -158,8 +158,12 @@ def grid(result: list[dict[str, Any]]) -> str:
 def _value(row: Any) -> str:
     if row is None or row.value_mean is None:
         return "failed" if row is not None and row.errors else "–"
-    spread = "" if row.value_sd is None else f" ± {100 * row.value_sd:.1f}"
-    return f"{100 * row.value_mean:.1f}{spread}"
+    return _percent(row.value_mean, row.value_sd)
+
+
+def _percent(mean: float, deviation: float | None) -> str:
+    spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
+    return f"{100 * mean:.1f}{spread}"
 
 
 def figure(value: float) -> str:
@@ -321,15 +325,15 @@ def defaults(result: list[dict[str, Any]]) -> str:
     ]
     for row in result:
         own, best = row["as_it_comes"], row["searched"]
-        cells = [f"{100 * each['mean']:.1f}{_spread(each['values'])}" for each in (own, best)]
+        cells = [_percent(each["mean"], _deviation(each["values"])) for each in (own, best)]
         which = "the same" if best["entry"] == own["entry"] else f"`{best['entry']}`"
         named = [row["model"], row["set"], row["method"]]
         lines.append(f"| {' | '.join([*named, *cells, which, str(len(row['trials']))])} |")
     return "\n".join([*lines, "", _origin([{**result[0]["as_it_comes"], **result[0]}]), ""])
 
 
-def _spread(values: list[float]) -> str:
-    return f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+def _deviation(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 TABLES: dict[str, Callable[[Any], str]] = {

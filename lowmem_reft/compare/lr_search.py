@@ -95,13 +95,18 @@ def search_rates(
     found = []
     for spec, of_spec in zip(specs, rates, strict=True):
         tried = [_trial(rate, next(results)) for rate in of_spec]
-        best = max(filter(_ended, tried), key=_rank, default=None)
+        best = best_of(tried)
         if best is not None:
             best["chosen"], spec = True, with_searched_rate(spec, best["lr"])
         if not tried:
             tried = [_untried(spec, options, sources)]
         found.append(Searched(spec=spec, trials=tried))
     return found
+
+
+def best_of(trials: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the best of the trials that have ended, as ``search_rates`` chooses; None of none."""
+    return max((each for each in trials if each["error"] is None), key=_rank, default=None)
 
 
 def _own_rate(spec: MethodSpec, options: CompareOptions, sources: Sources) -> float:
@@ -161,10 +166,6 @@ def _trial(rate: float, result: Result) -> dict[str, Any]:
 def _untried(spec: MethodSpec, options: CompareOptions, sources: Sources) -> dict[str, Any]:
     known = {"method": spec.entry, "lr": _own_rate(spec, options, sources), "chosen": True}
     return {**known, **dict.fromkeys(("metric", "value", "loss", "error"))}
-
-
-def _ended(trial: dict[str, Any]) -> bool:
-    return trial["error"] is None
 
 
 def _rank(trial: dict[str, Any]) -> tuple[float, float]:

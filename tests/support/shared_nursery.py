@@ -28,6 +28,11 @@ class SharedNursery(Nursery):
         self._forks: list[Fork] = []
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no comparison has forked from it that has not closed it."""
+        return not self._forks
+
+    @property
     def is_alive(self) -> bool:
         """Whether it can still fork."""
         return self._process.poll() is None
@@ -53,8 +58,10 @@ def shared_nursery() -> Iterator[None]:
     def nursery(environment: dict[str, str], command: Sequence[str]) -> SharedNursery:
         known = {name: value for name, value in environment.items() if name != _OF_EACH_TEST}
         key = (*sorted(known.items()), *command)
-        if key in kept and not kept[key].is_alive:
-            Nursery.close(kept.pop(key))
+        for other, each in list(kept.items()):
+            # One of another environment would hold its libraries in memory to the end.
+            if not each.is_alive or (other != key and each.is_idle):
+                Nursery.close(kept.pop(other))
         if key not in kept:
             kept[key] = SharedNursery(known, command)
         return kept[key]
