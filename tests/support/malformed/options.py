@@ -45,7 +45,7 @@ NAMED = {
     *("train_task", "budget_reference", "attn_implementation", "extra_metrics"),
 }
 """Options that take names or a small language."""
-SWITCHES = ("x", "maybe", "1", "True", "")
+SWITCHES = ("x", "maybe", "1", "yes", "")
 SPECIAL: dict[str, tuple[str, ...]] = {
     "layers": ("-1", "9999", "1;;2", "0;0", "upper:0", "upper:2", "upper:nan", "upper:", "1..3"),
     "positions": ("f0", "l0", "f-1", "f1+f2", "l1+f1", "f1.5", "all+l1", "f", "+", "f1+", "fl"),
