@@ -532,6 +532,10 @@ def test_a_full_disk_is_called_that_whatever_library_says_it(words, fake_trainin
         (["plan", "--response-len", "4096"], "response_len must be at most seq_len"),
         (["plan", "--resident", "upper"], "reuse must be auto, prefix or trunk"),
         (["plan", "--methods", "lora"], "methods must come with table"),
+        (["plan", "--max-new-tokens", "1000000000"], "max_new_tokens must be at most"),
+        (["plan", "--seq-len", "1000000000"], "seq_len must be at most"),
+        (["compare", "--seeds", str(2**32)], "seeds must be from 0"),
+        (["compare", "--methods", "loreft[lr=nan]"], "'loreft[lr=nan]' of methods: lr must be"),
         (["compare", "--methods", ""], "methods must name at least one"),
         (["compare", "--metric", "zzz"], "metric must be one of"),
         (["compare", "--extractor", "zzz"], "extractor must be one of"),
@@ -541,3 +545,18 @@ def test_a_full_disk_is_called_that_whatever_library_says_it(words, fake_trainin
 def test_options_that_cannot_be_right_are_refused_before_the_work(arguments, message, capsys):
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ls", "--reuse-dir", ".", "zzz"], "Unrecognized options: zzz;"),
+        (["ls", "--json"], "options must be given, got none of --reuse-dir;"),
+        (["ls", "--reuse-dirs", "."], "unknown options: --reuse-dirs; similar: --reuse-dir;"),
+        (["lss", "--reuse-dir", "."], "unknown command: lss; similar: ls;"),
+    ],
+)
+def test_what_is_wrong_with_an_action_of_reuse_is_named(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["reuse", *words])
+    assert capsys.readouterr().err.startswith(f"lowmem-reft reuse: error: {message}")

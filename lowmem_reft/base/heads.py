@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -71,11 +72,18 @@ def from_config(config: Any, task_type: str, **options: Any) -> PreTrainedModel:
     """Build an untrained model of the task.
 
     Raises:
-        InputError: The architecture has no such task, or the configuration describes no model.
+        InputError: The architecture has no such task, or no such attention, or the configuration
+            describes no model.
     """
+    attention = options.get("attn_implementation")
     try:
         model: PreTrainedModel = auto_class(config, task_type).from_config(config, **options)
     except (ImportError, ValueError) as error:
+        if attention and re.search("attn|attention|kernels", str(error), re.IGNORECASE):
+            raise InputError(
+                f"attn_implementation must be one that {config.model_type} has here, got "
+                f"{attention!r}; leave it out, or write eager ({first_line(error)})"
+            ) from error
         raise InputError(
             f"task_type must be one that {config.model_type} has, got {task_type!r}; use another "
             f"model or task ({first_line(error)})"

@@ -146,6 +146,10 @@ def _parse_method(entry: str, with_equal: bool) -> MethodSpec:
             raise InputError(
                 f"overrides of {entry!r} must be among {', '.join(known)}, got {item!r}; mend it"
             )
+    try:
+        OptimOptions(**optim)
+    except InputError as error:
+        raise InputError(f"{entry!r} of methods: {error}") from error
     options = written.build(MethodOptions, method=match["name"], **own)
     check_options(options)
     check_storage(match["name"], storage)

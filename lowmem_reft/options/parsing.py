@@ -7,7 +7,7 @@ import inspect
 import io
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -104,12 +104,20 @@ def _with_file(arguments: list[str], kind: Any) -> tuple[list[str], dict[str, ru
 
 def _unknown(arguments: list[str], commands: Mapping[str, Any]) -> str:
     """Say which command or which options there are not; empty if it is something else."""
-    kind = commands.get(arguments[0]) if arguments else None
+    named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+    kind = commands.get(named[0]) if named else None
     if kind is None:
-        named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
         return complaint.misspelled(named, commands, "command")
+    if actions := _actions(kind):
+        return _unknown(arguments[1:], actions)
     given = complaint.given_flags(run_file.without_usual_switches(arguments[1:], kind))
     return complaint.misspelled(given, complaint.known_flags(kind), "options")
+
+
+def _actions(kind: Any) -> dict[str, Any]:
+    """Return the options of each action of a command by the action's name; most have none."""
+    hint = get_type_hints(kind, include_extras=True).get("action")
+    return {part.__metadata__[0].name: get_args(part)[0] for part in get_args(hint)}
 
 
 def _any_of(commands: Mapping[str, Any]) -> Any:

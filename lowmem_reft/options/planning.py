@@ -17,6 +17,9 @@ from lowmem_reft.options.groups import (
 from lowmem_reft.options.values import ComputeDtype, Storage, Switches, TaskType, check_directory
 from lowmem_reft.options.written import given
 
+_MOST_TOKENS = 2**22
+"""Of a row: four million. Masks of so many are counted here, and take memory and time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LengthOptions:
@@ -45,6 +48,7 @@ class LengthOptions:
             max_new_tokens=self.max_new_tokens,
         )
         check_at_most(MOST_OF_A_STEP, batch_size=self.batch_size)
+        check_at_most(_MOST_TOKENS, seq_len=self.seq_len, max_new_tokens=self.max_new_tokens)
         if self.response_len is not None and self.response_len > self.seq_len:
             raise InputError(
                 f"response_len must be at most seq_len, which is {self.seq_len}, got "

@@ -199,25 +199,28 @@ def check_directory(name: str, path: Path | None) -> None:
         raise InputError(f"{name} must be a directory, got the file {str(path)!r}; choose another")
 
 
-def check_seed(seed: int) -> None:
-    """Refuse a seed that numpy would not take.
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Refuse a seed that numpy would not take, by the name of its option.
 
     Raises:
         InputError: It is negative or has more than 32 bits.
     """
     if not 0 <= seed < 2**32:
-        raise InputError(f"seed must be from 0 to {2**32 - 1}, got {seed!r}; for example 0")
+        raise InputError(f"{name} must be from 0 to {2**32 - 1}, got {seed!r}; for example 0")
 
 
 def parse_seeds(text: str) -> list[int]:
     """``"0,1,2"`` as numbers.
 
     Raises:
-        InputError: Something is no number, or is there twice, or there is nothing.
+        InputError: Something is no number of 32 bits, or is there twice, or there is nothing.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
         raise InputError(
             f"seeds must be different non-negative integers, got {text!r}; write for example 0,1,2"
         )
-    return [int(word) for word in words]
+    seeds = [int(word) for word in words]
+    for seed in seeds:
+        check_seed(seed, "seeds")
+    return seeds

@@ -106,6 +106,7 @@ def put_in_place(made: Path, directory: Path, note: dict[str, Any]) -> None:
         if path.is_file()
     }
     note = {**note, "files": files}
+    note["checksum"] = _checksum_of(note)
     (made / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
     sync_tree(made)
     target = directory / made.name
@@ -156,8 +157,16 @@ def _read_note(path: Path) -> dict[str, Any] | None:
     return note if is_sound else None
 
 
+def _checksum_of(note: dict[str, Any]) -> int:
+    """Return the checksum of a note, as it says it itself; those of earlier versions do not."""
+    content = {name: value for name, value in note.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
 def _damage(path: Path, note: dict[str, Any]) -> str | None:
     """Return what is wrong with a checkpoint's files; None if nothing is."""
+    if note.get("checksum") not in (None, _checksum_of(note)):
+        return f"{NOTE} has changed since it was written"
     for name, (size, checksum) in note["files"].items():
         file = path / name
         if not file.is_file():

@@ -189,6 +189,12 @@ def test_a_factor_of_the_logits_that_a_backbone_holds_is_part_of_the_head() -> N
     assert head.scale == 0.25
 
 
+@pytest.mark.parametrize("attention", ["flash_attention_2", "eagre", "../.."])
+def test_an_attention_that_is_not_here_is_named_and_not_the_task(attention: str) -> None:
+    with pytest.raises(InputError, match=f"^attn_implementation must be .* got '{attention}'"):
+        from_config(transformers.LlamaConfig(), "CAUSAL_LM", attn_implementation=attention)
+
+
 @pytest.mark.parametrize("kind", ["paligemma", "blip-2", "florence2", "kosmos-2"])
 def test_models_that_are_not_right_on_text_alone_are_refused_in_words(kind: str) -> None:
     with pytest.raises(InputError, match=f"reads text alone, got {kind}, .* among aya_vision"):

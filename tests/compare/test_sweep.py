@@ -144,7 +144,7 @@ def test_every_option_of_a_method_can_be_varied():
         ("rank=4,4", "loreft", "space must list different values, got rank='4,4'"),
         ("rank=4,,8", "loreft", "space must list different values"),
         ("rank=4,0", "loreft", "rank must be at least 1, got 0"),
-        ("rank=4,x", "loreft", "rank in .* must be a whole number, got 'x'"),
+        ("rank=4,x", "loreft", "space must .* got rank='x': rank in .* must be a whole number"),
         ("rank=1.5..4", "loreft", "rank in .* must be a whole number, got '1.5'"),
         ("rank=8..4", "loreft", "space must have ranges that rise, got rank='8..4'"),
         ("rank=4..8:0.5", "loreft", "space must have whole steps for rank, got '4..8:0.5'"),

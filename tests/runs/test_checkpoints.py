@@ -50,7 +50,7 @@ def unfinished(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> TrainO
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "changed", "without its note"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "changed", "note", "no note"])
 def test_a_checkpoint_that_is_not_whole_is_stepped_over_and_named(
     unfinished: TrainOptions,
     whole: bytes,
@@ -67,6 +67,9 @@ def test_a_checkpoint_that_is_not_whole_is_stepped_over_and_named(
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
+    elif damage == "note":
+        note = json.loads((last / checkpoints.NOTE).read_text())
+        (last / checkpoints.NOTE).write_text(json.dumps({**note, "since": {}}))
     else:
         (last / checkpoints.NOTE).unlink()
         (last / "trainer_state.json").unlink()

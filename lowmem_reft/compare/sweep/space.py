@@ -189,6 +189,15 @@ def _step(text: str) -> Decimal:
 
 def _check_value(method: MethodSpec, name: str, value: str) -> Any:
     """The value as the method takes it; refused here, not in the middle of the search."""
+    try:
+        return _value_of(method, name, value)
+    except InputError as error:
+        raise InputError(
+            f"space must have values that {method.name} takes, got {name}={value!r}: {error}"
+        ) from error
+
+
+def _value_of(method: MethodSpec, name: str, value: str) -> Any:
     [spec] = parse_methods(with_settings(method.label, {name: value}))
     if name == "storage":
         return value
