@@ -59,7 +59,7 @@ notebooks: $(STAMP) ## Run the notebooks and keep what they print and draw
 	OMP_NUM_THREADS=1 $(BIN)/python docs/notebooks/execute.py
 
 docs: $(STAMP) ## Build the documentation into site/; a broken link or reference fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
 format: $(STAMP) ## Apply the formatter and the fixes that are safe

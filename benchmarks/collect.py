@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from lowmem_reft.compare.report import write_report
 from lowmem_reft.compare.report.answers import read_answers
 from lowmem_reft.compare.report.joining import join
 from lowmem_reft.compare.report.relative import relate
@@ -108,6 +109,14 @@ def compared(cells: list[dict[str, Any]], reference: str) -> list[dict[str, Any]
         for method, difference in (significance.differences if significance else {}).items():
             found[task, method] = {"reference": reference, **asdict(difference)}
     return [{**cell, "difference": found.get((cell["task"], cell["method"]))} for cell in cells]
+
+
+def page_of(source: Path) -> str:
+    """Return the report of a file that was kept, as HTML without a row's texts."""
+    with tempfile.TemporaryDirectory() as scratch:
+        cells = collect((source,), Path(scratch))
+        report = write_report(cells, Path(scratch) / "report", texts=False)
+        return report.read_text(encoding="utf-8")
 
 
 def thinned(cell: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What mkdocs does beyond its plugins: the options of the command line, from their dataclasses.
+"""What mkdocs does beyond its plugins: options of the command line, reports of kept results.
 
 ``<!-- commands -->`` in a page becomes a section for each subcommand. Docstrings are read by
 griffe, which mkdocstrings brings along; types and defaults are those of the dataclasses.
+``evidence/NAME.html`` is the report page of ``benchmarks/results/NAME.json``, for those of EVIDENCE.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+from mkdocs.structure.files import File, Files
 
+from benchmarks.collect import page_of
 from lowmem_reft import cli
 from lowmem_reft.options import written
 
 MARK = "<!-- commands -->"
 TABLE = re.compile(r"<!-- table:\w+ -->\n(.*?)<!-- /table -->", re.DOTALL)
+EVIDENCE = ("real_smollm2", "real_minilm", "real_minilm_sst2")
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 Subcommand = tuple[str, type]
 
 
@@ -29,6 +34,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     if MARK in markdown:
         markdown = markdown.replace(MARK, "\n".join(_commands()))
     return TABLE.sub(_measured, markdown)
+
+
+def on_files(files: Files, config: Any, **_: Any) -> Files:
+    """Add the report pages, which pages can link to."""
+    for name in EVIDENCE:
+        content = page_of(RESULTS / f"{name}.json")
+        files.append(File.generated(config, f"evidence/{name}.html", content=content))
+    return files
 
 
 def _measured(match: re.Match[str]) -> str:

@@ -207,6 +207,13 @@ def test_the_reference_holds_every_option_of_every_subcommand(
         assert (command, missing) == (command, [])
 
 
+def test_the_reports_of_kept_results_tell_methods_apart_by_their_answers(site: Path) -> None:
+    for name in ("real_smollm2", "real_minilm", "real_minilm_sst2"):
+        page = (site / "evidence" / f"{name}.html").read_text(encoding="utf-8")
+        assert "not told apart" in page
+        assert "for want of answers" not in page
+
+
 def test_no_rendered_page_shows_markup(site: Path) -> None:
     left = re.compile(r"(?:^|>)(\|[ :|-]+\||::$|```|:::|\.\. \w+::)", re.MULTILINE)
     for page in site.rglob("*.html"):
