@@ -2,7 +2,7 @@
 
 ``<!-- commands -->`` in a page becomes a section for each subcommand. Docstrings are read by
 griffe, which mkdocstrings brings along; types and defaults are those of the dataclasses.
-``evidence/NAME.html`` is the report page of ``benchmarks/results/NAME.json``, for those of EVIDENCE.
+``evidence/NAME.html`` is the report of ``benchmarks/results/NAME.json``, for those of EVIDENCE.
 """
 
 from __future__ import annotations
