@@ -192,20 +192,23 @@ def best(trials: list[dict[str, Any]]) -> str:
     return str(chosen["entry"])
 
 
-def emotion_rows(number: int, seed: int) -> list[dict[str, Any]]:
+def emotion_rows(number: int, seed: int, *, trained: bool) -> list[dict[str, Any]]:
     """Return rows of a made-up sentence with six emotions to choose from.
 
     Who a sentence is about does what tells the emotion; in half of them somebody else does
-    something that tells another one.
+    something that tells another one. What they do is of one half of the list where the rows are
+    ``trained`` on and of the other where not, so that words that were seen tell nothing.
     """
     draw = random.Random(seed)
     emotions = list(_CUES)
+    half = slice(None, None, 2) if trained else slice(1, None, 2)
+    cues = {name: acts[half] for name, acts in _CUES.items()}
     rows = []
     for _ in range(number):
         emotion, other = draw.sample(emotions, 2)
-        text = f"{draw.choice(_WHO)} {draw.choice(_CUES[emotion])} {draw.choice(_WHEN)}"
+        text = f"{draw.choice(_WHO)} {draw.choice(cues[emotion])} {draw.choice(_WHEN)}"
         if draw.random() < 0.5:
-            text += f", {draw.choice(_OTHER)} {draw.choice(_CUES[other])}"
+            text += f", {draw.choice(_OTHER)} {draw.choice(cues[other])}"
         prompt = f"Sentence: {text}.\nEmotion:"
         answer = emotions.index(emotion)
         rows.append({"prompt": prompt, "choices": emotions, "answer": answer})
@@ -222,7 +225,8 @@ def _rows_of(config: Config, name: str, folder: Path) -> dict[str, Any]:
         "eval_data": config.eval_limit,
     }
     for seed, (part, number) in enumerate(sizes.items()):
-        rows = (json.dumps(row) for row in emotion_rows(number, seed))
+        made = emotion_rows(number, seed, trained=part == "data")
+        rows = (json.dumps(row) for row in made)
         write_text_whole(folder / f"{part}.jsonl", "\n".join([*rows, ""]))
     return {part: str(folder / f"{part}.jsonl") for part in sizes}
 
