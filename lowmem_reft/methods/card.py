@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lowmem_reft.data.chosen import are_choices
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import fits, parse_json, write_json
 from lowmem_reft.methods.trust import check_adapter_config
@@ -42,6 +43,12 @@ class TrainingCard:
     """Tokens of prompt + response."""
     label_names: list[str] | None = None
     """Class names of text, label rows, in the order of their indices."""
+    choices: list[str] | None = None
+    """What every training row chose among, where that is the same few: a generated answer that is
+    one of them ends there. None: rows had no choices or others each, or it is not known."""
+    has_end: bool | None = None
+    """Whether what ends a response was trained after each: not after choices, unless the chat
+    template writes it. None: not known."""
     regression: bool = False
     """Whether the head predicts the rows' targets."""
     method: str | None = None
@@ -127,6 +134,12 @@ def _check_types(card: Any) -> None:
         isinstance(names, list) and all(isinstance(name, str) for name in names)
     ):
         wrong.append("label_names")
+    if card.choices is not None and not (
+        fits(card.choices, list[str]) and are_choices(card.choices)
+    ):
+        wrong.append("choices")
+    if not isinstance(card.has_end, bool | None):
+        wrong.append("has_end")
     if not isinstance(card.regression, bool):
         wrong.append("regression")
     if wrong:

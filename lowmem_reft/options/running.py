@@ -257,7 +257,8 @@ class DecodingOptions:
     top_p: float = 1.0
     """Draw among the most probable tokens that have this much probability together."""
     stop: tuple[str, ...] = ()
-    """Texts at which an answer ends, and which are left out of it; "\\n" is a new line."""
+    """Texts at which an answer ends, and which are left out of it; "\\n" is a new line. Without
+    one, answers of an adapter also end at the choices that all its training rows had."""
     seed: int = 0
     """Seed of the sampling; what is drawn also depends on the batch size."""
 

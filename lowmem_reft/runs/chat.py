@@ -18,6 +18,7 @@ import torch
 from transformers import TextStreamer
 
 from lowmem_reft.base.limits import Limits
+from lowmem_reft.data.chosen import ChoiceReader
 from lowmem_reft.data.ends import end_ids
 from lowmem_reft.data.rows import Row
 from lowmem_reft.data.tokens import encode_prompts
@@ -25,6 +26,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine.terminal import for_stream
 from lowmem_reft.methods.several import BASE, find_adapters, load_together
 from lowmem_reft.options import CHAT_TEMPLATE
+from lowmem_reft.runs.chosen import choices_of, why_cut
 from lowmem_reft.runs.generate import continue_prompts, until_stop
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ class Chat:
         self.current = adapters[0].name
         self.system = options.system
         self.messages: list[dict[str, str]] = []
+        self.were_cut: set[str] = set()
         self.is_told = options.asking.template is not None or options.asking.raw
         self.limits = Limits.of(model, tokenizer)
         self.max_length = self._find_max_length()
@@ -154,16 +157,30 @@ class Chat:
         decoding = self.options.decoding
         model, tokenizer = self.model, self.tokenizer
         ends = end_ids(tokenizer, chats=self._by_chat_template(name))
-        streamer = _Streamer(tokenizer, decoding.stop_texts, ends)
+        choices = choices_of(self.adapters[name], decoding) if name in self.adapters else []
+        streamer = _Streamer(tokenizer, decoding.stop_texts, ends, choices)
         try:
             (answer,) = continue_prompts(
-                model, tokenizer, [ids], decoding, adapters=names, ends=ends, streamer=streamer
+                *(model, tokenizer, [ids], decoding),
+                adapters=names,
+                ends=ends,
+                choices=[choices],
+                streamer=streamer,
             )
         except KeyboardInterrupt:
             streamer.end()  # type: ignore[no-untyped-call]
             self.note("stopped")
             return streamer.visible
+        if answer.is_cut and not decoding.stop and name in self.adapters:
+            self._say_why_it_was_cut(name)
         return answer.text
+
+    def _say_why_it_was_cut(self, name: str) -> None:
+        """Say it once of each adapter, where the training is why."""
+        why = why_cut(self.adapters[name], self.options.decoding.max_new_tokens)
+        if why and name not in self.were_cut:
+            self.note(f"{name}: the answer was {why}")
+            self.were_cut.add(name)
 
     def say_how_messages_are_written(self) -> None:
         """Say it where it is not the chat template."""
@@ -274,24 +291,42 @@ class Chat:
 class _Streamer(TextStreamer):
     """Prints words as they come; a stop text, and what may become one, is held back.
 
-    ``ends`` are tokens that are not shown, special or not.
+    ``ends`` are tokens that are not shown, special or not. What may become one of the ``choices``
+    is held back until it is one, or cannot be any more.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], ends: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str],
+        ends: Sequence[int] = (),
+        choices: Sequence[str] = (),
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stops, self.ends = stops, ends
+        self.stops, self.ends, self.reader = stops, ends, ChoiceReader(choices)
+        self.ids: list[int] = []
         self.text = self.visible = ""
 
     def put(self, value: Any) -> None:
         """Take the prompt, then one token after the other."""
-        if value.numel() != 1 or int(value) not in self.ends or self.next_tokens_are_prompt:
-            super().put(value)  # type: ignore[no-untyped-call]
+        if not self.next_tokens_are_prompt:
+            if int(value) in self.ends:
+                return
+            self.ids.append(int(value))
+            if self.reader.may_become:
+                text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+                self.reader.read(str(text), len(self.ids))
+        super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what is new."""
         self.text += text
         shown = until_stop(self.text, self.stops)
-        if shown == self.text and not stream_end:
+        if self.reader.is_over:
+            shown = str(self.reader.found)
+        elif self.reader.may_become and not stream_end:
+            shown = ""
+        elif shown == self.text and not stream_end:
             shown = shown[: len(shown) - self._num_held(shown)]
         new = for_stream(shown[len(self.visible) :], sys.stdout)
         print(new, end="\n" if stream_end else "", flush=True)

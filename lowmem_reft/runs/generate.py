@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers import StoppingCriteriaList
 
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.limits import Limits
@@ -38,6 +39,7 @@ from lowmem_reft.methods.several import (
 from lowmem_reft.methods.virtual_tokens import generate, num_virtual_tokens
 from lowmem_reft.options import CHAT_TEMPLATE, DecodingOptions
 from lowmem_reft.runs.answer_file import as_line, keep_answers, opened
+from lowmem_reft.runs.chosen import EndAtChoices, choices_of, why_cut
 from lowmem_reft.runs.outputs import check_generation
 
 if TYPE_CHECKING:
@@ -87,8 +89,10 @@ def run_generation(options: GenerateOptions) -> dict[str, Any]:
         _say_how_the_base_is_asked(rows, adapters, options)
         are_chats = any(each.card.template == CHAT_TEMPLATE for each in adapters)
         ends = end_ids(tokenizer, chats=are_chats or any(row.messages for row in rows))
-        new = _new_answers(model, tokenizer, prompts, names, num_kept, ends, options)
+        choices = [choices_of(each, options.decoding) for _ in rows for each in adapters]
+        new = _new_answers(model, tokenizer, prompts, names, choices, num_kept, ends, options)
         answers = list(_written(new, questions, num_kept, options, run))
+        _say_what_was_cut(answers, adapters, num_kept, options)
         texts = [*texts, *(answer.text for answer in answers)]
         num_new = sum(answer.num_tokens for answer in answers)
         seconds = time.perf_counter() - started
@@ -117,11 +121,31 @@ def _say_how_the_base_is_asked(
         print(as_first + described(templates.pop(), rows), file=sys.stderr)
 
 
+def _say_what_was_cut(
+    answers: Sequence[Answer],
+    adapters: Sequence[NamedAdapter],
+    num_kept: int,
+    options: GenerateOptions,
+) -> None:
+    """Say of each adapter how many answers had no end, where the training is why."""
+    if options.quiet or options.decoding.stop:
+        return
+    own = [adapters[place % len(adapters)] for place in range(num_kept, num_kept + len(answers))]
+    for adapter in adapters:
+        of_it = [answer for each, answer in zip(own, answers, strict=True) if each is adapter]
+        num_cut = sum(answer.is_cut for answer in of_it)
+        why = why_cut(adapter, options.decoding.max_new_tokens) if num_cut else ""
+        if why:
+            text = f"{adapter.name}: {num_cut:,} of {len(of_it):,} answers {why}"
+            print(for_stream(text, sys.stderr), file=sys.stderr)
+
+
 def _new_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
     names: Sequence[str],
+    choices: Sequence[Sequence[str]],
     num_kept: int,
     ends: Sequence[int],
     options: GenerateOptions,
@@ -133,7 +157,13 @@ def _new_answers(
         torch.manual_seed((options.decoding.seed * 1_000_003 + start) % 2**63)
         part = slice(start, start + size)
         answers = continue_prompts(
-            model, tokenizer, prompts[part], options.decoding, adapters=names[part], ends=ends
+            model,
+            tokenizer,
+            prompts[part],
+            options.decoding,
+            adapters=names[part],
+            ends=ends,
+            choices=choices[part],
         )
         yield from answers[max(num_kept - start, 0) :]
 
@@ -164,6 +194,8 @@ class Answer(NamedTuple):
     """Without special tokens, and without its end."""
     num_tokens: int
     """Tokens that were generated, its end among them."""
+    is_cut: bool = False
+    """Whether it came to no end."""
 
 
 def generate_batches(
@@ -174,19 +206,22 @@ def generate_batches(
     batch_size: int,
     max_new_tokens: int,
     stop: str | None = None,
+    choices: Sequence[str] = (),
     chats: bool = False,
     quiet: bool = True,
 ) -> Iterator[str]:
     """Continue prompts greedily, batch by batch, in their order: see ``continue_prompts``.
 
-    ``stop`` is a text at which an answer ends; ``chats`` tells whether a chat template wrote them.
+    ``stop`` is a text at which an answer ends, ``choices`` are answers that end there; ``chats``
+    tells whether a chat template wrote the prompts.
     """
     stops = () if stop is None else (stop,)
     decoding = DecodingOptions(max_new_tokens=max_new_tokens, stop=stops)
     ends = end_ids(tokenizer, chats=chats)
     for start in progress(range(0, len(prompts), batch_size), "generating", quiet=quiet):
         part = prompts[start : start + batch_size]
-        for answer in continue_prompts(model, tokenizer, part, decoding, ends=ends):
+        own = [choices] * len(part)
+        for answer in continue_prompts(model, tokenizer, part, decoding, ends=ends, choices=own):
             yield answer.text
 
 
@@ -198,6 +233,7 @@ def continue_prompts(
     *,
     adapters: Sequence[str] | None = None,
     ends: Sequence[int],
+    choices: Sequence[Sequence[str]] | None = None,
     streamer: Any = None,
 ) -> list[Answer]:
     """Continue prompts, token ids of unequal lengths, in one batch.
@@ -205,8 +241,9 @@ def continue_prompts(
     What the base's own ``generation_config`` says is not gone by. ``adapters`` are the name in the
     model of each prompt's adapter (``__base__``: none); where PEFT cannot mix them, the prompts of
     each adapter are a batch of their own. Without names, what is active answers all. ``ends`` are
-    the tokens at which an answer ends, see ``data.ends``. A streamer is given the tokens of a
-    single prompt as they come.
+    the tokens at which an answer ends, see ``data.ends``; ``choices``, of each prompt, the texts
+    that are whole answers, see ``data.chosen``. A streamer is given the tokens of a single prompt
+    as they come.
 
     Raises:
         InputError: There is a streamer for several prompts.
@@ -215,17 +252,20 @@ def continue_prompts(
         raise InputError(
             f"prompts must be one with a streamer, got {len(prompts)}; leave the streamer out"
         )
-    options = {"ends": ends, "streamer": streamer}
+    options: dict[str, Any] = {"ends": ends, "streamer": streamer}
+    choices = choices or [()] * len(prompts)
     if adapters is None:
+        options["choices"] = choices
         return _continue(model, tokenizer, prompts, decoding, **options)
     different = list(dict.fromkeys(adapters))
     if len(different) > 1 and mixes_in_a_batch(model):
-        options["adapter_names"] = list(adapters)
+        options |= {"adapter_names": list(adapters), "choices": choices}
         return _continue(model, tokenizer, prompts, decoding, **options)
     answers: dict[int, Answer] = {}
     for name in different:
         places = [place for place, other in enumerate(adapters) if other == name]
         own = [prompts[place] for place in places]
+        options["choices"] = [choices[place] for place in places]
         with answering(model, name):
             new = _continue(model, tokenizer, own, decoding, **options)
         answers |= zip(places, new, strict=True)
@@ -239,6 +279,7 @@ def _continue(
     decoding: DecodingOptions,
     *,
     ends: Sequence[int],
+    choices: Sequence[Sequence[str]],
     **options: Any,
 ) -> list[Answer]:
     batch = Collator(tokenizer, padding_side="left")([{"input_ids": ids} for ids in prompts])
@@ -248,6 +289,9 @@ def _continue(
         # top_k 0: transformers would draw among fifty.
         options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     ends = [*ends, *_ends_of_base(model, tokenizer)]
+    at_choices = EndAtChoices(tokenizer, choices, ends)
+    if any(choices):
+        options["stopping_criteria"] = StoppingCriteriaList([at_choices])
     with torch.no_grad():
         new = generate(
             model,
@@ -259,7 +303,13 @@ def _continue(
             do_sample=decoding.temperature > 0,
             **options,
         )
-    return [_answer(row, tokenizer, ends, decoding.stop_texts) for row in new.tolist()]
+    stops = decoding.stop_texts
+    return [
+        Answer(str(reader.found), reader.num_tokens)
+        if reader.is_over
+        else _answer(row, tokenizer, ends, stops)
+        for row, reader in zip(new.tolist(), at_choices.readers, strict=True)
+    ]
 
 
 def _ends_of_base(model: Any, tokenizer: Any) -> list[int]:
@@ -280,7 +330,7 @@ def _answer(ids: list[int], tokenizer: Any, ends: Sequence[int], stops: Sequence
         while size and ids[size - 1] == tokenizer.pad_token_id:
             size -= 1
         return Answer(stopped, size)
-    return Answer(text, min(size + 1, len(ids)))
+    return Answer(text, min(size + 1, len(ids)), is_cut=size == len(ids))
 
 
 def until_stop(text: str, stops: Sequence[str]) -> str:
@@ -318,6 +368,7 @@ def _run(options: GenerateOptions, adapters: Sequence[NamedAdapter]) -> dict[str
             run[f"{adapter.name}: digest"] = _adapter_digest(adapter.directory)
         run[f"{adapter.name}: template"] = adapter.card.template
         run[f"{adapter.name}: max_length"] = adapter.card.max_length
+        run[f"{adapter.name}: choices"] = choices_of(adapter, options.decoding) or None
     decoding = asdict(options.decoding)
     run |= decoding | {"stop": list(options.decoding.stop), "batch_size": options.batch_size}
     if not options.decoding.temperature:  # nothing is drawn

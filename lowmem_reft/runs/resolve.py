@@ -15,6 +15,7 @@ from lowmem_reft.base.hub import load_config, num_blocks
 from lowmem_reft.base.identity import checkpoint_digest
 from lowmem_reft.base.limits import Limits
 from lowmem_reft.base.loading import load_tokenizer
+from lowmem_reft.data.chosen import shared_choices
 from lowmem_reft.data.cutting import encode_those_that_fit
 from lowmem_reft.data.mixture import load_mixture
 from lowmem_reft.data.rows import as_choices, label_names, rows_digest
@@ -183,6 +184,7 @@ def resolve(options: TrainOptions) -> Run:
         card,
         vocabulary_digest=vocabulary_digest(tokenizer),
         template_digest=template_digest(tokenizer) if through_chat else None,
+        **_end_of_answers(rows, card, through_chat=through_chat),
     )
     if unused := unused_arguments(rows, tokenizer):
         warnings.warn(
@@ -216,6 +218,17 @@ def _check(options: TrainOptions, card: TrainingCard) -> Any:
     check_run(options.method, options.memory, resume=options.run.resume)
     processes.check_sharded_run(options, card.storage)
     return config
+
+
+def _end_of_answers(
+    rows: Sequence[Row], card: TrainingCard, *, through_chat: bool
+) -> dict[str, Any]:
+    """Return what the card remembers of where an answer ends."""
+    if card.task_type != "CAUSAL_LM":
+        return {}
+    rows = as_choices(rows, card.label_names)
+    has_end = through_chat or not any(row.choices for row in rows)
+    return {"choices": shared_choices(rows), "has_end": has_end}
 
 
 def _encode(

@@ -44,6 +44,7 @@ from lowmem_reft.methods.likelihood import (
 from lowmem_reft.methods.virtual_tokens import num_virtual_tokens
 from lowmem_reft.options import CHAT_TEMPLATE, PromptOptions, ReuseOptions, ScoringOptions
 from lowmem_reft.reuse.likelihood import reused_log_likelihood
+from lowmem_reft.runs.chosen import choices_for
 from lowmem_reft.runs.generate import generate_batches
 from lowmem_reft.runs.scores import Scores
 
@@ -371,6 +372,7 @@ class _Scoring:
                 batch_size=settings.batch_size,
                 max_new_tokens=settings.max_new_tokens,
                 stop=settings.stop,
+                choices=choices_for(self.rows, self.card),
                 chats=bool(self.rows[0].messages) or self.card.template == CHAT_TEMPLATE,
                 quiet=settings.quiet,
             )

@@ -122,6 +122,12 @@ def test_a_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
         '{"base": "a", "storage": null, "max_length": 0}',
         '{"base": "a", "storage": null, "label_names": "good"}',
         '{"base": "a", "storage": null, "label_names": [1]}',
+        '{"base": "a", "storage": null, "choices": "good"}',
+        '{"base": "a", "storage": null, "choices": [1]}',
+        '{"base": "a", "storage": null, "choices": []}',
+        '{"base": "a", "storage": null, "choices": [""]}',
+        '{"base": "a", "storage": null, "choices": ["a", "a"]}',
+        '{"base": "a", "storage": null, "has_end": 1}',
     ],
 )
 def test_a_card_with_values_that_no_card_has_is_refused(tmp_path: Path, text: str) -> None:

@@ -583,12 +583,12 @@ def test_answers_end_where_training_ends_them_and_tokens_are_counted_without_pad
         for ends in ([tokenizer.eos_token_id], [tokenizer.eos_token_id, 30]):
             Scripted(model, [20, 21, ends[-1]], [20, 21, 20, 21, 20, 21, 20])
             short, long = continue_prompts(model, tokenizer, [[5], [6]], decoding, ends=ends)
-            assert short == (text, 3)
-            assert long == (tokenizer.decode([20, 21] * 3), 6)
+            assert short[:2] == (text, 3)
+            assert long == (tokenizer.decode([20, 21] * 3), 6, True)
         Scripted(model, [20, 21, 22, 23], [22] * 6)
         stop = replace(decoding, stop=(tokenizer.decode([21, 22]),))
         stopped, _ = continue_prompts(model, tokenizer, [[5], [6]], stop, ends=ends)
-        assert stopped == (tokenizer.decode([20]), 3)
+        assert stopped[:2] == (tokenizer.decode([20]), 3)
 
 
 def test_a_base_alone_also_ends_at_the_special_tokens_that_it_names(tiny_llama_dir: Path) -> None:
@@ -598,7 +598,7 @@ def test_a_base_alone_also_ends_at_the_special_tokens_that_it_names(tiny_llama_d
     Scripted(model, [20, tokenizer.bos_token_id, 21, 22])
     decoding = DecodingOptions(max_new_tokens=4)
     (answer,) = continue_prompts(model, tokenizer, [[5]], decoding, ends=[tokenizer.eos_token_id])
-    assert answer == (tokenizer.decode([20]), 2)
+    assert answer == (tokenizer.decode([20]), 2, False)
 
 
 def test_chats_end_where_the_chat_template_ends_a_turn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace as replaced
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -117,6 +118,24 @@ def cards(random: Random, world: World) -> Fault:
     if name == "max_length" and type(odd) is int and odd < 1:
         verdict = "refused"
     return _fault(random, world, method, adapter, f"training.json: {name} is {what}", verdict)
+
+
+def ends(random: Random, world: World) -> Fault:
+    """What training.json says of where an answer ends is what no training writes."""
+    method, adapter = _of(random, world)
+    content = json.loads((adapter / "training.json").read_text())
+    wrong: tuple[tuple[str, Any], ...] = (
+        *(("choices", odd) for odd in ("good", 5, True, {}, [], [5], [None], [["good"]])),
+        *(("choices", odd) for odd in ([""], [" "], [" good"], ["good", "good"], ["g" * 101])),
+        ("choices", [f"{number}" for number in range(65)]),
+        *(("has_end", odd) for odd in ("yes", 1, 0.5, [], {})),
+    )
+    name, value = random.choice(wrong)
+    replace(adapter / "training.json", json.dumps({**content, name: value}))
+    what = f"training.json: {name} is {str(value)[:40]}"
+    return replaced(
+        _fault(random, world, method, adapter, what, "refused"), names=("training.json", name)
+    )
 
 
 def weights(random: Random, world: World) -> Fault:
@@ -260,6 +279,7 @@ KINDS = {
     "adapters: shapes": (shapes, 80),
     "adapters: texts": (texts, 50),
     "adapters: training.json": (cards, 80),
+    "adapters: ends of answers": (ends, 40),
     "adapters: weights": (weights, 110),
     "stores": (stores, 110),
 }
