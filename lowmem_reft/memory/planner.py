@@ -19,7 +19,7 @@ from lowmem_reft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, find_gpu
 from lowmem_reft.memory.kernels import num_quantized
 from lowmem_reft.memory.predict import Lengths, Predictor, Setting
 from lowmem_reft.memory.reuse import ReusePlan, plan_reuse
-from lowmem_reft.memory.shapes import config_of, nearest_names, short_name
+from lowmem_reft.memory.shapes import config_of, config_of_hub_id, nearest_names
 from lowmem_reft.options import OptimOptions
 
 GIB = 2**30
@@ -177,11 +177,12 @@ def read_config(model: str | Path) -> Any:
     except InputError as error:
         if path.exists() or str(model).startswith(("/", ".", "~")):
             raise
-        short = short_name(str(model))
-        if short is not None and isinstance(error, ClosedError):
-            known = f"{model} is planned by the shape that is known as {short}"
-            warnings.warn(f"{error.why}: {known}", stacklevel=2)
-            return config_of(short)
+        found = config_of_hub_id(str(model))
+        if found is not None and isinstance(error, ClosedError):
+            short, known = found
+            said = f"{model} is planned by the shape that is known as {short}"
+            warnings.warn(f"{error.why}: {said}", stacklevel=2)
+            return known
         names = ", ".join(nearest_names(str(model)))
         raise InputError(f"{error}, or take a short name: {names}") from error
     return check_sizes(config, model)

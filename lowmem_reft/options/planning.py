@@ -82,10 +82,11 @@ class ShapeOptions:
     """The base as it would be loaded."""
 
     model: str = "llama-3.1-8b"
-    """Hub id, directory, config.json, or a known model by its short name (llama-3.2-1b,
-    llama-3.2-3b, llama-3.1-8b, llama-3.3-70b, qwen3-4b, qwen3-8b, qwen3-14b, qwen3-32b), which
-    train knows by its hub id; that id needs no hub either. With --table several, separated by
-    commas."""
+    """Hub id, directory, config.json, or a known model by its short name (llama-3.2-1b, -3b,
+    llama-3.1-8b, llama-3.3-70b, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b, -32b, -72b, qwen3-0.6b, -1.7b,
+    -4b, -8b, -14b, -32b, mistral-7b-v0.3, gemma-2-2b, -9b, -27b, smollm2-135m, -360m, -1.7b), which
+    train knows by its hub id; that id and those of its base and instruct versions need no hub
+    either. With --table several, separated by commas."""
     storage: Storage | None = None
     """How the frozen weights are stored; default: the method's own (nf4 for loreft and qlora)."""
     compute_dtype: ComputeDtype = "auto"

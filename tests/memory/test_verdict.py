@@ -428,7 +428,7 @@ def test_a_hub_id_that_is_closed_has_the_shape_that_is_known_by_a_short_name(
         found = read_config(name)
     assert found.to_dict() == read_config("llama-3.1-8b").to_dict()
     with pytest.raises(InputError, match=rf"and {why}; check name"):
-        read_config("meta-llama/Llama-3.1-8B-Instruct")
+        read_config("meta-llama/Llama-3.1-9B-Instruct")
 
 
 def test_what_a_hub_id_holds_is_taken_before_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
