@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,11 +17,12 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine.terminal import harmless
 from lowmem_reft.memory.verdict import gib
 from lowmem_reft.runs.before import settings_of
-from lowmem_reft.runs.fitting import predicted
+from lowmem_reft.runs.fitting import changed_flags, fit_into_memory, predicted
 from lowmem_reft.runs.resolve import resolve
 
 if TYPE_CHECKING:
     from lowmem_reft.options import CompareOptions, TrainOptions
+    from lowmem_reft.runs.resolve import Run
 
 _SETTINGS = ("storage", "rank", "layers", "positions", "lr", "batch_size", "epochs")
 
@@ -44,7 +47,8 @@ def dry_run(cells: Sequence[Cell], *, quiet: bool) -> dict[str, Any]:
     Returns:
         ``num_cells``, ``num_finished``, ``cells`` (``task``, ``method``, ``seed``, ``directory``,
         ``finished``) and ``methods``: with ``task`` and ``method``, the settings as they were
-        resolved, ``peak_bytes`` of a training step (None where it cannot be predicted) and
+        resolved and fitted into the memory there is, ``fitted`` (the flags that this changes),
+        ``peak_bytes`` of a training step (None where it cannot be predicted) and
         ``error``, for which the method would be refused.
     """
     found: list[dict[str, Any]] = []
@@ -74,18 +78,35 @@ def dry_run(cells: Sequence[Cell], *, quiet: bool) -> dict[str, Any]:
 
 
 def _resolved(train: TrainOptions) -> dict[str, Any]:
-    nothing: dict[str, Any] = dict.fromkeys((*_SETTINGS, "peak_bytes", "error"))
+    nothing: dict[str, Any] = dict.fromkeys((*_SETTINGS, "fitted", "peak_bytes", "error"))
     try:
         run = resolve(train)
+        run, fitted = _fitted(run)
     except InputError as error:
         return {**nothing, "error": str(error)}
+    except Exception as error:  # with a budget, of a kind of model that cannot be predicted
+        return {**nothing, "error": in_one_line(error)}
     known = {**vars(run.optim), **run.as_resolved, **settings_of(run)}
-    nothing |= {name: known.get(name) for name in _SETTINGS}
+    nothing |= {name: known.get(name) for name in _SETTINGS} | {"fitted": fitted}
     try:
         return {**nothing, "peak_bytes": predicted(run)["peak_bytes"]}
     except Exception as error:  # of a kind of model that cannot be predicted, but may be trained
         # A method that does not go with the base is refused when it runs, too.
         return {**nothing, "error": in_one_line(error)}
+
+
+def _fitted(run: Run) -> tuple[Run, str]:
+    """Return a run as it would fit into its memory, and the flags that this changes.
+
+    Raises:
+        InputError: Nothing fits.
+    """
+    given = replace(run.options, run=replace(run.options.run, quiet=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be predicted is the method's error
+        fitted = fit_into_memory(replace(run, options=given))
+    # Whether there is room for dequantized blocks is not what makes it fit.
+    return fitted, changed_flags(given, replace(fitted.options, reuse=given.reuse))
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -94,8 +115,9 @@ def _print(result: dict[str, Any]) -> None:
     for cell in result["cells"]:
         lines.setdefault((cell["task"], cell["method"]), []).append(cell)
     settings = {(each["task"], each["method"]): each for each in result["methods"]}
-    titles = ("task", "method", "seeds to run", "finished", *_SETTINGS[1:5], "peak of a step")
-    table = Table(*titles, box=None, pad_edge=False)
+    more = ("to fit",) if any(each["fitted"] for each in result["methods"]) else ()
+    titles = ("task", "method", "seeds to run", "finished", *_SETTINGS[1:5], *more)
+    table = Table(*titles, "peak of a step", box=None, pad_edge=False)
     for place, cells in lines.items():
         known = settings.get(place, {})
         seeds = [
@@ -103,6 +125,7 @@ def _print(result: dict[str, Any]) -> None:
             for finished in (False, True)
         ]
         values = ["" if (v := known.get(name)) is None else f"{v}" for name in _SETTINGS[1:5]]
+        values += [known.get("fitted") or "" for _ in more]
         peak = known.get("peak_bytes")
         last = known.get("error") or ("" if peak is None else gib(peak))
         table.add_row(*map(harmless, (*place, *seeds, *values, last)))

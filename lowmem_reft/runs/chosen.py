@@ -74,16 +74,16 @@ def why_cut(adapter: NamedAdapter, max_new_tokens: int) -> str:
     card = adapter.card
     if adapter.directory is None:
         return ""
-    cut = f"cut at max_new_tokens {max_new_tokens}:"
+    cut = f"cut at max_new_tokens {max_new_tokens}"
     cure = "--stop TEXT ends one, and evaluate picks a choice by its likelihood"
     if card.choices is not None:
         named = ", ".join(map(repr, card.choices[:6])) + (", ..." if card.choices[6:] else "")
-        return f"{cut} none of the training's choices ({named}), after which it would end; {cure}"
+        return f"{cut}, being none of the training's choices ({named}), where one ends; {cure}"
     if card.has_end is False:
-        return f"{cut} the training rows had choices, after which no end was trained; {cure}"
+        return f"{cut}: the training rows had choices, after which no end was trained; {cure}"
     if card.has_end is None and card.data_digest is not None:
         return (
-            f"{cut} the adapter is of an earlier version; if its rows had choices, no end was "
+            f"{cut}: the adapter is of an earlier version; if its rows had choices, no end was "
             f"trained after them; {cure}"
         )
     return ""

@@ -113,16 +113,20 @@ def _changed(run: Run, planner: Planner, chosen: Candidate, why: str) -> Run:
         gradient_accumulation=chosen.lengths.gradient_accumulation,
     )
     fitted = replace(options, memory=memory, optim=optim)
-    given = written.values(options)
-    needed: list[str] = []
-    for name, value in written.values(fitted).items():
-        if value != given[name]:
-            needed += [written.flag(name)] if value is True else [written.flag(name), str(value)]
     quiet = options.run.quiet
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=quiet).print(
-        f"{why}: {' '.join(needed) or 'nothing to change'}{room}"
+        f"{why}: {changed_flags(options, fitted) or 'nothing to change'}{room}"
     )
     return replace(run, options=replace(fitted, reuse=reuse))
+
+
+def changed_flags(before: TrainOptions, after: TrainOptions) -> str:
+    """Return the flags of ``train`` in which options differ from others, as they are in these."""
+    given, flags = written.values(before), list[str]()
+    for name, value in written.values(after).items():
+        if value != given[name]:
+            flags += [written.flag(name)] if value is True else [written.flag(name), str(value)]
+    return " ".join(flags)
 
 
 def setting_that_fits(options: TrainOptions) -> str | None:

@@ -34,6 +34,8 @@ from lowmem_reft.methods.entries import expand_methods, parse_methods, with_over
 from lowmem_reft.methods.table import METHODS
 from lowmem_reft.options import CompareOptions, MemoryOptions, MethodOptions, OptimOptions
 from lowmem_reft.options.written import build, changed
+from lowmem_reft.runs.fitting import changed_flags, fit_into_memory
+from lowmem_reft.runs.resolve import resolve
 
 ROWS = [
     {"prompt": f"is the {noun} good or bad? label:", "choices": ["good", "bad"], "answer": answer}
@@ -242,6 +244,38 @@ def test_no_method_needs_more_memory_than_the_reference(options: CompareOptions)
     assert alone.options.memory.memory_gib > budget
     for cell in cells:
         assert 0.5 * budget * 2**30 < run_cell(cell)["peak_bytes"] <= budget * 2**30
+
+
+def test_a_dry_run_fits_every_method_into_the_memory_of_the_reference(
+    options: CompareOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optim = changed(options.optim, batch_size=4, epochs=0.5)
+    options = changed(
+        options, methods="prompt,p_tuning", equal="memory", optim=optim, dry_run=True, quiet=False
+    )
+    prompt, p_tuning = run_comparison(options)["methods"]
+    said = capsys.readouterr()
+    _, (_, cell) = equalized(changed(options, quiet=True), "prompt,p_tuning", equal="memory")
+    assert cell.train is not None
+    fitted = fit_into_memory(resolve(cell.train)).options
+    budget = fitted.memory.memory_gib
+    assert budget is not None
+    assert prompt["fitted"] == ""
+    assert p_tuning["fitted"] == changed_flags(cell.train, fitted)
+    assert p_tuning["fitted"] in said.out
+    assert "checkpointing" in p_tuning["fitted"]
+    assert p_tuning["batch_size"] == fitted.optim.batch_size
+    assert max(prompt["peak_bytes"], p_tuning["peak_bytes"]) <= budget * 2**30
+    assert "to fit into" not in said.err
+
+
+def test_a_dry_run_tells_of_a_method_that_nothing_fits_into_its_memory(
+    options: CompareOptions,
+) -> None:
+    options = changed(options, methods="loreft", memory_gib=0.0001, dry_run=True)
+    (found,) = run_comparison(options)["methods"]
+    assert "memory_gib must be at least" in found["error"]
+    assert found["peak_bytes"] is None
 
 
 def run_with(step_times: dict[str, Any], seen: list[Cell]) -> Callable[..., list[Result]]:

@@ -216,7 +216,7 @@ def test_an_answer_that_is_cut_says_why_where_choices_are_the_reason(
         assert not lines
     else:
         (line,) = lines
-        assert line.startswith("one: 1 of 1 answers cut at max_new_tokens 8: ")
+        assert line.startswith("one: 1 of 1 answers cut at max_new_tokens 8")
         assert said in line
         assert "--stop" in line
         assert "evaluate" in line
