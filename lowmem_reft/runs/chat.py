@@ -26,7 +26,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.machine.terminal import for_stream
 from lowmem_reft.methods.several import BASE, find_adapters, load_together
 from lowmem_reft.options import CHAT_TEMPLATE
-from lowmem_reft.runs.chosen import choices_of, why_cut
+from lowmem_reft.runs.chosen import came_to_no_end, choices_of, why_cut
 from lowmem_reft.runs.generate import continue_prompts, until_stop
 
 if TYPE_CHECKING:
@@ -171,16 +171,17 @@ class Chat:
             streamer.end()  # type: ignore[no-untyped-call]
             self.note("stopped")
             return streamer.visible
-        if answer.is_cut and not decoding.stop and name in self.adapters:
-            self._say_why_it_was_cut(name)
+        own = self.adapters.get(name)
+        if own is not None and came_to_no_end(answer, own) and not decoding.stop:
+            self._say_why_it_was_cut(own)
         return answer.text
 
-    def _say_why_it_was_cut(self, name: str) -> None:
+    def _say_why_it_was_cut(self, adapter: NamedAdapter) -> None:
         """Say it once of each adapter, where the training is why."""
-        why = why_cut(self.adapters[name], self.options.decoding.max_new_tokens)
-        if why and name not in self.were_cut:
-            self.note(f"{name}: the answer was {why}")
-            self.were_cut.add(name)
+        why = why_cut(adapter, self.options.decoding.max_new_tokens)
+        if why and adapter.name not in self.were_cut:
+            self.note(f"{adapter.name}: the answer was {why}")
+            self.were_cut.add(adapter.name)
 
     def say_how_messages_are_written(self) -> None:
         """Say it where it is not the chat template."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lowmem_reft.methods.card import TrainingCard
     from lowmem_reft.methods.several import NamedAdapter
     from lowmem_reft.options import DecodingOptions
+    from lowmem_reft.runs.generate import Answer
 
 
 def choices_of(adapter: NamedAdapter, decoding: DecodingOptions) -> list[str]:
@@ -63,6 +64,11 @@ class EndAtChoices(StoppingCriteria):
             if reader.may_become and not self._has_ended[place]:  # padding follows an end
                 reader.read(self.tokenizer.decode(row, skip_special_tokens=True), len(row))
         return torch.tensor([reader.is_over for reader in self.readers], device=input_ids.device)
+
+
+def came_to_no_end(answer: Answer, adapter: NamedAdapter) -> bool:
+    """Whether an answer was cut, and not as one of two choices of which one begins the other."""
+    return answer.is_cut and answer.text.strip() not in (adapter.card.choices or ())
 
 
 def why_cut(adapter: NamedAdapter, max_new_tokens: int) -> str:

@@ -39,7 +39,7 @@ from lowmem_reft.methods.several import (
 from lowmem_reft.methods.virtual_tokens import generate, num_virtual_tokens
 from lowmem_reft.options import CHAT_TEMPLATE, DecodingOptions
 from lowmem_reft.runs.answer_file import as_line, keep_answers, opened
-from lowmem_reft.runs.chosen import EndAtChoices, choices_of, why_cut
+from lowmem_reft.runs.chosen import EndAtChoices, came_to_no_end, choices_of, why_cut
 from lowmem_reft.runs.outputs import check_generation
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _say_what_was_cut(
     own = [adapters[place % len(adapters)] for place in range(num_kept, num_kept + len(answers))]
     for adapter in adapters:
         of_it = [answer for each, answer in zip(own, answers, strict=True) if each is adapter]
-        num_cut = sum(answer.is_cut for answer in of_it)
+        num_cut = sum(came_to_no_end(answer, adapter) for answer in of_it)
         why = why_cut(adapter, options.decoding.max_new_tokens) if num_cut else ""
         if why:
             text = f"{adapter.name}: {num_cut:,} of {len(of_it):,} answers {why}"

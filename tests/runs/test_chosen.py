@@ -228,6 +228,16 @@ def test_an_answer_that_is_cut_says_why_where_choices_are_the_reason(
     assert capsys.readouterr().err.count("one: the answer was cut at") == (said is not None)
 
 
+def test_a_choice_that_another_begins_with_is_an_answer_although_it_was_cut(
+    tiny_llama_dir: Path, adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice, _ = begun(tiny_llama_dir, adapter)
+    with_choices(adapter, [choice.strip(), f"{choice.strip()}zzz"])
+    capsys.readouterr()
+    run_generation(asked(tiny_llama_dir, adapter, max_new_tokens=3))
+    assert "cut at" not in capsys.readouterr().err
+
+
 def test_a_conversation_shows_a_choice_and_ends_the_answer(
     tiny_llama_dir: Path,
     adapter: str,
