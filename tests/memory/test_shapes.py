@@ -18,7 +18,7 @@ from lowmem_reft.memory.shapes import (
     nearest_names,
 )
 
-# As the models' pages on the hub give them.
+# As they were published with the models.
 NUM_PARAMETERS = {
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
