@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from paper import open_console, run_recipe
+from paper import RecipeConfig, open_console, run_recipe
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -80,7 +80,7 @@ ROWS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RecipeConfig):
     """What to run."""
 
     model: str = "llama-3.1-8b"

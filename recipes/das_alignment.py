@@ -46,7 +46,7 @@ import lowmem_reft  # noqa: F401 - before transformers imports bitsandbytes, who
 # isort: split
 
 import torch
-import tyro
+from paper import RecipeConfig, run_recipe
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -88,7 +88,7 @@ ANSWERS = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 1, 1]])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RecipeConfig):
     """What to run."""
 
     part: Literal["planted", "real", "both"] = "both"
@@ -497,4 +497,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(tyro.cli(Config, description=__doc__)), indent=2))
+    run_recipe(Config, main, __doc__)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper import decimals, open_console, percent, run_recipe, with_overrides
+from paper import RecipeConfig, decimals, open_console, percent, run_recipe, with_overrides
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -59,7 +59,7 @@ TINY_METHODS = "loreft[rank=8,lr=4e-3],qlora[rank=8,lr=2e-3]"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RecipeConfig):
     """What to run."""
 
     gpu: str | None = None

@@ -35,12 +35,22 @@ from lowmem_reft.options import (
 )
 
 _WIDE = 150
-AnyConfig = TypeVar("AnyConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperConfig:
+class RecipeConfig:
     """What every recipe takes."""
+
+    json: bool = False
+    """Print the result as one JSON object on standard output, after the tables."""
+
+
+AnyConfig = TypeVar("AnyConfig", bound=RecipeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperConfig(RecipeConfig):
+    """What every recipe of a table of the paper takes."""
 
     model: str
     """Hub id or directory of the base."""
@@ -106,14 +116,15 @@ class Setting:
 def run_recipe(
     config: type[AnyConfig], main: Callable[[AnyConfig], dict[str, Any]], about: str | None
 ) -> None:
-    """Run a recipe from the command line: tables on standard error, one JSON object after them."""
+    """Run a recipe from the command line: tables on standard error, JSON where it is asked for."""
     try:
         chosen = tyro.cli(config, description=about, config=(tyro.conf.DisallowNone,))
         result = main(chosen)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(result, indent=2))
+    if chosen.json:
+        print(json.dumps(result, indent=2))
 
 
 def compare(config: PaperConfig, setting: Setting, **changes: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
+from paper import RecipeConfig, run_recipe
 from rich.console import Console
 from rich.table import Table
 
@@ -69,7 +69,7 @@ PARAPHRASES = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RecipeConfig):
     """What to run."""
 
     model: str = str(model_dir())
@@ -217,4 +217,4 @@ def print_answers(result: dict[str, Any], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(tyro.cli(Config, description=__doc__)), indent=2))
+    run_recipe(Config, main, __doc__)

@@ -21,7 +21,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
+from paper import RecipeConfig, run_recipe
 
 from lowmem_reft.compare import run_comparison
 from lowmem_reft.data.rows import Row, as_records, holdout
@@ -126,7 +126,7 @@ SEARCH = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RecipeConfig):
     """What to run."""
 
     task: str
@@ -222,4 +222,4 @@ def write_rows(path: Path, rows: list[Row]) -> Path:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(tyro.cli(Config, description=__doc__)), indent=2))
+    run_recipe(Config, main, __doc__)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +19,7 @@ from lowmem_reft.runs.das import random_subspace
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    path = Path(__file__).parent.parent / "recipes" / "das_alignment.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their own module up.
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("das_alignment")
 
 
 def test_das_finds_the_planted_subspace_and_a_random_one_is_near_chance(recipe: ModuleType) -> None:

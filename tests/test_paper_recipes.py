@@ -23,17 +23,15 @@ from lowmem_reft.machine.files import write_json
 from lowmem_reft.memory import track
 from lowmem_reft.methods.entries import parse_methods
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 TABLES = ("commonsense", "arithmetic", "instruct", "glue")
 SMALL = "loreft[rank=2,layers=0;2,positions=f2+l2,lr=1e-2]"
 
 Recipe = Callable[[str], ModuleType]
 
 
-@pytest.fixture(autouse=True)
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
+@pytest.fixture
+def recipe() -> Recipe:
     """Import a recipe by its name, as a script's neighbours are imported."""
-    monkeypatch.syspath_prepend(str(RECIPES))
     return importlib.import_module
 
 
@@ -536,3 +534,19 @@ def test_a_recipe_refuses_on_the_command_line_without_a_traceback(
         recipe("paper").run_recipe(one_card.Config, one_card.main, one_card.__doc__)
     assert left.value.code == 2
     assert capsys.readouterr().err.startswith("error: gpu must be given")
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_recipe_prints_json_where_it_is_asked_for(
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    config = recipe("text_classification").Config
+    monkeypatch.setattr(
+        "sys.argv", ["recipe", "--task", "trec", "--source", "x", "--model", "m", *words]
+    )
+    recipe("paper").run_recipe(config, lambda chosen: {"task": chosen.task}, "About.")
+    printed = capsys.readouterr().out
+    assert (json.loads(printed) if words else printed) == ({"task": "trec"} if words else "")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,13 +17,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    path = RECIPES / "text_classification.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their own module up.
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("text_classification")
 
 
 def test_text_classification_chooses_on_validation_rows_alone(
