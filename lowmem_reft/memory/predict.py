@@ -173,6 +173,8 @@ class Predictor:
         InputError: The model, the method or a technique does not go with the others.
     """
 
+    counter: type[LiveMemory] = LiveMemory  # or ``operators.Operators``, which times are made of
+
     def __init__(self, config: Any, setting: Setting) -> None:
         if setting.optim not in OPTIMIZERS:
             raise InputError(
@@ -414,7 +416,7 @@ class Predictor:
         self._inputs.clear()  # of a pass before, which nobody counts
         kernels = self._kernels(padded)
         names = {module: name for name, module in base_of(self.model).named_modules()}
-        memory = LiveMemory("meta", names=names, kernels=kernels, keep_timeline=keep_timeline)
+        memory = self.counter("meta", names=names, kernels=kernels, keep_timeline=keep_timeline)
         self._hold(memory, [self.model])
         if self.setting.resident == "upper":
             self._discard_lower(memory)

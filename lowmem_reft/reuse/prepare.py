@@ -70,7 +70,7 @@ def prepare(
         constant = find_constant(model, examples, prefix=options.reuse != "trunk")
         if epochs is not None and options.reuse == "auto" and not is_partial:
             num_tokens = sum(len(example["input_ids"]) for example in examples)
-            _check_worthwhile(len(blocks_of(model)), num_tokens, constant, epochs)
+            check_worthwhile(len(blocks_of(model)), num_tokens, constant, epochs)
         reuse = _build(
             model,
             examples,
@@ -104,8 +104,12 @@ def prepare(
     return reuse
 
 
-def _check_worthwhile(layers: int, tokens: int, constant: Constant, epochs: float) -> None:
-    """Compare the arithmetic of a reused run with that of a plain one, in blocks times tokens."""
+def check_worthwhile(layers: int, tokens: int, constant: Constant, epochs: float) -> None:
+    """Compare the arithmetic of a reused run with that of a plain one, in blocks times tokens.
+
+    Raises:
+        NothingToReuseError: It would save too little.
+    """
     upper = layers - constant.num_blocks
     kept = tokens - sum(constant.first_edited)
     plain = epochs * (layers + upper) * tokens

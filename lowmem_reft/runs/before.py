@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from lowmem_reft.data.row import Row
     from lowmem_reft.runs.checkpoints import Checkpoint
+    from lowmem_reft.runs.duration import Duration
     from lowmem_reft.runs.resolve import Run
 
 _MOST_CHARACTERS = 480
@@ -44,7 +45,12 @@ _SETTINGS = {
 
 
 def say_before(
-    run: Run, validation: Sequence[Row], held_out: Sequence[Row], *, begun: Checkpoint | None
+    run: Run,
+    validation: Sequence[Row],
+    held_out: Sequence[Row],
+    *,
+    begun: Checkpoint | None,
+    duration: Duration | None,
 ) -> None:
     """Print it on standard error, unless the run is quiet.
 
@@ -53,6 +59,7 @@ def say_before(
         validation: Rows that are scored meanwhile.
         held_out: Rows that are scored after it.
         begun: The checkpoint that it goes on from; None begins.
+        duration: How long it will take; None is not said.
     """
     if run.options.run.quiet:
         return
@@ -60,6 +67,8 @@ def say_before(
     for line in (_rows(run), *_first_row(run), _method(run), _steps(run, begun)):
         console.print(line)
     console.print(_memory(run))
+    if duration is not None:
+        console.print(f"time: {duration}")
     if validation:
         console.print(_validation(run, len(validation)))
     for name, rows in (("validation_data", validation), ("eval_data", held_out)):

@@ -20,6 +20,7 @@ from lowmem_reft.methods.loading import load_frozen
 from lowmem_reft.runs.before import say_before
 from lowmem_reft.runs.directory import held, prepare_directory, save_whole
 from lowmem_reft.runs.dry_run import dry_run
+from lowmem_reft.runs.duration import predict_duration
 from lowmem_reft.runs.finite import check_score
 from lowmem_reft.runs.fit import fit
 from lowmem_reft.runs.fitting import fit_into_memory
@@ -58,7 +59,8 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
         ``best_epoch``, whose weights the adapter has, and ``validation_value``; with ``eval_data``
         ``eval`` and ``eval_accuracy`` (None where nothing but the loss was asked for); with
         ``push_to_hub`` ``hub_url``. With
-        ``dry_run`` what ``dry_run.dry_run`` says instead; nothing is loaded or written.
+        ``dry_run`` what ``dry_run.dry_run`` says instead, with ``predicted_s`` and
+        ``time`` (the same in words, or why it is None); nothing is loaded or written.
 
     Raises:
         InputError: An option, a file or a row is wrong.
@@ -78,14 +80,18 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     validation, held_out = _read_held_out(run, "validation"), _read_held_out(run, "eval")
     run = fit_into_memory(run)
     if options.run.dry_run:
-        say_before(run, validation, held_out, begun=None)
-        return dry_run(run)
+        duration = predict_duration(run, validation, held_out, _scoring_settings(run))
+        say_before(run, validation, held_out, begun=None, duration=duration)
+        return {**dry_run(run), "predicted_s": duration.predicted_s, "time": str(duration)}
     with held(run):
         run_id, begun = prepare_directory(run, validation)
         if processes.is_main():
             write_run_file(run.directory, "train", run.options, **run.as_resolved)
             make_repository(run)
-        say_before(run, validation, held_out, begun=begun)
+        if not run.options.run.quiet:
+            scoring = _scoring_settings(run)
+            duration = predict_duration(run, validation, held_out, scoring, begun=begun)
+            say_before(run, validation, held_out, begun=begun, duration=duration)
         return _train(run, validation, held_out, run_id, begun)
 
 

@@ -69,11 +69,12 @@ def test_rows_first_row_method_and_steps_are_said(
     options: TrainOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = replace(options, choosing=ChoosingOptions(eval_steps=2, patience=3))
-    rows, first, tokens, method, steps, _, validation = said(chosen, capsys)
+    rows, first, tokens, method, steps, _, time, validation = said(chosen, capsys)
     data = options.data.data
     wanted = rf"rows: 4 from {re.escape(data)}; tokens: median \d+, longest \d+ of max_length 512; "
     assert re.fullmatch(wanted + r"0 cut \(0\.0%\)", rows)
     assert first.startswith(f"first row ({data}:1), prompt [edited]  {{supervised}}  <<end>>")
+    assert time.startswith("time: about ")
     assert tokens.startswith("is|·the|")
     assert re.search(r"\[:\] \{.*good.*\}", tokens)  # l1: the last token of the prompt
     assert re.fullmatch(
@@ -91,7 +92,7 @@ def test_the_memory_that_is_said_is_that_of_the_dry_run(
     options: TrainOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = written.changed(options, memory_gib=4.0, reuse="off", checkpoint_every=1)
-    line = said(options, capsys)[-2]
+    line = said(options, capsys)[-3]
     found = run_training(written.changed(options, dry_run=True))
     peak, needed = (found[name] / 2**20 for name in ("peak_bytes", "required_bytes"))
     assert line == (
@@ -108,9 +109,9 @@ def test_memory_that_cannot_be_predicted_is_said_to_be(
 
     monkeypatch.setattr("lowmem_reft.runs.before.predicted", predicted)
     wanted = "memory: not predicted (NotImplementedError: no such operator on the meta device)"
-    assert said(options, capsys)[-2] == wanted
+    assert said(options, capsys)[-3] == wanted
     monkeypatch.setattr("lowmem_reft.machine.processes.num_processes", lambda: 2)
-    assert said(options, capsys)[-2] == "memory: not predicted for several processes"
+    assert said(options, capsys)[-3] == "memory: not predicted for several processes"
 
 
 def test_cut_rows_are_a_share_and_a_long_row_is_shortened(
