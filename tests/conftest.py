@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import warm
 from lowmem_reft.machine.notices import WARNED
 from planned_llama import LLAMA
 from shared_nursery import shared_nursery
@@ -37,9 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _shared_nursery() -> Iterator[None]:
+def _shared_processes() -> Iterator[None]:
     with shared_nursery():
         yield
+    warm.close()
 
 
 @pytest.fixture(autouse=True)

@@ -29,20 +29,22 @@ from benchmarks.step import check_comparable
 from benchmarks.tables import timings
 from lowmem_reft.base.blocks import find_blocks
 from lowmem_reft.base.identity import base_digest
+from warm import warm_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_benchmark(name: str, *arguments: str) -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k != "LOWMEM_REFT_PYREFT_PYTHON"}
-    finished = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--small", "--json", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    with warm_processes():
+        finished = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{name}", "--small", "--json", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     assert finished.returncode == 0, finished.stderr + finished.stdout
     result: dict[str, Any] = json.loads(finished.stdout)  # nothing but the JSON line
     return result

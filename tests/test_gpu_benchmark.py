@@ -18,6 +18,7 @@ from benchmarks import gpu, memory, parity
 from benchmarks.gpu import GpuBenchmark, Part, chosen, is_wrong, run_parts
 from lowmem_reft.base import checkpointing, techniques
 from lowmem_reft.errors import InputError
+from warm import warm_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,9 +29,10 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "30"]
     command += ["--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2000
-    )
+    with warm_processes():
+        finished = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2000
+        )
     assert finished.returncode == 0, finished.stderr
     result: dict[str, Any] = json.loads(finished.stdout)  # nothing but the JSON line
     assert json.loads(output.read_text()) == result

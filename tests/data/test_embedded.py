@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_reft.base.loading import load_base
 from lowmem_reft.data import embedded
+from warm import warm_processes
 
 ROOT = Path(__file__).parents[2]
 SPLITS = {
@@ -29,7 +30,8 @@ def read(split: str) -> list[dict[str, Any]]:
 def run_recipe(name: str, *arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "recipes" / name), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    with warm_processes():
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

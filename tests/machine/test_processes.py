@@ -38,6 +38,7 @@ from lowmem_reft.reft.layer import ReftLayer
 from lowmem_reft.reft.positions import assign_groups, num_groups, parse_positions
 from lowmem_reft.runs.fit import _edits_in_every_batch
 from lowmem_reft.runs.train import run_training
+from warm import warm_processes
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate"
@@ -78,15 +79,16 @@ def flags(options: TrainOptions, output_dir: Path) -> list[str]:
 def launch(config: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Start two processes of ``command`` as ``accelerate launch`` does, and wait for them."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    return subprocess.run(
-        [*launcher, "--num_processes", "2", "--config_file", str(CONFIGS / config), *command],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        check=False,
-    )
+    with warm_processes():
+        return subprocess.run(
+            [*launcher, "--num_processes", "2", "--config_file", str(CONFIGS / config), *command],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+            check=False,
+        )
 
 
 def difference(one: Path, two: Path) -> float:

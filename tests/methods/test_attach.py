@@ -50,6 +50,7 @@ from lowmem_reft.options import (
     TrainOptions,
 )
 from lowmem_reft.runs import fit, train
+from warm import warm_processes
 
 # Rates with which the random tiny models learn in a few steps.
 RATES = dict.fromkeys(("prompt", "prefix", "steering", "lobireft", "ia3"), 0.1)
@@ -258,7 +259,8 @@ def test_a_new_process_scores_the_same(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     directories = [str(tmp_path / method) for method in chosen]
     command = [sys.executable, "-c", SCORE, str(tmp_path / "batch.pt"), *directories]
-    subprocess.run(command, check=True, env=environment, timeout=300)
+    with warm_processes():
+        subprocess.run(command, check=True, env=environment, timeout=300)
     for method, scores in expected.items():
         torch.testing.assert_close(torch.load(tmp_path / method / "scores.pt"), scores, msg=method)
 

@@ -36,6 +36,7 @@ from lowmem_reft.base.identity import base_digest
 from lowmem_reft.base.techniques import chunk_mlps
 from lowmem_reft.reft.rotation import orthonormal_rows
 from lowmem_reft.reft.tuner import prompt_arguments
+from warm import warm_processes
 
 PAD = 0
 IDS = torch.tensor([[5, 9, 23, 40, 41, 60, 7, 81], [6, 17, 99, 12, 33, 52, 8, 90]])
@@ -126,7 +127,8 @@ def test_an_adapter_gives_bitwise_the_same_logits_in_a_new_process(
     adapters = [str(tmp_path / f"adapter{index}") for index in range(len(SAVED))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", LOAD_AND_RUN, str(tiny_llama_dir), "nf4", str(tmp_path)]
-    subprocess.run([*command, *adapters], check=True, env=environment, timeout=300)
+    with warm_processes():
+        subprocess.run([*command, *adapters], check=True, env=environment, timeout=300)
     for index, value in enumerate(expected):
         assert torch.equal(torch.load(tmp_path / f"{index}.pt"), value), SAVED[index]
 

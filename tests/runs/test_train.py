@@ -37,6 +37,7 @@ from lowmem_reft.reuse.reuse import Reuse
 from lowmem_reft.runs.fit import _cuda_peak, _training_arguments
 from lowmem_reft.runs.resolve import resolve
 from lowmem_reft.runs.train import run_training
+from warm import warm_processes
 
 ROWS = [
     {"prompt": f"is the {noun} good or bad? label:", "choices": ["good", "bad"], "answer": answer}
@@ -133,7 +134,8 @@ def test_a_killed_run_resumes_to_the_same_adapter_bitwise(
         "fit._StepWatch.on_step_end = kill\n"
         f"train.run_training({options!r})\n"
     )
-    killed = subprocess.run([sys.executable, str(script)], capture_output=True, check=False)
+    with warm_processes():
+        killed = subprocess.run([sys.executable, str(script)], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     assert not (options.run.output_dir / "adapter").exists()
     resumed = run_training(with_run(options, resume=True))
@@ -147,13 +149,14 @@ def test_ctrl_c_keeps_a_checkpoint_to_resume_from(options: TrainOptions, tmp_pat
         *("--epochs", "100000", "--batch-size", "3", "--output-dir", str(tmp_path / "long")),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lowmem_reft.cli", "train", *arguments],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-        text=True,
-    )
+    with warm_processes():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lowmem_reft.cli", "train", *arguments],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "long").glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.2)
