@@ -231,6 +231,10 @@ class Predictor:
 
     def base_bytes(self) -> int:
         """Return the bytes of the base on the device: weights and quantization constants."""
+        return self._base_bytes
+
+    @cached_property
+    def _base_bytes(self) -> int:
         everything = self.held_bytes([self.model])
         if find_method(self.setting.method.method).family == "weights":  # trained, but its own
             everything += sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
@@ -241,6 +245,10 @@ class Predictor:
 
     def streamed_bytes(self) -> int:
         """Return the bytes of the block that is read while it runs; 0 if all are resident."""
+        return self._streamed_bytes
+
+    @cached_property
+    def _streamed_bytes(self) -> int:
         if self.setting.resident == "all":
             return 0
         blocks = find_blocks(base_of(self.model))[1]

@@ -24,6 +24,7 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.runs.said import Reports
 from lowmem_reft.runs.spent import Spent
 from lowmem_reft.ui.commands import Command, steps_of, words_of
+from warm import warm_processes
 
 MODEL, ROWS = str(embedded.model_dir()), str(embedded.task_files()[0])
 FIELDS = (MODEL, ROWS, "loreft", "2", "4", "run", "1", "", "")
@@ -93,12 +94,11 @@ class Page:
     def __init__(self, directory: Path) -> None:
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lowmem_reft", "ui", "--port", str(self.port), "--no-browser"],
-            cwd=directory,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        words = ["-m", "lowmem_reft", "ui", "--port", str(self.port), "--no-browser"]
+        with warm_processes():
+            self.process = subprocess.Popen(
+                [sys.executable, *words], cwd=directory, stdout=subprocess.PIPE, text=True
+            )
         assert self.process.stdout is not None
         assert self.address in self.process.stdout.readline()
 
@@ -199,7 +199,8 @@ def test_only_this_machine_is_answered_and_only_by_its_own_name(page: Page) -> N
 
 def test_a_port_that_is_taken_is_refused(page: Page) -> None:
     words = [sys.executable, "-m", "lowmem_reft", "ui", "--no-browser", "--port", str(page.port)]
-    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    with warm_processes():
+        ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert f"port must be free on this machine, got {page.port}" in ended.stderr
     assert "--port" in ended.stderr
