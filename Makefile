@@ -8,7 +8,7 @@ TORCH       ?=
 # For the newest versions: what to hold back, such as transformers<5.25.
 HOLD        ?=
 EXTRAS      ?= dev
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 COMPARE_ARGS ?=
 
 BIN   := $(VENV)/bin

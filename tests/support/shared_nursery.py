@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from lowmem_reft.compare.engines import processes
+from lowmem_reft.compare.engines import forks, processes
 from lowmem_reft.compare.engines.forks import Fork, Nursery
+from warm import warm_processes
 
 _OF_EACH_TEST = "PYTEST_CURRENT_TEST"
 
@@ -23,8 +24,13 @@ class SharedNursery(Nursery):
     """A nursery whose end is that of what it has forked since the last one."""
 
     def __init__(self, environment: dict[str, str], command: Sequence[str]) -> None:
-        """Start it."""
-        super().__init__(environment, command)
+        """Start it, as a fork itself: tests whose environments differ need one each.
+
+        It ends with the process that it is forked from, if that of the tests is killed.
+        """
+        with pytest.MonkeyPatch.context() as patch, warm_processes():
+            patch.setattr(forks, "dying_with_parent", list)
+            super().__init__(environment, command)
         self._forks: list[Fork] = []
 
     @property
