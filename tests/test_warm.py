@@ -115,6 +115,12 @@ def test_a_fork_dies_with_what_stands_for_it_and_takes_its_own_forks_along() -> 
     assert is_gone(pid)
 
 
+def test_a_fork_writes_at_once_where_it_is_told_to() -> None:
+    code = "import os; print('written', end=''); os._exit(0)"
+    assert run("-u", "-c", code).stdout == "written"
+    assert run("-c", code).stdout == run("-c", code, warm=False).stdout
+
+
 def test_each_fork_draws_other_numbers() -> None:
     code = "import random, numpy; print(random.random(), numpy.random.rand())"
     one, two = (run("-c", code).stdout.split() for _ in range(2))

@@ -85,8 +85,9 @@ def _warmed(args: Any, options: dict[str, Any]) -> list[str] | None:
     words = [os.fspath(word) for word in args]
     if len(words) < 2 or words[0] != sys.executable:
         return None
-    is_runnable = words[1] in ("-m", "-c") or words[1].endswith(".py")
-    unknown = {"executable", "pass_fds", "preexec_fn", "shell"} & options.keys()
+    what = words[2] if words[1] == "-u" and len(words) > 2 else words[1]
+    is_runnable = what in ("-m", "-c") or what.endswith(".py")
+    unknown = any(options.get(name) for name in ("executable", "pass_fds", "preexec_fn", "shell"))
     environment = options.get("env")
     is_known = _read_at_import(os.environ if environment is None else environment) == _known
     if not is_runnable or unknown or not is_known:
@@ -276,7 +277,11 @@ def become(job: dict[str, Any]) -> tuple[str, str]:
     os.environ.clear()
     os.environ.update(job["environment"])
     after = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    kind, *words = job["words"] if job["words"][0] in ("-m", "-c") else ["", *job["words"]]
+    words = job["words"]
+    if words[0] == "-u":
+        words = words[1:]
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    kind, *words = words if words[0] in ("-m", "-c") else ["", *words]
     first = {"-m": job["cwd"], "-c": "", "": os.path.dirname(os.path.abspath(words[0]))}[kind]
     rest = [entry for entry in sys.path[1:] if entry not in before]
     sys.path[:] = [first, *(os.path.abspath(entry) for entry in after if entry), *rest]
