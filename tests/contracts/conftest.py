@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -36,14 +35,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if mark is not None:
         ways = [None, mark.kwargs["broken_by"]]
         metafunc.parametrize("breach", ways, ids=["holds", "broken"], indirect=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_collections() -> Iterator[None]:
-    """Spare trainers, which collect garbage after every training, the modules of libraries."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
