@@ -272,7 +272,7 @@ class Planner:
         key = ("evaluation", setting, lengths)
         if key not in self._known:
             predictor = self.predictor(setting)
-            counted = predictor.evaluation(lengths).peak_bytes + predictor.streamed_bytes()
+            counted = predictor.evaluation(lengths).peak_bytes + predictor.streamed_bytes
             self._known[key] = with_margin(counted)
         return self._known[key]
 
@@ -295,7 +295,7 @@ class Planner:
         peak_bytes = with_margin(peak.num_bytes)
         breakdown = dict(peak.breakdown_bytes)
         breakdown["workspace"] = breakdown.get("workspace", 0) + peak_bytes - peak.num_bytes
-        streamed = predictor.streamed_bytes()
+        streamed = predictor.streamed_bytes
         generation = None
         if setting.task_type == "CAUSAL_LM":
             generation = with_margin(predictor.generation(lengths).peak_bytes + streamed)
@@ -328,7 +328,7 @@ def loading_peak_bytes(predictor: Predictor) -> int:
     (16 bit) and as a copy on the device.
     """
     widest = max(2 * num_quantized(module) for module in predictor.model.modules())
-    return predictor.base_bytes() + predictor.streamed_bytes() + 2 * widest
+    return predictor.base_bytes + predictor.streamed_bytes + 2 * widest
 
 
 def plan(

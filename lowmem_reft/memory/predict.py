@@ -229,12 +229,9 @@ class Predictor:
         """Return the number of trained parameters."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
+    @cached_property
     def base_bytes(self) -> int:
         """Return the bytes of the base on the device: weights and quantization constants."""
-        return self._base_bytes
-
-    @cached_property
-    def _base_bytes(self) -> int:
         everything = self.held_bytes([self.model])
         if find_method(self.setting.method.method).family == "weights":  # trained, but its own
             everything += sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
@@ -243,12 +240,9 @@ class Predictor:
         lower = lower_part(base_of(self.model), num_constant_blocks(self.model))
         return everything - self.held_bytes(lower)
 
+    @cached_property
     def streamed_bytes(self) -> int:
         """Return the bytes of the block that is read while it runs; 0 if all are resident."""
-        return self._streamed_bytes
-
-    @cached_property
-    def _streamed_bytes(self) -> int:
         if self.setting.resident == "all":
             return 0
         blocks = find_blocks(base_of(self.model))[1]

@@ -113,7 +113,7 @@ def fit(
         of_base = (storage, memory.embedding_on_host)
         if of_base not in known:
             predictor = planner.predictor(way)
-            known[of_base] = predictor.base_bytes(), loading_peak_bytes(predictor)
+            known[of_base] = predictor.base_bytes, loading_peak_bytes(predictor)
         held, loading = known[of_base]
         if not card.holds(loading):
             continue

@@ -98,4 +98,4 @@ def _weights_fit(planner: Planner, setting: Setting) -> bool:
     assert planner.card is not None
     if num_constant_blocks(predictor.model) == 0:
         return False
-    return planner.card.holds(predictor.base_bytes() + predictor.streamed_bytes())
+    return planner.card.holds(predictor.base_bytes + predictor.streamed_bytes)

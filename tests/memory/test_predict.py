@@ -374,7 +374,7 @@ def test_weights_and_constants_are_the_bytes_of_the_loaded_base(
     breakdown = predictor.training(Lengths(seq_len=16)).peak.breakdown_bytes
     assert breakdown["weights"] == weights
     assert breakdown.get("quantization_constants", 0) == constants
-    assert predictor.base_bytes() == weights + constants
+    assert predictor.base_bytes == weights + constants
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -373,7 +373,7 @@ def test_what_fits_nowhere_is_said_after_the_upper_blocks_were_tried(
 def test_the_upper_half_is_offered_as_another_training(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = Planner(read_config(config_file)).predictor(Setting()).base_bytes()
+    held = Planner(read_config(config_file)).predictor(Setting()).base_bytes
     needed_gib = 0.95 * held / GIB + 0.5
     options = written.build(
         PlanOptions, model=str(config_file), seq_len=32, fit=True, memory_gib=needed_gib

@@ -438,7 +438,7 @@ def test_what_is_trained_in_place_belongs_to_the_base_that_is_loaded() -> None:
         Predictor(LlamaConfig(**SHAPE), Setting(storage="fp32", method=MethodOptions(method=name)))
         for name in ("loreft", "full")
     )
-    assert loreft.base_bytes() == full.base_bytes() > 4 * full.trainable_parameters
+    assert loreft.base_bytes == full.base_bytes > 4 * full.trainable_parameters
 
 
 def test_full_fine_tuning_of_integers_is_refused(tiny_llama_dir: Path) -> None:

@@ -192,7 +192,7 @@ def test_upper_blocks_are_first_those_that_are_asked_for(config_file: Any) -> No
     planner = Planner(read_config(config_file))
     half = written.changed(PlanOptions().method, layers="upper:0.5")
     setting, lengths = Setting(method=half), Lengths(seq_len=64)
-    held = planner.predictor(setting).base_bytes()
+    held = planner.predictor(setting).base_bytes
     # Embedding and two of four blocks can leave: more than a twentieth of the weights.
     planner.card = Card(name="", memory_bytes=round(0.95 * held), context_bytes=0)
     found = fit_upper(planner, setting, lengths)

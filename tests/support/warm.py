@@ -55,9 +55,11 @@ PRELOADED = (
 
 AT_IMPORT = ("BNB_", "HF_", "LANG", "LC_", "LD_", "MKL_", "OMP_", "PYTHON", "TRANSFORMERS_")
 """What begins so is read while libraries are imported, or before."""
-PR_SET_PDEATHSIG = 1
 NOT_AT_IMPORT = {"HF_HUB_OFFLINE", "PYTHONPATH"}
 """No test asks the hub, so its answer is the same; the path is set anew in each fork."""
+
+_PR_SET_PDEATHSIG = 1
+"""The option of ``prctl`` that names the signal which the parent's death sends."""
 
 # The tests' side
 
@@ -145,7 +147,7 @@ def close() -> None:
 def serve(path: str) -> dict[str, Any]:
     """Fork for each client until it is told to end; return in the fork what that has to run."""
     global _socket, _known
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     listening = socket.socket(socket.AF_UNIX)
     subprocess.Popen = _Popen  # type: ignore[misc]
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # or it would not be in forks
