@@ -31,11 +31,7 @@ from lowmem_reft.memory.live import (
 )
 from lowmem_reft.memory.step import make_batch, optimizer_tensors, training_step, warm_up
 from lowmem_reft.methods.attach import attach
-from lowmem_reft.methods.choices import (
-    Shared,
-    continues_from_cache,
-    log_likelihoods_of_batch,
-)
+from lowmem_reft.methods.choices import Shared, continues_from_cache, log_likelihoods_of_batch
 from lowmem_reft.methods.constant import lower_part, num_constant_blocks
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.methods.table import find_method
