@@ -109,7 +109,16 @@ BASES = {
             ),
         },
         searched="trec",
-        rates={"loreft, all": 7.2e-4, "loreft, upper": 2.4e-3, "qlora": 5.3e-4},
+        rates={
+            "loreft, all": 7.2e-4,
+            "loreft, upper": 2.4e-3,
+            "qlora": 5.3e-4,
+            "red": 9e-3,
+            "bottleneck": 2.7e-3,
+            "ia3": 3e-2,
+            "prefix": 3e-2,
+            "full": 1e-4,
+        },
     ),
     "minilm": Base(
         task_type="SEQ_CLS",

@@ -143,6 +143,17 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def free_cached(device: str = "auto") -> None:
+    """Give the memory back that torch keeps for later on a device, and the C library on the host.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    if resolve_device(device).type == "cuda":
+        torch.cuda.empty_cache()
+    return_freed_memory()
+
+
 def device_name(device: str = "auto") -> str:
     """What the run was measured on: CPU model and threads, or GPU name and memory in GiB.
 

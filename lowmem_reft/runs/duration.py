@@ -22,7 +22,7 @@ from lowmem_reft.data.packing import packed_rows
 from lowmem_reft.data.rows import as_choices
 from lowmem_reft.data.tokens import encode_all_choices, encode_labelled, encode_rows
 from lowmem_reft.machine import processes
-from lowmem_reft.machine.devices import resolve_device
+from lowmem_reft.machine.devices import free_cached, resolve_device
 from lowmem_reft.machine.terminal import harmless
 from lowmem_reft.memory.operators import Call, Stopwatch, count_operators, overhead_s
 from lowmem_reft.memory.predict import Lengths
@@ -206,6 +206,8 @@ def predict_duration(
         return _predicted(run, validation, held_out, scoring, begun)
     except Exception as error:  # of a kind of model that cannot be counted, but may be trained
         return Duration(why=harmless(in_one_line(error)))
+    finally:
+        free_cached(run.options.model.device)
 
 
 def _predicted(
