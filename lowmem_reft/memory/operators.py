@@ -309,7 +309,7 @@ def overhead_s(device: torch.device) -> float:
         num_attention_heads=2,
         max_position_embeddings=64,
     )
-    with _seed_kept(), torch.device(device):
+    with seed_kept(device), torch.device(device):
         model: Any = LlamaForCausalLM(config)
         ids = torch.zeros(1, 8, dtype=torch.long)
 
@@ -325,8 +325,12 @@ def overhead_s(device: torch.device) -> float:
 
 
 @contextmanager
-def _seed_kept() -> Iterator[None]:
-    with torch.random.fork_rng():
+def seed_kept(device: torch.device) -> Iterator[None]:
+    """Let what is drawn meanwhile on the host and a device leave their random numbers as they were.
+
+    Other cards are not begun.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 

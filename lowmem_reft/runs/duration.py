@@ -24,7 +24,7 @@ from lowmem_reft.data.tokens import encode_all_choices, encode_labelled, encode_
 from lowmem_reft.machine import processes
 from lowmem_reft.machine.devices import free_cached, resolve_device
 from lowmem_reft.machine.terminal import harmless
-from lowmem_reft.memory.operators import Call, Stopwatch, count_operators, overhead_s
+from lowmem_reft.memory.operators import Call, Stopwatch, count_operators, overhead_s, seed_kept
 from lowmem_reft.memory.predict import Lengths
 from lowmem_reft.methods.constant import num_constant_blocks
 from lowmem_reft.methods.likelihood import by_length
@@ -193,6 +193,8 @@ def predict_duration(
 ) -> Duration:
     """Predict how long a run takes on its device, which computes for about a second meanwhile.
 
+    Random numbers stay as they were: a new head, which the base is loaded with, is drawn later.
+
     Args:
         run: The run.
         validation: Rows that are scored meanwhile.
@@ -202,8 +204,10 @@ def predict_duration(
     """
     if processes.num_processes() > 1:
         return Duration(why="for several processes it is not")
+    device = resolve_device(run.options.model.device)
     try:
-        return _predicted(run, validation, held_out, scoring, begun)
+        with seed_kept(device):
+            return _predicted(run, device, validation, held_out, scoring, begun)
     except Exception as error:  # of a kind of model that cannot be counted, but may be trained
         return Duration(why=harmless(in_one_line(error)))
     finally:
@@ -212,12 +216,12 @@ def predict_duration(
 
 def _predicted(
     run: Run,
+    device: torch.device,
     validation: Sequence[Row],
     held_out: Sequence[Row],
     scoring: ScoringSettings,
     begun: Checkpoint | None,
 ) -> Duration:
-    device = resolve_device(run.options.model.device)
     planner, setting, _ = planned(run, None)
     setting = replace(setting, reuse="off", resident="all")
     watch, between_s = Stopwatch(device), OF_A_MODEL * overhead_s(device)

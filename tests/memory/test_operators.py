@@ -67,3 +67,13 @@ def test_python_takes_microseconds_between_operators_and_no_random_number() -> N
     before = torch.get_rng_state()
     assert 0 <= overhead_s(CPU) < 1e-3
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_devices_that_are_not_timed_are_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begun(*_: object) -> None:
+        pytest.fail("the card was begun")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", begun)
+    overhead_s.cache_clear()
+    overhead_s(CPU)

@@ -13,8 +13,10 @@ import torch
 
 from lowmem_reft import cli
 from lowmem_reft.memory import operators
-from lowmem_reft.options import TrainOptions, written
-from lowmem_reft.runs.duration import Duration, in_words
+from lowmem_reft.options import MethodOptions, TrainOptions, written
+from lowmem_reft.runs.duration import Duration, in_words, predict_duration
+from lowmem_reft.runs.resolve import resolve
+from lowmem_reft.runs.score import ScoringSettings
 from lowmem_reft.runs.train import run_training
 from small_runs import small_run
 from written import json_lines
@@ -124,6 +126,17 @@ def test_several_processes_are_not_predicted(
 ) -> None:
     monkeypatch.setattr("lowmem_reft.runs.duration.processes.num_processes", lambda: 2)
     assert run_training(options)["time"] == "not predicted (for several processes it is not)"
+
+
+def test_no_random_number_is_drawn_so_that_a_quiet_run_has_the_same_classification_head(
+    options: TrainOptions,
+) -> None:
+    lora = MethodOptions(method="lora", dropout=0.1)
+    run = resolve(written.changed(options, method=lora))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert predict_duration(run, [], [], ScoringSettings()).predicted_s
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_times_are_said_in_units_that_people_use() -> None:
