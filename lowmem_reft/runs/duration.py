@@ -119,7 +119,7 @@ class Duration:
 def in_words(seconds: float) -> str:
     """Return a time in two digits or so, in the unit that people would choose."""
     if seconds < 1:
-        return f"{1000 * seconds:.2g} ms" if seconds < 0.1 else f"{1000 * seconds:.0f} ms"
+        return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else f"{1000 * seconds:.0f} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 99.5:
