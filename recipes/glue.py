@@ -11,8 +11,10 @@ for CoLA, Pearson for STS-B, accuracy else).
 
 The third form is for an encoder of 20 to 100 million parameters and a processor: SST-2, MRPC, CoLA,
 RTE and STS-B, each trained on 500 of its rows for three epochs and scored once on 200, LoReFT
-beside LoRA with one seed and settings of this recipe's, for so few steps. Minutes and results of
---small are not measured yet.
+beside LoRA with one seed and settings of this recipe's, for so few steps. With MiniLM-L6 (2026-12,
+one thread of an EPYC with other work beside it, 16 minutes) LoReFT had SST-2 75.0, MRPC 63.5, CoLA
+0.0, RTE 53.2 and STS-B 56.9, LoRA 76.0, 63.5, 0.0, 55.4 and 13.7: so few rows teach an encoder
+without knowledge of the sets little of CoLA, MRPC and RTE.
 
 The paper counts the parameters of the interventions without those of the head, so the table does
 too; the head's are printed below it. "Untied" has no effect on positions of one side: the table's
