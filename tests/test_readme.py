@@ -12,6 +12,7 @@ from peft import PeftModel
 
 import lowmem_reft
 from benchmarks.tables import BLOCK, PAGES, RESULTS, TABLES, render
+from hooks import EVIDENCE
 from lowmem_reft.base.blocks import find_blocks
 from snippets import Runner, read_blocks
 
@@ -52,7 +53,9 @@ def test_the_tables_are_those_of_the_committed_results(page: Path) -> None:
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8"))
     assert links
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    built = {f"evidence/{name}.html" for name in EVIDENCE}  # with the documentation
+    missing = {link for link in links if not (page.parent / link).exists()}
+    assert missing <= built
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

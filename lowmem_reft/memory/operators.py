@@ -113,10 +113,8 @@ class Call(NamedTuple):
             if large < 2 * _LEAST_SIZE:
                 break
             half = large // 2
-            smaller = call._replace(
-                args=_resized(call.args, large, half),
-                kwargs=tuple((n, _resized(v, large, half)) for n, v in call.kwargs),
-            )
+            kwargs = tuple((n, _resized(v, large, half)) for n, v in call.kwargs)
+            smaller = Call(call.operator, _resized(call.args, large, half), kwargs)
             if not 0 < smaller.work < call.work:
                 break
             times, call = times * call.work / smaller.work, smaller

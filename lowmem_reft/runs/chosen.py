@@ -25,16 +25,22 @@ if TYPE_CHECKING:
 def choices_of(adapter: NamedAdapter, decoding: DecodingOptions) -> list[str]:
     """Return the choices at which an adapter's answers end: none where ``stop`` says where.
 
-    The base's end at none: it was not trained to choose.
+    The base's end at none: it was not trained to choose. Nor do those of an adapter that was
+    trained to end them itself.
     """
     if decoding.stop or adapter.directory is None:
         return []
-    return adapter.card.choices or []
+    return ends_at(adapter.card)
+
+
+def ends_at(card: TrainingCard) -> list[str]:
+    """Return the choices of a training after which it has taught no end."""
+    return [] if card.has_end else card.choices or []
 
 
 def choices_for(rows: Sequence[Row], card: TrainingCard) -> Sequence[str]:
     """Return the choices of the training, where all that rows are to be answered is among them."""
-    choices = card.choices or ()
+    choices = ends_at(card)
     return choices if all((row.response or "").strip() in choices for row in rows) else ()
 
 
@@ -78,7 +84,7 @@ def why_cut(adapter: NamedAdapter, max_new_tokens: int) -> str:
         One line; empty of the base, and where rows had responses, which train their end.
     """
     card = adapter.card
-    if adapter.directory is None:
+    if adapter.directory is None or card.has_end:
         return ""
     cut = f"cut at max_new_tokens {max_new_tokens}"
     cure = "--stop TEXT ends one, and evaluate picks a choice by its likelihood"

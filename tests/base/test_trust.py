@@ -166,6 +166,7 @@ def _note_again(checkpoint: Path) -> None:
     for name in note["files"]:
         content = (checkpoint / name).read_bytes()
         note["files"][name] = [len(content), zlib.crc32(content)]
+    del note["checksum"]
     path.write_text(json.dumps(note))
 
 

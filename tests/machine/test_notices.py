@@ -161,7 +161,8 @@ def test_the_help_of_a_command_is_nothing_but_its_help(
 def test_training_says_nothing_of_its_own_accord(trained: dict[str, Any]) -> None:
     out, err = trained["written"]
     said = re.compile(
-        r"(rows: .*|first row .*|\[.*[|].*|method: .*|steps: .*|memory: .*|validation: .*|reuse: .*"
+        r"(rows: .*|first row .*|\[.*[|].*|method: .*|steps: .*|memory: .*|time: .*"
+        r"|validation: .*|reuse: .*"
         r"|validation_data: 4 of 4 of its rows are trained on too: .*"
         r"|epoch \d .*|step \d.*|\d+ % of \d+ computed tokens .*)"
     )
@@ -180,7 +181,7 @@ def test_generation_says_nothing_but_its_figures(
     fork: Fork, trained: dict[str, Any], tmp_path: Path
 ) -> None:
     prompts = ("--adapter", trained["adapter"], "--input", trained["rows"])
-    more = ("--max-new-tokens", "3", "--output", str(tmp_path / "answers.jsonl"))
+    more = ("--max-new-tokens", "3", "--stop", "\n", "--output", str(tmp_path / "answers.jsonl"))
     out, err = fork.run("lowmem_reft.cli", "generate", *trained["base"], *prompts, *more, "--json")
     assert err == ""
     assert is_one_object(out)

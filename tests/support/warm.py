@@ -22,6 +22,7 @@ import atexit
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import random
@@ -282,7 +283,8 @@ def become(job: dict[str, Any]) -> tuple[str, str]:
     words = job["words"]
     if words[0] == "-u":
         words = words[1:]
-        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        raw = io.FileIO(1, "w", closefd=False)  # what is under a text stream would keep it
+        sys.stdout = io.TextIOWrapper(raw, sys.stdout.encoding, write_through=True)  # type: ignore[type-var]
     kind, *words = words if words[0] in ("-m", "-c") else ["", *words]
     first = {"-m": job["cwd"], "-c": "", "": os.path.dirname(os.path.abspath(words[0]))}[kind]
     rest = [entry for entry in sys.path[1:] if entry not in before]
