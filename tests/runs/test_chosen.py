@@ -196,6 +196,7 @@ def test_what_follows_an_end_is_read_by_no_choice(tiny_llama_dir: Path) -> None:
         ({"choices": None, "has_end": False}, "rows had choices, after which no end was trained"),
         ({"choices": None, "has_end": None}, "the adapter is of an earlier version; if its rows"),
         ({"choices": None, "has_end": True}, None),
+        ({"choices": ["zzz", "yyy"], "has_end": True}, None),
         ({"choices": None, "has_end": None, "data_digest": None}, None),
     ],
 )
@@ -226,6 +227,14 @@ def test_an_answer_that_is_cut_says_why_where_choices_are_the_reason(
     command = f"chat --model {tiny_llama_dir} --adapter {adapter} --device cpu --storage fp32"
     assert cli.main([*command.split(), "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().err.count("one: the answer was cut at") == (said is not None)
+
+
+def test_an_answer_whose_end_was_trained_does_not_end_at_a_choice(
+    tiny_llama_dir: Path, adapter: str
+) -> None:
+    choice, whole = begun(tiny_llama_dir, adapter)
+    with_choices(adapter, choices=[choice.strip()], has_end=True)
+    assert run_generation(asked(tiny_llama_dir, adapter))["response"] == whole
 
 
 def test_a_choice_that_another_begins_with_is_an_answer_although_it_was_cut(
