@@ -12,9 +12,9 @@ judge of your own.
     python recipes/instruct.py --small --model HuggingFaceTB/SmolLM2-135M-Instruct --data-dir DIR
 
 The third form is for a base of 100 to 200 million parameters and a processor: rows of up to 256
-tokens, of which 100 are trained on, and the held-out loss of 40 alone: nothing is generated.
-Reckoned from single steps (see commonsense.py) a cell takes about three minutes on one thread;
-results of --small are not measured yet.
+tokens, of which 100 are trained on, and the held-out loss of 40 alone: nothing is generated. With
+SmolLM2-135M-Instruct (2026-12, one thread of an EPYC with other work beside it, 14 minutes) it is
+1.999 for the base, 1.910 for LoReFT and 1.741 for QLoRA.
 
 ``--data-dir`` holds ultrafeedback_1k.json, the paper's "1K examples"; ``--task alpaca`` comes from
 the hub too.
