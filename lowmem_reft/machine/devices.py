@@ -143,6 +143,14 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def seed_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Let what is drawn meanwhile on the host and a device leave their random numbers as they were.
+
+    Other cards are not begun.
+    """
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 def free_cached(device: str = "auto") -> None:
     """Give the memory back that torch keeps for later on a device, and the C library on the host.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lowmem_reft.machine.devices import seed_kept
 from lowmem_reft.memory.live import LiveMemory
 
 if TYPE_CHECKING:
@@ -320,16 +320,6 @@ def overhead_s(device: torch.device) -> float:
     watch = Stopwatch(device)
     took = min(watch.taken(step) for _ in range(5))
     return float(max(0.0, took - watch.seconds(counted.calls)) / counted.calls.total())
-
-
-@contextmanager
-def seed_kept(device: torch.device) -> Iterator[None]:
-    """Let what is drawn meanwhile on the host and a device leave their random numbers as they were.
-
-    Other cards are not begun.
-    """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 @cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem_reft.base.blocks import device_of
-from lowmem_reft.machine.devices import dtype_name
+from lowmem_reft.machine.devices import dtype_name, seed_kept
 from lowmem_reft.machine.processes import shards_model
 from lowmem_reft.methods.likelihood import response_log_likelihood
 from lowmem_reft.reuse.disk import ReuseError
@@ -35,7 +35,7 @@ def prove(reuse: Reuse, indices: Sequence[int], batch: dict[str, Tensor]) -> flo
     """
     model, device = reuse.model, device_of(reuse.base)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    fork = partial(torch.random.fork_rng, [device] if device.type == "cuda" else [])
+    fork = partial(seed_kept, device)
     gradients = partial(torch.autograd.grad, inputs=list(trained.values()), allow_unused=True)
     was_training = model.training
     model.train()

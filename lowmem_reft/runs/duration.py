@@ -22,9 +22,9 @@ from lowmem_reft.data.packing import packed_rows
 from lowmem_reft.data.rows import as_choices
 from lowmem_reft.data.tokens import encode_all_choices, encode_labelled, encode_rows
 from lowmem_reft.machine import processes
-from lowmem_reft.machine.devices import free_cached, resolve_device
+from lowmem_reft.machine.devices import free_cached, resolve_device, seed_kept
 from lowmem_reft.machine.terminal import harmless
-from lowmem_reft.memory.operators import Call, Stopwatch, count_operators, overhead_s, seed_kept
+from lowmem_reft.memory.operators import Call, Stopwatch, count_operators, overhead_s
 from lowmem_reft.memory.predict import Lengths
 from lowmem_reft.methods.constant import num_constant_blocks
 from lowmem_reft.methods.likelihood import by_length

@@ -25,7 +25,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from lowmem_reft.base.blocks import device_of
 from lowmem_reft.data.tasks.metrics import gain
+from lowmem_reft.machine.devices import seed_kept
 from lowmem_reft.machine.files import write_text_whole, write_whole
 from lowmem_reft.machine.processes import agree, is_main, set_trained_values, trained_values
 from lowmem_reft.runs.checkpoints import BEST, EPOCHS_FILE, Checkpoint
@@ -116,7 +118,7 @@ class BestEpoch(TrainerCallback):
         if any(known.get("num_steps") == state.global_step for known in self.epochs):
             return
         epoch = round(float(state.epoch), 4)
-        with self.reports.paused(), _same_draws():
+        with self.reports.paused(), _same_draws(device_of(self._model)):
             summary = agree(self._score())
         line = {"epoch": epoch, **{name: summary.get(name) for name in ("metric", "value", "loss")}}
         line |= {"num_steps": state.global_step, **self.spent.of_all()}
@@ -160,10 +162,10 @@ def _rank(line: dict[str, Any]) -> tuple[float, float, float]:
 
 
 @contextmanager
-def _same_draws() -> Iterator[None]:
+def _same_draws(device: torch.device) -> Iterator[None]:
     """Let the training draw the same numbers whether an epoch is scored before or not."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with seed_kept(device):
         yield
     random.setstate(states[0])
     np.random.set_state(states[1])
