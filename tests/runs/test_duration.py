@@ -143,5 +143,5 @@ def test_times_are_said_in_units_that_people_use() -> None:
     said = [in_words(seconds) for seconds in (0.0123, 0.0997, 0.4, 2.34, 45, 100, 1700, 9000)]
     assert said == ["12 ms", "100 ms", "400 ms", "2.3 s", "45 s", "1.7 min", "28 min", "2.5 h"]
     duration = Duration(num_steps=90, step_s=2.3, num_validations=3, validation_s=6.0)
-    assert str(duration).startswith("about 3.8 min (90 steps of 2.3 s, validation 3 x 6.0 s); by ")
+    assert str(duration).startswith("about 3.7 min (90 steps of 2.3 s, validation 3 x 6.0 s); by ")
     assert replace(duration, validation_s=None).predicted_s == pytest.approx(207)
