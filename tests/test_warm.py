@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from warm import CLIENT, warm_processes
+from warm import CLIENT, close, warm_processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are safe on Linux alone")
 
@@ -147,3 +147,14 @@ def test_what_other_settings_would_have_changed_while_libraries_are_imported_is_
     assert str(CLIENT).encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
     process.kill()
     process.communicate()
+
+
+def test_a_path_that_was_set_when_the_warm_process_began_is_not_taken_from_later_forks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = "import sys; print(sys.path[1:])"
+    close()
+    monkeypatch.setenv("PYTHONPATH", str(Path(pytest.__file__).parent.parent))  # of the site, too
+    assert run("-c", code).stdout == run("-c", code, warm=False).stdout
+    monkeypatch.delenv("PYTHONPATH")
+    assert run("-c", code).stdout == run("-c", code, warm=False).stdout

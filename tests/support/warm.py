@@ -13,7 +13,7 @@ much memory it holds, which process the system lists or kills. An environment wi
 that are read while libraries are imported starts a fresh process by itself, and so does a machine
 with a GPU, or one that is not Linux.
 
-``python warm.py SOCKET`` is the warm process.
+``python warm.py SOCKET PYTHONPATH`` is the warm process.
 """
 
 from __future__ import annotations
@@ -117,8 +117,12 @@ def warm_processes() -> Iterator[None]:
         directory = Path(tempfile.mkdtemp(prefix="warm-"))
         path = directory / "socket"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        # Handed over apart: what the interpreter finds by itself is the same for every fork.
+        path_of_python = environment.pop("PYTHONPATH", "")
         _process = _Fresh(
-            [sys.executable, __file__, str(path)], env=environment, stdout=subprocess.PIPE
+            [sys.executable, __file__, str(path), path_of_python],
+            env=environment,
+            stdout=subprocess.PIPE,
         )
         assert _process.stdout is not None
         is_ready = _process.stdout.readline() == b"ready\n"
@@ -145,9 +149,16 @@ def close() -> None:
 # The warm process
 
 
-def serve(path: str) -> dict[str, Any]:
+_site: list[str] = []
+"""Where the interpreter looks for modules by itself."""
+
+
+def serve(path: str, path_of_python: str) -> dict[str, Any]:
     """Fork for each client until it is told to end; return in the fork what that has to run."""
     global _socket, _known
+    _site[:] = sys.path[1:]
+    os.environ["PYTHONPATH"] = path_of_python
+    sys.path[1:1] = _python_path()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     listening = socket.socket(socket.AF_UNIX)
     subprocess.Popen = _Popen  # type: ignore[misc]
@@ -276,10 +287,8 @@ def become(job: dict[str, Any]) -> tuple[str, str]:
     ignored = signal.SIGINT in job["ignored"]
     signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
     os.chdir(job["cwd"])
-    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
     os.environ.update(job["environment"])
-    after = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     words = job["words"]
     if words[0] == "-u":
         words = words[1:]
@@ -287,8 +296,8 @@ def become(job: dict[str, Any]) -> tuple[str, str]:
         sys.stdout = io.TextIOWrapper(raw, sys.stdout.encoding, write_through=True)  # type: ignore[type-var]
     kind, *words = words if words[0] in ("-m", "-c") else ["", *words]
     first = {"-m": job["cwd"], "-c": "", "": os.path.dirname(os.path.abspath(words[0]))}[kind]
-    rest = [entry for entry in sys.path[1:] if entry not in before]
-    sys.path[:] = [first, *(os.path.abspath(entry) for entry in after if entry), *rest]
+    own = _python_path()
+    sys.path[:] = [first, *own, *(entry for entry in _site if entry not in own)]
     importlib.invalidate_caches()
     sys.orig_argv[1:] = job["words"]
     sys.argv[:] = ["-c", *words[1:]] if kind == "-c" else words
@@ -297,6 +306,11 @@ def become(job: dict[str, Any]) -> tuple[str, str]:
 
     numpy.random.seed()
     return kind, words[0]
+
+
+def _python_path() -> list[str]:
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [os.path.abspath(entry) for entry in entries if entry]
 
 
 def run(kind: str, what: str) -> int:
@@ -333,7 +347,7 @@ def run(kind: str, what: str) -> int:
 
 def main() -> NoReturn:
     """Serve; in a fork run its job, and end."""
-    code = run(*become(serve(sys.argv[1])))
+    code = run(*become(serve(*sys.argv[1:3])))
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
