@@ -130,7 +130,7 @@ BASES = {
         searched="sst2",
         rates={
             "loreft, all": 2.9e-3,
-            "qlora": 1.95e-3,
+            "qlora": 6.5e-4,  # SST-2 alone chose 1.95e-3, with which it fails on STS-B
             "red": 9e-3,
             "bottleneck": 9e-3,
             "ia3": 9e-3,

@@ -74,8 +74,8 @@ def against_reference(result: list[dict[str, Any]]) -> str:
 
     Signs say where the paired bootstrap tells a method from the reference (Holm over the methods of
     a set): + ahead, - behind. The last columns count sets, if there are several, on which its mean
-    is not lower, and those on which it is not told apart as behind. Methods that were not run on
-    every set are left out.
+    is not lower, and those on which it is not told apart as behind. Sets on which the reference
+    was not run are left out, and methods that were not run on all others.
     """
     differences = {(row["task"], row["method"]): row.get("difference") for row in result}
     (reference,) = {found["reference"] for found in differences.values() if found}
@@ -84,8 +84,13 @@ def against_reference(result: list[dict[str, Any]]) -> str:
     for row in aggregate(result):
         rows.setdefault(row.method, {})[row.task] = row
         metrics[row.task] = row.metric or metrics.get(row.task, "")
+    metrics = {task: metric for task, metric in metrics.items() if task in rows[reference]}
     # Means over other sets would not be comparable.
-    rows = {name: of for name, of in rows.items() if len(of) == len(metrics)}
+    rows = {
+        name: {task: of[task] for task in metrics}
+        for name, of in rows.items()
+        if metrics.keys() <= of.keys()
+    }
     ahead = {name: _sets_kept(by_task, rows[reference]) for name, by_task in rows.items()}
 
     def place(method: str) -> float:

@@ -67,6 +67,10 @@ def test_what_is_kept_says_how_far_a_method_is_from_the_reference(tmp_path: Path
     assert [word.strip() for word in rows["loreft"]] == ["90.0 +", "1.500 -", "1 of 2", "1 of 2"]
     assert [word.strip() for word in rows["red"]] == ["47.5", "0.500 +", "1 of 2", "2 of 2"]
     assert [word.strip() for word in rows["qlora"]] == ["50.0", "1.000", "", ""]
+    del kept["qlora", "trec"]  # then nothing is said of that set
+    shown = tables.against_reference(list(kept.values()))
+    assert "trec" not in shown
+    assert "not behind" not in shown
 
 
 def test_cells_measured_later_are_paired_with_what_was_kept(tmp_path: Path) -> None:
