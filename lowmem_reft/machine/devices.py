@@ -151,13 +151,15 @@ def seed_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def free_cached(device: str = "auto") -> None:
-    """Give the memory back that torch keeps for later on a device, and the C library on the host.
+def synchronize(device: torch.device) -> None:
+    """Wait for what a device was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    Raises:
-        InputError: There is no such device.
-    """
-    if resolve_device(device).type == "cuda":
+
+def free_cached(device: torch.device) -> None:
+    """Give memory back that torch keeps for later on a device, and the C library on the host."""
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     return_freed_memory()
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowmem_reft.machine.devices import seed_kept
+from lowmem_reft.machine.devices import seed_kept, synchronize
 from lowmem_reft.memory.live import LiveMemory
 
 if TYPE_CHECKING:
@@ -100,10 +99,10 @@ class Call(NamedTuple):
             return 4.0 * math.prod(query.shape) * key.shape[2]
         return float(_WORK_OF_A_BYTE * sum(like.num_bytes for like in self.tensors))
 
-    def run(self, device: torch.device) -> _Runnable:
+    def run(self, device: torch.device) -> Callable[[], Any]:
         """Make its arguments; calling what is returned runs it."""
-        made = _filled(self.args, device), {n: _filled(v, device) for n, v in self.kwargs}
-        return _Runnable(self.operator, *made)
+        kwargs = {name: _filled(value, device) for name, value in self.kwargs}
+        return partial(self.operator, *_filled(self.args, device), **kwargs)
 
     def shrunk(self, most: float) -> tuple[Call, float]:
         """Return a like call of at most so much work, and how many times longer this one takes."""
@@ -119,16 +118,6 @@ class Call(NamedTuple):
                 break
             times, call = times * call.work / smaller.work, smaller
         return call, times
-
-
-@dataclass(frozen=True)
-class _Runnable:
-    operator: Any
-    args: Any
-    kwargs: dict[str, Any]
-
-    def __call__(self) -> Any:
-        return self.operator(*self.args, **self.kwargs)
 
 
 class Operators(LiveMemory):
@@ -210,7 +199,7 @@ class Stopwatch:
 
         What Python takes between them is left out.
         """
-        at_work = {call: number for call, number in calls.items() if not _is_view(call)}
+        at_work = {call: number for call, number in calls.items() if not _is_view(call.operator)}
         for call in sorted(at_work, key=lambda call: -call.work * at_work[call]):
             if call not in self._known and self._left_s > 0 and self._left_wall_s > 0:
                 self._known[call] = self._timed(call)
@@ -262,7 +251,7 @@ class Stopwatch:
         return took * (call.work + 1) / (work + 1)
 
     @torch.no_grad()
-    def _first_and_least(self, run: _Runnable) -> tuple[float, float]:
+    def _first_and_least(self, run: Callable[[], Any]) -> tuple[float, float]:
         """Run once, then more often the shorter it takes; return the first and least seconds."""
         first = self.taken(run)
         number = max(1, min(20, round(2e-4 / max(first, 1e-6))))
@@ -273,12 +262,6 @@ class Stopwatch:
 
         times = 2 if first > 0.02 else 3
         return first, min(self.taken(several) / number for _ in range(times))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what a device was given to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class _CountOnly(torch.utils._python_dispatch.TorchDispatchMode):
@@ -323,17 +306,13 @@ def overhead_s(device: torch.device) -> float:
 
 
 @cache
-def _is_a_view(operator: Any) -> bool:
+def _is_view(operator: Any) -> bool:
     if operator._schema.name in _NO_WORK or operator._schema.name.startswith("aten::empty"):
         return True
     returned = operator._schema.returns
     return bool(returned) and all(
         value.alias_info is not None and not value.alias_info.is_write for value in returned
     )
-
-
-def _is_view(call: Call) -> bool:
-    return _is_a_view(call.operator)
 
 
 def _product_sizes(call: Call) -> tuple[int, ...] | None:

@@ -213,7 +213,7 @@ def predict_duration(
     except Exception as error:  # of a kind of model that cannot be counted, but may be trained
         return Duration(why=harmless(in_one_line(error)))
     finally:
-        free_cached(run.options.model.device)
+        free_cached(device)
 
 
 def _predicted(
@@ -357,17 +357,14 @@ def _batches(run: Run, *, is_packed: bool) -> list[_Batch]:
 
 def _mode_of_reuse(run: Run, model: Any) -> Any:
     """Return what the run will probably reuse: off, trunk or prefix; see `reuse.prepare`."""
-    options, optim = run.options.reuse, run.optim
+    options = run.options.reuse
     if options.reuse == "off" and options.resident == "all":
         return "off"
-    epochs = optim.epochs
-    if optim.max_steps > 0:
-        epochs = optim.max_steps * processes.effective_batch(optim) / len(run.examples)
     try:
         constant = find_constant(model, run.examples, prefix=options.reuse != "trunk")
         if options.reuse == "auto" and options.resident == "all":
             tokens = sum(len(example["input_ids"]) for example in run.examples)
-            check_worthwhile(run.num_layers, tokens, constant, epochs)
+            check_worthwhile(run.num_layers, tokens, constant, run.num_epochs)
     except ReuseError:
         return "off"
     return "prefix" if any(constant.first_edited) else "trunk"

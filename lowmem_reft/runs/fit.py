@@ -23,6 +23,7 @@ from lowmem_reft.base.trust import holding_tensors_alone
 from lowmem_reft.data import IGNORED_LABEL
 from lowmem_reft.data.tokens import Collator
 from lowmem_reft.machine import processes
+from lowmem_reft.machine.devices import synchronize
 from lowmem_reft.machine.progress import counter
 from lowmem_reft.memory.live import peak_rss_bytes, track
 from lowmem_reft.memory.step import optimizer_tensors
@@ -242,9 +243,6 @@ def _say_effective_batch(run: Run) -> None:
 def _prepare_reuse(model: PeftModel, collator: Collator, run: Run) -> Reuse | None:
     """Store what is constant, or say why nothing is."""
     optim, quiet = run.optim, run.options.run.quiet
-    epochs = optim.epochs
-    if optim.max_steps > 0:
-        epochs = optim.max_steps * processes.effective_batch(optim) / len(run.examples)
     why: list[str] = []
     with counter("computing what is constant", quiet=quiet) as report:
         reuse = prepare(
@@ -254,7 +252,7 @@ def _prepare_reuse(model: PeftModel, collator: Collator, run: Run) -> Reuse | No
             run.options.reuse,
             root=run.reuse_dir,
             batch_size=optim.batch_size,
-            epochs=epochs,
+            epochs=run.num_epochs,
             report=report,
             told=why.append,
         )
@@ -366,12 +364,12 @@ class _StepWatch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self._synchronize()
+        synchronize(self.device)
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock and, after Ctrl-C, the run."""
-        self._synchronize()
+        synchronize(self.device)
         self._steps.append(time.perf_counter() - self._started)
         self.spent.time_s += self._steps[-1]
         # All processes stop after the same step, whichever heard of it first.
@@ -383,10 +381,6 @@ class _StepWatch(TrainerCallback):
         """Return the median seconds per optimizer step, without the first ones."""
         steps = self._steps[NUM_WARMUP_STEPS:] or self._steps
         return statistics.median(steps) if steps else None
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 @contextmanager

@@ -98,6 +98,14 @@ class Run:
         )
 
     @property
+    def num_epochs(self) -> float:
+        """How often it goes through the examples, also where ``max_steps`` says how far."""
+        optim = self.optim
+        if optim.max_steps > 0:
+            return optim.max_steps * processes.effective_batch(optim) / len(self.examples)
+        return optim.epochs
+
+    @property
     def as_resolved(self) -> dict[str, Any]:
         """What options stand for that name no value, by their names: for the run's own file."""
         return {
