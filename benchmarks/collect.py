@@ -6,6 +6,11 @@ one of equal ones, loss histories thinned to 50 points. Failed cells stay, with 
 ``--reference METHOD`` each cell also says how far its method is from that one on its task, by the
 paired bootstrap over the answers. These are kept without their texts in ``NAME.answers.gz``, so
 that a file kept before can be given among the directories, and later cells be paired with it.
+
+``--searched`` takes cells of a task that differ in their learning rate alone as the trials of a
+search, as ``compare --lr-search`` would have run them: the rate that is best on the validation rows
+of seed 0 keeps its cells, the others stay as trials in ``lr_search``. Cells that scored fewer test
+rows than others of their task are trials alone.
 """
 
 from __future__ import annotations
@@ -19,11 +24,15 @@ from typing import Annotated, Any
 
 import tyro
 
+from lowmem_reft.compare.lr_search import best_of
 from lowmem_reft.compare.report import write_report
 from lowmem_reft.compare.report.answers import read_answers
 from lowmem_reft.compare.report.joining import join
 from lowmem_reft.compare.report.relative import relate
 from lowmem_reft.compare.report.significance import compare_with
+from lowmem_reft.errors import InputError
+from lowmem_reft.methods.entries import parse_methods, write_entry
+from lowmem_reft.methods.table import given_options
 
 POINTS = 50
 """Most points of a loss history."""
@@ -42,6 +51,8 @@ class Collect:
     """Where the file goes."""
     reference: str | None = None
     """The method, as it is called in the results, that the others are compared with."""
+    searched: bool = False
+    """Choose each method's rate on each task among the cells."""
 
 
 def collect(directories: tuple[Path, ...], scratch: Path) -> list[dict[str, Any]]:
@@ -119,6 +130,70 @@ def page_of(source: Path) -> str:
         return report.read_text(encoding="utf-8")
 
 
+def with_chosen_rates(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cells at each method's best rate on each task, called alike whatever it is.
+
+    A method of one rate on a task stays as it is. Cells whose rate was chosen before bring their
+    trials with them.
+
+    Raises:
+        InputError: The chosen rate was not scored on all test rows.
+    """
+    most: dict[str, int] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        task, trials = cell["task"], cell["lr_search"] or []
+        method = next((each["method"] for each in trials if each["chosen"]), cell["method"])
+        most[task] = max(most.get(task, 0), cell["num_examples"] or 0)
+        groups.setdefault((task, _of_any_rate(method)), []).append({**cell, "method": method})
+    found = []
+    for (task, label), group in groups.items():
+        scored = [each for each in group if each["num_examples"] == most[task]]
+        trials = {each["lr"]: each for cell in group for each in _trials(cell)}
+        if len(trials) < 2:
+            found += scored
+            continue
+        ordered = [trials[rate] for rate in sorted(trials)]
+        best = best_of(ordered)
+        assert best is not None
+        if not any(each["method"] == best["method"] for each in scored):
+            raise InputError(
+                f"{best['method']!r}, the best on the validation rows of {task}, must be scored on "
+                f"all {most[task]} test rows; run it"
+            )
+        tried = [{**each, "chosen": each is best} for each in ordered]
+        chosen = {"method": label, "lr_search": tried}
+        found += [{**each, **chosen} for each in scored if each["method"] == best["method"]]
+    return found
+
+
+def _of_any_rate(entry: str) -> str:
+    """Return what a method is called whose rate was searched; what names no rate, as it is."""
+    if ",lr=" not in entry and "[lr=" not in entry:
+        return entry
+    spec = parse_methods(entry)[0]
+    items = {**given_options(spec.options), **spec.optim_overrides, "lr": "searched"}
+    return write_entry(spec.name, items)
+
+
+def _trials(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the trials that a cell was chosen among, or what it is as one; of other seeds none."""
+    if cell["lr_search"]:
+        return list(cell["lr_search"])
+    if cell["seed"] != 0 or cell["validation_value"] is None or "lr=" not in cell["method"]:
+        return []
+    epoch = next(each for each in cell["validation"] if each["epoch"] == cell["best_epoch"])
+    return [
+        {
+            **{name: cell[name] for name in ("method", "metric", "error")},
+            "value": cell["validation_value"],
+            "loss": epoch["loss"],
+            "lr": parse_methods(cell["method"])[0].optim_overrides["lr"],
+            "chosen": False,
+        }
+    ]
+
+
 def thinned(cell: dict[str, Any]) -> dict[str, Any]:
     """Return a cell without what only its own directory has, its loss history shortened."""
     history = cell.get("loss_history") or []
@@ -130,6 +205,8 @@ def main(options: Collect) -> int:
     """Write the file; say how many cells there are and which failed."""
     with tempfile.TemporaryDirectory() as scratch:
         cells = collect(options.directories, Path(scratch))
+        if options.searched:
+            cells = with_chosen_rates(cells)
         pack(cells, answers_of(options.output))
         if options.reference is not None:
             cells = compared(cells, options.reference)

@@ -25,17 +25,22 @@ from lowmem_reft.errors import InputError
 from lowmem_reft.methods.entries import write_entry
 from lowmem_reft.options import CompareOptions, OptimOptions, Workers, written
 
+_LORA_REFT = {"rank": "8", "lora_rank": "1"}
+
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "loreft, all": ("loreft", {"rank": "8", "positions": "all", "layers": "all"}),
     "loreft, every": ("loreft", {"rank": "8", "positions": "every", "layers": "all"}),
     "loreft, f7+l7": ("loreft", {"rank": "8", "positions": "f7+l7", "layers": "all"}),
     "loreft, upper": ("loreft", {"rank": "8", "positions": "all", "layers": "upper:0.5"}),
     "loreft, upper l3": ("loreft", {"rank": "8", "positions": "l3", "layers": "upper:0.5"}),
+    "lora_reft, upper": ("lora_reft", {**_LORA_REFT, "positions": "all", "layers": "upper:0.5"}),
+    "lora_reft, upper l3": ("lora_reft", {**_LORA_REFT, "positions": "l3", "layers": "upper:0.5"}),
     "red_loreft": ("red_loreft", {"rank": "8"}),
     "red": ("red", {}),
     "bottleneck": ("bottleneck", {"rank": "8"}),
     "qlora": ("qlora", {"rank": "8"}),
     "qlora, equal": ("qlora", {"equal": "params"}),
+    "qlora, upper r1": ("qlora", {"rank": "1", "layers": "upper:0.5"}),
     "qdora": ("qdora", {"rank": "8"}),
     "ia3": ("ia3", {}),
     "prefix": ("prefix", {}),
@@ -52,7 +57,9 @@ SHARED_RATES = {
     "loreft, upper": "loreft, all",
     "loreft, upper l3": "loreft, upper",
     "red_loreft": "loreft, all",
+    "lora_reft, upper l3": "lora_reft, upper",
     "qlora, equal": "qlora",
+    "qlora, upper r1": "qlora",
     "qdora": "qlora",
 }
 """Methods that take another one's rate where they have none: one search for a family."""
@@ -99,19 +106,20 @@ BASES = {
             ),
             "mawps": replace(_CHOICES, validation=32, scored=100),
             "ultrafeedback1k": Size(
-                train=160,
-                validation=40,
+                train=320,
+                validation=80,
                 scored=120,
                 epochs=2,
                 batch_size=4,
                 max_length=320,
-                long_rows="drop",  # three in four
+                long_rows="drop",  # two in three
             ),
         },
         searched="trec",
         rates={
             "loreft, all": 7.2e-4,
             "loreft, upper": 2.4e-3,
+            "lora_reft, upper": 2.2e-3,
             "qlora": 5.3e-4,
             "red": 9e-3,
             "bottleneck": 2.7e-3,
@@ -130,6 +138,7 @@ BASES = {
         searched="sst2",
         rates={
             "loreft, all": 2.9e-3,
+            "lora_reft, upper": 5.2e-3,
             "qlora": 6.5e-4,  # SST-2 alone chose 1.95e-3, with which it fails on STS-B
             "red": 9e-3,
             "bottleneck": 9e-3,
@@ -138,7 +147,7 @@ BASES = {
         },
         # A classifier has no answer to edit, or to stand before; transformers' BERT reads no keys
         # and values.
-        without=("loreft, every", "loreft, upper l3", "prefix"),
+        without=("loreft, every", "loreft, upper l3", "lora_reft, upper l3", "prefix"),
     ),
 }
 

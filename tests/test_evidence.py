@@ -103,6 +103,35 @@ def test_cells_measured_later_are_paired_with_what_was_kept(tmp_path: Path) -> N
     assert len(gzip.decompress(packed).splitlines()) == 3
 
 
+def trained(lr: float, seed: int, validation: float, *, num_examples: int = 40) -> dict[str, Any]:
+    """A cell of QLoRA at some rate."""
+    epoch = {"epoch": 2.0, "value": validation, "loss": 1 - validation}
+    return {
+        **EMPTY_RESULT,
+        **{"method": f"qlora[rank=8,lr={lr:g}]", "task": "trec", "seed": seed, "value": lr},
+        **{"metric": "accuracy", "num_examples": num_examples, "lr_search": None, "error": None},
+        **{"validation_value": validation, "best_epoch": 2.0, "validation": [epoch]},
+    }
+
+
+def test_of_cells_at_several_rates_those_at_the_best_on_validation_rows_are_kept() -> None:
+    seeds = [trained(1e-3, seed, 0.7 - seed / 10) for seed in range(3)]
+    trial = trained(3e-3, 0, 0.6, num_examples=1)
+    base = {**trained(0, 0, 0), "method": "base[storage=nf4]", "validation_value": None}
+    kept = collect.with_chosen_rates([trial, *seeds, base])
+    assert [each["method"] for each in kept] == 3 * ["qlora[rank=8,lr=searched]"] + [base["method"]]
+    assert [(each["lr"], each["value"], each["chosen"]) for each in kept[0]["lr_search"]] == [
+        (1e-3, 0.7, True),
+        (3e-3, 0.6, False),
+    ]
+    assert collect.with_chosen_rates(kept) == kept
+    better = trained(3e-4, 0, 0.8, num_examples=1)
+    with pytest.raises(InputError, match=r"lr=0.0003\]', the best .* all 40 test rows"):
+        collect.with_chosen_rates([*kept, better])
+    (chosen,) = collect.with_chosen_rates([*kept[:3], {**better, "num_examples": 40}])
+    assert (chosen["value"], len(chosen["lr_search"])) == (3e-4, 3)
+
+
 @pytest.mark.parametrize("name", real_bases.BASES)
 def test_every_method_of_a_base_has_the_same_rows_batches_and_steps(name: Any) -> None:
     base = real_bases.BASES[name]
