@@ -22,7 +22,7 @@ from lowmem_reft.machine.files import open_itself, parse_json, write_json
 from lowmem_reft.machine.progress import say_in_lines
 from lowmem_reft.options import TrainOptions
 from lowmem_reft.runs.checkpoints import OWN
-from lowmem_reft.runs.evaluate import run_evaluation
+from lowmem_reft.runs.evaluate import check_rows_of, run_evaluation
 from lowmem_reft.runs.train import run_training
 
 
@@ -37,6 +37,7 @@ def run_cell(cell: Cell) -> Result:
     own_modules.load()
     trained: Result = {"num_trainable_params": 0, "trainable_percent": 0.0, "adapter_bytes": 0}
     if cell.train is not None:
+        check_rows_of(cell.evaluate)  # a wrong file is not to cost the training
         trained = _train_once(cell.train, training_key(cell))
     scored = run_evaluation(cell.evaluate)
     measured = {

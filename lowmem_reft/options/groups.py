@@ -236,7 +236,7 @@ class MethodOptions:
     target_modules: str | None = None
     """Comma-separated linear layers that LoRA touches (default: all of them)."""
     lora_rank: int | None = None
-    """Rank of the LoRA update beside the intervention in lora_reft (default 16)."""
+    """Rank of the LoRA update beside the intervention in lora_reft (default 1)."""
     num_virtual_tokens: int | None = None
     """Trained tokens before the prompt: prefix, prompt and p_tuning (default 20)."""
 

@@ -73,34 +73,18 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     """
     check_evaluation(options)
     adapter = None if options.adapter is None else find_adapter(options.adapter)
-    data = options.data
-    trained = None if adapter is None else load_card(adapter)
-    card = merge_card(
-        trained,
-        options.model,
-        template=data.template,
-        max_length=data.max_length,
-        raw=options.prompts.raw,
-        joint=options.prompts.joint,
-    )
     check_scoring(options.scoring)
     if options.predictions is not None:
         options.predictions.parent.mkdir(parents=True, exist_ok=True)
+    trained, card = _cards(options, adapter)
     if options.harness.lm_eval is not None:
         # Here, as it needs an optional package.
         from lowmem_reft.runs.harness import run_harness
 
         return run_harness(options, adapter, card)
-    rows = load_rows(data.data, split=data.split, limit=data.limit)
-    if card.label_names is None and rows[0].kind == "label":
-        card = replace(card, label_names=label_names(rows))
-    config = load_config(options.model.model)
-    tokenizer = tokenizer_for(options.model.model, adapter, card, config=config)
-    card = with_template(card, tokenizer)
+    rows, card, tokenizer, limits = _read(options, adapter, card)
     if trained is None and card.template == CHAT_TEMPLATE and not options.quiet:
         print(described(card.template, rows), file=sys.stderr)
-    limits = Limits.of(config, tokenizer, task_type=card.task_type)
-    rows = rows_to_score(rows, tokenizer, card, _settings(options, None), options.prompts, limits)
     few_shot, stop = None, None
     if options.prompts.examples is not None:
         is_generated = way_of(rows, _settings(options, None), card.task_type) == "generated"
@@ -126,6 +110,48 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         own = replace(card, storage=trained.storage, compute_dtype=trained.compute_dtype)
         summary |= _score_as_trained(options, adapter, own, rows, tokenizer)
     return summary
+
+
+def check_rows_of(options: EvaluateOptions) -> None:
+    """Refuse rows that could not be scored, as ``run_evaluation`` would, before a base is loaded.
+
+    Raises:
+        InputError: A file or a row is wrong.
+    """
+    _read(options, None, _cards(options, None)[1])
+
+
+def _cards(
+    options: EvaluateOptions, adapter: Path | None
+) -> tuple[TrainingCard | None, TrainingCard]:
+    """Return what the adapter was trained as, and what is scored."""
+    trained = None if adapter is None else load_card(adapter)
+    data, prompts = options.data, options.prompts
+    card = merge_card(
+        trained,
+        options.model,
+        template=data.template,
+        max_length=data.max_length,
+        raw=prompts.raw,
+        joint=prompts.joint,
+    )
+    return trained, card
+
+
+def _read(
+    options: EvaluateOptions, adapter: Path | None, card: TrainingCard
+) -> tuple[list[Row], TrainingCard, Any, Limits]:
+    """Return the rows to score, the card that says how, the tokenizer and what the base bears."""
+    data = options.data
+    rows = load_rows(data.data, split=data.split, limit=data.limit)
+    if card.label_names is None and rows[0].kind == "label":
+        card = replace(card, label_names=label_names(rows))
+    config = load_config(options.model.model)
+    tokenizer = tokenizer_for(options.model.model, adapter, card, config=config)
+    card = with_template(card, tokenizer)
+    limits = Limits.of(config, tokenizer, task_type=card.task_type)
+    rows = rows_to_score(rows, tokenizer, card, _settings(options, None), options.prompts, limits)
+    return rows, card, tokenizer, limits
 
 
 def _with_examples(

@@ -599,6 +599,24 @@ def test_a_real_cell_trains_and_scores(tiny_llama_dir, tmp_path):
     ]
 
 
+def test_rows_that_cannot_be_scored_do_not_cost_a_training(tiny_llama_dir, tmp_path):
+    train = str(write_rows(tmp_path / "train.jsonl", ROWS[:8]))
+    long = {**ROWS[0], "prompt": 200 * "0 is "}
+    options = changed(
+        build(CompareOptions, output_dir=tmp_path / "out", optim=OptimOptions(max_steps=1)),
+        data=train,
+        eval_data=str(write_rows(tmp_path / "long.jsonl", [long])),
+        model=str(tiny_llama_dir),
+        max_length=64,
+        long_rows="drop",
+    )
+    specs = parse_methods("loreft[rank=2,storage=fp32]")
+    _, tuned = build_cells(options, specs, [0], find_sources(options))
+    with pytest.raises(InputError, match=r"long.jsonl:1: .* at most max_length 64"):
+        run_cell(tuned)
+    assert not (tuned.directory / "train").exists()
+
+
 def test_pairs_and_targets_survive_being_held_out(options, tmp_path):
     rows = [{"text": f"a {n}", "text_pair": f"b {n}", "target": n / 2} for n in range(20)]
     data = write_rows(tmp_path / "pairs.jsonl", rows)
