@@ -24,6 +24,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "RESULTS.md",
     ROOT / "docs" / "choose.md",
+    ROOT / "docs" / "reference" / "measured.md",
     ROOT / "docs" / "small-model.md",
 )
 BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
