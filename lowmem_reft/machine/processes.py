@@ -64,6 +64,7 @@ def start(device: str) -> None:
         InputError: All processes would take the same card.
     """
     if num_processes() == 1:
+        _say_that_nobody_joins()
         return
     from accelerate import PartialState
 
@@ -80,6 +81,25 @@ def start(device: str) -> None:
         warnings.simplefilter("ignore")
         for name in ("lowmem_reft", "transformers", "accelerate", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _say_that_nobody_joins() -> None:
+    """Warn if ``accelerate launch`` was asked for several processes and has started one.
+
+    So it does with ``--cpu``, and without cards and a configuration. It has set an address for the
+    others, which some clusters set for all programs: therefore no refusal.
+    """
+    if {
+        "ACCELERATE_USE_CPU",
+        "MASTER_ADDR",
+    } <= os.environ.keys() and "LOCAL_RANK" not in os.environ:
+        warnings.warn(
+            "accelerate launch has started one process; if --num_processes asked for more: without "
+            "cards, or with --cpu, it starts them only by a configuration such as "
+            "recipes/accelerate/cards.yaml (then --device cpu here), or use torchrun "
+            "--nproc-per-node",
+            stacklevel=3,
+        )
 
 
 def stop() -> None:

@@ -120,7 +120,8 @@ def fit(
         )
     logs = trainer.state.log_history
     return {
-        "train_loss": outcome.training_loss,
+        # transformers joins the losses of the processes at reports alone.
+        "train_loss": statistics.fmean(processes.everyones(outcome.training_loss)),
         "num_trainable_params": trainable,
         "trainable_percent": 100 * trainable / total,
         "num_steps": step,

@@ -46,7 +46,7 @@ def run_training(options: TrainOptions) -> dict[str, Any]:
     """Train one adapter, save it to ``output_dir/adapter`` and write ``output_dir/result.json``.
 
     Returns:
-        ``adapter_dir``, ``train_loss`` (mean over the steps of this process),
+        ``adapter_dir``, ``train_loss`` (mean over the steps of all processes),
         ``num_trainable_params``, ``trainable_percent``, ``num_steps``, ``step_time_s`` (median),
         ``tokens_per_s``, ``packing`` (on or off), ``real_percent`` (of the tokens that were
         computed, those of rows), ``peak_bytes`` (live storages of a step on the longest

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import compare_versions
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -104,8 +106,9 @@ def test_two_processes_train_the_adapter_of_one_with_twice_the_accumulation(
 ) -> None:
     rows = options.data.data
     held_out = HeldOutOptions(validation_data=rows, eval_data=rows)
-    one = run_training(replace(options, held_out=held_out))
-    more = ["--validation-data", rows, "--eval-data", rows, "--json"]
+    run = replace(options.run, logging_steps=4)  # two steps come after the last report
+    one = run_training(replace(options, held_out=held_out, run=run))
+    more = ["--validation-data", rows, "--eval-data", rows, "--logging-steps", "4", "--json"]
     out = tmp_path / "two"
     script = str(ROOT / "tests" / "support" / "launched.py")
     done = launch("cards.yaml", script, *flags(options, out), *more, RECORD_DIR=str(tmp_path))
@@ -116,6 +119,7 @@ def test_two_processes_train_the_adapter_of_one_with_twice_the_accumulation(
     assert [loss for _, loss in two["loss_history"]] == pytest.approx(
         [loss for _, loss in one["loss_history"]], abs=1e-5
     )
+    assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-5)
     assert (two["num_processes"], two["effective_batch"]) == (2, one["effective_batch"])
     assert "2 examples x 2 accumulation x 2 processes = 8" in done.stderr
     assert done.stderr.count("reuse: trunk") == 1
@@ -201,6 +205,20 @@ def test_each_process_takes_the_card_of_its_number(monkeypatch: pytest.MonkeyPat
     assert resolve_device("auto") == torch.device("cuda", 1)
     with pytest.raises(InputError, match="device must be auto, cpu or cuda with 2 processes"):
         processes.start("cuda:0")
+
+
+def test_processes_that_accelerate_was_asked_for_and_did_not_start_are_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As ``accelerate launch --cpu --num_processes 2`` does; accelerate's own words for it."""
+    words = ["--cpu", "--num_processes", "2", "-m", "lowmem_reft.cli", "train"]
+    asked, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    _, environment = prepare_simple_launcher_cmd_env(asked)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match=r"accelerate launch has started one process.*torchrun"):
+        processes.start("cpu")
 
 
 @pytest.mark.usefixtures("second_of_two")
