@@ -123,6 +123,9 @@ def test_a_notebook_runs_and_holds_its_outputs(path: Path, runner: Runner) -> No
     for cell in cells:
         code = "".join(cell["source"]).replace("epochs=8", "epochs=1")
         runner.run(Block(place=path.name, language="python", title=None, code=code))
+        if "lr.plan(" in code:  # a prediction has no other figures elsewhere
+            kept = "".join(line for output in cell["outputs"] for line in output["text"])
+            assert kept == runner.last_output
     kinds = [output["output_type"] for cell in cells for output in cell["outputs"]]
     assert kinds.count("display_data") == 2
     assert kinds.count("stream") >= 5

@@ -72,7 +72,7 @@ class Runner:
         self.arguments = arguments or {}
         self.printed = printed
         self.names: dict[str, Any] = {"__name__": "__main__"}
-        self._last_output = ""
+        self.last_output = ""
 
     def run(self, block: Block) -> None:
         assert block.language in LANGUAGES, f"{block.place}: what is ```{block.language}?"
@@ -93,7 +93,7 @@ class Runner:
             assert block.language == "bash", f"{block.place}: a file needs a title"
             for words in commands(code):
                 self._command(words, block.place)
-        self._last_output = self.printed()
+        self.last_output = self.printed()
 
     def _command(self, words: list[str], place: str) -> None:
         if words[:2] == ["accelerate", "launch"]:
@@ -111,13 +111,13 @@ class Runner:
 
     def _compare(self, block: Block) -> None:
         """Every line is there, whatever its figures; columns may have been left out."""
-        real = [_cells(line) for line in self._last_output.splitlines()]
+        real = [_cells(line) for line in self.last_output.splitlines()]
         for line in block.code.splitlines():
             wanted = _cells(line)
             if line.strip() in ("...", ""):
                 continue
             found = any(_is_within(wanted, cells) for cells in real)
-            assert found, f"{block.place}: {line!r} is not in\n{self._last_output}"
+            assert found, f"{block.place}: {line!r} is not in\n{self.last_output}"
 
 
 def commands(code: str) -> Iterator[list[str]]:
