@@ -7,6 +7,7 @@ expected; prompts likewise. What comes back holds the figures of ``--json``, as 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -18,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from lowmem_reft.errors import InputError
 from lowmem_reft.machine.files import write_text_whole
-from lowmem_reft.machine.progress import show_bars
+from lowmem_reft.machine.progress import show_bars, without_bars_of_transformers
 from lowmem_reft.options import (
     CompareOptions,
     EvaluateOptions,
@@ -175,10 +176,12 @@ def _run(command: str, kind: Any, handler: str, given: Mapping[str, Any]) -> dic
         }
         content = {name: _checked(command, name, value, leaves) for name, value in content.items()}
         options = written.build(kind, **content)
-        show_bars(not content.get("quiet", False))
+        quiet = content.get("quiet", False)
+        show_bars(not quiet)
         module, _, function = handler.partition(":")
         run = getattr(importlib.import_module(f"lowmem_reft.{module}"), function)
-        result: dict[str, Any] = run(options)
+        with without_bars_of_transformers() if quiet else contextlib.nullcontext():
+            result: dict[str, Any] = run(options)
         return result
 
 

@@ -36,7 +36,7 @@ from lowmem_reft.base import import_bitsandbytes_without_compiler
 from lowmem_reft.errors import InputError, is_full_disk, is_out_of_memory, is_wrong_path
 from lowmem_reft.machine import own_modules, processes
 from lowmem_reft.machine.files import plain
-from lowmem_reft.machine.progress import show_bars
+from lowmem_reft.machine.progress import show_bars, without_bars_of_transformers
 from lowmem_reft.machine.terminal import for_stream, harmless
 from lowmem_reft.options import (
     ChatOptions,
@@ -189,10 +189,12 @@ def _run(command: _Command, options: Options) -> dict[str, Any]:
     said = written.values(options)
     as_json, quiet = said.get("json", False), said["quiet"] or not processes.is_main()
     show_bars(not quiet)
-    with _stdout_to_stderr() if as_json else contextlib.nullcontext():
+    with contextlib.ExitStack() as changed:
+        if as_json:
+            changed.enter_context(_stdout_to_stderr())
         with _collector_paused():
             if not command.loads_nothing and (quiet or not sys.stderr.isatty()):
-                _hide_bars_of_transformers()
+                changed.enter_context(without_bars_of_transformers())
             handler = _handler(command)
         result = handler(options)
         processes.stop()
@@ -206,12 +208,6 @@ def _run(command: _Command, options: Options) -> dict[str, Any]:
         _print_summary(result)
     sys.stdout.flush()
     return result
-
-
-def _hide_bars_of_transformers() -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
 
 
 def _handler(command: _Command) -> Callable[[Options], dict[str, Any]]:

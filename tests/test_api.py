@@ -62,6 +62,16 @@ def test_rows_become_an_adapter_that_is_scored_and_answers(
     assert one.output is None
 
 
+def test_quiet_is_without_the_bars_of_transformers_which_are_there_again_after_it(
+    tiny_llama_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    lowmem_reft.evaluate(model=str(tiny_llama_dir), data=ROWS, **SMALL)
+    assert capfd.readouterr().err == ""
+    assert is_progress_bar_enabled()
+
+
 def test_what_was_trained_is_loaded(trained: Any) -> None:
     model, tokenizer = trained.load()
     assert model.peft_config["default"].rank == 2

@@ -40,6 +40,20 @@ def show_bars(shown: bool) -> None:
     _switches["shown"] = shown
 
 
+@contextmanager
+def without_bars_of_transformers() -> Iterator[None]:
+    """Hide the bars of transformers (``Loading weights``) for a while; leave them as they were."""
+    from transformers.utils import logging  # here, as it takes long
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
 def progress(items: Sequence[T], what: str, *, quiet: bool) -> Iterator[T]:
     """Iterate over ``items`` with a bar that says ``what`` is being done and how long it takes."""
     with counter(what, quiet=quiet) as told:

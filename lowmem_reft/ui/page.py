@@ -74,7 +74,8 @@ def _data_tab(model: Any, data: Any) -> None:
     said = _said("What training takes of each row")
 
     def show(model: str, data: str, number: str) -> str:
-        return Command([*words_of("data", model=model, num=number), data]).wait()
+        words = words_of("data", model=model, num=number)
+        return Command([*words, data] if data else words).wait()
 
     button.click(_refusing(show), [model, data, number], said, api_name="data")
 
@@ -208,7 +209,7 @@ def _running(desk: Desk) -> tuple[Callable[[], Any], list[Any]]:
             gr.Column(visible=True),
             gr.Textbox(command.line, label="Runs" if runs else ended),
             gr.Button(interactive=runs),
-            gr.Row(visible=len(steps) > 0),
+            gr.Row(visible=len(steps) > 1),  # one point is no line
             steps,
             steps,
             command.text(),

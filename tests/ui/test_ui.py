@@ -30,7 +30,8 @@ MODEL, ROWS = str(embedded.model_dir()), str(embedded.task_files()[0])
 FIELDS = (MODEL, ROWS, "loreft", "2", "4", "run", "1", "", "")
 """Of training: method, rank, batch size, directory, epochs, learning rate, validation rows."""
 SMALL = "--limit 8 --device cpu --compute-dtype fp32"
-TRAINED = f"{SMALL} --storage fp32 --max-steps 2 --logging-steps 1"
+LOGGED = f"{SMALL} --storage fp32 --logging-steps 1"
+TRAINED = f"{LOGGED} --max-steps 2"
 NO_SUCH_TIME_S = 300.0
 """Nothing here takes so long, on a busy machine either."""
 
@@ -167,6 +168,13 @@ def test_a_training_is_followed_to_its_end_and_then_talked_to(page: Page) -> Non
     assert "the tokenizer has no chat template" in noted
 
 
+def test_a_line_is_drawn_from_its_second_point_on(page: Page) -> None:
+    for num_steps in (1, 2):
+        train(page, f"{LOGGED} --max-steps {num_steps} --overwrite")
+        assert len(steps_of(page.ended())["step"]) == num_steps
+        assert page.call("look")[3]["visible"] == (num_steps > 1)
+
+
 def test_a_training_is_stopped(page: Page) -> None:
     train(page, f"{SMALL} --storage fp32 --max-steps 100000 --overwrite --quiet")
     page.call("stop")
@@ -176,6 +184,9 @@ def test_a_training_is_stopped(page: Page) -> None:
 def test_what_is_refused_is_said_on_the_page(page: Page) -> None:
     (said,) = page.call("data", MODEL, "no-such.jsonl", "1")
     assert "no-such.jsonl" in said
+    (said,) = page.call("data", MODEL, "", "1")
+    assert "''" not in said
+    assert "data" in said
     with pytest.raises(AssertionError, match="directory must be that of a finished comparison"):
         page.call("report", "nowhere")
     with pytest.raises(AssertionError, match="adapter must be"):
