@@ -89,10 +89,8 @@ def _say_that_nobody_joins() -> None:
     So it does with ``--cpu``, and without cards and a configuration. It has set an address for the
     others, which some clusters set for all programs: therefore no refusal.
     """
-    if {
-        "ACCELERATE_USE_CPU",
-        "MASTER_ADDR",
-    } <= os.environ.keys() and "LOCAL_RANK" not in os.environ:
+    of_a_launcher = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys()
+    if of_a_launcher and "LOCAL_RANK" not in os.environ:
         warnings.warn(
             "accelerate launch has started one process; if --num_processes asked for more: without "
             "cards, or with --cpu, it starts them only by a configuration such as "

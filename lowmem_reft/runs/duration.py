@@ -57,6 +57,9 @@ OF_A_MODEL = 2.0
 """How many times more Python takes between operators in an adapted model, with the adapter's hooks
 and its quantized layers, than in the small plain one that is measured: an estimate too."""
 
+SAID_FROM = 1.5
+"""The slowdown from which on it is said: it is that of a second, and may be another a minute on."""
+
 _SAMPLED = 64
 """Validation rows that are tokenized to know how long they are."""
 
@@ -77,6 +80,9 @@ class Duration:
     """Seconds of each time; None: not predicted."""
     held_out_s: float | None = 0.0
     """To score ``eval_data`` at the end; None: not predicted."""
+    slowdown: float = 1.0
+    """How many times longer the timing took than if no other program had computed: all the above
+    are taken to last so much longer too."""
     why: str = ""
     """Why it is not predicted."""
 
@@ -110,9 +116,12 @@ class Duration:
         without = ""
         if left_out:
             without = f"; without {' and '.join(left_out)}, for which answers are generated"
+        shared = ""
+        if self.slowdown >= SAID_FROM:
+            shared = f", {self.slowdown:.1f} times as slow as alone, as other programs compute too"
         return (
             f"about {in_words(total)} ({', '.join(parts)}); by operators timed on this "
-            f"device{without}"
+            f"device{shared}{without}"
         )
 
 
@@ -265,6 +274,7 @@ def _predicted(
         num_validations=_num_validations(run, left, len(batches)) if validation else 0,
         validation_s=scored(validation),
         held_out_s=scored(held_out),
+        slowdown=slowdown,
     )
 
 

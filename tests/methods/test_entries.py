@@ -248,6 +248,7 @@ def test_a_deep_causal_base_is_edited_above_and_at_the_end_unless_the_user_says_
     assert edited(12, profile="paper") == ("all", "f7+l7")
     assert edited(12, "SEQ_CLS") == ("all", "all")
     assert edited(12, method="red") == ("all", "every")
+    assert edited(12, method="lora_reft") == ("upper:0.5", "l3")
 
 
 def test_an_unknown_profile_is_refused() -> None:
@@ -274,7 +275,7 @@ def test_the_table_names_options_that_exist_and_that_the_method_reads(name: str)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_option_of_a_method_can_be_given_and_reaches_its_configuration(name: str) -> None:
     values = {
-        **{"rank": 3, "lora_rank": 5, "num_virtual_tokens": 7, "alpha": 2.0, "dropout": 0.25},
+        **{"rank": 3, "lora_rank": 5, "num_virtual_tokens": 7, "alpha": 3.0, "dropout": 0.25},
         **{"layers": "1;2", "positions": "f1", "tie": "positions", "component": "attention_output"},
         **{"act": "tanh", "init": "paper", "profile": "fast", "target_modules": "q_proj"},
     }

@@ -68,6 +68,18 @@ def test_a_step_takes_about_what_was_predicted(options: TrainOptions, tmp_path: 
     assert 1 / 3 < done["step_time_s"] / predicted < 3
 
 
+def test_what_other_programs_cost_is_counted_and_said(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators.Stopwatch, "slowdown", 1.0)
+    alone = run_training(options)
+    monkeypatch.setattr(operators.Stopwatch, "slowdown", 30.0)
+    shared = run_training(options)
+    assert shared["predicted_s"] > 6 * alone["predicted_s"]
+    assert "30.0 times as slow as alone, as other programs compute too" in shared["time"]
+    assert "other programs" not in alone["time"]
+
+
 def test_validation_is_counted_and_generated_answers_are_said_not_to_be(
     options: TrainOptions, tmp_path: Path
 ) -> None:
