@@ -248,7 +248,15 @@ def test_a_deep_causal_base_is_edited_above_and_at_the_end_unless_the_user_says_
     assert edited(12, profile="paper") == ("all", "f7+l7")
     assert edited(12, "SEQ_CLS") == ("all", "all")
     assert edited(12, method="red") == ("all", "every")
-    assert edited(12, method="lora_reft") == ("upper:0.5", "l3")
+
+
+def test_lora_stands_where_loreft_edits_beside_it() -> None:
+    chosen = MethodOptions(method="lora_reft")
+    deep: Any = build_peft_config(chosen, task_type="CAUSAL_LM", num_layers=12)
+    assert (deep.r, deep.layers_to_transform) == (1, [6, 7, 8, 9, 10, 11])
+    assert (deep.reft["layers"], deep.reft["positions"]) == ("upper:0.5", "l3")
+    shallow: Any = build_peft_config(chosen, task_type="CAUSAL_LM", num_layers=6)
+    assert (shallow.layers_to_transform, shallow.reft["positions"]) == (None, "all")
 
 
 def test_an_unknown_profile_is_refused() -> None:
