@@ -31,11 +31,14 @@ BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table -->)", re.D
 
 
 def _origin(result: list[dict[str, Any]]) -> str:
-    """What a comparison was measured on and with."""
-    first = next(row for row in result if row["num_trainable_params"])
+    """What the cells of a comparison were measured on and with, each once."""
+    trained = [row for row in result if row["num_trainable_params"]]
+    devices = " and ".join(dict.fromkeys(row["device"] for row in trained))
     names = ("torch", "transformers", "bitsandbytes")
-    versions = ", ".join(f"{name} {first['versions'][name]}" for name in names)
-    return f"{first['device']}; {versions}."
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {row['versions'][name]}" for name in names) for row in trained
+    )
+    return f"{devices}; {'; '.join(versions)}."
 
 
 def comparison(result: list[dict[str, Any]]) -> str:
