@@ -27,6 +27,8 @@ PAGES = (
     ROOT / "docs" / "reference" / "measured.md",
     ROOT / "docs" / "small-model.md",
 )
+_GLUE = "\u00a0"
+"""A space at which a cell of a wide table does not break."""
 BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -119,13 +121,14 @@ def against_reference(result: list[dict[str, Any]]) -> str:
         trained = max(row.num_trainable_params or 0 for row in by_task.values())
         peaks = [row.peak_bytes for row in by_task.values() if row.peak_bytes]
         peak = f"{statistics.median(peaks) / 2**20:,.0f}" if peaks else "–"
-        behind = sum(cell.endswith(" -") for cell in cells)
+        behind = sum(cell.endswith(f"{_GLUE}-") for cell in cells)
         counts = (ahead[method], len(metrics) - behind)
         kept = ["" if method == reference else f"{count} of {len(metrics)}" for count in counts]
         kept = kept if counted else []
         if has_lost:
             cells.insert(0, f"{statistics.fmean(lost[method]):.2f}" if lost[method] else "–")
-        lines.append(f"| {method} | {trained:,} | {peak} | {' | '.join([*cells, *kept])} |")
+        name = method.replace(",", ", ")  # where it may break
+        lines.append(f"| {name} | {trained:,} | {peak} | {' | '.join([*cells, *kept])} |")
     return "\n".join([*lines, "", _origin(result), ""])
 
 
@@ -144,9 +147,10 @@ def _scored(row: Any, metric: str, difference: dict[str, Any] | None) -> str:
     else:
         spread = "" if row.value_sd is None else f" ± {row.value_sd:.3f}"
         text = f"{row.value_mean:.3f}{spread}"
+    text = text.replace("± ", f"±{_GLUE}")
     if difference is None or difference["p_holm"] >= LEVEL:
         return text
-    return f"{text} {'+' if gain(metric, difference['value']) > 0 else '-'}"
+    return f"{text}{_GLUE}{'+' if gain(metric, difference['value']) > 0 else '-'}"
 
 
 def grid(result: list[dict[str, Any]]) -> str:
