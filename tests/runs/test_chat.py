@@ -76,6 +76,7 @@ def talk(
     def run(model: Path, *flags: str, say: str) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(say))
         command = f"chat --model {model} --device cpu --storage fp32 --max-new-tokens 6"
+        capsys.readouterr()  # bars of what the test itself has loaded
         assert cli.main([*command.split(), *flags]) == 0
         out, err = capsys.readouterr()
         return out, err
