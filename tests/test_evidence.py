@@ -64,7 +64,12 @@ def test_what_is_kept_says_how_far_a_method_is_from_the_reference(tmp_path: Path
     assert kept["red", "trec"]["difference"]["p_holm"] > 0.3
     shown = tables.against_reference(list(kept.values()))
     rows = {line.split("|")[1].strip(): line.split("|")[4:8] for line in shown.splitlines()[2:5]}
-    assert [word.strip() for word in rows["loreft"]] == ["90.0\u00a0+", "1.500\u00a0-", "1 of 2", "1 of 2"]
+    assert [word.strip() for word in rows["loreft"]] == [
+        "90.0\u00a0+",
+        "1.500\u00a0-",
+        "1 of 2",
+        "1 of 2",
+    ]
     assert [word.strip() for word in rows["red"]] == ["47.5", "0.500\u00a0+", "1 of 2", "2 of 2"]
     assert [word.strip() for word in rows["qlora"]] == ["50.0", "1.000", "", ""]
     del kept["qlora", "trec"]  # then nothing is said of that set

@@ -79,7 +79,7 @@ def join(sources: Sequence[Path], *, relative_to: Path) -> list[dict[str, Any]]:
                 scored.setdefault(cell["task"], {}).setdefault(json.dumps(how), source)
     for task, found in scored.items():
         if len(found) > 1:
-            places = " and ".join(str(source) for source in found.values())
+            places = " and ".join(dict.fromkeys(str(source) for source in found.values()))
             print(
                 f"lowmem-reft report: {task} was scored on different rows, or with different "
                 f"prompts, bases or metrics, in {places}; do not compare its methods across them",

@@ -121,6 +121,11 @@ def test_a_task_that_was_scored_over_another_base_or_by_another_metric_is_named(
     file.write_text(json.dumps([{**cell, **change} for cell in json.loads(file.read_text())]))
     join([first, second], relative_to=tmp_path)
     assert "trec was scored on different rows" in capsys.readouterr().err
+    both = tmp_path / "both.json"
+    cells = [json.loads((each / "results.json").read_text()) for each in (first, second)]
+    both.write_text(json.dumps([cell for of in cells for cell in of]))
+    join([both], relative_to=tmp_path)
+    assert f"metrics, in {both}; do not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
