@@ -31,8 +31,7 @@ from lowmem_reft.compare.report.joining import join
 from lowmem_reft.compare.report.relative import relate
 from lowmem_reft.compare.report.significance import compare_with
 from lowmem_reft.errors import InputError
-from lowmem_reft.methods.entries import parse_methods, write_entry
-from lowmem_reft.methods.table import given_options
+from lowmem_reft.methods.entries import parse_methods, with_searched_rate
 
 POINTS = 50
 """Most points of a loss history."""
@@ -169,11 +168,10 @@ def with_chosen_rates(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _of_any_rate(entry: str) -> str:
     """Return what a method is called whose rate was searched; what names no rate, as it is."""
-    if ",lr=" not in entry and "[lr=" not in entry:
+    if "lr=" not in entry:
         return entry
     spec = parse_methods(entry)[0]
-    items = {**given_options(spec.options), **spec.optim_overrides, "lr": "searched"}
-    return write_entry(spec.name, items)
+    return with_searched_rate(spec, spec.optim_overrides["lr"]).label
 
 
 def _trials(cell: dict[str, Any]) -> list[dict[str, Any]]:

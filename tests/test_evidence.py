@@ -133,6 +133,8 @@ def test_of_cells_at_several_rates_those_at_the_best_on_validation_rows_are_kept
     better = trained(3e-4, 0, 0.8, num_examples=1)
     with pytest.raises(InputError, match=r"lr=0.0003\]', the best .* all 40 test rows"):
         collect.with_chosen_rates([*kept, better])
+    stored = {**trained(1e-3, 0, 0.5), "method": "qlora[rank=8,lr=0.001,storage=bf16]"}
+    assert collect.with_chosen_rates([*kept, stored])[-1] == stored  # another method, of one rate
     (chosen,) = collect.with_chosen_rates([*kept[:3], {**better, "num_examples": 40}])
     assert (chosen["value"], len(chosen["lr_search"])) == (3e-4, 3)
 
