@@ -32,6 +32,7 @@ from lowmem_reft.options import (
     TrainOptions,
     written,
 )
+from lowmem_reft.options.groups import ENOUGH_STEPS, FEWEST_EPOCHS, MOST_EPOCHS
 from lowmem_reft.options.values import QUANTIZED
 
 _NOT_OF_A_CELL = {
@@ -259,6 +260,8 @@ def _config(
     for unknown in ("group_by_length", "packing"):  # to finished cells
         if optim[unknown] == getattr(OptimOptions, unknown):
             del optim[unknown]
+    if train.optim.epochs is None:
+        optim["epochs"] = f"{FEWEST_EPOCHS} to {MOST_EPOCHS}, for {ENOUGH_STEPS} steps"
     return {
         **config,
         "data": {**asdict(train.data), "data": sources.train_digest},

@@ -39,6 +39,9 @@ from lowmem_reft.options.values import (
     check_tracker,
 )
 
+FEWEST_EPOCHS, MOST_EPOCHS, ENOUGH_STEPS = 3, 10, 100
+"""Passes over the data where none are asked for: as many as make enough steps, within bounds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -259,8 +262,8 @@ class MethodOptions:
 class OptimOptions:
     """The optimizer and its schedule."""
 
-    epochs: Annotated[float, tyro.conf.arg(aliases=("--num-train-epochs",))] = 3.0
-    """Passes over the data."""
+    epochs: Annotated[float | None, tyro.conf.arg(aliases=("--num-train-epochs",))] = None
+    """Passes over the data (default 3; of few rows as many as make 100 steps, at most 10)."""
     max_steps: int = -1
     """Stop after this many optimizer steps; -1: after --epochs."""
     lr: Annotated[float | None, tyro.conf.arg(aliases=("--learning-rate",))] = None
@@ -311,9 +314,22 @@ class OptimOptions:
         """Return the optimizer steps of a run, as the Trainer counts them."""
         if self.max_steps > 0:
             return self.max_steps
+        per_epoch = self._steps_per_epoch(num_examples, num_processes)
+        return math.ceil(self.num_epochs(num_examples, num_processes=num_processes) * per_epoch)
+
+    def num_epochs(self, num_examples: int, *, num_processes: int = 1) -> float:
+        """Return the passes over the data: those given, or enough for an adapter to learn by.
+
+        Default learning rates are for about as many steps as ``ENOUGH_STEPS``: benchmarks/LOG.md.
+        """
+        if self.epochs is not None:
+            return self.epochs
+        enough = math.ceil(ENOUGH_STEPS / self._steps_per_epoch(num_examples, num_processes))
+        return float(min(max(enough, FEWEST_EPOCHS), MOST_EPOCHS))
+
+    def _steps_per_epoch(self, num_examples: int, num_processes: int) -> int:
         passes = math.ceil(num_examples / (self.batch_size * num_processes))
-        per_epoch = max(1, math.ceil(passes / self.gradient_accumulation))
-        return math.ceil(self.epochs * per_epoch)
+        return max(1, math.ceil(passes / self.gradient_accumulation))
 
 
 @dataclass(frozen=True, kw_only=True)

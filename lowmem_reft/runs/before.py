@@ -18,6 +18,7 @@ from lowmem_reft.memory.planner import GIB
 from lowmem_reft.memory.verdict import gib
 from lowmem_reft.methods.configs import build_peft_config
 from lowmem_reft.methods.table import all_options
+from lowmem_reft.options.groups import FEWEST_EPOCHS
 from lowmem_reft.reft.config import ReftConfig
 from lowmem_reft.reft.lora_reft import LoraReftConfig
 from lowmem_reft.runs.fitting import predicted
@@ -141,11 +142,12 @@ def _configs(run: Run) -> tuple[Any, ReftConfig | None]:
 
 def _steps(run: Run, begun: Checkpoint | None) -> str:
     optim = run.optim
-    number = optim.num_steps(len(run.examples), num_processes=processes.num_processes())
-    length = "" if optim.max_steps > 0 else f" ({optim.epochs:g} epochs)"
+    few = run.options.optim.epochs is None and run.num_epochs > FEWEST_EPOCHS
+    why = ", as the rows are few" if few else ""
+    length = "" if optim.max_steps > 0 else f" ({optim.epochs:g} epochs{why})"
     on = "" if begun is None else f", on from step {begun.step}"
     rows = processes.effective_batch(optim)
-    return f"steps: {number:,} of {rows:,} rows{length}, {optim.schedule} schedule{on}"
+    return f"steps: {run.num_steps:,} of {rows:,} rows{length}, {optim.schedule} schedule{on}"
 
 
 def _memory(run: Run) -> str:

@@ -302,7 +302,7 @@ def _shown(value: Any) -> str:
 
 def _check_length(run: Run, step: int) -> None:
     """Refuse fewer steps than were taken before the last checkpoint."""
-    optim, num_steps = run.optim, _num_steps(run)
+    optim, num_steps = run.optim, run.num_steps
     name, value = ("max_steps", num_steps) if optim.max_steps > 0 else ("epochs", optim.epochs)
     if num_steps < step:
         raise InputError(
@@ -314,8 +314,4 @@ def _check_length(run: Run, step: int) -> None:
 
 def _length(run: Run) -> dict[str, Any]:
     """Return what decides how long a run goes on, which may change when it is resumed."""
-    return {"num_steps": _num_steps(run), "patience": run.options.choosing.patience}
-
-
-def _num_steps(run: Run) -> int:
-    return run.optim.num_steps(len(run.examples), num_processes=processes.num_processes())
+    return {"num_steps": run.num_steps, "patience": run.options.choosing.patience}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lowmem_reft.machine import processes
 from lowmem_reft.machine.files import plain
 from lowmem_reft.options import written
 from lowmem_reft.runs.fitting import predicted
@@ -31,8 +30,6 @@ def dry_run(run: Run) -> dict[str, Any]:
     return {
         **predicted(run),
         "num_examples": len(run.examples),
-        "num_steps": run.optim.num_steps(
-            len(run.examples), num_processes=processes.num_processes()
-        ),
+        "num_steps": run.num_steps,
         "options": plain({name: value for name, value in chosen.items() if value is not None}),
     }

@@ -260,7 +260,7 @@ def _predicted(
     slowdown = watch.slowdown
     pass_s = statistics.fmean(times.passes.at(batch.num_tokens) for batch in batches)
     num_passes = min(run.optim.gradient_accumulation, len(batches))
-    total = run.optim.num_steps(len(run.examples))
+    total = run.num_steps
     left = total - (0 if begun is None else begun.step)
 
     def scored(rows: Sequence[Row]) -> float | None:

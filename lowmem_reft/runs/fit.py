@@ -176,7 +176,7 @@ def _training_arguments(run: Run) -> TrainingArguments:
     assert optim.lr is not None
     arguments = RunArguments(
         output_dir=str(options.output_dir),
-        num_train_epochs=optim.epochs,
+        num_train_epochs=run.num_epochs,
         max_steps=optim.max_steps,
         per_device_train_batch_size=optim.batch_size,
         gradient_accumulation_steps=optim.gradient_accumulation,

@@ -89,13 +89,21 @@ class Run:
 
     @property
     def optim(self) -> OptimOptions:
-        """How it is optimized: with the method's own learning rate where none is given."""
-        return resolve_learning_rate(
+        """How it is optimized: with what learning rate and epochs stand for if none are given."""
+        optim = resolve_learning_rate(
             self.options.method,
             self.options.optim,
             lambda: self.config.get_text_config().hidden_size,
             lambda: self.num_layers,
         )
+        number = processes.num_processes()
+        return replace(optim, epochs=optim.num_epochs(len(self.examples), num_processes=number))
+
+    @property
+    def num_steps(self) -> int:
+        """The optimizer steps that it takes."""
+        number = processes.num_processes()
+        return self.optim.num_steps(len(self.examples), num_processes=number)
 
     @property
     def num_epochs(self) -> float:
@@ -103,6 +111,7 @@ class Run:
         optim = self.optim
         if optim.max_steps > 0:
             return optim.max_steps * processes.effective_batch(optim) / len(self.examples)
+        assert optim.epochs is not None
         return optim.epochs
 
     @property
@@ -112,6 +121,7 @@ class Run:
             **{name: getattr(self.card, name) for name in _OF_THE_CARD},
             "compute_dtype": dtype_name(self.compute_dtype),
             "lr": self.optim.lr,
+            "epochs": self.optim.epochs,
             **all_options(self.options.method),
             # What it chose is written out, and how a run goes on is not a setting.
             **dict.fromkeys(("memory_gib", "resume", "overwrite", "dry_run")),

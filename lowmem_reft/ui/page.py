@@ -87,7 +87,7 @@ def _train_tab(desk: Desk, model: Any, data: Any) -> tuple[Any, Any]:
         rank = _text("Rank", empty="the method's own")
         batch_size = _text("Batch size", "8")
     with gr.Row():
-        epochs = _text("Epochs", "3")
+        epochs = _text("Epochs", empty="3; of few rows more")
         lr = _text("Learning rate", empty="the method's own")
         directory = _text("Output directory", "run")
     with gr.Row():

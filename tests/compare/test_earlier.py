@@ -83,6 +83,7 @@ def test_earlier_methods_and_seeds_stay_in_the_results_and_are_named(
     ("changes", "why"),
     [
         ({"epochs": 1.0}, "another optim: loreft seed 0"),
+        ({"epochs": 3.0}, "another optim: loreft seed 0"),  # of few rows there would be more
         ({"limit": 3}, "another data: loreft seed 0"),
         ({"eval_limit": 3}, "another eval_data: base[storage=nf4] seed 0, loreft seed 0"),
         ({"max_new_tokens": 3}, "another scoring and validation_scoring: loreft seed 0"),

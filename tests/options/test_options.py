@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +104,36 @@ def test_values_at_the_edge_of_their_rule_are_taken() -> None:
     GenerateOptions(model=ModelOptions(model="m"), max_length=1)
     DecodingOptions(temperature=0.0, top_p=1.0)
     DecodingOptions(temperature=0.1, top_p=0.01, stop=("\n",))
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "given", "epochs"),
+    [
+        (1, {}, 10),  # a step in each
+        (80, {}, 10),
+        (160, {}, 5),  # 20 steps in each
+        (161, {}, 5),  # 21
+        (264, {}, 4),  # 33
+        (265, {}, 3),
+        (100_000, {}, 3),
+        (160, {"batch_size": 4}, 3),
+        (160, {"gradient_accumulation": 2}, 10),
+        (100, {"epochs": 0.5}, 0.5),
+    ],
+)
+def test_few_rows_are_gone_through_more_often_where_no_epochs_are_given(
+    num_examples: int, given: dict[str, Any], epochs: float
+) -> None:
+    options = OptimOptions(**given)
+    assert options.num_epochs(num_examples) == epochs
+    assert options.num_steps(num_examples) == replace(options, epochs=epochs).num_steps(
+        num_examples
+    )
+
+
+def test_several_processes_take_fewer_steps_in_an_epoch() -> None:
+    assert [OptimOptions().num_epochs(320, num_processes=n) for n in (1, 2, 4)] == [3, 5, 10]
+    assert OptimOptions(max_steps=7).num_steps(320, num_processes=2) == 7
 
 
 def test_no_general_text_is_scored_under_a_classification_head() -> None:

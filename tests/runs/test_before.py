@@ -88,6 +88,17 @@ def test_rows_first_row_method_and_steps_are_said(
     )
 
 
+def test_more_epochs_of_few_rows_are_said_with_why_and_written_into_the_run_file(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unsaid = with_optim(options, epochs=None)
+    few = "steps: 20 of 2 rows (10 epochs, as the rows are few), constant schedule"
+    assert few in said(unsaid, capsys)
+    assert run_training(written.changed(unsaid, dry_run=True))["options"]["epochs"] == 10
+    bounded = with_optim(unsaid, max_steps=5)
+    assert "steps: 5 of 2 rows, constant schedule" in said(bounded, capsys)
+
+
 def test_the_memory_that_is_said_is_that_of_the_dry_run(
     options: TrainOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
