@@ -314,8 +314,8 @@ class OptimOptions:
         """Return the optimizer steps of a run, as the Trainer counts them."""
         if self.max_steps > 0:
             return self.max_steps
-        per_epoch = self._steps_per_epoch(num_examples, num_processes)
-        return math.ceil(self.num_epochs(num_examples, num_processes=num_processes) * per_epoch)
+        epochs = self.num_epochs(num_examples, num_processes=num_processes)
+        return math.ceil(epochs * self.steps_per_epoch(num_examples, num_processes=num_processes))
 
     def num_epochs(self, num_examples: int, *, num_processes: int = 1) -> float:
         """Return the passes over the data: those given, or enough for an adapter to learn by.
@@ -324,10 +324,11 @@ class OptimOptions:
         """
         if self.epochs is not None:
             return self.epochs
-        enough = math.ceil(ENOUGH_STEPS / self._steps_per_epoch(num_examples, num_processes))
-        return float(min(max(enough, FEWEST_EPOCHS), MOST_EPOCHS))
+        of_one = self.steps_per_epoch(num_examples, num_processes=num_processes)
+        return float(min(max(math.ceil(ENOUGH_STEPS / of_one), FEWEST_EPOCHS), MOST_EPOCHS))
 
-    def _steps_per_epoch(self, num_examples: int, num_processes: int) -> int:
+    def steps_per_epoch(self, num_examples: int, *, num_processes: int = 1) -> int:
+        """Return the optimizer steps of one pass over the data, as the Trainer counts them."""
         passes = math.ceil(num_examples / (self.batch_size * num_processes))
         return max(1, math.ceil(passes / self.gradient_accumulation))
 

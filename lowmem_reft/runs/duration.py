@@ -260,8 +260,7 @@ def _predicted(
     slowdown = watch.slowdown
     pass_s = statistics.fmean(times.passes.at(batch.num_tokens) for batch in batches)
     num_passes = min(run.optim.gradient_accumulation, len(batches))
-    total = run.num_steps
-    left = total - (0 if begun is None else begun.step)
+    left = run.num_steps - (0 if begun is None else begun.step)
 
     def scored(rows: Sequence[Row]) -> float | None:
         seconds = _scoring_s(run, rows, scoring, plain.forward)
@@ -271,7 +270,7 @@ def _predicted(
         num_steps=left,
         step_s=slowdown * (num_passes * pass_s + times.optimizer_s),
         build_s=slowdown * build_s,
-        num_validations=_num_validations(run, left, len(batches)) if validation else 0,
+        num_validations=_num_validations(run, left) if validation else 0,
         validation_s=scored(validation),
         held_out_s=scored(held_out),
         slowdown=slowdown,
@@ -380,10 +379,9 @@ def _mode_of_reuse(run: Run, model: Any) -> Any:
     return "prefix" if any(constant.first_edited) else "trunk"
 
 
-def _num_validations(run: Run, num_steps: int, num_batches: int) -> int:
-    every = run.options.choosing.eval_steps
-    per_epoch = max(1, math.ceil(num_batches / run.optim.gradient_accumulation))
-    return math.ceil(num_steps / (per_epoch if every is None else every))
+def _num_validations(run: Run, num_steps: int) -> int:
+    every = run.options.choosing.eval_steps or run.optim.steps_per_epoch(len(run.examples))
+    return math.ceil(num_steps / every)
 
 
 def _scoring_s(
