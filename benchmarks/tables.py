@@ -176,7 +176,7 @@ def _value(row: Any) -> str:
 
 def _percent(mean: float, deviation: float | None) -> str:
     spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
-    return f"{100 * mean:.1f}{spread}"
+    return f"{round(100 * mean, 1) + 0.0:.1f}{spread}"  # + 0.0: no -0.0
 
 
 def figure(value: float) -> str:
