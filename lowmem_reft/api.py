@@ -53,8 +53,11 @@ class Result(dict[str, Any]):
 class TrainResult(Result):
     """What a training has come to; see ``train``."""
 
-    def load(self) -> tuple[Any, Any]:
-        """Return the base with the adapter on it, in evaluation mode, and the tokenizer."""
+    def load(self, *, quiet: bool = False) -> tuple[Any, Any]:
+        """Return the base with the adapter on it, in evaluation mode, and the tokenizer.
+
+        With ``quiet`` no bar shows how far that is.
+        """
         # Here, as they import torch.
         from lowmem_reft.methods.card import load_card
         from lowmem_reft.methods.loading import load_adapted
@@ -62,7 +65,8 @@ class TrainResult(Result):
         adapter = Path(self["adapter_dir"])
         card = load_card(adapter)
         assert card is not None
-        return load_adapted(ModelOptions(model=card.base), adapter, card)
+        with without_bars_of_transformers() if quiet else contextlib.nullcontext():
+            return load_adapted(ModelOptions(model=card.base), adapter, card)
 
 
 def train(*, model: str, data: Any, output_dir: str | Path, **options: Any) -> TrainResult:

@@ -282,17 +282,23 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def _print_summary(result: dict[str, Any], *, to_stderr: bool = False) -> None:
-    """One line per figure; lists and nested objects are for ``--json`` and result.json."""
+    """One line per figure or interval; other lists and objects are for ``--json``."""
     from rich.console import Console
 
-    shown = {key: v for key, v in result.items() if isinstance(v, str | int | float | Path)}
+    shown = {
+        key: value
+        for key, value in result.items()
+        if isinstance(value, str | int | float | Path) or key.endswith("_interval")
+    }
     width = max(map(len, shown), default=0)
     console = Console(stderr=to_stderr, soft_wrap=True)
     for key, value in shown.items():
         console.print(harmless(f"{key:<{width}}  {_format(key, value)}"), markup=False)
 
 
-def _format(key: str, value: str | float | Path) -> str:
+def _format(key: str, value: Any) -> str:
+    if key.endswith("_interval"):
+        return " to ".join(f"{end:.4g}" for end in value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if key.endswith("_bytes"):

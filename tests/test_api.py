@@ -79,6 +79,15 @@ def test_what_was_trained_is_loaded(trained: Any) -> None:
     assert tokenizer("a")["input_ids"]
 
 
+def test_what_was_trained_is_loaded_without_bars_where_quiet_is_asked_for(
+    trained: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trained.load(quiet=True)
+    assert capfd.readouterr().err == ""
+    trained.load()
+    assert "Loading weights" in capfd.readouterr().err
+
+
 def test_a_plan_is_figures() -> None:
     found = lowmem_reft.plan(model="llama-3.2-1b", memory_gib=8, seq_len=64, batch_size=1)
     assert found.fits

@@ -23,7 +23,6 @@ from typing import Any
 from lowmem_reft.base.hub import load_config
 from lowmem_reft.base.synthetic import base_on_meta
 from lowmem_reft.compare.cell import Cell, Result
-from lowmem_reft.data.rows import load_rows
 from lowmem_reft.errors import InputError, naming
 from lowmem_reft.methods.attach import attach
 from lowmem_reft.methods.entries import MethodSpec, parse_methods, with_overrides
@@ -307,7 +306,5 @@ def _step_times(
 
 
 def num_steps(options: TrainOptions) -> int:
-    """Return the optimizer steps of a run, as the Trainer counts them."""
-    data = options.data
-    num_rows = len(load_rows(data.data, split=data.split, limit=data.limit))
-    return options.optim.num_steps(num_rows)
+    """Return the optimizer steps of a run: of its rows as they are trained on."""
+    return resolve(options).num_steps

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from lowmem_reft.options import CompareOptions, TrainOptions
     from lowmem_reft.runs.resolve import Run
 
-_SETTINGS = ("storage", "rank", "layers", "positions", "lr", "batch_size", "epochs")
+_SHOWN = ("rank", "layers", "positions", "lr", "epochs")
+_SETTINGS = ("storage", *_SHOWN, "batch_size")
 
 
 def check_dry_run(options: CompareOptions) -> None:
@@ -86,7 +87,7 @@ def _resolved(train: TrainOptions) -> dict[str, Any]:
         return {**nothing, "error": str(error)}
     except Exception as error:  # with a budget, of a kind of model that cannot be predicted
         return {**nothing, "error": in_one_line(error)}
-    known = {**vars(run.optim), **run.as_resolved, **settings_of(run)}
+    known = {**vars(run.optim), **run.as_resolved, **settings_of(run), "epochs": run.num_epochs}
     nothing |= {name: known.get(name) for name in _SETTINGS} | {"fitted": fitted}
     try:
         return {**nothing, "peak_bytes": predicted(run)["peak_bytes"]}
@@ -116,7 +117,7 @@ def _print(result: dict[str, Any]) -> None:
         lines.setdefault((cell["task"], cell["method"]), []).append(cell)
     settings = {(each["task"], each["method"]): each for each in result["methods"]}
     more = ("to fit",) if any(each["fitted"] for each in result["methods"]) else ()
-    titles = ("task", "method", "seeds to run", "finished", *_SETTINGS[1:5], *more)
+    titles = ("task", "method", "seeds to run", "finished", *_SHOWN, *more)
     table = Table(*titles, "peak of a step", box=None, pad_edge=False)
     for place, cells in lines.items():
         known = settings.get(place, {})
@@ -124,10 +125,16 @@ def _print(result: dict[str, Any]) -> None:
             ", ".join(str(cell["seed"]) for cell in cells if cell["finished"] is finished)
             for finished in (False, True)
         ]
-        values = ["" if (v := known.get(name)) is None else f"{v}" for name in _SETTINGS[1:5]]
+        values = [_shown(known.get(name)) for name in _SHOWN]
         values += [known.get("fitted") or "" for _ in more]
         peak = known.get("peak_bytes")
         last = known.get("error") or ("" if peak is None else gib(peak))
         table.add_row(*map(harmless, (*place, *seeds, *values, last)))
     # As wide as it is: what a terminal wraps can be copied, a name that is cut cannot.
     Console(width=1000, highlight=False, markup=False).print(table)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else f"{value}"

@@ -93,6 +93,9 @@ def parse(arguments: list[str], commands: Mapping[str, Any], description: str) -
 
 def _with_file(arguments: list[str], kind: Any) -> tuple[list[str], dict[str, run_file.Entry]]:
     """Return the words after the command's name, with those of ``--config FILE`` before them."""
+    if arguments[1:2] and (action := _actions(kind).get(arguments[1])):
+        words, entries = _with_file([arguments[0], *arguments[2:]], action)
+        return [arguments[1], *words], entries
     words, path = run_file.take(run_file.with_bare_switches(arguments[1:], kind))
     if path is None:
         return run_file.without_usual_switches(words, kind), {}

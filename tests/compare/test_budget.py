@@ -342,6 +342,17 @@ def test_steps_are_counted_as_the_trainer_counts_them(options: CompareOptions) -
     assert num_steps(replace(train, optim=replace(optim, max_steps=5))) == 5
 
 
+def test_steps_are_those_of_the_rows_that_are_trained_on(options: CompareOptions) -> None:
+    own = changed(options, max_length=12, long_rows="drop", optim=OptimOptions(batch_size=1))
+    Path(str(own.rows.data)).write_text(
+        "".join(json.dumps({"prompt": "a" * n, "response": "b"}) + "\n" for n in (2, 3, 90, 90))
+    )
+    train = build_cells(own, parse_methods("loreft"), [0], find_sources(own))[-1].train
+    assert train is not None
+    with pytest.warns(UserWarning, match="2 of 4 rows were left out"):
+        assert num_steps(train) == 20  # ten epochs of two rows
+
+
 def test_further_overrides_are_added_to_an_entry_or_replace_those_in_it() -> None:
     (spec,) = parse_methods("loreft[rank=4,positions=f7+l7,lr=1e-3,storage=bf16]")
     changed = with_overrides(spec, {"rank": 2, "max_steps": 7})

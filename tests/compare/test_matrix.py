@@ -162,7 +162,12 @@ def test_a_dry_run_lists_what_is_to_run_and_runs_nothing(
     assert (loreft["rank"], loreft["positions"], lora["rank"]) == (2, "all", 16)
     assert loreft["peak_bytes"] > 0
     assert all(each["lr"] > 0 for each in found["methods"])
-    assert "numbers  loreft[rank=2]      1             0 " in capsys.readouterr().out
+    titles, *lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("numbers  loreft[rank=2]      1             0 ") for line in lines)
+    assert [each["epochs"] for each in found["methods"]] == [10, 10, 10]
+    assert " epochs " in titles
+    bounded = run_comparison(changed(more, max_steps=3, quiet=True))["methods"][0]
+    assert bounded["epochs"] == 1.2  # 3 steps of 8 of the 20 rows
     new = changed(more, output_dir=tmp_path / "new", methods="bitfit", quiet=True)
     assert "bias" in run_comparison(new)["methods"][0]["error"]
     assert not (tmp_path / "new").exists()

@@ -182,6 +182,15 @@ def test_one_file_is_named(words: list[str]) -> None:
         cli._parse(["train", *words])
 
 
+def test_a_command_of_several_actions_takes_a_file_after_the_action(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("command: reuse\nreuse_dir: stores\nall: true\n", encoding="utf-8")
+    action = cli._parse(["reuse", "rm", "--config", str(path), "--no-all", "KEY"]).action
+    assert (action.keys, action.all, action.reuse_dir) == (("KEY",), False, Path("stores"))
+    with pytest.raises(InputError, match=r"run.yaml:3: all must be an option of reuse, got no"):
+        cli._parse(["reuse", "ls", "--config", str(path)])
+
+
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="config must be a file that can be read"):
         cli._parse(["train", "--config", str(tmp_path / "none.yaml")])

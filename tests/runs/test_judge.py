@@ -65,6 +65,14 @@ def test_a_program_judges_and_ties_count_half(files: tuple[Path, Path], tmp_path
     assert found.mean_length_difference == pytest.approx((3 - 5 + 0 + 8) / 4)
 
 
+def test_a_win_rate_is_printed_with_its_interval(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = program(tmp_path / "judge.py", LONGER)
+    assert cli.main(["judge", *map(str, files), "--command", judge]) == 0
+    assert "win_rate_interval           0.25 to 1\n" in capsys.readouterr().out
+
+
 def test_a_judge_who_prefers_the_first_place_says_nothing(files: tuple[Path, Path]) -> None:
     found = judge_files(*files, lambda questions: [1.0] * len(questions))
     assert (found.win_rate, found.ties) == (0.5, 4)
