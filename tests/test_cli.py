@@ -436,6 +436,10 @@ def test_a_typo_is_answered_with_options_of_the_same_subcommand(capsys):
             [*TRAIN, "--learning-rat", "1"],
             "unknown options: --learning-rat; similar: --learning-rate",
         ),
+        (
+            [*TRAIN, "--adapter", "qlora", "--test_datasets", "d"],
+            "unknown options: --adapter, --test-datasets; here: --method, --validation-data; see",
+        ),
         ([*TRAIN, "--load_in_4bit"], "unknown options: --load-in-4bit; here: --storage nf4; see"),
         (
             [*TRAIN, "--lora_r=8", "--lora_alpha", "16", "--sead", "1"],
