@@ -28,7 +28,7 @@ class Desk:
         self.command = Command(words)
 
     def answers(
-        self, model: str, adapter: str, messages: Sequence[dict[str, str]]
+        self, words: Sequence[str], messages: Sequence[dict[str, str]]
     ) -> tuple[list[str], str]:
         """Let adapter and base answer; see ``Talker.answers``.
 
@@ -36,7 +36,7 @@ class Desk:
             InputError: A command runs, or something cannot be loaded or answered.
         """
         self._check_free()
-        return self._talker.answers(model, adapter, messages)
+        return self._talker.answers(words, messages)
 
     def stop(self) -> None:
         """End the command as Ctrl-C does."""

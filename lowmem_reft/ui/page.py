@@ -32,12 +32,36 @@ _POLLING_S = 1.0
 
 STYLE = """
 .said textarea { font-family: ui-monospace, monospace; font-size: 13px; }
+input[role=combobox] { padding-right: 24px !important; text-overflow: ellipsis; }  /* the arrow's */
 @media (max-width: 600px) {
   .tab-container button { padding: 0 10px !important; }
-  .report { margin: 0 -24px !important; width: auto !important; }
+  .block.report { margin: 0 -36px !important; width: auto !important; }
+  .chat { height: 280px !important; }
 }
 .report iframe { width: 100%; height: 85vh; border: 1px solid #8886; border-radius: 8px; }
 """
+
+HEAD = """<script>
+let chosen = false;  // with the arrows
+addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !chosen && event.target.closest(".choice")) {
+    event.stopPropagation();
+    event.target.blur();
+  }
+  chosen = event.key.startsWith("Arrow");
+}, true);
+</script>"""
+"""Where a field offers choices, Gradio's Enter takes the first that what is typed is a part of."""
+
+_TO_THE_END = """() => setTimeout(() => {  // when Gradio has given it its height
+  const said = document.querySelector(".goes-on textarea");
+  if (!said) return;  // the page is being closed
+  const end = Math.min(said.end ?? 0, said.scrollHeight);  // as it was before
+  const was_at_end = said.scrollTop + said.clientHeight > end - 30;
+  said.end = said.scrollHeight;
+  if (was_at_end) said.scrollTop = said.end;
+}, 100)"""
+"""Shows the newest line, unless the reader has scrolled up; Gradio's own scrolling does nothing."""
 
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 """With the reader's own fonts: others would come from the network."""
@@ -54,40 +78,39 @@ def build_page(desk: Desk) -> Any:
         with gr.Tab("Data"):
             _data_tab(model, data)
         with gr.Tab("Train"):
-            train, directory = _train_tab(desk, model, data)
+            directory = _train_tab(desk, model, data)
         with gr.Tab("Compare"):
-            compare, results = _compare_tab(desk, model, data)
+            results = _compare_tab(desk, model, data)
         with gr.Tab("Report"):
             _report_tab(results)
         with gr.Tab("Talk"):
             _talk_tab(desk, model, directory)
-        look, shown = _running(desk)
-        for started in (train, compare):
-            started.then(look, None, shown, show_progress="hidden", api_visibility="private")
-        page.load(look, None, shown, show_progress="hidden", api_visibility="private")
+        _running(desk)
     return page
 
 
 def _data_tab(model: Any, data: Any) -> None:
-    number = _text("Rows to show", "3")
+    with gr.Row():
+        number = _text("Rows to show", "3")
+        more = _text(_MORE, empty="--max-length 256")
     button = gr.Button("Show", variant="primary")
     said = _said("What training takes of each row")
 
-    def show(model: str, data: str, number: str) -> str:
-        words = words_of("data", model=model, num=number)
-        return Command([*words, data] if data else words).wait()
+    def show(model: str, data: str, number: str, more: str) -> str:
+        command, *flags = words_of("data", more, model=model, num=number)
+        return _answered([command, data, *flags] if data else [command, *flags])
 
-    button.click(_refusing(show), [model, data, number], said, api_name="data")
+    button.click(_refusing(show), [model, data, number, more], said, api_name="data")
 
 
-def _train_tab(desk: Desk, model: Any, data: Any) -> tuple[Any, Any]:
-    """Return the event that starts a training, and the field of its directory."""
+def _train_tab(desk: Desk, model: Any, data: Any) -> Any:
+    """Return the field of the directory."""
     with gr.Row():
         method = gr.Dropdown([*METHODS], value="loreft", label="Method")
         rank = _text("Rank", empty="the method's own")
         batch_size = _text("Batch size", "8")
     with gr.Row():
-        epochs = _text("Epochs", empty="3; of few rows more")
+        epochs = _text("Epochs", empty="3; up to 10 where there are few rows")
         lr = _text("Learning rate", empty="the method's own")
         directory = _text("Output directory", "run")
     with gr.Row():
@@ -98,30 +121,32 @@ def _train_tab(desk: Desk, model: Any, data: Any) -> tuple[Any, Any]:
     with gr.Row():
         plan_button = gr.Button("Plan")
         train_button = gr.Button("Train", variant="primary")
-    said = _said("Plan", visible=False)
+    said = _said("Plan")
 
     names = ("model", "data", "method", "rank", "batch_size")
     of_train = ("output_dir", "epochs", "lr", "validation_data")
 
-    def plan(card: str, more: str, *values: str) -> Any:
+    def plan(card: str, more: str, *values: str) -> str:
         fields = dict(zip(names + of_train, values, strict=True))
         words = words_of("train", f"--dry-run {more}", **fields)
         if card:
             fields = {name: fields[name] for name in names}
-            fields["memory_gib" if card.replace(".", "", 1).isdecimal() else "gpu"] = card
+            gib = card.removesuffix("GiB").strip()
+            fields |= {"memory_gib": gib} if gib.replace(".", "", 1).isdecimal() else {"gpu": card}
             words = words_of("plan", f"--fit {more}", **fields)
-        return gr.Textbox(Command(words).wait(), visible=True)
+        return _answered(words)
 
     def train(more: str, *values: str) -> None:
         desk.start(words_of("train", more, **dict(zip(names + of_train, values, strict=True))))
 
     inputs = [more, model, data, method, rank, batch_size, directory, epochs, lr, validation]
     plan_button.click(_refusing(plan), [card, *inputs], said, api_name="plan")
-    return train_button.click(_refusing(train), inputs, None, api_name="train"), directory
+    train_button.click(_refusing(train), inputs, None, api_name="train")
+    return directory
 
 
-def _compare_tab(desk: Desk, model: Any, data: Any) -> tuple[Any, Any]:
-    """Return the event that starts a comparison, and the field of its directory."""
+def _compare_tab(desk: Desk, model: Any, data: Any) -> Any:
+    """Return the field of the directory."""
     with gr.Row():
         methods = _text("Methods, with overrides in brackets", "loreft,qlora")
         seeds = _text("Seeds", "0")
@@ -136,7 +161,8 @@ def _compare_tab(desk: Desk, model: Any, data: Any) -> tuple[Any, Any]:
         desk.start(words_of("compare", more, **dict(zip(names, values, strict=True))))
 
     inputs = [more, model, data, methods, seeds, test, directory]
-    return button.click(_refusing(compare), inputs, None, api_name="compare"), directory
+    button.click(_refusing(compare), inputs, None, api_name="compare")
+    return directory
 
 
 def _report_tab(results: Any) -> None:
@@ -151,7 +177,9 @@ def _report_tab(results: Any) -> None:
                 f"directory must be that of a finished comparison, got {directory!r}, where "
                 "there is no report.html; start one under Compare"
             )
-        text = html.escape(page.read_text(encoding="utf-8"))
+        text = page.read_text(encoding="utf-8")
+        # Its links are to places in itself, and not in the page around it.
+        text = html.escape(text.replace("<head>", '<head><base href="about:srcdoc">', 1))
         return f'<iframe title="report" sandbox="allow-scripts" srcdoc="{text}"></iframe>'
 
     button.click(_refusing(read), directory, shown, api_name="report")
@@ -159,21 +187,34 @@ def _report_tab(results: Any) -> None:
 
 
 def _talk_tab(desk: Desk, model: Any, run: Any) -> None:
-    adapter = _text("Adapter, or directory of its run", run.value, empty="none: the base alone")
+    with gr.Row():
+        adapter = _text("Adapter, or directory of its run", run.value, empty="none: the base alone")
+        more = _text(_MORE, empty="--max-new-tokens 32")
     with gr.Row():
         chats = [
-            gr.Chatbot(label=label, render_markdown=False, buttons=[], min_width=_WIDTH)
+            gr.Chatbot(
+                label=label,
+                render_markdown=False,
+                buttons=[],
+                min_width=_WIDTH,
+                elem_classes="chat",
+            )
             for label in ("Adapter", "Base")
         ]
-    notes = gr.Markdown()
+    notes = _said("Notes", lines=1)
     message = gr.Textbox(label="Message", placeholder="Enter sends it", submit_btn=True)
     button = gr.Button("Begin anew", size="sm")
     told = gr.State([])
     beside = gr.State([])
 
-    def reply(model: str, adapter: str, message: str, told: list[Any], beside: list[Any]) -> Any:
+    def reply(
+        model: str, adapter: str, more: str, message: str, told: list[Any], beside: list[Any]
+    ) -> Any:
+        if not message.strip():
+            raise InputError("message must have words, got none; write one")
         asked = {"role": "user", "content": message}
-        answers, noted = desk.answers(model, adapter, [*told, asked])
+        words = words_of("chat", more, model=model, adapter=adapter)
+        answers, noted = desk.answers(words, [*told, asked])
         told, beside = (
             [*before, asked, {"role": "assistant", "content": answer}]
             for before, answer in ((told, answers[0]), (beside, answers[-1]))
@@ -181,45 +222,48 @@ def _talk_tab(desk: Desk, model: Any, run: Any) -> None:
         return told if adapter else [], beside, noted, "", told, beside
 
     outputs = [*chats, notes, message, told, beside]
-    inputs = [model, adapter, message, told, beside]
-    message.submit(_refusing(reply), inputs, outputs, api_name="reply")
-    button.click(lambda: ([], [], "", "", [], []), None, outputs, api_name="begin")
+    inputs = [model, adapter, more, message, told, beside]
+    # What is refused would cover all that is filled in: the conversation, and the message.
+    message.submit(_refusing(reply), inputs, outputs, show_progress_on=notes, api_name="reply")
+    begin = [button.click, *(chat.clear for chat in chats)]
+    gr.on(begin, lambda: ([], [], "", "", [], []), None, outputs, api_name="begin")
     run.change(lambda value: value, run, adapter, api_visibility="private")
 
 
-def _running(desk: Desk) -> tuple[Callable[[], Any], list[Any]]:
-    """Return what looks at the command that runs, and the components that it fills in."""
+def _running(desk: Desk) -> None:
+    """Show the command that runs or ran last, wherever it was started."""
     with gr.Column(visible=False) as panel:
-        state = gr.Textbox(max_lines=4, interactive=False, elem_classes="said")
+        state = gr.Textbox(max_lines=12, interactive=False, elem_classes="said")
         button = gr.Button("Stop", variant="stop")
         with gr.Row(visible=False) as charts:
             loss = gr.LinePlot(x="step", y="loss", height=240)
             memory = gr.LinePlot(x="step", y="peak", y_title="peak memory, GiB", height=240)
-        said = _said("What it says")
-    timer = gr.Timer(_POLLING_S, active=False)
+        said = _said("What it says", "goes-on")
+    seen = gr.State()
 
-    def look() -> Any:
+    def look(seen: Any) -> Any:
         command = desk.command
-        if command is None:
+        now = None if command is None else (command.line, command.code, command.text())
+        if now is None or now == seen:
             return [gr.skip() for _ in shown]
-        steps = pd.DataFrame(steps_of(command.text()))
-        runs = command.code is None
-        ended = "Has ended" if command.code == 0 else "Has ended without a result"
+        line, code, text = now
+        steps = pd.DataFrame(steps_of(text))
+        is_drawn = len(steps) > 1  # one point is no line
+        ended = "Has ended" if code == 0 else "Has ended without a result"
         return (
             gr.Column(visible=True),
-            gr.Textbox(command.line, label="Runs" if runs else ended),
-            gr.Button(interactive=runs),
-            gr.Row(visible=len(steps) > 1),  # one point is no line
-            steps,
-            steps,
-            command.text(),
-            gr.Timer(active=runs),
+            gr.Textbox(line, label="Runs" if code is None else ended),
+            gr.Button(interactive=code is None),
+            gr.Row(visible=is_drawn),
+            *[steps if is_drawn else gr.skip()] * 2,
+            text,
+            now,
         )
 
-    shown = [panel, state, button, charts, loss, memory, said, timer]
-    timer.tick(look, None, shown, show_progress="hidden", api_name="look")
+    shown = [panel, state, button, charts, loss, memory, said, seen]
+    gr.Timer(_POLLING_S).tick(look, seen, shown, show_progress="hidden", api_name="look")
+    said.change(None, js=_TO_THE_END)
     button.click(desk.stop, None, None, api_name="stop")
-    return look, shown
 
 
 def _text(label: str, value: str = "", *, empty: str = "") -> Any:
@@ -229,13 +273,26 @@ def _text(label: str, value: str = "", *, empty: str = "") -> Any:
 
 def _choice(label: str, choices: list[Any], value: str) -> Any:
     """Return a field with values to choose from, into which others can be typed."""
-    return gr.Dropdown(choices, value=value, label=label, allow_custom_value=True, min_width=_WIDTH)
-
-
-def _said(label: str, *, visible: bool = True) -> Any:
-    return gr.Textbox(
-        label=label, lines=8, max_lines=24, interactive=False, elem_classes="said", visible=visible
+    return gr.Dropdown(
+        choices,
+        value=value,
+        label=label,
+        allow_custom_value=True,
+        min_width=_WIDTH,
+        elem_classes="choice",
     )
+
+
+def _said(label: str, *classes: str, lines: int = 8) -> Any:
+    return gr.Textbox(
+        label=label, lines=lines, max_lines=24, interactive=False, elem_classes=["said", *classes]
+    )
+
+
+def _answered(words: list[str]) -> str:
+    """Return a command as it is typed, and what it says until it has ended."""
+    command = Command(words)
+    return f"{command.line}\n\n{command.wait()}"
 
 
 def _files() -> list[str]:

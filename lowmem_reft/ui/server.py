@@ -28,7 +28,7 @@ def run_ui(options: UiOptions) -> dict[str, Any]:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     # Here, as they import gradio.
     from lowmem_reft.ui.desk import Desk
-    from lowmem_reft.ui.page import STYLE, THEME, build_page
+    from lowmem_reft.ui.page import HEAD, STYLE, THEME, build_page
 
     desk = Desk()
     page = build_page(desk)
@@ -45,6 +45,7 @@ def run_ui(options: UiOptions) -> dict[str, Any]:
             footer_links=[],
             theme=THEME,
             css=STYLE,
+            head=HEAD,
             app_kwargs={"middleware": _own_names_alone()},
         )
     except OSError as error:

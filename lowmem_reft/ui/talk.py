@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import shlex
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +17,7 @@ from lowmem_reft.errors import InputError
 if TYPE_CHECKING:
     from lowmem_reft.runs.chat import Chat
 
-_chats: dict[tuple[str, str], Chat] = {}
+_chats: dict[tuple[str, ...], Chat] = {}
 """Of the process that answers: the one that is loaded."""
 
 
@@ -27,13 +28,12 @@ class Talker:
         self._pool: ProcessPoolExecutor | None = None
 
     def answers(
-        self, model: str, adapter: str, messages: Sequence[dict[str, str]]
+        self, words: Sequence[str], messages: Sequence[dict[str, str]]
     ) -> tuple[list[str], str]:
         """Return what the adapter and the base answer to a conversation, and what was noted.
 
         Args:
-            model: Hub id or directory of the base.
-            adapter: Directory of an adapter or its run; empty: the base alone answers.
+            words: ``chat`` and its flags; without ``--adapter`` the base alone answers.
             messages: ``role`` and ``content``; the last one is the user's.
 
         Returns:
@@ -50,12 +50,12 @@ class Talker:
                 initargs=(signal.SIGINT, signal.SIG_IGN),
             )
         try:
-            return self._pool.submit(_answers, model, adapter, messages).result()
+            return self._pool.submit(_answers, tuple(words), messages).result()
         except BrokenProcessPool as error:
             self.close()
             raise InputError(
-                f"model must fit into memory to answer, got {model!r}, whose process was ended; "
-                "wait for other commands to end, or choose another"
+                f"model must fit into memory to answer, got {shlex.join(words)!r}, whose process "
+                "was ended; wait for other commands to end, or choose another"
             ) from error
 
     def close(self) -> None:
@@ -65,12 +65,15 @@ class Talker:
             self._pool = None
 
 
-def _answers(model: str, adapter: str, messages: Sequence[dict[str, str]]) -> tuple[list[str], str]:
+def _answers(words: tuple[str, ...], messages: Sequence[dict[str, str]]) -> tuple[list[str], str]:
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()) as notes,
     ):
-        chat = _chat(model, adapter)
+        try:
+            chat = _chat(words)
+        except SystemExit as error:  # of flags that there are not; what is wrong has been said
+            raise InputError(notes.getvalue().strip()) from error
         chat.messages = [*messages]
         chat.say_how_messages_are_written()
         return [chat.answer(name) for name in _names(chat)], notes.getvalue()
@@ -82,15 +85,14 @@ def _names(chat: Chat) -> list[str]:
     return list(dict.fromkeys([chat.current, BASE]))
 
 
-def _chat(model: str, adapter: str) -> Chat:
+def _chat(words: tuple[str, ...]) -> Chat:
     # Here, as they import torch, of which the page's own process has no need.
     from lowmem_reft.machine import own_modules
-    from lowmem_reft.options import ChatOptions, ModelOptions
+    from lowmem_reft.options import ChatOptions, parsing
     from lowmem_reft.runs.chat import load_chat
 
-    if (model, adapter) not in _chats:
+    if words not in _chats:
         _chats.clear()
-        own_modules.load()
-        options = ChatOptions(model=ModelOptions(model=model), adapter=adapter or None)
-        _chats[model, adapter] = load_chat(options)
-    return _chats[model, adapter]
+        options = parsing.parse(own_modules.take(words), {"chat": ChatOptions}, "")
+        _chats[words] = load_chat(options)
+    return _chats[words]

@@ -147,12 +147,15 @@ def train(page: Page, more: str) -> None:
 
 
 def test_rows_and_a_plan_are_shown(page: Page) -> None:
-    (shown,) = page.call("data", MODEL, ROWS, "1")
-    assert "{·doc|string}" in shown
-    (planned,) = page.call("plan", "8", "--limit 8", *FIELDS)
-    assert "lowmem-reft train --model" in planned["value"]
+    (shown,) = page.call("data", MODEL, ROWS, "1", "--template '{prompt} ?'")
+    assert shown.startswith(f"lowmem-reft data {ROWS} --model")
+    assert "|?] {·doc|string}" in shown
+    (planned,) = page.call("plan", "8 GiB", "--limit 8", *FIELDS)
+    assert "--memory-gib 8" in planned.splitlines()[0]
+    assert "lowmem-reft train --model" in planned
     (here,) = page.call("plan", "", SMALL, *FIELDS)
-    assert "num_steps" in here["value"]
+    assert here.startswith("lowmem-reft train --dry-run")
+    assert "num_steps" in here
 
 
 def test_a_training_is_followed_to_its_end_and_then_talked_to(page: Page) -> None:
@@ -162,10 +165,12 @@ def test_a_training_is_followed_to_its_end_and_then_talked_to(page: Page) -> Non
     said = page.ended()
     assert steps_of(said)["step"] == [1, 2]
     assert "adapter_dir" in said
-    adapter, base, noted, *_ = page.call("reply", MODEL, "run", "Text: return\nKind:")
+    adapter, base, noted, *_ = page.call("reply", MODEL, "run", "", "Text: return\nKind:")
     assert [message["role"] for message in adapter] == ["user", "assistant"]
     assert base[0] == adapter[0]
     assert "the tokenizer has no chat template" in noted
+    _, shown, *_ = page.call("reply", MODEL, "", "--max-new-tokens 1 --raw", "Text: return")
+    assert len(shown[1]["content"][0]["text"]) < 12  # of one token
 
 
 def test_a_line_is_drawn_from_its_second_point_on(page: Page) -> None:
@@ -182,15 +187,19 @@ def test_a_training_is_stopped(page: Page) -> None:
 
 
 def test_what_is_refused_is_said_on_the_page(page: Page) -> None:
-    (said,) = page.call("data", MODEL, "no-such.jsonl", "1")
+    (said,) = page.call("data", MODEL, "no-such.jsonl", "1", "")
     assert "no-such.jsonl" in said
-    (said,) = page.call("data", MODEL, "", "1")
+    (said,) = page.call("data", MODEL, "", "1", "")
     assert "''" not in said
     assert "data" in said
     with pytest.raises(AssertionError, match="directory must be that of a finished comparison"):
         page.call("report", "nowhere")
     with pytest.raises(AssertionError, match="adapter must be"):
-        page.call("reply", MODEL, "nowhere", "a")
+        page.call("reply", MODEL, "nowhere", "", "a")
+    with pytest.raises(AssertionError, match="message must have words"):
+        page.call("reply", MODEL, "nowhere", "", " ")
+    with pytest.raises(AssertionError, match="unknown options: --no-such"):
+        page.call("reply", MODEL, "", "--no-such 1", "a")
 
 
 def test_a_report_is_shown_apart_from_the_page(page: Page, tmp_path: Path) -> None:
@@ -217,40 +226,169 @@ def test_a_port_that_is_taken_is_refused(page: Page) -> None:
     assert "--port" in ended.stderr
 
 
-@pytest.mark.skipif(
+class Browser:
+    """A headless Chromium that shows the page."""
+
+    def __init__(self, driver: Any, address: str, width: int) -> None:
+        self.driver, self.address = driver, address
+        metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        driver.get("about:blank")
+        driver.get_log("browser")  # of the page before, which was left while it asked
+        driver.get(address)
+        self.until("return document.querySelector('button[role=tab]')")
+
+    def until(self, script: str) -> Any:
+        """Return what a script returns, once that is something."""
+        began = time.monotonic()
+        while not (found := self.driver.execute_script(script)):
+            assert time.monotonic() - began < NO_SUCH_TIME_S, script
+            time.sleep(0.5)
+        return found
+
+    def click(self, name: str, kind: str = "button:not([role=tab])") -> None:
+        """Click what is visible and has this name."""
+        self.until(
+            f"const found = [...document.querySelectorAll('{kind}')].find((e) => "
+            f"e.textContent.trim() === '{name}' && e.checkVisibility()); found?.click(); "
+            "return found"
+        )
+
+    def tab(self, name: str) -> None:
+        self.click(name, "button[role=tab]")
+
+    def field(self, label: str) -> Any:
+        """Return the field with a label."""
+        return self.until(
+            "return [...document.querySelectorAll('input, textarea')].find((e) => "
+            "e.checkVisibility() && "
+            f"(e.ariaLabel ?? e.closest('label')?.textContent.trim()) === '{label}')"
+        )
+
+    def type(self, label: str, text: str) -> str:
+        """Type over a field and press Enter; return what it has then."""
+        field = self.field(label)
+        field.send_keys("\ue009a\ue000", text, "\ue007")  # Ctrl-A, Enter
+        time.sleep(0.5)
+        value: str = field.get_attribute("value")
+        return value
+
+
+needs_browser = pytest.mark.skipif(
     CHROMIUM is None or CHROMEDRIVER is None, reason="needs chromium and chromedriver on PATH"
 )
-@pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser_nothing_is_wrong_wide_or_fetched(
-    page: Page, width: int, tmp_path: Path
-) -> None:
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path}"):
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(executable_path=CHROMEDRIVER)
     with webdriver.Chrome(options=options, service=service) as driver:
-        metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        driver.get(page.address)
-        tabs = "[...document.querySelectorAll('button[role=tab]')]"
-        began = time.monotonic()
-        while not (names := driver.execute_script(f"return {tabs}.map((e) => e.textContent)")):
-            assert time.monotonic() - began < NO_SUCH_TIME_S
-            time.sleep(0.5)
-        assert [name.strip() for name in names] == ["Data", "Train", "Compare", "Report", "Talk"]
-        for number in range(len(names)):
-            driver.execute_script(f"{tabs}[{number}].click()")
-            time.sleep(0.5)
-            wide, shown = driver.execute_script(
-                "return [document.documentElement.scrollWidth, innerWidth]"
-            )
-            assert wide <= shown
-        fetched = driver.execute_script(
-            "return performance.getEntriesByType('resource').map((e) => e.name)"
+        yield driver
+
+
+@pytest.fixture(params=[1280, 390])
+def browser(page: Page, driver: Any, request: pytest.FixtureRequest) -> Browser:
+    return Browser(driver, page.address, request.param)
+
+
+def wrong_in(browser: Browser) -> list[str]:
+    logged = browser.driver.get_log("browser")
+    return [entry["message"] for entry in logged if entry["level"] == "SEVERE"]
+
+
+@needs_browser
+def test_in_a_browser_nothing_is_wrong_wide_or_fetched(browser: Browser) -> None:
+    names = browser.until(
+        "return [...document.querySelectorAll('button[role=tab]')].map((e) => e.textContent.trim())"
+    )
+    assert names == ["Data", "Train", "Compare", "Report", "Talk"]
+    for name in names:
+        browser.tab(name)
+        time.sleep(0.5)
+        wide, shown = browser.driver.execute_script(
+            "return [document.documentElement.scrollWidth, innerWidth]"
         )
-        assert [url for url in fetched if not url.startswith(page.address)] == []
-        logged = driver.get_log("browser")
-    assert [entry for entry in logged if entry["level"] == "SEVERE"] == []
+        assert wide <= shown
+        covered = browser.driver.execute_script(
+            "return [...document.querySelectorAll('.icon-wrap')].filter((e) => "
+            "e.checkVisibility() && e.getBoundingClientRect().left < "
+            "e.parentElement.querySelector('input').getBoundingClientRect().right "
+            "- parseFloat(getComputedStyle(e.parentElement.querySelector('input')).paddingRight))"
+            ".length"
+        )
+        assert covered == 0  # by the arrow of a field
+    fetched = browser.driver.execute_script(
+        "return performance.getEntriesByType('resource').map((e) => e.name)"
+    )
+    assert [url for url in fetched if not url.startswith(browser.address)] == []
+    assert wrong_in(browser) == []
+
+
+@needs_browser
+def test_what_is_typed_is_taken_as_it_was_typed(browser: Browser) -> None:
+    # Each is a part of what is there to choose.
+    base = "Base: hub id or directory"
+    assert browser.type(base, "Qwen/Qwen2.5-7B") == "Qwen/Qwen2.5-7B"
+    assert browser.type(base, "model") == "model"
+    assert browser.type(base, "Qwen2.5-7B-Ins\ue015") == "Qwen/Qwen2.5-7B-Instruct"  # chosen
+    browser.tab("Train")
+    assert browser.type("Card to plan for, or GiB", "24") == "24"
+
+
+@needs_browser
+def test_a_page_that_is_open_shows_what_was_started_elsewhere_and_its_end(
+    page: Page, browser: Browser
+) -> None:
+    train(page, f"{LOGGED} --max-steps 2 --overwrite")
+    browser.until("return document.querySelector('svg.marks, canvas.marks')")
+    page.ended()
+    browser.until("return document.body.textContent.includes('Has ended')")
+    train(page, "--help")
+    browser.until(
+        "const said = [...document.querySelectorAll('.said textarea')].at(-1); "
+        "return said.value.includes('--per-device-train-batch-size') && "
+        "said.scrollHeight > 2 * said.clientHeight && "
+        "said.scrollTop + said.clientHeight > said.scrollHeight - 20"
+    )
+    assert wrong_in(browser) == []
+
+
+@needs_browser
+def test_a_link_of_a_report_stays_in_it(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(
+        "<!doctype html><html><head><title>a</title></head><body><a href='#b'>to b</a>"
+        "<p id='b'>here</p></body></html>"
+    )
+    browser.tab("Report")
+    browser.type("Directory of a comparison", str(tmp_path))
+    browser.click("Show")
+    browser.driver.switch_to.frame(browser.until("return document.querySelector('iframe')"))
+    try:
+        browser.driver.find_element("link text", "to b").click()
+        time.sleep(0.5)
+        assert "here" in browser.driver.find_element("tag name", "body").text
+    finally:
+        browser.driver.switch_to.default_content()
+    right = browser.driver.execute_script(
+        "return document.querySelector('iframe').getBoundingClientRect().right - innerWidth"
+    )
+    assert right <= 0
+
+
+@needs_browser
+def test_what_is_refused_hides_no_conversation(browser: Browser) -> None:
+    browser.tab("Talk")
+    browser.type("Adapter, or directory of its run", "nowhere")
+    assert browser.type("Message", "a") == "a"
+    browser.until("return document.body.textContent.includes('adapter must be')")
+    hidden = browser.driver.execute_script(
+        "return [...document.querySelectorAll('.error')].filter((e) => e.checkVisibility() && "
+        "e.closest('.block')?.querySelector('.bubble-wrap, textarea:not([disabled])')).length"
+    )
+    assert hidden == 0
