@@ -65,8 +65,9 @@ def test_rows_become_an_adapter_that_is_scored_and_answers(
 def test_quiet_is_without_the_bars_of_transformers_which_are_there_again_after_it(
     tiny_llama_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers.utils.logging import is_progress_bar_enabled
+    from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
+    enable_progress_bar()
     lowmem_reft.evaluate(model=str(tiny_llama_dir), data=ROWS, **SMALL)
     assert capfd.readouterr().err == ""
     assert is_progress_bar_enabled()

@@ -22,7 +22,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from lowmem_reft.base.blocks import SUBMODULE, find_blocks, standing_in
 from lowmem_reft.base.ours import ours
@@ -35,6 +34,7 @@ from lowmem_reft.base.whole import (
     source_of,
 )
 from lowmem_reft.errors import InputError
+from lowmem_reft.machine.progress import without_bars_of_transformers
 
 EMBEDDING = -1
 """Stands for the input embedding among indices of blocks."""
@@ -98,7 +98,10 @@ class Checkpoint:
                 hf_quantizer=self.quantizer,
                 weight_mapping=mapping,
             )
-            with _no_bar(), quantized_finite() as quantized:  # one bar per block says nothing
+            with (
+                without_bars_of_transformers(),
+                quantized_finite() as quantized,
+            ):  # one bar per block says nothing
                 read, _ = model._load_pretrained_model(
                     model, weights, None, config, expected_keys=[]
                 )
@@ -346,17 +349,6 @@ def fill_buffers(
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps its values
         with torch.no_grad():
             model._init_weights(module)
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _empty_copy(module: nn.Module) -> nn.Module:
