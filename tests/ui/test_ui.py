@@ -154,7 +154,8 @@ def test_rows_and_a_plan_are_shown(page: Page) -> None:
     assert "--memory-gib 8" in planned.splitlines()[0]
     assert "lowmem-reft train --model" in planned
     (here,) = page.call("plan", "", SMALL, *FIELDS)
-    assert here.startswith("lowmem-reft train") and "--dry-run" in here.splitlines()[0]
+    assert here.startswith("lowmem-reft train")
+    assert "--dry-run" in here.splitlines()[0]
     assert "num_steps" in here
 
 
