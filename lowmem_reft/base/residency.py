@@ -98,10 +98,8 @@ class Checkpoint:
                 hf_quantizer=self.quantizer,
                 weight_mapping=mapping,
             )
-            with (
-                without_bars_of_transformers(),
-                quantized_finite() as quantized,
-            ):  # one bar per block says nothing
+            # One bar per block says nothing.
+            with without_bars_of_transformers(), quantized_finite() as quantized:
                 read, _ = model._load_pretrained_model(
                     model, weights, None, config, expected_keys=[]
                 )
