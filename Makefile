@@ -9,6 +9,7 @@ TORCH       ?=
 HOLD        ?=
 EXTRAS      ?= dev
 PYTEST_ARGS ?= -n 2 --dist worksteal
+# Without them two cells run at a time, with a thread each: the built-in base has no use for a second one.
 COMPARE_ARGS ?=
 
 BIN   := $(VENV)/bin
@@ -48,7 +49,7 @@ faults: $(STAMP) ## Run the fault suite: runs killed anywhere, malformed inputs 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'faults or not faults' tests/faults
 
 compare: $(STAMP) ## Run the main job; METHODS=loreft,qlora SEEDS=0,1 and COMPARE_ARGS='--model ...' are passed on
-	$(BIN)/lowmem-reft compare $(if $(METHODS),--methods '$(METHODS)') $(if $(SEEDS),--seeds '$(SEEDS)') $(COMPARE_ARGS)
+	$(BIN)/lowmem-reft compare $(if $(METHODS),--methods '$(METHODS)') $(if $(SEEDS),--seeds '$(SEEDS)') $(or $(COMPARE_ARGS),--workers 2)
 
 check: $(STAMP) ## Lint, formatting and types
 	$(BIN)/ruff check .
